@@ -1,0 +1,1 @@
+"""gpt2exp: does this choice matter? Paired experiments on GPT-2 pre-training."""

@@ -1,0 +1,454 @@
+"""The configuration: one typed section per room of the package, each checking its own values.
+
+Hydra composes `conf/` onto these dataclasses; `parse` turns the result into a plain `RunConfig`. Everything
+downstream receives its own section and reads attributes. A wrong value raises `BadRequest`, whose text names the
+key, the value, why it cannot be used and what to type instead. This module imports nothing else of the package
+and no torch, so that a typo is answered in a moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class BadRequest(ValueError):
+    """A request that cannot be carried out as typed; its text is the one line the user sees (exit code 2)."""
+
+
+def show(value: object) -> str:
+    """A value as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value.value if isinstance(value, Enum) else value)
+
+
+def require(ok: bool, key: str, value: object, reason: str, remedy: str) -> None:
+    """Raise `BadRequest` naming key, value, reason and remedy unless `ok`."""
+    if not ok:
+        raise BadRequest(f"{key}={show(value)}: {reason}; {remedy}")
+
+
+def _positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 1, f"{section}.{name}", value, "must be at least 1", f"try {section}.{name}=1 or more")
+
+
+def _not_negative(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        ok = math.isfinite(value) and value >= 0
+        require(ok, f"{section}.{name}", value, "must be a finite number, zero or more", f"try {section}.{name}=0")
+
+
+class InitScheme(Enum):
+    """Where the standard deviations of the initial weights come from."""
+
+    gpt2 = "gpt2"  # N(0, init.std), as the tutorial: position embeddings too
+    openai = "openai"  # the same with position embeddings at 0.01, as OpenAI's code
+    xavier = "xavier"  # N(0, 1/sqrt(fan_in)) for every matrix
+    torch = "torch"  # what nn.Linear and nn.Embedding do when left alone
+
+
+class PrecisionName(Enum):
+    """How matrix products are computed."""
+
+    fp32 = "fp32"  # IEEE single precision
+    tf32 = "tf32"  # operands cropped to 10 mantissa bits, products accumulated in fp32
+
+
+class Fallback(Enum):
+    """What `tf32` does on hardware that has none."""
+
+    emulate = "emulate"
+    error = "error"
+
+
+class Rounding(Enum):
+    """How the emulation takes an operand to 10 mantissa bits."""
+
+    truncate = "truncate"
+    nearest = "nearest"
+
+
+class DataName(Enum):
+    """Where the text comes from."""
+
+    tinyshakespeare = "tinyshakespeare"
+    text = "text"
+
+
+class DataOrder(Enum):
+    """In which order the training windows are read."""
+
+    sequential = "sequential"
+    shuffled = "shuffled"
+
+
+class DeviceName(Enum):
+    """Which device to compute on; `auto` takes cuda, then mps, then cpu."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class OptimizerName(Enum):
+    """The optimizers on offer."""
+
+    adamw = "adamw"
+
+
+class Schedule(Enum):
+    """The learning rate as a function of the step."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+class WandbMode(Enum):
+    """`auto` is online where credentials are found, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The shape of GPT-2 (Radford et al. 2019); the defaults are the 124M model's."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block."""
+    n_embd: int = 768
+    """Width of the residual stream; a multiple of `n_head`."""
+    block_size: int = 1024
+    """Longest sequence: rows of `wpe`."""
+    vocab_size: int = 50257
+    """50,000 BPE merges, 256 bytes and `<|endoftext|>`: rows of `wte`."""
+    tie_weights: bool = True
+    """Use `wte` as `lm_head` too (Press and Wolf 2017), as GPT-2 does."""
+
+    def __post_init__(self) -> None:
+        _positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        heads = self.n_head
+        near = sorted({max(1, self.n_embd // heads) * heads, (self.n_embd // heads + 1) * heads})
+        require(
+            self.n_embd % heads == 0,
+            "model.n_embd",
+            self.n_embd,
+            f"not divisible by model.n_head={heads}",
+            f"try model.n_embd={' or '.join(map(str, near))}, or a model.n_head that divides it",
+        )
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Parameter counts by part; `total` counts a tied tensor once, `without_tying` as two."""
+        c, v = self.n_embd, self.vocab_size
+        # a block: c_attn c x 3c, attn.c_proj c x c, c_fc c x 4c, mlp.c_proj 4c x c; biases 3c+c+4c+c; two LayerNorms
+        block = 12 * c * c + 13 * c
+        parts = {"wte": v * c, "wpe": self.block_size * c, "blocks": self.n_layer * block, "ln_f": 2 * c}
+        untied = sum(parts.values()) + v * c
+        total = untied - v * c if self.tie_weights else untied
+        return {"total": total, "without_tying": untied, "lm_head": v * c, **parts}
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of one token's forward and backward pass.
+
+        Six per weight of a matrix product (two forward, four backward), and 12·n_layer·n_embd·seq_len for
+        attention's two products, the causal half not discounted: Chowdhery et al. 2022 (PaLM), appendix B. The
+        embedding look-ups cost nothing; the head counts whether tied or not.
+        """
+        c = self.n_embd
+        return 6 * (self.n_layer * 12 * c * c + self.vocab_size * c) + 12 * self.n_layer * c * seq_len
+
+
+@dataclass(kw_only=True, slots=True)
+class InitConfig:
+    """How the weights start."""
+
+    scheme: InitScheme = InitScheme.gpt2
+    """Chosen by `init=NAME`."""
+    std: float | None = 0.02
+    """Standard deviation of matrices and token embeddings; null where the scheme derives it from the shape."""
+    position_std: float | None = 0.02
+    """Standard deviation of `wpe`; null for the scheme's own."""
+    residual_scaling: bool = True
+    """Multiply the std of both `c_proj` of a block by (2·n_layer)^-0.5 (GPT-2 paper, section 2.3)."""
+
+    def __post_init__(self) -> None:
+        for name in ("std", "position_std"):
+            value = getattr(self, name)
+            ok = value is None or (math.isfinite(value) and value > 0)
+            require(ok, f"init.{name}", value, "must be a finite number above 0", f"try init.{name}=0.02")
+        scheme = self.scheme.value
+        if self.scheme in (InitScheme.gpt2, InitScheme.openai):
+            for name in ("std", "position_std"):
+                value = getattr(self, name)
+                remedy = f"try init.{name}=0.02"
+                require(value is not None, f"init.{name}", value, f"init={scheme} needs a number", remedy)
+        else:
+            why = f"init={scheme} derives it from each matrix's shape"
+            require(self.std is None, "init.std", self.std, why, "leave it out, or use init=gpt2")
+        if self.scheme is InitScheme.torch:
+            why = "init=torch is PyTorch's own N(0, 1) embedding"
+            require(self.position_std is None, "init.position_std", self.position_std, why, "leave it out")
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    """How matrix products are computed; see `gpt2exp.precision` for what the hardware made of it."""
+
+    name: PrecisionName = PrecisionName.fp32
+    """Chosen by `precision=NAME`."""
+    fallback: Fallback = Fallback.emulate
+    """What `tf32` does where the hardware has none."""
+    rounding: Rounding = Rounding.truncate
+    """How emulated TF32 shortens the mantissa: cropped, as the tutorial says, or to nearest even."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """What text is trained on and in which order."""
+
+    name: DataName = DataName.tinyshakespeare
+    """Chosen by `data=NAME`."""
+    path: str | None = None
+    """For `data=text`: a UTF-8 file, or a folder of them."""
+    val_fraction: float = 0.0
+    """Share of the tokens, taken from the end, kept for validation; 0 trains on all, as the tutorial."""
+    order: DataOrder = DataOrder.sequential
+    """`sequential` draws no random number; `shuffled` permutes the windows by seed and epoch."""
+
+    def __post_init__(self) -> None:
+        value = self.val_fraction
+        require(0 <= value < 1, "data.val_fraction", value, "must lie in [0, 1)", "try data.val_fraction=0.1")
+        if self.name is DataName.text:
+            remedy = "try data=text data.path=FILE_OR_FOLDER"
+            require(bool(self.path), "data.path", self.path, "data=text needs to know where the text is", remedy)
+        else:
+            why = f"data={self.name.value} has a text of its own"
+            require(self.path is None, "data.path", self.path, why, f"try data=text data.path={self.path}")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """How long and in what pieces."""
+
+    batch_size: int = 4
+    """Sequences in a micro-batch."""
+    seq_len: int = 32
+    """Tokens in a sequence, at most `model.block_size`."""
+    steps: int = 50
+    """Optimizer steps."""
+    grad_accum_steps: int = 1
+    """Micro-batches whose mean gradient makes one step."""
+    device: DeviceName = DeviceName.auto
+    """Where to compute."""
+    log_every: int = 1
+    """Steps between printed lines and wandb points; `metrics.jsonl` has every step."""
+    eval_every: int = 0
+    """Steps between validations; 0: only after the last step. Needs `data.val_fraction` above 0."""
+    measure_every: int = 10
+    """Steps between the costlier measures (`grad_norm`, `loss_unseen`), first and last step always."""
+    warmup_steps: int = 3
+    """First steps left out of the timing figures (the last step is always kept)."""
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "batch_size", "seq_len", "steps", "grad_accum_steps", "log_every", "measure_every")
+        _not_negative("train", self, "eval_every", "warmup_steps")
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens in one forward and backward pass."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens behind one optimizer step."""
+        return self.tokens_per_micro_batch * self.grad_accum_steps
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) with PyTorch's defaults, as the tutorial's 50 steps."""
+
+    name: OptimizerName = OptimizerName.adamw
+    """Chosen by `optimizer=NAME`."""
+    lr: float = 3e-4
+    """Learning rate (the peak, under a schedule)."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the running mean and square of the gradient."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices and embeddings; biases and LayerNorms do not decay."""
+    grad_clip: float = 0.0
+    """Clip the gradient's global norm to this; 0: no clipping."""
+    schedule: Schedule = Schedule.constant
+    """The learning rate over the steps."""
+    warmup_steps: int = 0
+    """`cosine`: steps of linear warm-up."""
+    min_lr: float = 0.0
+    """`cosine`: where the learning rate ends."""
+
+    def __post_init__(self) -> None:
+        for name, usual in (("lr", "3e-4"), ("eps", "1e-8")):
+            value = getattr(self, name)
+            ok = math.isfinite(value) and value > 0
+            require(ok, f"optimizer.{name}", value, "must be a finite number above 0", f"try optimizer.{name}={usual}")
+        _not_negative("optimizer", self, "weight_decay", "grad_clip", "warmup_steps", "min_lr")
+        ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(ok, "optimizer.betas", self.betas, "must be two numbers in [0, 1)", "try optimizer.betas=[0.9,0.95]")
+        if self.schedule is Schedule.constant:
+            for name in ("warmup_steps", "min_lr"):
+                value = getattr(self, name)
+                why = "has no meaning under optimizer.schedule=constant"
+                require(value == 0, f"optimizer.{name}", value, why, "add optimizer.schedule=cosine")
+        why = f"above the peak optimizer.lr={self.lr}"
+        require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, why, "try optimizer.min_lr=0")
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    """Where the run is mirrored; the local files are the record."""
+
+    mode: WandbMode = WandbMode.auto
+    """`auto`: online with credentials, else offline. A WANDB_MODE in the environment wins over `auto`."""
+    project: str = "gpt2exp"
+    """Project on the server."""
+    group: str | None = None
+    """Group of runs; a sweep's runs share its folder's name unless given."""
+    name: str | None = None
+    """The run's name; its overrides unless given."""
+    tags: list[str] = field(default_factory=list)
+    """Tags."""
+    entity: str | None = None
+    """Team or user; the account's default unless given."""
+    dir: str | None = None
+    """Folder for wandb's own files; the run's folder unless given."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.project), "wandb.project", "''", "must not be empty", "try wandb.project=gpt2exp")
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """How the jobs of a multirun are treated."""
+
+    fail_fast: bool = False
+    """Start no further job once one has failed or diverged."""
+    isolate: bool = False
+    """Run each job in a process of its own."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run, whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    seed: int = 1337
+    """Seeds the initial weights and the shuffled order; 0 is a seed like any other."""
+    dry_run: bool = False
+    """Print what would run and train nothing."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)", "try seed=1337")
+        longest = self.model.block_size
+        why = f"longer than model.block_size={longest}"
+        seq_len = self.train.seq_len
+        require(seq_len <= longest, "train.seq_len", seq_len, why, f"try train.seq_len={longest} or less")
+        why = "there is no validation data with data.val_fraction=0"
+        ok = self.train.eval_every == 0 or self.data.val_fraction > 0
+        require(ok, "train.eval_every", self.train.eval_every, why, "add data.val_fraction=0.1")
+        if self.optimizer.schedule is Schedule.cosine:
+            warmup, steps = self.optimizer.warmup_steps, self.train.steps
+            why = f"longer than the run, train.steps={steps}"
+            require(warmup <= steps, "optimizer.warmup_steps", warmup, why, f"try optimizer.warmup_steps={steps // 10}")
+
+
+def keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema, such as `model.n_layer`."""
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+def check_key(key: str, value: object) -> None:
+    """Raise `BadRequest` unless `key` is a key of the schema, naming the nearest that is."""
+    known = list(keys())
+    if key in known:
+        return
+    section = key.split(".")[0]
+    inside = [name for name in known if name.startswith(f"{section}.")]
+    if key == section and inside:
+        raise BadRequest(f"{key}={show(value)}: a section, not a value; set one of {', '.join(inside)}")
+    near = difflib.get_close_matches(key, known, n=2, cutoff=0.7)
+    # the last part alone too, so that lr and n_layers find optimizer.lr and model.n_layer
+    last = {name.rsplit(".", 1)[-1]: name for name in known}
+    near += [last[part] for part in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=2, cutoff=0.75)]
+    hint = f"keys of {section}: {', '.join(inside)}" if inside else "gpt2exp --help lists the keys"
+    if near:
+        hint = f"did you mean {' or '.join(dict.fromkeys(near))}?"
+    raise BadRequest(f"{key}={show(value)}: no such key; {hint}")
+
+
+def parse(plain: Mapping[str, Any]) -> RunConfig:
+    """A composed configuration, as plain dicts or an OmegaConf node, as a checked `RunConfig`.
+
+    Raises:
+        BadRequest: an unknown key, a wrong type, a value out of range or at odds with another.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    loaded = OmegaConf.create(dict(plain)) if not OmegaConf.is_config(plain) else plain
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), loaded)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise BadRequest(explain(error)) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def explain(error: Exception) -> str:
+    """OmegaConf's and Hydra's several lines as one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type")))
+    key = getattr(error, "full_key", None)
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON's own types: enums by value, sections as dicts."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        return value
+
+    return {key: convert(value) for key, value in dataclasses.asdict(config).items()}

@@ -1,0 +1,91 @@
+"""What is measured about a model, off the training clock."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gpt2exp.config import InitConfig, InitScheme, ModelConfig
+from gpt2exp.model import GPT
+
+
+class InitError(RuntimeError):
+    """The initial weights are not what the configuration says."""
+
+
+def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
+    """The part of the loss that tokens cost which never occur in the data, in nats per token.
+
+    The loss of a target y splits into -log p(y | seen) - log p(seen): choosing among the tokens that occur, and
+    choosing one of them at all. This is the mean of the second over the positions of `idx` (B, T); `seen` (S,) are the
+    ids that occur. Forgetting the others can lower the loss by this much and no more.
+    """
+    with torch.no_grad():
+        logits = model(idx).float()
+        return float((logits.logsumexp(-1) - logits[..., seen].logsumexp(-1)).mean())
+
+
+def grad_norm(model: nn.Module) -> float:
+    """Euclidean norm of the whole gradient as it stands."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else math.nan
+
+
+def residual_rms(model: GPT, idx: Tensor) -> list[float]:
+    """Root mean square of the residual stream as embedded and after each block, n_layer + 1 numbers."""
+    with torch.no_grad():
+        return [float(x.float().square().mean().sqrt()) for x in model.stream(idx)]
+
+
+def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:
+    """The standard deviation each kind of weight should start with, from the published rules alone.
+
+    Kept apart from `gpt2exp.model.rule_of`, which goes by flags on modules, so that one can catch the other: Hugging
+    Face's GPT-2 skipped residual scaling for years without a word (huggingface/transformers#47458).
+    """
+    c = model.n_embd
+    residual = (2 * model.n_layer) ** -0.5 if init.residual_scaling else 1.0
+    uniform = math.sqrt(1 / 3) if init.scheme is InitScheme.torch else 1.0  # std of U(-1, 1)
+
+    def matrix(fan_in: int) -> float:
+        return uniform / math.sqrt(fan_in) if init.std is None else init.std
+
+    wte = 1.0 if init.scheme is InitScheme.torch and not model.tie_weights else matrix(c)
+    return {
+        "wte": wte,
+        "wpe": 1.0 if init.position_std is None else init.position_std,
+        "attn.c_attn": matrix(c),
+        "attn.c_proj": residual * matrix(c),
+        "mlp.c_fc": matrix(c),
+        "mlp.c_proj": residual * matrix(4 * c),
+        "lm_head": matrix(c),
+    }
+
+
+def check_init(model: GPT, init: InitConfig) -> dict[str, float]:
+    """Measured std of each kind of weight, held against `expected_std`.
+
+    The tolerance is six standard errors of a sample's std, 1/sqrt(2n) relative for n draws.
+
+    Raises:
+        InitError: a kind is off, naming it, what was measured and what was expected.
+    """
+    expected = expected_std(model.config, init)
+    values: dict[str, list[Tensor]] = {kind: [] for kind in expected}
+    for name, module in model.named_modules():
+        kind = next((kind for kind in expected if name.endswith(kind)), None)
+        if kind:
+            values[kind].append(module.weight.detach())  # type: ignore[arg-type]
+    measured = {}
+    for kind, tensors in values.items():
+        count = sum(tensor.numel() for tensor in tensors)
+        square = sum(float(tensor.float().norm()) ** 2 for tensor in tensors)  # the mean is zero by design
+        measured[kind] = math.sqrt(square / count)
+        if abs(measured[kind] / expected[kind] - 1) > 6 / math.sqrt(2 * count):
+            raise InitError(
+                f"initialisation: the std of {kind} is {measured[kind]:.5f}, expected {expected[kind]:.5f}; "
+                "a module misses its flag or a rule of gpt2exp.model.rule_of is off"
+            )
+    return measured

@@ -1,0 +1,198 @@
+"""GPT-2 as OpenAI wrote it (Radford et al. 2019; github.com/openai/gpt-2, src/model.py), with Hugging Face's names.
+
+Reads top to bottom: attention, MLP, block, GPT, then how the weights start. Shapes in comments: B sequences, T tokens,
+C = n_embd channels, H heads, V words in the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2exp.config import InitConfig, InitScheme, ModelConfig
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without PyTorch's own draw: `initialise` sets every weight, and no global random state moves."""
+
+    residual = False
+    """Writes into the residual stream, so that its std is scaled down with depth."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` without PyTorch's own draw."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and those before it (Vaswani et al. 2017)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads at once
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_proj.residual = True
+        self.n_head = config.n_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        B, T, C = x.shape  # noqa: N806
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Two layers around GELU in its tanh form (Hendrycks and Gimpel 2016), four times as wide inside."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj.residual = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """Token and position embeddings, the blocks, a last LayerNorm, and the head over the vocabulary.
+
+    The weights are memory as found until `initialise` fills them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": Embedding(config.vocab_size, config.n_embd),
+                "wpe": Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight  # one tensor, used twice; both gradients add
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T); with targets (B, T), their mean cross-entropy in nats instead."""
+        logits = self.lm_head(self.transformer.ln_f(list(self.stream(idx))[-1]))
+        if targets is None:
+            return logits  # type: ignore[no-any-return]
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def stream(self, idx: Tensor) -> Iterator[Tensor]:
+        """The residual stream (B, T, C) as embedded, then after each block."""
+        x = self.embed(idx) + self.transformer.wpe(torch.arange(idx.size(1), device=idx.device))
+        yield x
+        for block in self.transformer.h:
+            x = block(x)
+            yield x
+
+    def embed(self, idx: Tensor) -> Tensor:
+        """Token embeddings (B, T, C).
+
+        Tied and in eager mode, the look-up's gradient is sparse: only the rows of the batch's tokens are added to the
+        head's gradient, where a dense one would fill and add all V rows again.
+        """
+        wte = self.transformer.wte
+        sparse = self.config.tie_weights and not torch.compiler.is_compiling()
+        return F.embedding(idx, wte.weight, sparse=sparse)
+
+
+def initialise(model: GPT, config: InitConfig, seed: int) -> None:
+    """Fill every parameter of `model` in place; the one place where weights start.
+
+    | tensor                      | gpt2, openai           | xavier           | torch                         |
+    |-----------------------------|------------------------|------------------|-------------------------------|
+    | c_attn, c_fc, lm_head, wte  | N(0, std)              | N(0, 1/sqrt(in)) | U(-1/sqrt(in), 1/sqrt(in))    |
+    | c_proj (flag `residual`)    | the same, times (2·n_layer)^-0.5 if `residual_scaling`                 |||
+    | wpe                         | N(0, position_std)     | likewise         | N(0, 1)                       |
+    | biases                      | 0                      | 0                | U(-1/sqrt(in), 1/sqrt(in))    |
+    | LayerNorm weight, bias      | 1, 0                   | 1, 0             | 1, 0                          |
+
+    As an embedding alone (untied) `wte` is N(0, 1) under `torch`; tied it is the head's tensor, as in the tutorial,
+    where the head's draw is the one that survives.
+
+    Each parameter is drawn on the CPU from a generator of its own, seeded by `seed` and its name, so toggling tying,
+    scaling or the device changes only what it names, and draws can run side by side.
+
+    Raises:
+        ValueError: a parameter this function does not know.
+    """
+    draws = [
+        (name, parameter, *rule_of(name, parameter, model, config)) for name, parameter in model.named_parameters()
+    ]
+
+    def fill(name: str, parameter: Tensor, kind: str, scale: float) -> None:
+        generator = torch.Generator().manual_seed(_seed_of(name, seed))
+        value = torch.empty(parameter.shape)
+        if kind == "normal":
+            value.normal_(0.0, scale, generator=generator)
+        elif kind == "uniform":
+            value.uniform_(-scale, scale, generator=generator)
+        else:
+            value.fill_(scale)
+        with torch.no_grad():
+            parameter.copy_(value)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda draw: fill(*draw), draws))
+
+
+def rule_of(name: str, parameter: Tensor, model: GPT, config: InitConfig) -> tuple[str, float]:
+    """How one parameter starts: ("normal", std), ("uniform", bound) or ("constant", value)."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    of_torch = config.scheme is InitScheme.torch
+    if isinstance(module, nn.LayerNorm):
+        return "constant", 1.0 if leaf == "weight" else 0.0
+    if isinstance(module, Embedding):
+        if module is model.transformer.wpe:
+            return "normal", 1.0 if config.position_std is None else config.position_std
+        if of_torch and not model.config.tie_weights:
+            return "normal", 1.0
+    elif not isinstance(module, Linear):
+        raise ValueError(f"{name}: no rule says how this parameter starts; add one to gpt2exp.model.rule_of")
+    fan_in = module.embedding_dim if isinstance(module, Embedding) else module.in_features
+    if leaf == "bias":
+        return ("uniform", 1 / math.sqrt(fan_in)) if of_torch else ("constant", 0.0)
+    scale = 1 / math.sqrt(fan_in) if config.std is None else config.std
+    if config.residual_scaling and isinstance(module, Linear) and module.residual:
+        scale *= (2 * model.config.n_layer) ** -0.5  # two additions to the stream per layer
+    return "uniform" if of_torch else "normal", scale
+
+
+def _seed_of(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,241 @@
+"""What a command line asks for: the jobs, each composed and checked, and the folder they go to.
+
+Hydra writes a run's folder before it calls the program, and composes a sweep's jobs one batch at a time. Here the
+whole request is composed first, with Hydra's own loader, so that a mistake in the last job of a sweep is answered in
+a second, with nothing written. No torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import re
+import secrets
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gpt2exp.config import BadRequest, RunConfig, check_key, explain, parse, show
+
+CONF = "gpt2exp.conf"
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+
+
+def register() -> None:
+    """Make the schema and the folder names known to Hydra; every process that runs a job calls this."""
+    ConfigStore.instance().store("schema", node=RunConfig)
+    OmegaConf.register_new_resolver("folder_name", folder_name, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+def folder_name() -> str:
+    """Day, time and four random hex digits: two launches in the same second get two folders."""
+    return f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{secrets.token_hex(2)}"
+
+
+def job_folder(number: int, overrides: str) -> str:
+    """`NUM_slug` of a job in its sweep, such as `003_precision=tf32,seed=2`."""
+    slug = re.sub(r"[^\w.=,+-]+", "_", overrides).strip("_.")[:100]
+    return f"{int(number):03d}_{slug}" if slug else f"{int(number):03d}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a request."""
+
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request: its jobs, whether they form a sweep, and where the results go."""
+
+    jobs: tuple[Job, ...]
+    multirun: bool
+    folder: Path
+    local: bool
+    """The jobs run on this machine, one after another."""
+
+    @property
+    def folder_override(self) -> str:
+        """Pins the folder on Hydra's command line, where `${folder_name:}` would be drawn anew."""
+        quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
+        return f"hydra.{'sweep' if self.multirun else 'run'}.dir='{quoted}'"
+
+
+def make(args: argparse.Namespace) -> Plan:
+    """The plan behind Hydra's parsed command line.
+
+    Raises:
+        BadRequest: anything in the request that cannot be carried out.
+    """
+    name = args.config_name or "config"
+    extra = []
+    if args.config_dir:
+        folder = Path(args.config_dir).absolute()
+        if not folder.is_dir():
+            raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
+        extra = [f"hydra.searchpath=['file://{folder}']"]
+    try:
+        with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
+            loader = GlobalHydra.instance().config_loader()
+            overrides = _parse(loader, args.overrides)
+            for override in overrides:
+                _check(loader, override)
+            return _compose(loader, name, args.overrides, extra, multirun=args.multirun)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise BadRequest(explain(error)) from error
+
+
+def _parse(loader: ConfigLoader, texts: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create(config_loader=loader)
+    overrides = []
+    for text in texts:
+        try:
+            overrides += parser.parse_overrides([text])
+        except HydraException as error:
+            hint = "write KEY=VALUE, and quote values with special characters: 'data.path=\"my file.txt\"'"
+            raise BadRequest(f"{text}: cannot be read as an override; {hint}") from error
+    return overrides
+
+
+def _values(override: Override) -> list[Any]:
+    return list(override.sweep_iterator()) if override.is_discrete_sweep() else [override.value()]
+
+
+def _check(loader: ConfigLoader, override: Override) -> None:
+    """Refuse an override whose key, choice or type is wrong, with a line better than the composer's."""
+    key = override.key_or_group
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        return
+    choices = loader.get_group_options(key)
+    if override.type is OverrideType.DEL:
+        raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        return  # intervals and the like belong to another sweeper, which checks them
+    for value in _values(override):
+        if choices:
+            _check_choice(key, value, choices)
+        else:
+            check_key(key, value)
+            _check_type(key, value)
+
+
+def _check_choice(group: str, value: Any, choices: list[str]) -> None:
+    if isinstance(value, (dict, list)) or str(value) not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"did you mean {group}={near[0]}? Choices: " if near else "choose one of "
+        raise BadRequest(f"{group}={value}: no such choice; {hint}{', '.join(choices)}")
+
+
+def _check_type(key: str, value: Any) -> None:
+    if isinstance(value, str) and "${" in value:
+        return  # an interpolation: its type shows once composed
+    section, _, name = key.rpartition(".")
+    owner = type(getattr(RunConfig(), section)) if section else RunConfig
+    hint = typing.get_type_hints(owner)[name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    schema = OmegaConf.structured(RunConfig)
+    try:
+        if isinstance(value, bool) and not {bool, str} & set(kinds):
+            raise ValueError("a bool is no number")
+        OmegaConf.update(schema, key, value)
+    except (OmegaConfBaseException, ValueError) as error:
+        shown = show(OmegaConf.select(OmegaConf.structured(RunConfig), key)).replace(" ", "")
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Enum):
+                members = ", ".join(member.value for member in kind)
+                raise BadRequest(f"{key}={show(value)}: no such value; choose one of {members}") from error
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        expected = names.get(kinds[0], f"a list, such as {key}={shown}")
+        raise BadRequest(f"{key}={show(value)}: must be {expected}; the default is {shown}") from error
+
+
+def _compose(loader: ConfigLoader, name: str, texts: list[str], extra: list[str], *, multirun: bool) -> Plan:
+    master = loader.load_configuration(name, [*texts, *extra], run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
+    multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
+    if not multirun:
+        for override in _parse(loader, texts):
+            if override.is_sweep_override():
+                text = override.input_line
+                raise BadRequest(f"{text}: several values make a sweep; add -m to run every one of them")
+    # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
+    folder = Path(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir))
+    basic = master.hydra.sweeper._target_ == BASIC_SWEEPER
+    if multirun and basic:
+        jobs = tuple(_jobs(loader, master, texts))
+    else:
+        kept = [override.input_line or "" for override in _parse(loader, texts) if not override.is_sweep_override()]
+        config = loader.load_configuration(name, [*kept, *extra], run_mode=RunMode.RUN)
+        jobs = (Job(tuple(texts), _run_config(config)),)
+    local = not multirun or master.hydra.launcher._target_ == BASIC_LAUNCHER
+    return Plan(jobs, multirun, folder, local)
+
+
+def _jobs(loader: ConfigLoader, master: DictConfig, texts: list[str]) -> Iterator[Job]:
+    """Every combination of a basic sweep, in the order in which Hydra's BasicSweeper runs them."""
+    preset = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+    axes: dict[str, list[str]] = {}
+    for override in _parse(loader, preset) + _parse(loader, texts):
+        _check(loader, override)
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                reason = "the basic sweeper takes lists, choice(...) and range(...)"
+                raise BadRequest(f"{override.input_line}: {reason}; write {key}=A,B")
+            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+    for combination in itertools.product(*axes.values()):
+        config = loader.load_sweep_config(master, list(combination))
+        task = tuple(text for text in combination if not text.lstrip("+").startswith(("hydra.", "hydra/")))
+        yield Job(task, _run_config(config))
+
+
+def _run_config(config: DictConfig) -> RunConfig:
+    return parse({key: config._get_node(key) for key in config if key != "hydra"})
+
+
+def claim(plan: Plan) -> None:
+    """Create the plan's folder, which must not hold anything yet.
+
+    Raises:
+        BadRequest: it holds something, or cannot be created.
+    """
+    key = f"hydra.{'sweep' if plan.multirun else 'run'}.dir"
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(plan.folder.iterdir())
+    except OSError as error:
+        raise BadRequest(f"{key}={plan.folder}: {error.strerror}; choose a folder that can be written") from error
+    if occupied:
+        raise BadRequest(f"{key}={plan.folder}: already holds files; choose a new folder, results are never overwritten")
+
+
+def forget_hydra() -> None:
+    """Let Hydra be initialised again: `hydra.main` and `compose` share one global."""
+    GlobalHydra.instance().clear()
+    Plugins.instance()
+
+
+register()

@@ -1,0 +1,157 @@
+"""What is process-global and not precision: device, memory, threads, and the facts of the surroundings."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2exp.config import BadRequest, DeviceName
+
+PEAK_TFLOPS = {
+    # dense peaks by name as CUDA reports it, from NVIDIA's data sheets (without sparsity)
+    "A100": {"fp32": 19.5, "tf32": 156.0},
+    "A10": {"fp32": 31.2, "tf32": 62.5},
+    "A40": {"fp32": 37.4, "tf32": 74.8},
+    "RTX A6000": {"fp32": 38.7, "tf32": 77.4},
+    "H100 PCIe": {"fp32": 51.2, "tf32": 378.0},
+    "H100": {"fp32": 66.9, "tf32": 494.7},
+    "H200": {"fp32": 66.9, "tf32": 494.7},
+    "L4": {"fp32": 30.3, "tf32": 60.0},
+    "L40S": {"fp32": 91.6, "tf32": 183.0},
+    "RTX 3090": {"fp32": 35.6, "tf32": 35.6},
+    "RTX 4090": {"fp32": 82.6, "tf32": 82.6},
+    "V100": {"fp32": 15.7},
+    "T4": {"fp32": 8.1},
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak floating-point operations per second of a GPU in a precision; None where it is not known."""
+    for known in sorted(PEAK_TFLOPS, key=len, reverse=True):
+        if re.search(rf"\b{re.escape(known)}\b", device_name.replace("-", " ")):
+            tflops = PEAK_TFLOPS[known].get(precision)
+            return None if tflops is None else tflops * 1e12
+    return None
+
+
+def resolve_device(name: DeviceName) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        BadRequest: it was named and is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is DeviceName.auto:
+        return torch.device(next(kind for kind, found in there.items() if found))
+    if not there[name.value]:
+        found = ", ".join(kind for kind, present in there.items() if present)
+        raise BadRequest(f"train.device={name.value}: PyTorch sees no such device here; use auto or one of: {found}")
+    return torch.device(name.value)
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware's own name, such as `NVIDIA A100-SXM4-80GB` or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return found[1].strip() if found else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished what was queued, so that a clock read next is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep freed buffers instead of returning them to the system; False where there is no glibc.
+
+    A training step frees and asks again for the same buffers. By default glibc maps each large one afresh, and the
+    kernel zeroes its pages again at every step: a fifth of the CPU step's time. With no block mapped (M_MMAP_MAX = 0)
+    and the heap never trimmed the pages stay (mallopt(3)). A process-wide setting: losses do not change.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak, so that each job of a sweep that shares a process has its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu" and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0) if hasattr(ctypes.CDLL(None), "malloc_trim") else None
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc(5)
+        except OSError:
+            pass  # a sandbox without it: the peak is then the process's own
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes since `reset_peak_memory`: the allocator's on CUDA and MPS, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def facts() -> dict[str, Any]:
+    """Versions and source revision: an allow-list, so that nothing of the environment leaks into a record."""
+    names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in names}
+    return {"versions": versions, "git": _git(), "platform": platform.platform(terse=True)}
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout this package runs from, and whether it was changed; None for an installed wheel."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
+
+
+def environment_overrides() -> dict[str, str]:
+    """Environment variables that change the arithmetic behind the configuration's back, where set."""
+    names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,0 +1,147 @@
+"""The training step, its clock, and the loop around it.
+
+Knows neither Hydra nor wandb: it takes a model, an optimizer and batches, and yields a dict of metrics per step.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2exp import data, diagnostics, optim, runtime
+from gpt2exp.config import OptimizerConfig, TrainConfig
+from gpt2exp.model import GPT
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number; `step` says at which step."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"the loss became {loss} at step {step}")
+        self.step = step
+
+
+class Trainer:
+    """A model in training: `step` advances it, `evaluate` judges it, `fit` does the whole run."""
+
+    def __init__(
+        self,
+        model: GPT,
+        batches: data.Batches,
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        *,
+        seen: Tensor | None = None,
+        validation: data.Tokens | None = None,
+    ) -> None:
+        """`seen` (S,): ids that occur in the data, for `loss_unseen`; `validation`: tokens held out, if any."""
+        self.model, self.batches, self.config, self.optimizer_config = model, batches, train, optimizer
+        self.optimizer = optim.build(model, optimizer)
+        self.seen, self.validation = seen, validation
+        self.steps_done = 0
+        self.step_seconds: list[float] = []
+        """Duration of every step done, the first ones included."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.batches.device
+
+    def step(self) -> Tensor:
+        """One optimizer step: next batch, forward, loss, backward, clip if asked, AdamW. Returns the loss, a scalar.
+
+        With accumulation the loss and the gradient are the means over `grad_accum_steps` micro-batches of equal size,
+        so that they equal one batch of them all. The gradient stays in `.grad` until the next step.
+        """
+        config = self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        mean = torch.zeros((), device=self.device)
+        for micro in range(config.grad_accum_steps):
+            x, y = self.batches.at(self.steps_done * config.grad_accum_steps + micro)
+            loss = self.model(x, y) / config.grad_accum_steps
+            loss.backward()
+            mean += loss.detach()
+        if self.optimizer_config.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.step()
+        self.steps_done += 1
+        return mean
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        return optim.learning_rate(self.optimizer_config, self.steps_done, self.config.steps)
+
+    def evaluate(self) -> float:
+        """Mean loss in nats over every validation window."""
+        assert self.validation is not None
+        total, count = 0.0, 0
+        with torch.no_grad():
+            config = self.config
+            for x, y in data.validation_windows(self.validation, config.seq_len, config.batch_size, self.device):
+                total += float(self.model(x, y)) * y.numel()
+                count += y.numel()
+        return total / count
+
+    def fit(self) -> Iterator[dict[str, Any]]:
+        """Train to the last step, yielding each step's metrics.
+
+        Only the step is on the clock, the device synchronised at both ends; measures, validation and whatever the
+        caller does with the metrics are not. `loss` is the loss before the step's update, `step` counts from 0.
+
+        Raises:
+            Diverged: the loss is infinite or not a number.
+        """
+        config = self.config
+        while self.steps_done < config.steps:
+            number, last = self.steps_done, self.steps_done == config.steps - 1
+            measure = last or number % config.measure_every == 0
+            metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
+            if measure and self.seen is not None:
+                x, _ = self.batches.at(number * config.grad_accum_steps)
+                metrics["loss_unseen"] = diagnostics.loss_unseen(self.model, x, self.seen)
+            runtime.synchronize(self.device)
+            start = time.perf_counter()
+            loss = self.step()
+            runtime.synchronize(self.device)
+            seconds = time.perf_counter() - start
+            self.step_seconds.append(seconds)
+            metrics |= {
+                "loss": float(loss),
+                "tokens": self.steps_done * config.tokens_per_step,
+                "step_ms": seconds * 1e3,
+                "tokens_per_second": config.tokens_per_step / seconds,
+            }
+            if not math.isfinite(metrics["loss"]):
+                raise Diverged(number, metrics["loss"])
+            if measure:
+                metrics["grad_norm"] = diagnostics.grad_norm(self.model)
+            due = config.eval_every and self.steps_done % config.eval_every == 0
+            if self.validation is not None and (last or due):
+                metrics["val_loss"] = self.evaluate()
+            yield metrics
+
+    def timing(self) -> dict[str, Any]:
+        """Step times of the run so far, its first `warmup_steps` left out but never the last step.
+
+        `tokens_per_second` is that of the median step, so that one slow step does not colour the figure.
+        """
+        if not self.step_seconds:
+            return {"step_ms": None, "first_step_ms": None, "tokens_per_second": None, "timed_steps": 0}
+        kept = self.step_seconds[min(self.config.warmup_steps, len(self.step_seconds) - 1) :]
+        median = statistics.median(kept)
+        deciles = statistics.quantiles(kept, n=10, method="inclusive") if len(kept) > 1 else [median] * 9
+        return {
+            "step_ms": {"median": median * 1e3, "p10": deciles[0] * 1e3, "p90": deciles[8] * 1e3},
+            "first_step_ms": self.step_seconds[0] * 1e3,
+            "tokens_per_second": self.config.tokens_per_step / median,
+            "timed_steps": len(kept),
+        }
