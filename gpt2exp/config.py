@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -414,7 +414,7 @@ def check_key(key: str, value: object) -> None:
     raise BadRequest(f"{key}={show(value)}: no such key; {hint}")
 
 
-def parse(plain: Mapping[str, Any]) -> RunConfig:
+def parse(plain: Any) -> RunConfig:
     """A composed configuration, as plain dicts or an OmegaConf node, as a checked `RunConfig`.
 
     Raises:
@@ -423,9 +423,8 @@ def parse(plain: Mapping[str, Any]) -> RunConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    loaded = OmegaConf.create(dict(plain)) if not OmegaConf.is_config(plain) else plain
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), loaded)
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise BadRequest(explain(error)) from error

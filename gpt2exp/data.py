@@ -13,30 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gpt2exp.config import BadRequest, DataConfig, DataOrder, TrainConfig
-
-Tokens = npt.NDArray[np.uint16]
+from gpt2exp.config import DataOrder, TrainConfig
+from gpt2exp.tokens import Tokens
 
 
 def split(tokens: Tokens, val_fraction: float) -> tuple[Tokens, Tokens]:
     """Training tokens and, from the end of the text, `val_fraction` of it for validation."""
     cut = len(tokens) - round(len(tokens) * val_fraction)
     return tokens[:cut], tokens[cut:]
-
-
-def check_fits(tokens: int, data: DataConfig, train: TrainConfig) -> None:
-    """Raise `BadRequest` if one micro-batch, or one validation window, is larger than its part of the data."""
-    val = round(tokens * data.val_fraction)
-    need = train.tokens_per_micro_batch + 1  # the last input needs a target
-    if tokens - val < need:
-        most = (tokens - val - 1) // train.seq_len
-        remedy = f"try train.batch_size={most}" if most else f"try train.seq_len={max(1, tokens - val - 1)}"
-        size = f"a batch of {train.batch_size} x {train.seq_len} + 1 = {need:,} tokens is larger than the data"
-        raise BadRequest(f"train.batch_size={train.batch_size}: {size}, {tokens - val:,} training tokens; {remedy}")
-    if val and val < train.seq_len + 1:
-        why = f"leaves {val:,} tokens, too few for one window of train.seq_len={train.seq_len} and its target"
-        enough = min(0.5, round((train.seq_len + 2) / tokens + 0.005, 2))
-        raise BadRequest(f"data.val_fraction={data.val_fraction}: {why}; try data.val_fraction={enough} or 0")
 
 
 class Batches:
@@ -82,14 +66,11 @@ def validation_windows(
         yield gather(tokens, windows[start : start + batch_size], seq_len, device)
 
 
-def gather(
-    tokens: Tokens, windows: npt.NDArray[np.int64], seq_len: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def gather(tokens: Tokens, windows: npt.NDArray[np.int64], seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of `seq_len` + 1 tokens from each window's start, as inputs and targets (B, T) on `device`."""
     rows = windows[:, None] * seq_len + np.arange(seq_len + 1)
     batch = torch.from_numpy(tokens[rows].astype(np.int64))
-    if device.type == "cuda":  # pinned memory lets the copy run beside the computation
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    else:
-        batch = batch.to(device)
+    if device.type == "cuda":
+        batch = batch.pin_memory()  # lets the copy run beside the computation
+    batch = batch.to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:]

@@ -84,51 +84,69 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
-class GPT(nn.Module):
-    """Token and position embeddings, the blocks, a last LayerNorm, and the head over the vocabulary.
+def _look_up(weight: Tensor, idx: Tensor) -> Tensor:
+    """Rows `idx` of a tied embedding, whose backward adds the rows' gradient straight into `weight.grad`.
 
-    The weights are memory as found until `initialise` fills them.
+    Autograd would fill a dense gradient of all V rows for the look-up and add it to the head's: at small batches a
+    fifth of a CPU step. The head is the last layer, so its gradient is in `weight.grad` long before this one runs;
+    were it not, the addition would only come first. Invisible to `torch.autograd.grad` and to hooks on `weight`.
     """
+    rows = F.embedding(idx, weight.detach())
+    if torch.is_grad_enabled():
+
+        def add(gradient: Tensor) -> None:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad.index_add_(0, idx.reshape(-1), gradient.reshape(-1, gradient.size(-1)))
+
+        rows.requires_grad_().register_hook(add)
+    return rows
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the blocks, and a last LayerNorm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.gradient_in_place = False
+        """See `_look_up`: for a caller that trains by `loss.backward()` alone and ties the weights."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Tokens (B, T) to what the head reads, (B, T, C)."""
+        *_, x = self.stream(idx)
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def stream(self, idx: Tensor) -> Iterator[Tensor]:
+        """The residual stream (B, T, C) as embedded, then after each block."""
+        x = self.wte(idx) if not self.gradient_in_place else _look_up(self.wte.weight, idx)
+        x = x + self.wpe(torch.arange(idx.size(1), device=idx.device))
+        yield x
+        for block in self.h:
+            x = block(x)
+            yield x
+
+
+class GPT(nn.Module):
+    """The transformer and the head over the vocabulary. The weights are memory as found until `initialise`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": Embedding(config.vocab_size, config.n_embd),
-                "wpe": Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                "ln_f": nn.LayerNorm(config.n_embd),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # one tensor, used twice; both gradients add
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T); with targets (B, T), their mean cross-entropy in nats instead."""
-        logits = self.lm_head(self.transformer.ln_f(list(self.stream(idx))[-1]))
+        logits: Tensor = self.lm_head(self.transformer(idx))
         if targets is None:
-            return logits  # type: ignore[no-any-return]
+            return logits
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
-
-    def stream(self, idx: Tensor) -> Iterator[Tensor]:
-        """The residual stream (B, T, C) as embedded, then after each block."""
-        x = self.embed(idx) + self.transformer.wpe(torch.arange(idx.size(1), device=idx.device))
-        yield x
-        for block in self.transformer.h:
-            x = block(x)
-            yield x
-
-    def embed(self, idx: Tensor) -> Tensor:
-        """Token embeddings (B, T, C).
-
-        Tied and in eager mode, the look-up's gradient is sparse: only the rows of the batch's tokens are added to the
-        head's gradient, where a dense one would fill and add all V rows again.
-        """
-        wte = self.transformer.wte
-        sparse = self.config.tie_weights and not torch.compiler.is_compiling()
-        return F.embedding(idx, wte.weight, sparse=sparse)
 
 
 def initialise(model: GPT, config: InitConfig, seed: int) -> None:
@@ -157,15 +175,14 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
 
     def fill(name: str, parameter: Tensor, kind: str, scale: float) -> None:
         generator = torch.Generator().manual_seed(_seed_of(name, seed))
-        value = torch.empty(parameter.shape)
+        value = parameter.data if parameter.device.type == "cpu" else torch.empty(parameter.shape)
         if kind == "normal":
             value.normal_(0.0, scale, generator=generator)
         elif kind == "uniform":
             value.uniform_(-scale, scale, generator=generator)
         else:
             value.fill_(scale)
-        with torch.no_grad():
-            parameter.copy_(value)
+        parameter.data.copy_(value)  # nothing to do where they are one
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda draw: fill(*draw), draws))

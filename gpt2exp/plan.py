@@ -172,7 +172,9 @@ def _check_type(key: str, value: Any) -> None:
 
 
 def _compose(loader: ConfigLoader, name: str, texts: list[str], extra: list[str], *, multirun: bool) -> Plan:
-    master = loader.load_configuration(name, [*texts, *extra], run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
+    master = loader.load_configuration(
+        name, [*texts, *extra], run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False
+    )
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
     if not multirun:
         for override in _parse(loader, texts):
@@ -213,7 +215,7 @@ def _jobs(loader: ConfigLoader, master: DictConfig, texts: list[str]) -> Iterato
 
 
 def _run_config(config: DictConfig) -> RunConfig:
-    return parse({key: config._get_node(key) for key in config if key != "hydra"})
+    return parse({str(key): config._get_node(key) for key in config if key != "hydra"})
 
 
 def claim(plan: Plan) -> None:
@@ -229,7 +231,9 @@ def claim(plan: Plan) -> None:
     except OSError as error:
         raise BadRequest(f"{key}={plan.folder}: {error.strerror}; choose a folder that can be written") from error
     if occupied:
-        raise BadRequest(f"{key}={plan.folder}: already holds files; choose a new folder, results are never overwritten")
+        raise BadRequest(
+            f"{key}={plan.folder}: already holds files; choose a new folder, results are never overwritten"
+        )
 
 
 def forget_hydra() -> None:

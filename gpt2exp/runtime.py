@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -100,11 +101,11 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu" and sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0) if hasattr(ctypes.CDLL(None), "malloc_trim") else None
-        try:
+        # glibc: give back what earlier jobs left; elsewhere there is nothing to give
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(OSError):  # a sandbox without it: the peak is then the process's own
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc(5)
-        except OSError:
-            pass  # a sandbox without it: the peak is then the process's own
 
 
 def peak_memory(device: torch.device) -> int:
@@ -113,12 +114,10 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
-    try:
+    with contextlib.suppress(OSError):
         found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
         if found:
             return int(found[1]) * 1024
-    except OSError:
-        pass
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,18 +11,19 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpt2exp import assets
-from gpt2exp.config import BadRequest, DataConfig, DataName
+from gpt2exp.config import BadRequest, DataConfig, DataName, TrainConfig
 from gpt2exp.files import replacing, write_json
 
 if TYPE_CHECKING:
     import tiktoken
 
+Tokens = npt.NDArray[np.uint16]
 END_OF_TEXT = 50256
 """`<|endoftext|>`: placed between the files of a folder."""
 
@@ -39,7 +40,13 @@ class TokenFile:
     distinct_tokens: int
     max_token: int
 
-    def map(self) -> npt.NDArray[np.uint16]:
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the record."""
+        known = {"name": self.name, "sha256": self.sha256}
+        return known | {"tokens": self.tokens, "distinct_tokens": self.distinct_tokens}
+
+    def map(self) -> Tokens:
         """The tokens, (tokens,), memory-mapped read-only."""
         return np.memmap(self.path, dtype="<u2", mode="r")
 
@@ -67,6 +74,21 @@ def prepare(config: DataConfig) -> TokenFile:
         digest.update(hashlib.sha256(document).digest() if len(documents) > 1 else document)
     name = Path(str(config.path)).name
     return _cached(digest.hexdigest(), name) or _tokenise(documents, name, digest.hexdigest())
+
+
+def check_fits(tokens: int, data: DataConfig, train: TrainConfig) -> None:
+    """Raise `BadRequest` if one micro-batch, or one validation window, is larger than its part of the data."""
+    val = round(tokens * data.val_fraction)
+    need = train.tokens_per_micro_batch + 1  # the last input needs a target
+    if tokens - val < need:
+        most = (tokens - val - 1) // train.seq_len
+        remedy = f"try train.batch_size={most}" if most else f"try train.seq_len={max(1, tokens - val - 1)}"
+        size = f"a batch of {train.batch_size} x {train.seq_len} + 1 = {need:,} tokens is larger than the data"
+        raise BadRequest(f"train.batch_size={train.batch_size}: {size}, {tokens - val:,} training tokens; {remedy}")
+    if val and val < train.seq_len + 1:
+        why = f"leaves {val:,} tokens, too few for one window of train.seq_len={train.seq_len} and its target"
+        enough = min(0.5, round((train.seq_len + 2) / tokens + 0.005, 2))
+        raise BadRequest(f"data.val_fraction={data.val_fraction}: {why}; try data.val_fraction={enough} or 0")
 
 
 def _read(path: Path) -> list[bytes]:
@@ -114,7 +136,7 @@ def _cached(sha256: str, name: str) -> TokenFile | None:
 
 def _tokenise(documents: list[bytes], name: str, sha256: str) -> TokenFile:
     encoding = gpt2_encoding()
-    parts = []
+    parts: list[Tokens] = []
     for document in documents:
         if parts:
             parts.append(np.array([END_OF_TEXT], dtype="<u2"))
@@ -140,7 +162,7 @@ def _tokenise(documents: list[bytes], name: str, sha256: str) -> TokenFile:
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """tiktoken's own `gpt2` encoding, its two files taken from our verified store, also offline."""
+    """Tiktoken's own `gpt2` encoding, its two files taken from our verified store, also offline."""
     import tiktoken
 
     # tiktoken looks in this folder for files named by the sha1 of their address

@@ -17,13 +17,14 @@ from torch import Tensor
 from gpt2exp import data, diagnostics, optim, runtime
 from gpt2exp.config import OptimizerConfig, TrainConfig
 from gpt2exp.model import GPT
+from gpt2exp.tokens import Tokens
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number; `step` says at which step."""
+    """The loss or the gradient is no longer a finite number; `step` says at which step."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"the loss became {loss} at step {step}")
+    def __init__(self, step: int, what: str, value: float) -> None:
+        super().__init__(f"{what} became {value} at step {step}")
         self.step = step
 
 
@@ -38,11 +39,12 @@ class Trainer:
         optimizer: OptimizerConfig,
         *,
         seen: Tensor | None = None,
-        validation: data.Tokens | None = None,
+        validation: Tokens | None = None,
     ) -> None:
         """`seen` (S,): ids that occur in the data, for `loss_unseen`; `validation`: tokens held out, if any."""
         self.model, self.batches, self.config, self.optimizer_config = model, batches, train, optimizer
         self.optimizer = optim.build(model, optimizer)
+        model.transformer.gradient_in_place = model.config.tie_weights
         self.seen, self.validation = seen, validation
         self.steps_done = 0
         self.step_seconds: list[float] = []
@@ -98,7 +100,7 @@ class Trainer:
         caller does with the metrics are not. `loss` is the loss before the step's update, `step` counts from 0.
 
         Raises:
-            Diverged: the loss is infinite or not a number.
+            Diverged: the loss, or the gradient's norm where it is measured, is infinite or not a number.
         """
         config = self.config
         while self.steps_done < config.steps:
@@ -120,10 +122,11 @@ class Trainer:
                 "step_ms": seconds * 1e3,
                 "tokens_per_second": config.tokens_per_step / seconds,
             }
-            if not math.isfinite(metrics["loss"]):
-                raise Diverged(number, metrics["loss"])
             if measure:
                 metrics["grad_norm"] = diagnostics.grad_norm(self.model)
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(metrics.get(name, 0.0)):
+                    raise Diverged(number, name, metrics[name])
             due = config.eval_every and self.steps_done % config.eval_every == 0
             if self.validation is not None and (last or due):
                 metrics["val_loss"] = self.evaluate()

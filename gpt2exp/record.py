@@ -1,0 +1,117 @@
+"""The readable half of a run: what its folder holds, every file of it plain JSON.
+
+`metrics.jsonl` grows by a line a step, `status.json` says how far the run came, `summary.json` is what comparisons
+read. The local files are the record; wandb mirrors them (gpt2exp.mirror). No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gpt2exp.files import write_json
+
+LAST = 10
+"""Steps behind `loss_mean_last10`."""
+MEASURED = ("step_ms", "first_step_ms", "tokens_per_second", "timed_steps", "mfu", "peak_memory_bytes")
+"""The summary's fields about speed and memory, null until measured."""
+
+
+class Record:
+    """Writes a run's files as it goes; `finish` closes it with a state."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any], *, began: float) -> None:
+        """`facts` open the summary, more may be added; `began`: `time.monotonic()` when the run's time began."""
+        self.folder, self.facts, self.began = folder, facts, began
+        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)
+        """What the run measured of itself so far, `MEASURED` by name."""
+        self.metrics: list[dict[str, Any]] = []
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._training_began: float | None = None
+        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        write_status(folder, "running", 0)
+
+    def training_begins(self) -> None:
+        """Everything before this moment is start-up."""
+        self._training_began = time.monotonic()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Append one step's metrics."""
+        self.metrics.append(metrics)
+        self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._file.flush()
+        write_status(self.folder, "running", len(self.metrics))
+
+    def finish(self, state: str, error: str | None = None) -> dict[str, Any]:
+        """Write `summary.json`, then `status.json` with the final state (done, failed, diverged, interrupted)."""
+        now = time.monotonic()
+        trained_from = now if self._training_began is None else self._training_began
+        wall = {"startup": trained_from - self.began, "train": now - trained_from, "total": now - self.began}
+        summary = {
+            "state": state,
+            "error": error,
+            **self.facts,
+            **losses(self.metrics),
+            "steps": len(self.metrics),
+            "tokens": self.metrics[-1]["tokens"] if self.metrics else 0,
+            **self.measured,
+            "wall_seconds": {name: round(seconds, 3) for name, seconds in wall.items()},
+            "started": self._started,
+        }
+        self._file.close()
+        write_json(self.folder / "summary.json", summary)
+        write_status(self.folder, state, len(self.metrics), error)
+        return summary
+
+
+def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
+    """`status.json`: the state, steps done, the error if any, and whose process it is."""
+    status = {"state": state, "step": step, "error": error, "pid": os.getpid(), "updated": time.time()}
+    write_json(folder / "status.json", status)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """`status.json` of a run folder; a state of `missing` where there is none to read."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        return status if isinstance(status, dict) else {"state": "missing", "step": 0, "error": None}
+    except (OSError, ValueError):
+        return {"state": "missing", "step": 0, "error": None}
+
+
+def losses(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The summary's losses from the steps' metrics, each null where nothing was measured."""
+    loss = [row["loss"] for row in metrics]
+    unseen = [row["loss_unseen"] for row in metrics if "loss_unseen" in row]
+    val = [row["val_loss"] for row in metrics if "val_loss" in row]
+    return {
+        "loss_first": loss[0] if loss else None,
+        "loss_last": loss[-1] if loss else None,
+        "loss_mean_last10": statistics.fmean(loss[-LAST:]) if loss else None,
+        "val_loss": val[-1] if val else None,
+        "loss_unseen_first": unseen[0] if unseen else None,
+        "loss_unseen_last": unseen[-1] if unseen else None,
+    }
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names."""
+    found = {path.parent.parent for path in folder.glob("**/.hydra/config.yaml")}
+    return sorted(found)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """`summary.json` of a run folder.
+
+    Raises:
+        OSError, ValueError: there is none, or it is no summary.
+    """
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if not isinstance(summary, dict):
+        raise ValueError(f"{folder / 'summary.json'} is no summary")
+    return summary

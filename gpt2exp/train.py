@@ -1,0 +1,331 @@
+"""The command `gpt2exp`: compose, check, build, fit, summarise.
+
+A request goes one way: `plan.make` composes and checks every job of it without torch and without writing; the token
+file is made ready; Hydra runs `job` for each; the exit code is read off the folders. Nothing imports this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from gpt2exp import estimate, help, plan, record, tokens, view
+from gpt2exp.assets import AssetError
+from gpt2exp.config import BadRequest, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpt2exp.mirror import Mirror
+    from gpt2exp.precision import Precision
+
+BEGAN = time.monotonic()
+"""When this process began, near enough: the first job's start-up counts from here."""
+
+log = logging.getLogger("gpt2exp")
+
+
+def main() -> None:
+    """The console script."""
+    code = command(sys.argv[1:])
+    gc.freeze()  # the interpreter's last collection would walk all of torch for half a second
+    sys.exit(code)
+
+
+def command(argv: list[str]) -> int:
+    """Carry out a command line; the exit code: 0 done, 1 a run failed, 2 a bad request, 130/143 interrupted."""
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    view.show_warnings(traces=full_error)
+    args = get_args_parser().parse_args(argv)
+    if args.help:
+        view.terminal().print(help.text(), markup=False)
+        return 0
+    try:
+        with _terminable():
+            return _carry_out(args, argv)
+    except BadRequest as error:
+        if full_error:
+            raise
+        view.refuse(str(error))
+        return 2
+    except AssetError as error:
+        if full_error:
+            raise
+        view.refuse(str(error))
+        return 1
+    except KeyboardInterrupt as interrupt:
+        return 143 if isinstance(interrupt, Terminated) else 130
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, met like Ctrl-C: what runs is closed properly."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def raise_it(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
+    request = plan.make(args)
+    if args.cfg or args.info or args.hydra_help or args.shell_completion:
+        _hydra(argv)
+        return 0
+    _make_ready(request)
+    if request.jobs[0].config.dry_run:
+        view.terminal().print(view.plan_table([_dry_row(job) for job in request.jobs]))
+        return 0
+    plan.claim(request)
+    _hydra([*argv, request.folder_override])
+    return _outcome(request)
+
+
+def _hydra(argv: list[str]) -> None:
+    """Hydra's own main over `job`, its exceptions let through to us instead of ending the process."""
+    sys.argv[1:] = argv
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(config_path=f"pkg://{plan.CONF}", config_name="config", version_base="1.3")(job)()
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _make_ready(request: plan.Plan) -> None:
+    """Fetch and tokenise every text of the request, and refuse what does not fit it or this machine."""
+    for config in (job.config for job in request.jobs):
+        _check_text(config, tokens.prepare(config.data))
+        named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
+        strict = config.precision.name is PrecisionName.tf32 and config.precision.fallback is Fallback.error
+        if request.local and (named or strict):
+            from gpt2exp import precision, runtime
+
+            with precision.applied(config.precision, runtime.resolve_device(config.train.device)):
+                pass
+
+
+def _check_text(config: RunConfig, source: tokens.TokenFile) -> None:
+    tokens.check_fits(source.tokens, config.data, config.train)
+    if source.max_token >= config.model.vocab_size:
+        why = f"token {source.max_token} of {source.name} needs at least {source.max_token + 1}"
+        raise BadRequest(f"model.vocab_size={config.model.vocab_size}: {why}; try model.vocab_size=50257")
+
+
+def _dry_row(job: plan.Job) -> dict[str, str]:
+    from gpt2exp import precision, runtime
+
+    config = job.config
+    device = runtime.resolve_device(config.train.device)
+    with precision.applied(config.precision, device) as got:
+        need = estimate.memory(config, on_cpu=device.type == "cpu", unfused_attention=got.emulated)
+    return {
+        "run": " ".join(job.overrides) or "defaults",
+        "parameters": f"{config.model.parameters['total']:,}",
+        "steps": f"{config.train.steps:,}",
+        "tokens": f"{config.train.steps * config.train.tokens_per_step:,}",
+        "memory GiB": f"{need / 2**30:.2f}",
+        "precision": f"{got.requested}: {got.effective}{' emulated' if got.emulated else ''} on {device.type}",
+    }
+
+
+def job(cfg: DictConfig) -> None:
+    """Hydra's task: one run, in the folder Hydra made. Records every outcome; raises only what should end a sweep."""
+    view.show_warnings()  # in a process that another launcher started
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    config = parse(cfg)
+    sweep = Path(hydra_config.sweep.dir) if hydra_config.mode == hydra.types.RunMode.MULTIRUN else None
+    if sweep is not None:
+        _name_in_sweep(folder, sweep)
+        if config.sweep.fail_fast and _failed_before(sweep):
+            return
+    if config.sweep.isolate and sweep is not None:
+        _in_own_process(folder)
+    else:
+        run(folder, BEGAN if sweep is None or hydra_config.job.num == 0 else time.monotonic())
+
+
+def _name_in_sweep(folder: Path, sweep: Path) -> None:
+    """Leave word of the sweep in the run's own folder, where any launcher's process and a later reader find it."""
+    (folder / ".hydra" / "sweep").write_text(sweep.name)
+
+
+def _failed_before(sweep: Path) -> bool:
+    return any(record.read_status(folder)["state"] in ("failed", "diverged") for folder in record.runs_below(sweep))
+
+
+def _in_own_process(folder: Path) -> None:
+    code = subprocess.run([sys.executable, "-m", "gpt2exp.isolated", str(folder)], check=False).returncode
+    status = record.read_status(folder)
+    if status["state"] in ("running", "missing"):  # it had no chance to say so itself
+        cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        hint = "; the system may have run out of memory, try a smaller train.batch_size" if code == -9 else ""
+        record.write_status(folder, "failed", status["step"], f"the job's process ended: {cause}{hint}")
+    if code in (130, 143):
+        raise KeyboardInterrupt
+
+
+def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
+    """Train as the configuration in `folder`/.hydra says and return the summary; failures are recorded, not raised.
+
+    Raises:
+        KeyboardInterrupt: after the run was recorded as interrupted.
+    """
+    config = parse(dict(OmegaConf.load(folder / ".hydra" / "config.yaml")))
+    overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
+    word = folder / ".hydra" / "sweep"
+    sweep = word.read_text() if word.exists() else None
+    from gpt2exp import mirror
+
+    facts = {"overrides": overrides, "config": plain(config), "seed": config.seed}
+    files = record.Record(folder, facts, began=began)
+    name = config.wandb.name or ",".join(overrides) or "defaults"
+    about = {"name": name[:128], "group": config.wandb.group or sweep, "tags": config.wandb.tags}
+    wandb = mirror.Mirror(config.wandb, folder, {"config": facts["config"], **about})
+    title = " ".join(["gpt2exp", *overrides])
+    interrupt: KeyboardInterrupt | None = None
+    with view.View(folder, config, title if sweep is None else f"{folder.name}: {title}") as shown:
+        try:
+            _train(config, files, wandb, shown)
+            state, error = "done", None
+        except KeyboardInterrupt as stop:
+            state, error, interrupt = "interrupted", "stopped by a signal", stop
+        except Exception as problem:
+            state, error = _classify(problem, config)
+            log.error("%s", error, exc_info=True)
+        summary = files.finish(state, error)
+        shown.close(summary, folder, wandb.finish(_for_wandb(summary), failed=state != "done"))
+    if interrupt is not None:
+        raise interrupt
+    return summary
+
+
+def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.View) -> None:
+    import torch
+
+    from gpt2exp import data, diagnostics, model, precision, runtime, trainer
+
+    runtime.keep_freed_memory()
+    device = runtime.resolve_device(config.train.device)
+    runtime.reset_peak_memory(device)
+    source = tokens.prepare(config.data)
+    _check_text(config, source)
+    train_tokens, val_tokens = data.split(source.map(), config.data.val_fraction)
+    with precision.applied(config.precision, device) as got:
+        need = estimate.memory(config, on_cpu=device.type == "cpu", unfused_attention=got.emulated)
+        files.facts |= {
+            "parameters": config.model.parameters,
+            "flops_per_token": config.model.flops_per_token(config.train.seq_len),
+            "precision": got.as_dict(),
+            "data": source.facts | {"train_tokens": len(train_tokens), "val_tokens": len(val_tokens)},
+            "device": f"{device.type}: {runtime.device_name(device)}",
+            "threads": torch.get_num_threads(),
+            "estimated_memory_bytes": need,
+            "environment": runtime.environment_overrides(),
+            **runtime.facts(),
+        }
+        shown.header(files.facts, files.folder)
+        with torch.device(device):
+            gpt = model.GPT(config.model)
+        model.initialise(gpt, config.init, config.seed)
+        diagnostics.check_init(gpt, config.init)
+        job = trainer.Trainer(
+            gpt,
+            data.Batches(train_tokens, config.train, config.data.order, config.seed, device),
+            config.train,
+            config.optimizer,
+            seen=torch.from_numpy(source.seen()).to(device),
+            validation=val_tokens if len(val_tokens) else None,
+        )
+        shown.rows({"wandb    ": wandb.ready()})
+        wandb.describe({"facts": _for_wandb(files.facts)})
+        files.training_begins()
+        for metrics in job.fit():
+            files.step(metrics)
+            shown.step(metrics)
+            if metrics["step"] % config.train.log_every == 0 or metrics["step"] == config.train.steps - 1:
+                wandb.log(metrics)
+            files.measured |= {**job.timing(), "peak_memory_bytes": runtime.peak_memory(device)}
+        files.measured["mfu"] = _mfu(config, device, got, files.measured["tokens_per_second"])
+
+
+def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_second: float) -> float | None:
+    from gpt2exp import runtime
+
+    peak = runtime.peak_flops(runtime.device_name(device), got.effective) if device.type == "cuda" else None
+    if peak is None or got.emulated:
+        return None
+    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / peak
+
+
+def _classify(problem: Exception, config: RunConfig) -> tuple[str, str]:
+    """The state and the one line that an exception leaves."""
+    import torch
+
+    from gpt2exp.trainer import Diverged
+
+    text = str(problem).strip().splitlines()
+    line = text[0] if text else type(problem).__name__
+    if isinstance(problem, Diverged):
+        return "diverged", line
+    memory = isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(problem)
+    if memory:
+        half = max(1, config.train.batch_size // 2)
+        return "failed", f"out of memory; try train.batch_size={half} train.grad_accum_steps=2"
+    if isinstance(problem, (BadRequest, AssetError)):
+        return "failed", line
+    return "failed", f"{type(problem).__name__}: {line}"
+
+
+def _for_wandb(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what wandb already has as the run's config, and what a summary there cannot show."""
+    return {key: value for key, value in values.items() if key not in ("config", "overrides", "started")}
+
+
+def _outcome(request: plan.Plan) -> int:
+    """The sweep's table if it was one, and the exit code, both from what the folders say."""
+    folders = record.runs_below(request.folder)
+    rows = [_row(folder, request.folder) for folder in folders]
+    done = sum(row["state"] == "done" for row in rows)
+    if request.multirun:
+        view.terminal().print(view.runs_table(rows, f"{done} of {len(request.jobs)} runs done in {request.folder}"))
+        for row in rows:
+            if row["state"] != "done":
+                view.refuse(f"{row['name']}: {row['state']}: {row.get('error')}")
+    return 0 if done == len(rows) and rows else 1
+
+
+def _row(folder: Path, above: Path) -> dict[str, Any]:
+    name = str(folder.relative_to(above)) if folder != above else folder.name
+    try:
+        return {"name": name, **record.read_summary(folder)}
+    except (OSError, ValueError):
+        return {"name": name, **record.read_status(folder)}
+
+
+if __name__ == "__main__":
+    main()

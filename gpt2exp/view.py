@@ -1,0 +1,238 @@
+"""What people see: the header, a line a step, the closing table; the same text goes to `run.log`. No torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from gpt2exp.config import RunConfig
+
+log = logging.getLogger("gpt2exp")
+
+
+class _Lines(logging.Handler):
+    """Warnings and errors as lines of a console, an error's traceback too where asked for."""
+
+    def __init__(self, console: Console, *, traces: bool) -> None:
+        super().__init__(logging.WARNING)
+        self.console, self.traces = console, traces
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        self.console.print(Text(line, style="yellow"), soft_wrap=True)
+        if self.traces and record.exc_info:
+            self.console.print(Text(logging.Formatter().formatException(record.exc_info)), soft_wrap=True)
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """The console of this process; piped, it has no colour and room for every line of ours."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
+    return console
+
+
+def show_warnings(*, traces: bool = False) -> None:
+    """Print the package's warnings on standard error, with tracebacks or not; a second call changes nothing."""
+    log.propagate = False
+    if not any(isinstance(handler, _Lines) for handler in log.handlers):
+        log.addHandler(_Lines(terminal(stderr=True), traces=traces))
+
+
+class View:
+    """One run on the terminal and in `run.log`: a context in which `step` may be called."""
+
+    def __init__(self, folder: Path, config: RunConfig, title: str) -> None:
+        """`title` heads the run: which job of how many, and its overrides."""
+        self.config, self.title = config, title
+        self.console = terminal()
+        self._file: TextIO = (folder / "run.log").open("a", encoding="utf-8")
+        self._log = Console(file=self._file, width=110, highlight=False)
+        self._handler = _Lines(self._log, traces=True)
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> View:
+        log.addHandler(self._handler)
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self.console, transient=True)
+            self._task = self._progress.add_task("training", total=self.config.train.steps, visible=False)
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_progress()
+        log.removeHandler(self._handler)
+        self._file.close()
+
+    def _end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def print(self, *renderables: RenderableType) -> None:
+        """To the terminal and to `run.log`."""
+        for renderable in renderables:
+            self.console.print(renderable)
+            self._log.print(renderable)
+        self._file.flush()
+
+    def rows(self, rows: dict[str, str]) -> None:
+        """Labelled lines: a grid on a terminal, one unbroken line each where a program may read them."""
+        width = max(map(len, rows))
+        for console in (self.console, self._log):
+            if console.is_terminal:
+                console.print(_grid(rows))
+                continue
+            for label, text in rows.items():
+                console.print(Text(f"{label:<{width}}  {text}"), soft_wrap=True)
+        self._file.flush()
+
+    def header(self, facts: dict[str, Any], folder: Path) -> None:
+        """What is about to run."""
+        config, model, train = self.config, self.config.model, self.config.train
+        parameters, precision, data = facts["parameters"], facts["precision"], facts["data"]
+        emulated = " (emulated: its speed is not a hardware speed)" if precision["emulated"] else ""
+        batch = f"{train.batch_size} x {train.seq_len} tokens"
+        if train.grad_accum_steps > 1:
+            batch += f" x {train.grad_accum_steps} micro-batches"
+        per_epoch = data["train_tokens"] // train.tokens_per_step
+        rows = {
+            "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
+            f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {config.init.scheme.value}, "
+            f"residual scaling {'on' if config.init.residual_scaling else 'off'}, seed {config.seed}",
+            "device": f"{facts['device']}, {facts['threads']} threads; about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed",
+            "precision": f"{precision['requested']} requested, {precision['effective']}{emulated}: "
+            f"a matrix product is off by {precision['matmul_relative_error']:.1e}",
+            "data": f"{data['name']}: {data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} to validate, "
+            f"{data['distinct_tokens']:,} of {model.vocab_size:,} ids occur",
+            "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
+            "folder": short(folder),
+        }
+        self.print(Text(self.title, style="bold"))
+        self.rows(rows)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Count a step; print its line if one is due."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=metrics["step"] + 1, visible=True)
+        last = metrics["step"] + 1 == self.config.train.steps
+        if metrics["step"] % self.config.train.log_every == 0 or last or "val_loss" in metrics:
+            self.print(Text(step_line(metrics), no_wrap=True))
+
+    def close(self, summary: dict[str, Any], folder: Path, sync: Path | None) -> None:
+        """How it went."""
+        self._end_progress()
+        self.rows(closing_rows(summary, self.config, folder))
+        if sync is not None:  # one unbroken line, to be copied
+            self.console.print(Text(f"to upload: wandb sync {short(sync)}"), soft_wrap=True)
+            self._log.print(Text(f"to upload: wandb sync {sync}"), soft_wrap=True)
+
+
+def short(path: Path) -> str:
+    """A path as seen from the current folder where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def step_line(metrics: dict[str, Any]) -> str:
+    """The tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured."""
+    line = (
+        f"step {metrics['step']:5d} | loss {metrics['loss']:9.6f} | {metrics['step_ms']:9.2f} ms | "
+        f"{metrics['tokens_per_second']:11,.1f} tok/s"
+    )
+    for key, label in (("grad_norm", "norm"), ("loss_unseen", "unused tokens"), ("val_loss", "val loss")):
+        if key in metrics:
+            line += f" | {label} {metrics[key]:.4f}"
+    return line
+
+
+def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> dict[str, str]:
+    """The closing table of a run, label to text."""
+    rows = {"state": summary["state"] + (f": {summary['error']}" if summary["error"] else "")}
+    if summary["loss_first"] is not None:
+        expected = math.log(config.model.vocab_size)
+        rows["loss"] = (
+            f"{summary['loss_first']:.4f} → {summary['loss_last']:.4f}, mean of the last ten "
+            f"{summary['loss_mean_last10']:.4f} (a uniform guess costs ln {config.model.vocab_size} = {expected:.3f})"
+        )
+    if summary["val_loss"] is not None:
+        rows["validation loss"] = f"{summary['val_loss']:.4f}"
+    if summary["loss_unseen_first"] is not None:
+        gained = summary["loss_unseen_first"] - summary["loss_unseen_last"]
+        fall = summary["loss_first"] - summary["loss_last"]
+        share = f", {gained / fall:.0%} of the fall" if fall > 0 else ""
+        first, last = summary["loss_unseen_first"], summary["loss_unseen_last"]
+        rows["of it, tokens that never occur"] = f"{first:.4f} → {last:.4f}{share}"
+    if summary["tokens_per_second"] is not None:
+        ms = summary["step_ms"]
+        speed = f"{summary['tokens_per_second']:,.1f} tokens/s: median step {ms['median']:.1f} ms"
+        speed += f" (p10 {ms['p10']:.1f}, p90 {ms['p90']:.1f}, n={summary['timed_steps']}),"
+        speed += f" first step {summary['first_step_ms']:.0f} ms"
+        if summary["precision"]["emulated"]:
+            speed += "; emulated, not a hardware speed"
+        rows["speed"] = speed
+    if summary["mfu"] is not None:
+        rows["MFU"] = f"{summary['mfu']:.1%} of the device's {summary['precision']['effective']} peak"
+    if summary["peak_memory_bytes"]:
+        rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+    wall = summary["wall_seconds"]
+    rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
+    rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
+    return rows
+
+
+def runs_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
+    """The runs of a sweep, a row each."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    right = ("loss", "val loss", "tokens/s", "peak GiB")
+    for column in ("run", "state", "loss", "val loss", "tokens/s", "peak GiB", "precision"):
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        cells = [row["name"], row["state"]]
+        for key, form in (("loss_mean_last10", ".4f"), ("val_loss", ".4f"), ("tokens_per_second", ",.1f")):
+            cells.append("–" if row.get(key) is None else format(row[key], form))
+        peak = row.get("peak_memory_bytes")
+        cells.append("–" if peak is None else f"{peak / 2**30:.2f}")
+        precision = row.get("precision")
+        cells.append(
+            "–" if precision is None else precision["effective"] + (" emulated" if precision["emulated"] else "")
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def plan_table(rows: Sequence[dict[str, str]]) -> Table:
+    """The runs of a dry run: rows of the same columns."""
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("run", "precision") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row.values()))
+    return table
+
+
+def _grid(rows: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows.items():
+        table.add_row(label, Text(text))
+    return table
+
+
+def refuse(message: str) -> None:
+    """One line on standard error."""
+    print(f"gpt2exp: {message}", file=sys.stderr)
