@@ -99,7 +99,7 @@ def _look_up(weight: Tensor, idx: Tensor) -> Tensor:
                 weight.grad = torch.zeros_like(weight)
             weight.grad.index_add_(0, idx.reshape(-1), gradient.reshape(-1, gradient.size(-1)))
 
-        rows.requires_grad_().register_hook(add)
+        rows.requires_grad_().register_hook(add)  # type: ignore[no-untyped-call]
     return rows
 
 

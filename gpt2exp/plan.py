@@ -27,13 +27,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2exp.config import BadRequest, RunConfig, check_key, explain, parse, show
+from gpt2exp.files import write_json
+from gpt2exp.record import SWEEP
 
 CONF = "gpt2exp.conf"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -76,11 +77,17 @@ class Plan:
     local: bool
     """The jobs run on this machine, one after another."""
 
+    constant: tuple[str, ...] = ()
+    """Keys that every job of a sweep has alike: left out of its folder's name."""
+
     @property
-    def folder_override(self) -> str:
-        """Pins the folder on Hydra's command line, where `${folder_name:}` would be drawn anew."""
+    def pins(self) -> list[str]:
+        """Overrides for Hydra's command line: the folder, which `${folder_name:}` would draw anew, and job names."""
         quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
-        return f"hydra.{'sweep' if self.multirun else 'run'}.dir='{quoted}'"
+        pins = [f"hydra.{'sweep' if self.multirun else 'run'}.dir='{quoted}'"]
+        if self.multirun:
+            pins.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(self.constant)}]")
+        return pins
 
 
 def make(args: argparse.Namespace) -> Plan:
@@ -184,18 +191,21 @@ def _compose(loader: ConfigLoader, name: str, texts: list[str], extra: list[str]
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
     folder = Path(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir))
     basic = master.hydra.sweeper._target_ == BASIC_SWEEPER
+    constant: tuple[str, ...] = ()
     if multirun and basic:
-        jobs = tuple(_jobs(loader, master, texts))
+        axes = _axes(loader, master, texts)
+        jobs = tuple(_jobs(loader, master, axes))
+        constant = tuple(key.lstrip("+") for key, values in axes.items() if len(values) == 1)
     else:
         kept = [override.input_line or "" for override in _parse(loader, texts) if not override.is_sweep_override()]
         config = loader.load_configuration(name, [*kept, *extra], run_mode=RunMode.RUN)
         jobs = (Job(tuple(texts), _run_config(config)),)
     local = not multirun or master.hydra.launcher._target_ == BASIC_LAUNCHER
-    return Plan(jobs, multirun, folder, local)
+    return Plan(jobs, multirun, folder, local, constant)
 
 
-def _jobs(loader: ConfigLoader, master: DictConfig, texts: list[str]) -> Iterator[Job]:
-    """Every combination of a basic sweep, in the order in which Hydra's BasicSweeper runs them."""
+def _axes(loader: ConfigLoader, master: DictConfig, texts: list[str]) -> dict[str, list[str]]:
+    """The overrides of a basic sweep by key: one for a constant, several for an axis, a preset's before the user's."""
     preset = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
     axes: dict[str, list[str]] = {}
     for override in _parse(loader, preset) + _parse(loader, texts):
@@ -208,6 +218,11 @@ def _jobs(loader: ConfigLoader, master: DictConfig, texts: list[str]) -> Iterato
             axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
             axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+    return axes
+
+
+def _jobs(loader: ConfigLoader, master: DictConfig, axes: dict[str, list[str]]) -> Iterator[Job]:
+    """Every combination of the axes, in the order in which Hydra's BasicSweeper runs them."""
     for combination in itertools.product(*axes.values()):
         config = loader.load_sweep_config(master, list(combination))
         task = tuple(text for text in combination if not text.lstrip("+").startswith(("hydra.", "hydra/")))
@@ -218,8 +233,8 @@ def _run_config(config: DictConfig) -> RunConfig:
     return parse({str(key): config._get_node(key) for key in config if key != "hydra"})
 
 
-def claim(plan: Plan) -> None:
-    """Create the plan's folder, which must not hold anything yet.
+def claim(plan: Plan, argv: Sequence[str]) -> None:
+    """Create the plan's folder, which must not hold anything yet; a sweep's gets `sweep.json`, the request itself.
 
     Raises:
         BadRequest: it holds something, or cannot be created.
@@ -227,19 +242,14 @@ def claim(plan: Plan) -> None:
     key = f"hydra.{'sweep' if plan.multirun else 'run'}.dir"
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(plan.folder.iterdir())
+        if any(plan.folder.iterdir()):
+            why = "already holds files, and results are never overwritten"
+            raise BadRequest(f"{key}={plan.folder}: {why}; choose a new folder")
+        if plan.multirun:
+            write_json(plan.folder / SWEEP, {"argv": list(argv), "jobs": [list(job.overrides) for job in plan.jobs]})
     except OSError as error:
-        raise BadRequest(f"{key}={plan.folder}: {error.strerror}; choose a folder that can be written") from error
-    if occupied:
-        raise BadRequest(
-            f"{key}={plan.folder}: already holds files; choose a new folder, results are never overwritten"
-        )
-
-
-def forget_hydra() -> None:
-    """Let Hydra be initialised again: `hydra.main` and `compose` share one global."""
-    GlobalHydra.instance().clear()
-    Plugins.instance()
+        why = error.strerror or str(error)
+        raise BadRequest(f"{key}={plan.folder}: {why}; choose a folder that can be written") from error
 
 
 register()

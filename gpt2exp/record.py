@@ -6,6 +6,7 @@ read. The local files are the record; wandb mirrors them (gpt2exp.mirror). No to
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -16,6 +17,8 @@ from typing import Any
 
 from gpt2exp.files import write_json
 
+SWEEP = "sweep.json"
+"""In a sweep's folder: `argv` as typed and `jobs`, the overrides of each."""
 LAST = 10
 """Steps behind `loss_mean_last10`."""
 MEASURED = ("step_ms", "first_step_ms", "tokens_per_second", "timed_steps", "mfu", "peak_memory_bytes")
@@ -76,12 +79,12 @@ def write_status(folder: Path, state: str, step: int, error: str | None = None) 
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """`status.json` of a run folder; a state of `missing` where there is none to read."""
-    try:
+    """`status.json` of a run folder; the state is `not run` where there is none to read."""
+    with contextlib.suppress(OSError, ValueError):
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        return status if isinstance(status, dict) else {"state": "missing", "step": 0, "error": None}
-    except (OSError, ValueError):
-        return {"state": "missing", "step": 0, "error": None}
+        if isinstance(status, dict):
+            return status
+    return {"state": "not run", "step": 0, "error": None}
 
 
 def losses(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -115,3 +118,28 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise ValueError(f"{folder / 'summary.json'} is no summary")
     return summary
+
+
+def row(folder: Path, above: Path) -> dict[str, Any]:
+    """A run's summary, or where it left none its status, under its `name` as seen from `above`."""
+    name = str(folder.relative_to(above)) if folder != above else folder.name
+    try:
+        return {"name": name, **read_summary(folder)}
+    except (OSError, ValueError):
+        return {"name": name, **read_status(folder)}
+
+
+def sweep_of(folder: Path) -> Path | None:
+    """The sweep folder around a job's folder, if there is one."""
+    return next((above for above in folder.parents if (above / SWEEP).is_file()), None)
+
+
+def progress(sweep: Path, folder: Path) -> str:
+    """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the finished jobs' own times."""
+    jobs = len(json.loads((sweep / SWEEP).read_text(encoding="utf-8"))["jobs"])
+    others = [row(other, sweep) for other in runs_below(sweep) if other != folder]
+    done = [other["wall_seconds"]["total"] for other in others if "wall_seconds" in other]
+    text = f"job {len(others) + 1} of {jobs}"
+    if done:
+        text += f", about {statistics.fmean(done) * (jobs - len(done)):.0f} s left"
+    return text

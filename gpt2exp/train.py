@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -51,11 +51,12 @@ def command(argv: list[str]) -> int:
     """Carry out a command line; the exit code: 0 done, 1 a run failed, 2 a bad request, 130/143 interrupted."""
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     view.show_warnings(traces=full_error)
-    args = get_args_parser().parse_args(argv)
-    if args.help:
-        view.terminal().print(help.text(), markup=False)
-        return 0
+    argv = sorted(argv, key=lambda text: text not in ("-m", "--multirun"))  # argparse wants flags before overrides
     try:
+        args = _parser().parse_args(argv)
+        if args.help:
+            view.terminal().print(help.text(), markup=False)
+            return 0
         with _terminable():
             return _carry_out(args, argv)
     except BadRequest as error:
@@ -70,6 +71,16 @@ def command(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt as interrupt:
         return 143 if isinstance(interrupt, Terminated) else 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        raise BadRequest(f"{message}; gpt2exp --help shows what can be typed")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
 
 
 class Terminated(KeyboardInterrupt):
@@ -97,8 +108,8 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
     if request.jobs[0].config.dry_run:
         view.terminal().print(view.plan_table([_dry_row(job) for job in request.jobs]))
         return 0
-    plan.claim(request)
-    _hydra([*argv, request.folder_override])
+    plan.claim(request, argv)
+    _hydra([*argv, *request.pins])
     return _outcome(request)
 
 
@@ -158,20 +169,13 @@ def job(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     config = parse(cfg)
-    sweep = Path(hydra_config.sweep.dir) if hydra_config.mode == hydra.types.RunMode.MULTIRUN else None
-    if sweep is not None:
-        _name_in_sweep(folder, sweep)
-        if config.sweep.fail_fast and _failed_before(sweep):
-            return
-    if config.sweep.isolate and sweep is not None:
+    sweep = record.sweep_of(folder)
+    if sweep is not None and config.sweep.fail_fast and _failed_before(sweep):
+        return
+    if sweep is not None and config.sweep.isolate:
         _in_own_process(folder)
     else:
         run(folder, BEGAN if sweep is None or hydra_config.job.num == 0 else time.monotonic())
-
-
-def _name_in_sweep(folder: Path, sweep: Path) -> None:
-    """Leave word of the sweep in the run's own folder, where any launcher's process and a later reader find it."""
-    (folder / ".hydra" / "sweep").write_text(sweep.name)
 
 
 def _failed_before(sweep: Path) -> bool:
@@ -197,18 +201,17 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
     """
     config = parse(dict(OmegaConf.load(folder / ".hydra" / "config.yaml")))
     overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
-    word = folder / ".hydra" / "sweep"
-    sweep = word.read_text() if word.exists() else None
+    sweep = record.sweep_of(folder)
     from gpt2exp import mirror
 
     facts = {"overrides": overrides, "config": plain(config), "seed": config.seed}
     files = record.Record(folder, facts, began=began)
     name = config.wandb.name or ",".join(overrides) or "defaults"
-    about = {"name": name[:128], "group": config.wandb.group or sweep, "tags": config.wandb.tags}
+    about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
     wandb = mirror.Mirror(config.wandb, folder, {"config": facts["config"], **about})
-    title = " ".join(["gpt2exp", *overrides])
+    progress = record.progress(sweep, folder) if sweep else None
     interrupt: KeyboardInterrupt | None = None
-    with view.View(folder, config, title if sweep is None else f"{folder.name}: {title}") as shown:
+    with view.View(folder, config, overrides, progress) as shown:
         try:
             _train(config, files, wandb, shown)
             state, error = "done", None
@@ -308,23 +311,19 @@ def _for_wandb(values: dict[str, Any]) -> dict[str, Any]:
 
 def _outcome(request: plan.Plan) -> int:
     """The sweep's table if it was one, and the exit code, both from what the folders say."""
-    folders = record.runs_below(request.folder)
-    rows = [_row(folder, request.folder) for folder in folders]
+    rows = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
     done = sum(row["state"] == "done" for row in rows)
     if request.multirun:
-        view.terminal().print(view.runs_table(rows, f"{done} of {len(request.jobs)} runs done in {request.folder}"))
+        title = f"{done} of {len(request.jobs)} runs done in {view.short(request.folder.absolute())}"
+        view.terminal().print(view.runs_table(rows, title))
         for row in rows:
             if row["state"] != "done":
-                view.refuse(f"{row['name']}: {row['state']}: {row.get('error')}")
-    return 0 if done == len(rows) and rows else 1
-
-
-def _row(folder: Path, above: Path) -> dict[str, Any]:
-    name = str(folder.relative_to(above)) if folder != above else folder.name
-    try:
-        return {"name": name, **record.read_summary(folder)}
-    except (OSError, ValueError):
-        return {"name": name, **record.read_status(folder)}
+                view.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
+        if any(request.folder.glob("*/wandb/offline-run-*")):
+            view.terminal().print(
+                f"to upload: wandb sync {view.short(request.folder.absolute())}/*/wandb/offline-run-*"
+            )
+    return 0 if rows and done == len(rows) else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -50,25 +50,29 @@ def show_warnings(*, traces: bool = False) -> None:
 
 
 class View:
-    """One run on the terminal and in `run.log`: a context in which `step` may be called."""
+    """One run on the terminal and, in full, in `run.log`: a context in which `step` may be called.
 
-    def __init__(self, folder: Path, config: RunConfig, title: str) -> None:
-        """`title` heads the run: which job of how many, and its overrides."""
-        self.config, self.title = config, title
+    A run alone shows its header, a line a step and its closing table. A job of a sweep shows a line when it begins and
+    one when it ends.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, overrides: Sequence[str], progress: str | None) -> None:
+        """`progress`: where the job stands in its sweep; None for a run alone."""
+        self.config, self.overrides, self.progress = config, overrides, progress
         self.console = terminal()
         self._file: TextIO = (folder / "run.log").open("a", encoding="utf-8")
         self._log = Console(file=self._file, width=110, highlight=False)
         self._handler = _Lines(self._log, traces=True)
-        self._progress: Progress | None = None
+        self._bar: Progress | None = None
         self._task: Any = None
 
     def __enter__(self) -> View:
         log.addHandler(self._handler)
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self.console, transient=True)
-            self._task = self._progress.add_task("training", total=self.config.train.steps, visible=False)
-            self._progress.start()
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("training", total=self.config.train.steps, visible=False)
+            self._bar.start()
         return self
 
     def __exit__(
@@ -79,21 +83,23 @@ class View:
         self._file.close()
 
     def _end_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
-    def print(self, *renderables: RenderableType) -> None:
-        """To the terminal and to `run.log`."""
-        for renderable in renderables:
-            self.console.print(renderable)
-            self._log.print(renderable)
+    @property
+    def _consoles(self) -> list[Console]:
+        return [self._log] if self.progress else [self.console, self._log]
+
+    def _print(self, text: str, *consoles: Console, style: str = "") -> None:
+        for console in consoles:
+            console.print(Text(text, style=style), soft_wrap=True)
         self._file.flush()
 
     def rows(self, rows: dict[str, str]) -> None:
         """Labelled lines: a grid on a terminal, one unbroken line each where a program may read them."""
         width = max(map(len, rows))
-        for console in (self.console, self._log):
+        for console in self._consoles:
             if console.is_terminal:
                 console.print(_grid(rows))
                 continue
@@ -114,7 +120,8 @@ class View:
             "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
             f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {config.init.scheme.value}, "
             f"residual scaling {'on' if config.init.residual_scaling else 'off'}, seed {config.seed}",
-            "device": f"{facts['device']}, {facts['threads']} threads; about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed",
+            "device": f"{facts['device']}, {facts['threads']} threads; "
+            f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed",
             "precision": f"{precision['requested']} requested, {precision['effective']}{emulated}: "
             f"a matrix product is off by {precision['matmul_relative_error']:.1e}",
             "data": f"{data['name']}: {data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} to validate, "
@@ -122,24 +129,27 @@ class View:
             "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
             "folder": short(folder),
         }
-        self.print(Text(self.title, style="bold"))
+        self._print(" ".join(["gpt2exp", *self.overrides]), *self._consoles, style="bold")
+        if self.progress:
+            self._print(f"{self.progress}: {' '.join(self.overrides)}", self.console)
         self.rows(rows)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Count a step; print its line if one is due."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=metrics["step"] + 1, visible=True)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=metrics["step"] + 1, visible=True)
         last = metrics["step"] + 1 == self.config.train.steps
         if metrics["step"] % self.config.train.log_every == 0 or last or "val_loss" in metrics:
-            self.print(Text(step_line(metrics), no_wrap=True))
+            self._print(step_line(metrics), *self._consoles)
 
     def close(self, summary: dict[str, Any], folder: Path, sync: Path | None) -> None:
-        """How it went."""
+        """How it went; `sync`: wandb's folder to upload, if it was offline."""
         self._end_progress()
         self.rows(closing_rows(summary, self.config, folder))
+        if self.progress:
+            self._print(f"  {closing_line(summary)}", self.console)
         if sync is not None:  # one unbroken line, to be copied
-            self.console.print(Text(f"to upload: wandb sync {short(sync)}"), soft_wrap=True)
-            self._log.print(Text(f"to upload: wandb sync {sync}"), soft_wrap=True)
+            self._print(f"to upload: wandb sync {short(sync)}", *self._consoles)
 
 
 def short(path: Path) -> str:
@@ -192,6 +202,17 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
     rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
     rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
     return rows
+
+
+def closing_line(summary: dict[str, Any]) -> str:
+    """A job of a sweep in a line."""
+    if summary["state"] != "done":
+        return f"{summary['state']}: {summary['error']}"
+    loss = "val_loss" if summary["val_loss"] is not None else "loss_mean_last10"
+    return (
+        f"done: {loss} {summary[loss]:.4f}, {summary['tokens_per_second']:,.1f} tokens/s, "
+        f"{summary['wall_seconds']['total']:.1f} s"
+    )
 
 
 def runs_table(rows: Iterable[dict[str, Any]], title: str) -> Table:

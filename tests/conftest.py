@@ -1,0 +1,61 @@
+"""Shared parts of the tests: the real command line, real composition, tiny models.
+
+Texts and tokens come from the user's cache (GPT2EXP_CACHE), fetched once like any user's; every run writes to a
+temporary folder, with wandb offline.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2exp import assets, tokens
+from gpt2exp.config import DataConfig, ModelConfig
+
+torch.set_num_threads(2)  # one number everywhere: bitwise comparisons hold for one thread count
+
+TINY = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=64"]
+"""Overrides that make any run a matter of milliseconds a step; put them after `model=nano`."""
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache() -> Path:
+    """The cache folder, filled before anything is timed or run without a network."""
+    folder = assets.cache_folder()
+    os.environ["GPT2EXP_CACHE"] = str(folder)  # the same for every subprocess, whatever HOME it gets
+    tokens.prepare(DataConfig())
+    return folder
+
+
+@pytest.fixture
+def tiny() -> ModelConfig:
+    """A model of two layers over GPT-2's own vocabulary."""
+    return ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=64)
+
+
+@pytest.fixture
+def gpt2exp(tmp_path: Path) -> Command:
+    """The command as a user types it: a process of its own, in an empty folder, without credentials."""
+
+    def run(*args: str, cwd: Path = tmp_path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        surroundings = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+        surroundings |= {"HOME": str(tmp_path / "home"), "COLUMNS": "120", **env}
+        return subprocess.run(
+            [sys.executable, "-m", "gpt2exp.train", *args],
+            cwd=cwd,
+            env=surroundings,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
