@@ -8,6 +8,7 @@ a second, with nothing written. No torch.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import itertools
 import re
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
@@ -37,6 +39,7 @@ from gpt2exp.files import write_json
 from gpt2exp.record import SWEEP
 
 CONF = "gpt2exp.conf"
+SECTIONS = [field.name for field in dataclasses.fields(RunConfig)]
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
@@ -97,19 +100,18 @@ def make(args: argparse.Namespace) -> Plan:
         BadRequest: anything in the request that cannot be carried out.
     """
     name = args.config_name or "config"
-    extra = []
-    if args.config_dir:
-        folder = Path(args.config_dir).absolute()
-        if not folder.is_dir():
-            raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
-        extra = [f"hydra.searchpath=['file://{folder}']"]
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
     try:
         with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
-            loader = GlobalHydra.instance().config_loader()
+            path = create_config_search_path(f"pkg://{CONF}")
+            if args.config_dir:  # as Hydra's main does, after ours, so that its groups add choices
+                path.prepend("command-line", f"file://{Path(args.config_dir).absolute()}", anchor="schema")
+            loader = ConfigLoaderImpl(path)
             overrides = _parse(loader, args.overrides)
             for override in overrides:
                 _check(loader, override)
-            return _compose(loader, name, args.overrides, extra, multirun=args.multirun)
+            return _compose(loader, name, args.overrides, multirun=args.multirun)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadRequest(explain(error)) from error
 
@@ -119,7 +121,10 @@ def _parse(loader: ConfigLoader, texts: Sequence[str]) -> list[Override]:
     overrides = []
     for text in texts:
         try:
-            overrides += parser.parse_overrides([text])
+            parsed = parser.parse_overrides([text])
+            if not parsed[0].key_or_group:
+                raise HydraException("no key")
+            overrides += parsed
         except HydraException as error:
             hint = "write KEY=VALUE, and quote values with special characters: 'data.path=\"my file.txt\"'"
             raise BadRequest(f"{text}: cannot be read as an override; {hint}") from error
@@ -146,6 +151,8 @@ def _check(loader: ConfigLoader, override: Override) -> None:
         else:
             check_key(key, value)
             _check_type(key, value)
+        if override.is_add() and (not choices or key in SECTIONS):
+            raise BadRequest(f"+{key}={show(value)}: the key is there already; leave out the +: {key}={show(value)}")
 
 
 def _check_choice(group: str, value: Any, choices: list[str]) -> None:
@@ -166,6 +173,8 @@ def _check_type(key: str, value: Any) -> None:
     try:
         if isinstance(value, bool) and not {bool, str} & set(kinds):
             raise ValueError("a bool is no number")
+        if isinstance(value, (int, float)) and kinds == (bool,) and value not in (0, 1):
+            raise ValueError("a number is no bool")
         OmegaConf.update(schema, key, value)
     except (OmegaConfBaseException, ValueError) as error:
         shown = show(OmegaConf.select(OmegaConf.structured(RunConfig), key)).replace(" ", "")
@@ -178,10 +187,8 @@ def _check_type(key: str, value: Any) -> None:
         raise BadRequest(f"{key}={show(value)}: must be {expected}; the default is {shown}") from error
 
 
-def _compose(loader: ConfigLoader, name: str, texts: list[str], extra: list[str], *, multirun: bool) -> Plan:
-    master = loader.load_configuration(
-        name, [*texts, *extra], run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False
-    )
+def _compose(loader: ConfigLoader, name: str, texts: list[str], *, multirun: bool) -> Plan:
+    master = loader.load_configuration(name, texts, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
     if not multirun:
         for override in _parse(loader, texts):
@@ -198,7 +205,7 @@ def _compose(loader: ConfigLoader, name: str, texts: list[str], extra: list[str]
         constant = tuple(key.lstrip("+") for key, values in axes.items() if len(values) == 1)
     else:
         kept = [override.input_line or "" for override in _parse(loader, texts) if not override.is_sweep_override()]
-        config = loader.load_configuration(name, [*kept, *extra], run_mode=RunMode.RUN)
+        config = loader.load_configuration(name, kept, run_mode=RunMode.RUN)
         jobs = (Job(tuple(texts), _run_config(config)),)
     local = not multirun or master.hydra.launcher._target_ == BASIC_LAUNCHER
     return Plan(jobs, multirun, folder, local, constant)

@@ -105,14 +105,15 @@ def to_tf32(x: Tensor, rounding: Rounding) -> Tensor:
     """A float32 tensor with its mantissas shortened from 23 bits to TF32's 10, sign and exponent kept.
 
     `truncate` crops; `nearest` rounds to nearest, ties to even, by adding just under half of the last kept place (and
-    one more where that place is odd) before cropping. Infinities and the NaN that arithmetic makes stay what they are.
+    one more where that place is odd) before cropping. Infinities stay what they are, and so does NaN: the one CUDA makes,
+    0x7fffffff, would carry into the sign and become -0.
     """
     bits = x.contiguous().view(torch.int32)
     if rounding is Rounding.truncate:
         return (bits & -0x2000).view(torch.float32)
     rounded = bits >> 13  # in place from here: the weights pass through at every product
     rounded.bitwise_and_(1).add_(bits).add_(0xFFF).bitwise_and_(-0x2000)
-    return rounded.view(torch.float32)
+    return rounded.view(torch.float32).masked_fill_(x.isnan(), math.nan)
 
 
 class EmulatedTF32(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,9 @@ def facts() -> dict[str, Any]:
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in names}
-    return {"versions": versions, "git": _git(), "platform": platform.platform(terse=True)}
+    # tells machines apart without naming them
+    machine = hashlib.sha256(f"{platform.node()}/{uuid.getnode()}".encode()).hexdigest()[:12]
+    return {"versions": versions, "git": _git(), "platform": platform.platform(terse=True), "machine": machine}
 
 
 def _git() -> dict[str, Any] | None:

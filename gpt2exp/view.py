@@ -254,6 +254,6 @@ def _grid(rows: dict[str, str]) -> Table:
     return table
 
 
-def refuse(message: str) -> None:
+def refuse(message: str, *, program: str = "gpt2exp") -> None:
     """One line on standard error."""
-    print(f"gpt2exp: {message}", file=sys.stderr)
+    print(f"{program}: {message}", file=sys.stderr)
