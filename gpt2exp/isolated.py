@@ -12,12 +12,13 @@ from gpt2exp import train, view
 
 
 def main() -> int:
-    """Exit code 0 if the run is done, 1 if not, 130 if interrupted."""
+    """Exit code 0 if the run is done, 1 if not, 130 or 143 if interrupted."""
     view.show_warnings()
     try:
-        return 0 if train.run(Path(sys.argv[1]))["state"] == "done" else 1
-    except KeyboardInterrupt:
-        return 130
+        with train.terminable():
+            return 0 if train.run(Path(sys.argv[1]))["state"] == "done" else 1
+    except KeyboardInterrupt as interrupt:
+        return 143 if isinstance(interrupt, train.Terminated) else 130
 
 
 if __name__ == "__main__":

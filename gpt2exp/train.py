@@ -57,7 +57,7 @@ def command(argv: list[str]) -> int:
         if args.help:
             view.terminal().print(help.text(), markup=False)
             return 0
-        with _terminable():
+        with terminable():
             return _carry_out(args, argv)
     except BadRequest as error:
         if full_error:
@@ -88,7 +88,9 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside the block."""
+
     def raise_it(*_: object) -> None:
         raise Terminated
 
@@ -105,7 +107,7 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         _hydra(argv)
         return 0
     _make_ready(request)
-    if request.jobs[0].config.dry_run:
+    if any(job.config.dry_run for job in request.jobs):
         view.terminal().print(view.plan_table([_dry_row(job) for job in request.jobs]))
         return 0
     plan.claim(request, argv)
@@ -183,9 +185,16 @@ def _failed_before(sweep: Path) -> bool:
 
 
 def _in_own_process(folder: Path) -> None:
-    code = subprocess.run([sys.executable, "-m", "gpt2exp.isolated", str(folder)], check=False).returncode
+    # in a session of its own, so that Ctrl-C reaches it once, through us
+    process = subprocess.Popen([sys.executable, "-m", "gpt2exp.isolated", str(folder)], start_new_session=True)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()  # it records itself as interrupted
+        process.wait()
+        raise
     status = record.read_status(folder)
-    if status["state"] in ("running", "missing"):  # it had no chance to say so itself
+    if status["state"] in ("running", "not run"):  # it had no chance to say so itself
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         hint = "; the system may have run out of memory, try a smaller train.batch_size" if code == -9 else ""
         record.write_status(folder, "failed", status["step"], f"the job's process ended: {cause}{hint}")
