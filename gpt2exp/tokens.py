@@ -169,7 +169,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
     folder = assets.cache_folder() / "tiktoken"
     for asset in (assets.VOCAB_BPE, assets.ENCODER_JSON):
         link = folder / hashlib.sha1(asset.url.encode()).hexdigest()
-        if not link.exists():
+        if not link.exists() or hashlib.sha256(link.read_bytes()).hexdigest() != asset.sha256:
             source = assets.fetch(asset)
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(link) as part:
