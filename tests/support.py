@@ -1,0 +1,136 @@
+"""What several test files share: a command line in a folder of its own, what a run left, wandb's offline file."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+SMALL = ["model=nano", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=64"]
+"""The smallest model worth training: milliseconds a step."""
+PROGRAM = [sys.executable, "-m", "gpt2exp.train"]
+
+
+def surroundings(home: Path, **env: str) -> dict[str, str]:
+    """The environment of a user without credentials."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HYDRA_"))}
+    return clean | {"HOME": str(home), "COLUMNS": "120", **env}
+
+
+def start(folder: Path, *args: str, program: list[str] = PROGRAM, **env: str) -> subprocess.Popen[str]:
+    """Begin `gpt2exp ARGS` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = subprocess.PIPE
+    environment = surroundings(folder.parent / "home", **env)
+    return subprocess.Popen([*program, *args], cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for what `start` began."""
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(folder: Path, *args: str, program: list[str] = PROGRAM, **env: str) -> subprocess.CompletedProcess[str]:
+    """`gpt2exp ARGS` in `folder`, to its end."""
+    return finish(start(folder, *args, program=program, **env))
+
+
+def run_folders(below: Path) -> list[Path]:
+    """Every run folder below a folder, by name."""
+    return sorted(path.parent.parent for path in below.rglob(".hydra/config.yaml"))
+
+
+def the_run(below: Path) -> Path:
+    """The one run folder below a folder."""
+    (folder,) = run_folders(below)
+    return folder
+
+
+def read(path: Path) -> Any:
+    """A JSON file, or the list of objects of a JSON-lines file."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def losses(folder: Path) -> list[float]:
+    """The losses of a run, step by step."""
+    return [row["loss"] for row in read(folder / "metrics.jsonl")]
+
+
+def wait_for_step(below: Path, process: subprocess.Popen[str], job: int = 0) -> Path:
+    """The run folder (the `job`-th) of a process once it has done a step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        folders = run_folders(below)
+        if len(folders) > job and (folders[job] / "status.json").is_file():
+            status = read(folders[job] / "status.json")
+            if status["step"] >= 1:
+                assert status["state"] == "running"
+                return folders[job]
+        time.sleep(0.05)
+    raise AssertionError(f"no step was done: {process.poll()}")
+
+
+def offline_records(file: Path) -> Iterator[Any]:
+    """The records of wandb's offline file: LevelDB's log format, its first block opened by 7 bytes of wandb's own."""
+    data = file.read_bytes()
+    assert data[:4] == b":W&B"
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        room = 32768 - at % 32768
+        if room < 7:  # too little for a record's head: padding
+            at += room
+            continue
+        _crc, length, kind = struct.unpack_from("<IHB", data, at)
+        assert kind in (1, 2, 3, 4), f"byte {at} of {file} opens no record"
+        parts = (b"" if kind in (1, 2) else parts) + data[at + 7 : at + 7 + length]  # 1 full, 2 first, 3 middle, 4 last
+        at += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+
+
+class OfflineRun:
+    """One wandb run as its offline file tells it."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: of the run, with `wandb/offline-run-*` in it."""
+        (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+        self.file = file
+        self.config: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.metrics: list[Any] = []
+        self.exit_codes: list[int] = []
+        self.run: Any = None
+        for record in offline_records(file):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                self.run = record.run
+                self._update(self.config, record.run.config.update)
+            elif kind == "config":
+                self._update(self.config, record.config.update)
+            elif kind == "summary":
+                self._update(self.summary, record.summary.update)
+            elif kind == "history":
+                self.history.append({})
+                self._update(self.history[-1], record.history.item)
+            elif kind == "metric":
+                self.metrics.append(record.metric)
+            elif kind == "exit":
+                self.exit_codes.append(record.exit.exit_code)
+
+    @staticmethod
+    def _update(target: dict[str, Any], items: Any) -> None:
+        for item in items:
+            target[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
