@@ -62,6 +62,10 @@ class PrecisionName(Enum):
 
     fp32 = "fp32"  # IEEE single precision
     tf32 = "tf32"  # operands cropped to 10 mantissa bits, products accumulated in fp32
+    medium = "medium"  # fp32 tensors, bf16 inside the product, where the hardware does that
+    bf16 = "bf16"  # autocast: activations and products in bf16, weights in fp32
+    fp16 = "fp16"  # autocast to fp16, with the loss scaled
+    fp64 = "fp64"  # everything in double precision: the reference trajectory
 
 
 class Fallback(Enum):

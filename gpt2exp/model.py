@@ -120,9 +120,13 @@ class Transformer(nn.Module):
         *_, x = self.stream(idx)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
-    def stream(self, idx: Tensor) -> Iterator[Tensor]:
-        """The residual stream (B, T, C) as embedded, then after each block."""
-        x = self.wte(idx) if not self.gradient_in_place else _look_up(self.wte.weight, idx)
+    def look_up(self, idx: Tensor) -> Tensor:
+        """Token embeddings (B, T, C) of tokens (B, T)."""
+        return _look_up(self.wte.weight, idx) if self.gradient_in_place else F.embedding(idx, self.wte.weight)
+
+    def stream(self, idx: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
+        """The residual stream (B, T, C) as embedded, then after each block; `rows` in place of `look_up(idx)`."""
+        x = self.look_up(idx) if rows is None else rows
         x = x + self.wpe(torch.arange(idx.size(1), device=idx.device))
         yield x
         for block in self.h:
@@ -146,6 +150,8 @@ class GPT(nn.Module):
         logits: Tensor = self.lm_head(self.transformer(idx))
         if targets is None:
             return logits
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()  # a sum over the vocabulary needs more than 7 or 10 bits
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
 
@@ -175,14 +181,17 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
 
     def fill(name: str, parameter: Tensor, kind: str, scale: float) -> None:
         generator = torch.Generator().manual_seed(_seed_of(name, seed))
-        value = parameter.data if parameter.device.type == "cpu" else torch.empty(parameter.shape)
+        # always drawn in fp32 on the CPU, so that every device and precision starts from the same numbers
+        in_place = parameter.device.type == "cpu" and parameter.dtype is torch.float32
+        value = parameter.data if in_place else torch.empty(parameter.shape, dtype=torch.float32)
         if kind == "normal":
             value.normal_(0.0, scale, generator=generator)
         elif kind == "uniform":
             value.uniform_(-scale, scale, generator=generator)
         else:
             value.fill_(scale)
-        parameter.data.copy_(value)  # nothing to do where they are one
+        if not in_place:
+            parameter.data.copy_(value)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda draw: fill(*draw), draws))

@@ -22,11 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2exp.config import BadRequest, Fallback, PrecisionConfig, PrecisionName, Rounding
 
-MATMUL_PRECISION = {PrecisionName.fp32: "highest", PrecisionName.tf32: "high"}
-"""The argument of `torch.set_float32_matmul_precision`, the one switch this module writes.
+MATMUL_PRECISION = {PrecisionName.tf32: "high", PrecisionName.medium: "medium"}
+"""The argument of `torch.set_float32_matmul_precision`, the one switch this module writes; "highest" for the others.
 
 The newer `torch.backends.*.fp32_precision` is only ever read: a process that writes both raises (PyTorch's CUDA notes).
 """
+
+
+AUTOCAST = {PrecisionName.bf16: torch.bfloat16, PrecisionName.fp16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,20 @@ class Precision:
 
     requested: str
     effective: str
-    """fp32, tf32 or bf16, by the measured error of a matrix product."""
+    """fp64, fp32, tf32, fp16 or bf16, by the measured error of a matrix product."""
     emulated: bool
     matmul_relative_error: float
     attention_relative_error: float
+
+    @property
+    def weights(self) -> torch.dtype:
+        """The type of weights, gradients and moments."""
+        return torch.float64 if self.requested == "fp64" else torch.float32
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that the forward pass is cast to, None without a cast (PyTorch's automatic mixed precision)."""
+        return AUTOCAST.get(PrecisionName(self.requested))
 
     def as_dict(self) -> dict[str, Any]:
         """For the record."""
@@ -50,13 +63,19 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
     """Compute as `config` says inside the block, and as before after it, whatever happens.
 
     Raises:
-        BadRequest: `precision=tf32` on hardware without it, under `precision.fallback=error`.
+        BadRequest: `tf32` on hardware without it under `precision.fallback=error`, or `fp64` on MPS.
     """
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision(MATMUL_PRECISION[config.name])
-        matmul, attention = probe(device)
+        torch.set_float32_matmul_precision(MATMUL_PRECISION.get(config.name, "highest"))
+        dtype = torch.float64 if config.name is PrecisionName.fp64 else torch.float32
+        if device.type == "mps" and dtype is torch.float64:
+            raise BadRequest("precision=fp64: Apple's GPUs have no double precision; add train.device=cpu")
+        with cast(device, AUTOCAST.get(config.name)):
+            matmul, attention = probe(device, dtype)
         effective = classify(matmul)
+        if config.name is PrecisionName.fp16 and effective == "tf32":
+            effective = "fp16"  # both keep 10 bits of mantissa, so the error cannot tell them apart
         if config.name is PrecisionName.tf32 and effective != "tf32":
             if config.fallback is Fallback.error:
                 raise BadRequest(
@@ -74,8 +93,13 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
         torch.set_float32_matmul_precision(before)
 
 
-def probe(device: torch.device) -> tuple[float, float]:
-    """Relative errors (Frobenius norm) of one matrix product and one attention against float64."""
+def cast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to `dtype` for a forward pass; nothing for None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def probe(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """Relative errors (Frobenius norm) of a matrix product and an attention on `dtype` operands against float64."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     q, k, v = (torch.randn(1, 2, 128, 64, generator=generator) for _ in range(3))
@@ -83,7 +107,7 @@ def probe(device: torch.device) -> tuple[float, float]:
     def error(function: Callable[..., Tensor], *operands: Tensor) -> float:
         with torch.no_grad():
             exact = function(*(operand.double() for operand in operands))
-            got = function(*(operand.to(device) for operand in operands)).cpu().double()
+            got = function(*(operand.to(device, dtype) for operand in operands)).cpu().double()
         return float((got - exact).norm() / exact.norm())
 
     return error(torch.matmul, a, b), error(F.scaled_dot_product_attention, q, k, v)
@@ -95,7 +119,9 @@ def classify(relative_error: float) -> str:
     Rounding an operand to p mantissa bits leaves a relative error near 2^-p: 1e-7 for fp32, 3e-4 for TF32's 10 bits
     (twice that when truncated), 3e-3 for bf16's 7. The bounds lie at the geometric means.
     """
-    fp32, tf32, bf16 = 2e-7, 4e-4, 3e-3
+    fp64, fp32, tf32, bf16 = 2e-16, 2e-7, 4e-4, 3e-3
+    if relative_error < math.sqrt(fp64 * fp32):
+        return "fp64"
     if relative_error < math.sqrt(fp32 * tf32):
         return "fp32"
     return "tf32" if relative_error < math.sqrt(tf32 * bf16) else "bf16"
@@ -105,8 +131,8 @@ def to_tf32(x: Tensor, rounding: Rounding) -> Tensor:
     """A float32 tensor with its mantissas shortened from 23 bits to TF32's 10, sign and exponent kept.
 
     `truncate` crops; `nearest` rounds to nearest, ties to even, by adding just under half of the last kept place (and
-    one more where that place is odd) before cropping. Infinities stay what they are, and so does NaN: the one CUDA makes,
-    0x7fffffff, would carry into the sign and become -0.
+    one more where that place is odd) before cropping. Infinities stay what they are, and so does NaN: the one that CUDA
+    makes, 0x7fffffff, would carry into the sign and become -0.
     """
     bits = x.contiguous().view(torch.int32)
     if rounding is Rounding.truncate:

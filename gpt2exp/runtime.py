@@ -21,19 +21,19 @@ import torch
 from gpt2exp.config import BadRequest, DeviceName
 
 PEAK_TFLOPS = {
-    # dense peaks by name as CUDA reports it, from NVIDIA's data sheets (without sparsity)
-    "A100": {"fp32": 19.5, "tf32": 156.0},
-    "A10": {"fp32": 31.2, "tf32": 62.5},
-    "A40": {"fp32": 37.4, "tf32": 74.8},
-    "RTX A6000": {"fp32": 38.7, "tf32": 77.4},
-    "H100 PCIe": {"fp32": 51.2, "tf32": 378.0},
-    "H100": {"fp32": 66.9, "tf32": 494.7},
-    "H200": {"fp32": 66.9, "tf32": 494.7},
-    "L4": {"fp32": 30.3, "tf32": 60.0},
-    "L40S": {"fp32": 91.6, "tf32": 183.0},
-    "RTX 3090": {"fp32": 35.6, "tf32": 35.6},
-    "RTX 4090": {"fp32": 82.6, "tf32": 82.6},
-    "V100": {"fp32": 15.7},
+    # dense peaks by name as CUDA reports it, from NVIDIA's data sheets (without sparsity); fp16 runs at bf16's rate
+    "A100": {"fp64": 9.7, "fp32": 19.5, "tf32": 156.0, "bf16": 312.0},
+    "A10": {"fp32": 31.2, "tf32": 62.5, "bf16": 125.0},
+    "A40": {"fp32": 37.4, "tf32": 74.8, "bf16": 149.7},
+    "RTX A6000": {"fp32": 38.7, "tf32": 77.4, "bf16": 154.8},
+    "H100 PCIe": {"fp64": 25.6, "fp32": 51.2, "tf32": 378.0, "bf16": 756.0},
+    "H100": {"fp64": 33.5, "fp32": 66.9, "tf32": 494.7, "bf16": 989.4},
+    "H200": {"fp64": 33.5, "fp32": 66.9, "tf32": 494.7, "bf16": 989.4},
+    "L4": {"fp32": 30.3, "tf32": 60.0, "bf16": 121.0},
+    "L40S": {"fp32": 91.6, "tf32": 183.0, "bf16": 362.0},
+    "RTX 3090": {"fp32": 35.6, "tf32": 35.6, "bf16": 71.0},
+    "RTX 4090": {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2},
+    "V100": {"fp64": 7.8, "fp32": 15.7},
     "T4": {"fp32": 8.1},
 }
 
@@ -42,7 +42,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     """Peak floating-point operations per second of a GPU in a precision; None where it is not known."""
     for known in sorted(PEAK_TFLOPS, key=len, reverse=True):
         if re.search(rf"\b{re.escape(known)}\b", device_name.replace("-", " ")):
-            tflops = PEAK_TFLOPS[known].get(precision)
+            tflops = PEAK_TFLOPS[known].get("bf16" if precision == "fp16" else precision)
             return None if tflops is None else tflops * 1e12
     return None
 

@@ -39,12 +39,17 @@ class TokenFile:
     tokens: int
     distinct_tokens: int
     max_token: int
+    unigram_entropy: float
+    """Of the tokens, in nats: the loss of always guessing by frequency."""
+    bigram_entropy: float
+    """Of a token given the one before, in nats, both counted in this text."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """For the record."""
-        known = {"name": self.name, "sha256": self.sha256}
-        return known | {"tokens": self.tokens, "distinct_tokens": self.distinct_tokens}
+        known: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
+        known |= {"tokens": self.tokens, "distinct_tokens": self.distinct_tokens}
+        return known | {"unigram_entropy": self.unigram_entropy, "bigram_entropy": self.bigram_entropy}
 
     def map(self) -> Tokens:
         """The tokens, (tokens,), memory-mapped read-only."""
@@ -146,7 +151,14 @@ def _tokenise(documents: list[bytes], name: str, sha256: str) -> TokenFile:
         what = f"{len(tokens)} token{'s' if len(tokens) != 1 else ''}"
         raise BadRequest(f"data.path={name}: the text has {what}; a target needs at least 2, give a longer text")
     path, facts = _target(sha256)
-    known = {"tokens": len(tokens), "distinct_tokens": len(np.unique(tokens)), "max_token": int(tokens.max())}
+    unigram, bigram = entropies(tokens)
+    known: dict[str, Any] = {
+        "tokens": len(tokens),
+        "distinct_tokens": len(np.unique(tokens)),
+        "max_token": int(tokens.max()),
+        "unigram_entropy": unigram,
+        "bigram_entropy": bigram,
+    }
     result = TokenFile(path=path, name=name, sha256=sha256, **known)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +171,18 @@ def _tokenise(documents: list[bytes], name: str, sha256: str) -> TokenFile:
             "set GPT2EXP_CACHE to a folder that can be"
         ) from error
     return result
+
+
+def entropies(tokens: Tokens) -> tuple[float, float]:
+    """Entropy of a token, and of a token given the one before it, in nats, by the counts in `tokens`."""
+
+    def entropy(values: npt.NDArray[np.int64]) -> float:
+        share = np.unique(values, return_counts=True)[1] / len(values)
+        return float(-(share * np.log(share)).sum())
+
+    wide = tokens.astype(np.int64)
+    # the chain rule: H(a, b) = H(a) + H(b | a)
+    return entropy(wide), entropy(wide[:-1] * 2**16 + wide[1:]) - entropy(wide[:-1])
 
 
 def gpt2_encoding() -> tiktoken.Encoding:

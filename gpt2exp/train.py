@@ -262,7 +262,7 @@ def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.V
         }
         shown.header(files.facts, files.folder)
         with torch.device(device):
-            gpt = model.GPT(config.model)
+            gpt = model.GPT(config.model).to(got.weights)
         model.initialise(gpt, config.init, config.seed)
         diagnostics.check_init(gpt, config.init)
         job = trainer.Trainer(
@@ -272,6 +272,7 @@ def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.V
             config.optimizer,
             seen=torch.from_numpy(source.seen()).to(device),
             validation=val_tokens if len(val_tokens) else None,
+            autocast=got.autocast,
         )
         shown.rows({"wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2exp import data, diagnostics, optim, runtime
+from gpt2exp import data, diagnostics, optim, precision, runtime
 from gpt2exp.config import OptimizerConfig, TrainConfig
 from gpt2exp.model import GPT
 from gpt2exp.tokens import Tokens
@@ -40,12 +40,19 @@ class Trainer:
         *,
         seen: Tensor | None = None,
         validation: Tokens | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
-        """`seen` (S,): ids that occur in the data, for `loss_unseen`; `validation`: tokens held out, if any."""
+        """`seen` (S,): ids that occur in the data, for `loss_unseen`; `validation`: tokens held out, if any.
+
+        `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
+        (Micikevicius et al. 2018).
+        """
         self.model, self.batches, self.config, self.optimizer_config = model, batches, train, optimizer
         self.optimizer = optim.build(model, optimizer)
         model.transformer.gradient_in_place = model.config.tie_weights
         self.seen, self.validation = seen, validation
+        self.autocast = autocast
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.steps_done = 0
         self.step_seconds: list[float] = []
         """Duration of every step done, the first ones included."""
@@ -63,19 +70,22 @@ class Trainer:
         """
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
-        mean = torch.zeros((), device=self.device)
+        losses = []
         for micro in range(config.grad_accum_steps):
             x, y = self.batches.at(self.steps_done * config.grad_accum_steps + micro)
-            loss = self.model(x, y) / config.grad_accum_steps
-            loss.backward()
-            mean += loss.detach()
+            with precision.cast(self.device, self.autocast):
+                loss = self.model(x, y) / config.grad_accum_steps
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
         if self.optimizer_config.grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.steps_done += 1
-        return mean
+        return torch.stack(losses).sum()
 
     @property
     def learning_rate(self) -> float:
@@ -86,8 +96,8 @@ class Trainer:
         """Mean loss in nats over every validation window."""
         assert self.validation is not None
         total, count = 0.0, 0
-        with torch.no_grad():
-            config = self.config
+        config = self.config
+        with torch.no_grad(), precision.cast(self.device, self.autocast):
             for x, y in data.validation_windows(self.validation, config.seq_len, config.batch_size, self.device):
                 total += float(self.model(x, y)) * y.numel()
                 count += y.numel()
@@ -105,11 +115,11 @@ class Trainer:
         config = self.config
         while self.steps_done < config.steps:
             number, last = self.steps_done, self.steps_done == config.steps - 1
-            measure = last or number % config.measure_every == 0
+            due = bool(config.eval_every) and (number + 1) % config.eval_every == 0
+            measure = last or due or number % config.measure_every == 0
             metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
             if measure and self.seen is not None:
-                x, _ = self.batches.at(number * config.grad_accum_steps)
-                metrics["loss_unseen"] = diagnostics.loss_unseen(self.model, x, self.seen)
+                metrics |= self._before(thorough=number == 0 or last or due)
             runtime.synchronize(self.device)
             start = time.perf_counter()
             loss = self.step()
@@ -122,15 +132,28 @@ class Trainer:
                 "step_ms": seconds * 1e3,
                 "tokens_per_second": config.tokens_per_step / seconds,
             }
+            if not math.isfinite(metrics["loss"]):
+                raise Diverged(number, "loss", metrics["loss"])
             if measure:
-                metrics["grad_norm"] = diagnostics.grad_norm(self.model)
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(metrics.get(name, 0.0)):
-                    raise Diverged(number, name, metrics[name])
-            due = config.eval_every and self.steps_done % config.eval_every == 0
+                norm = diagnostics.grad_norm(self.model)
+                if math.isfinite(norm):
+                    metrics["grad_norm"] = norm
+                elif not self.scaler.is_enabled():  # a scaled step that overflows is skipped, and the scale lowered
+                    raise Diverged(number, "grad_norm", norm)
             if self.validation is not None and (last or due):
                 metrics["val_loss"] = self.evaluate()
             yield metrics
+
+    def _before(self, *, thorough: bool) -> dict[str, Any]:
+        """What is measured on the next step's first micro-batch before the step, off the clock."""
+        assert self.seen is not None
+        x, y = self.batches.at(self.steps_done * self.config.grad_accum_steps)
+        with precision.cast(self.device, self.autocast):
+            measured: dict[str, Any] = {"loss_unseen": diagnostics.loss_unseen(self.model, x, self.seen)}
+            if thorough:
+                measured["residual_rms"] = diagnostics.residual_rms(self.model, x)
+                measured |= diagnostics.wte_gradients(self.model, x, y)
+        return measured
 
     def timing(self) -> dict[str, Any]:
         """Step times of the run so far, its first `warmup_steps` left out but never the last step.

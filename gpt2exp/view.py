@@ -178,6 +178,11 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
             f"{summary['loss_first']:.4f} → {summary['loss_last']:.4f}, mean of the last ten "
             f"{summary['loss_mean_last10']:.4f} (a uniform guess costs ln {config.model.vocab_size} = {expected:.3f})"
         )
+        data = summary["data"]
+        rows["for scale"] = (
+            f"guessing among the {data['distinct_tokens']:,} ids that occur {math.log(data['distinct_tokens']):.3f}, "
+            f"by frequency {data['unigram_entropy']:.3f}, by the token before {data['bigram_entropy']:.3f}"
+        )
     if summary["val_loss"] is not None:
         rows["validation loss"] = f"{summary['val_loss']:.4f}"
     if summary["loss_unseen_first"] is not None:

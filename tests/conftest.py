@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+
+# One thread a process, here and in every subprocess: tests run side by side, and bitwise comparisons hold for one
+# thread count. Before torch is imported, which reads it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from gpt2exp import assets, tokens
 from gpt2exp.config import DataConfig, ModelConfig
-
-torch.set_num_threads(2)  # one number everywhere: bitwise comparisons hold for one thread count
 
 TINY = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=64"]
 """Overrides that make any run a matter of milliseconds a step; put them after `model=nano`."""
