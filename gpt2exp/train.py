@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -59,16 +60,11 @@ def command(argv: list[str]) -> int:
             return 0
         with terminable():
             return _carry_out(args, argv)
-    except BadRequest as error:
+    except (BadRequest, AssetError) as error:
         if full_error:
-            raise
+            traceback.print_exc()
         view.refuse(str(error))
-        return 2
-    except AssetError as error:
-        if full_error:
-            raise
-        view.refuse(str(error))
-        return 1
+        return 2 if isinstance(error, BadRequest) else 1
     except KeyboardInterrupt as interrupt:
         return 143 if isinstance(interrupt, Terminated) else 130
 
