@@ -1,0 +1,173 @@
+"""The readable half of a run: files that are whole at every moment and say the same thing."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import read
+
+from gpt2exp import files, record
+
+FACTS: dict[str, Any] = {"overrides": ["seed=3"], "config": {"seed": 3}, "seed": 3}
+
+
+def opened(folder: Path) -> record.Record:
+    """A record in a folder made for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return record.Record(folder, dict(FACTS), began=time.monotonic())
+
+
+def metrics(step: int, **more: float) -> dict[str, Any]:
+    """A step's metrics."""
+    return {"step": step, "loss": 10.0 - step, "tokens": 128 * (step + 1), **more}
+
+
+def test_a_run(tmp_path: Path) -> None:
+    files_of_run = opened(tmp_path)
+    assert record.read_status(tmp_path)["state"] == "running"
+    assert not (tmp_path / "summary.json").exists()
+    files_of_run.training_begins()
+    for step in range(3):
+        files_of_run.step(metrics(step))
+        status = read(tmp_path / "status.json")
+        assert (status["state"], status["step"]) == ("running", step + 1)
+        assert read(tmp_path / "metrics.jsonl")[-1] == metrics(step), "a step is on disk when it is done"
+    files_of_run.measured["peak_memory_bytes"] = 7
+    summary = files_of_run.finish("done")
+    assert summary == read(tmp_path / "summary.json") == record.read_summary(tmp_path)
+    assert (summary["state"], summary["error"]) == ("done", None)
+    assert (summary["steps"], summary["tokens"], summary["seed"]) == (3, 384, 3)
+    assert (summary["loss_first"], summary["loss_last"], summary["loss_mean_last10"]) == (10.0, 8.0, 9.0)
+    assert (summary["peak_memory_bytes"], summary["mfu"], summary["val_loss"]) == (7, None, None)
+    assert record.read_status(tmp_path)["state"] == "done"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "status.json", "summary.json"]
+
+
+def test_a_run_that_failed_before_its_first_step(tmp_path: Path) -> None:
+    """Its summary has every field, null where nothing was measured."""
+    summary = opened(tmp_path).finish("failed", "no luck")
+    assert (summary["state"], summary["error"], summary["steps"], summary["tokens"]) == ("failed", "no luck", 0, 0)
+    for key in (*record.MEASURED, "loss_first", "loss_last", "loss_mean_last10", "val_loss", "loss_unseen_first"):
+        assert summary[key] is None
+    assert summary["wall_seconds"].keys() == {"startup", "train", "total"}
+    assert summary["wall_seconds"]["train"] == 0
+    status = record.read_status(tmp_path)
+    assert (status["state"], status["error"]) == ("failed", "no luck")
+    assert read(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_file_holds_what_is_no_number(tmp_path: Path, value: float) -> None:
+    files_of_run = opened(tmp_path)
+    files_of_run.step(metrics(0))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files_of_run.step(metrics(1) | {"loss": value})
+    assert read(tmp_path / "metrics.jsonl") == [metrics(0)]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.write_json(tmp_path / "status.json", {"loss": value})
+    assert read(tmp_path / "status.json")["step"] == 1
+
+
+def test_losses() -> None:
+    rows = [metrics(step) for step in range(12)]
+    rows[0]["loss_unseen"], rows[5]["loss_unseen"] = 1.5, 0.5
+    rows[3]["val_loss"], rows[11]["val_loss"] = 9.0, 8.0
+    got = record.losses(rows)
+    assert (got["loss_first"], got["loss_last"]) == (10.0, -1.0)
+    assert got["loss_mean_last10"] == sum(10.0 - step for step in range(2, 12)) / 10
+    assert (got["loss_unseen_first"], got["loss_unseen_last"], got["val_loss"]) == (1.5, 0.5, 8.0)
+    assert set(record.losses([]).values()) == {None}
+
+
+class TestReplacing:
+    """A file is the old one or the new one, never half of one."""
+
+    def test_new_and_over_old(self, tmp_path: Path) -> None:
+        for text in ("first", "second"):
+            with files.replacing(tmp_path / "file") as part:
+                part.write_text(text)
+                assert part.parent == tmp_path, "a move between file systems is no single act"
+                if text == "second":
+                    assert (tmp_path / "file").read_text() == "first"
+            assert (tmp_path / "file").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_a_failure_leaves_the_old(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("old")
+
+        def fail() -> None:
+            with files.replacing(tmp_path / "file") as part:
+                part.write_text("half of the n")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+        assert (tmp_path / "file").read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_two_at_once(self, tmp_path: Path) -> None:
+        """Each writes its own part; the last to finish stands."""
+        with files.replacing(tmp_path / "file") as outer:
+            outer.write_text("outer")
+            with files.replacing(tmp_path / "file") as inner:
+                inner.write_text("inner")
+            assert (tmp_path / "file").read_text() == "inner"
+        assert (tmp_path / "file").read_text() == "outer"
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """A sweep of four jobs: done, failed without a summary, running, not begun."""
+    jobs = [[f"seed={seed}"] for seed in range(4)]
+    files.write_json(tmp_path / record.SWEEP, {"argv": ["-m", "seed=0,1,2,3"], "jobs": jobs})
+    for number in range(4):
+        folder = tmp_path / f"00{number}_seed={number}"
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra" / "config.yaml").write_text(f"seed: {number}\n")
+    done, failed, running, _ = record.runs_below(tmp_path)
+    finished = opened(done)
+    finished.step(metrics(0))
+    finished.finish("done")
+    record.write_status(failed, "failed", 5, "killed")
+    opened(running)
+    return tmp_path
+
+
+def test_rows(sweep: Path) -> None:
+    rows = [record.row(folder, sweep) for folder in record.runs_below(sweep)]
+    assert [row["name"] for row in rows] == [f"00{number}_seed={number}" for number in range(4)]
+    assert [row["state"] for row in rows] == ["done", "failed", "running", "not run"]
+    assert [row["error"] for row in rows] == [None, "killed", None, None]
+    assert rows[0]["loss_first"] == 10.0
+    (alone,) = [record.row(folder, folder) for folder in record.runs_below(sweep)[:1]]
+    assert alone["name"] == "000_seed=0"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"done"', "null"])
+def test_a_damaged_file_is_no_run(sweep: Path, text: str) -> None:
+    folder = record.runs_below(sweep)[0]
+    (folder / "summary.json").write_text(text)
+    assert record.row(folder, sweep)["state"] == "done", "the status stands in"
+    (folder / "status.json").write_text(text)
+    assert record.row(folder, sweep)["state"] == "not run"
+    with pytest.raises((ValueError, OSError)):
+        record.read_summary(folder)
+
+
+def test_sweep_of(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert record.sweep_of(record.runs_below(sweep)[0]) == sweep
+    assert record.sweep_of(sweep) is None, "a sweep is not a job of itself"
+    assert record.sweep_of(tmp_path_factory.mktemp("alone")) is None
+
+
+def test_progress(sweep: Path) -> None:
+    folders = record.runs_below(sweep)
+    summary = read(folders[0] / "summary.json")
+    summary["wall_seconds"]["total"] = 20.0
+    (folders[0] / "summary.json").write_text(json.dumps(summary))
+    assert record.progress(sweep, folders[3]) == "job 4 of 4, about 60 s left"
+    assert record.progress(sweep, folders[0]) == "job 4 of 4", "none of the others has a time to go by"
