@@ -9,7 +9,7 @@ EXAMPLES = """\
   gpt2exp model=nano train.steps=200                   seconds on a laptop
   gpt2exp data=text data.path=book.txt data.val_fraction=0.1
   gpt2exp -m precision=fp32,tf32 seed=1,2,3 model=nano   a sweep: every combination
-  gpt2exp train.batch_size=16 train.seq_len=1024       the tutorial's GPU workload"""
+  gpt2exp experiment=weight_tying                      a shipped study: a sweep by itself"""
 
 KEYS = """\
   model.tie_weights=true         one matrix as token embedding and head, or two
@@ -53,7 +53,7 @@ def groups() -> str:
     """The groups of the packaged configuration with their members, a line each."""
     defaults = {"model": "gpt2", "init": "gpt2", "precision": "fp32", "data": "tinyshakespeare"}
     lines = []
-    for group in ("model", "init", "precision", "data", "optimizer", "wandb"):
+    for group in ("model", "init", "precision", "data", "optimizer", "wandb", "experiment"):
         files = sorted(item.name for item in (resources.files("gpt2exp.conf") / group).iterdir())
         members = [name.removesuffix(".yaml") for name in files if name.endswith(".yaml")]
         members.sort(key=lambda name: name != defaults.get(group))
