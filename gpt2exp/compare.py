@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt2exp import record
-from gpt2exp.config import BadRequest, RunConfig, plain, show
+from gpt2exp.config import BadRequest, RunConfig, parse, plain, show
 
 ALPHA = 0.05
 """Level of every test; intervals are 1 - ALPHA."""
@@ -129,18 +130,85 @@ class Comparison:
 def read(folders: Sequence[Path]) -> list[Row]:
     """The rows of every run at or below the folders, each once, with `folder` as an absolute path.
 
+    A run without a usable summary has its state, and `config` and `overrides` as Hydra left them; its state is
+    `damaged` where a summary should be.
+
     Raises:
         BadRequest: a folder is missing, or none holds a run.
     """
-    rows: dict[Path, Row] = {}
     for folder in folders:
         if not folder.is_dir():
             raise BadRequest(f"{folder}: no such folder; name run or sweep folders, such as sweeps/DAY/TIME-ID")
-        for run in record.runs_below(folder.resolve()):
-            rows.setdefault(run, {**record.row(run, folder.resolve()), "folder": str(run)})
-    if not rows:
+    tops = [folder.resolve() for folder in folders]
+    above = Path(os.path.commonpath(tops))  # several sweeps have jobs of the same names
+    runs = dict.fromkeys(run for top in tops for run in record.runs_below(top))
+    if not runs:
         raise BadRequest(f"{folders[0]}: holds no run; name run or sweep folders, such as sweeps/DAY/TIME-ID")
-    return list(rows.values())
+    return [{**_row(run, above), "folder": str(run)} for run in runs]
+
+
+def _row(run: Path, above: Path) -> Row:
+    row = record.row(run, above)
+    flaw = _flaw(row)
+    if not flaw:
+        return row
+    state, error = row.get("state", "not run"), row.get("error")
+    if "config" in row or state == "done":
+        state, error = "damaged", f"summary.json is missing or damaged: {flaw}"
+    return {"name": row["name"], "state": state, "step": row.get("step", 0), "error": error, **_asked(run)}
+
+
+NUMBER, MAYBE = (int, float), (int, float, type(None))
+NEEDED: dict[str, Any] = {
+    "state": str,
+    "overrides": list,
+    "config": dict,
+    "config.seed": int,
+    "started": str,
+    "wall_seconds.train": NUMBER,
+}
+"""What is read of a summary, with its type."""
+NEEDED_DONE: dict[str, Any] = {
+    **dict.fromkeys(("val_loss", "loss_mean_last10", "tokens_per_second", "peak_memory_bytes"), MAYBE),
+    "parameters.total": int,
+    "precision.effective": str,
+    "precision.emulated": bool,
+    "data.sha256": str,
+    "device": str,
+    "threads": int,
+}
+"""And of a finished run's."""
+
+
+def _flaw(row: Row) -> str:
+    """What keeps a row from being read as a run's summary; empty if nothing does."""
+    for key, kind in (NEEDED | (NEEDED_DONE if row.get("state") == "done" else {})).items():
+        value: Any = row
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return f"no {key}"
+            value = value[part]
+        if not isinstance(value, kind):
+            return f"{key} is {value!r}"
+    try:
+        datetime.fromisoformat(row["started"])
+    except ValueError:
+        return f"started is {row['started']!r}"
+    return ""
+
+
+def _asked(run: Path) -> Row:
+    """`config` and `overrides` of a run that left no summary; empty where Hydra's record is unusable too."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        config = parse(OmegaConf.load(run / ".hydra" / "config.yaml"))
+        overrides = [str(text) for text in OmegaConf.load(run / ".hydra" / "overrides.yaml")]
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return {}
+    return {"config": plain(config), "overrides": overrides}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -158,20 +226,23 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def typed(row: Row) -> Settings:
-    """What was typed for a run, by key, values as shown; a key of the configuration takes its value from there."""
+    """What was typed for a run, by key, values as shown.
+
+    A key of the configuration takes its value from there, so that two spellings of it are one; a value that follows
+    others (`${train.steps}`) stays as typed.
+    """
     flat = flatten(row["config"])
     settings: Settings = {}
     for text in row.get("overrides", []):
         key, _, value = text.lstrip("+").partition("=")
         if key.split(".")[0] in HOUSEKEEPING or key in HOUSEKEEPING or key == "experiment":
             continue
-        settings[key] = show(flat[key]) if key in flat else value
+        settings[key] = show(flat[key]) if key in flat and "${" not in value else value.strip("'\"")
     return settings
 
 
-def _default(key: str, row: Row) -> str:
-    """What a run that did not type `key` has for it."""
-    flat = flatten(row["config"])
+def _default(key: str, flat: Mapping[str, Any]) -> str:
+    """What a run that did not type `key` has for it, by its flat configuration."""
     if key in flat:
         return show(flat[key])
     if key in GROUPS:
@@ -185,21 +256,28 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
     Raises:
         BadRequest: the runs also differ in something that was not typed.
     """
-    names = dict.fromkeys(key for row in rows for key in typed(row))
-    axes: dict[str, list[str]] = {}
-    for key in names:
-        arms = list(dict.fromkeys(typed(row).get(key, _default(key, row)) for row in rows))
-        if len(arms) > 1 and key != "seed":
-            usual = _default(key, {"config": plain(RunConfig())})
-            axes[key] = sorted(arms, key=lambda arm: arm != usual)
-    controlled = {"seed", *axes}
-    differing = sorted(
-        key
-        for key in {key for row in rows for key in flatten(row["config"])}
-        if len({repr(flatten(row["config"]).get(key)) for row in rows}) > 1
-        and key not in controlled
-        and key.split(".")[0] not in controlled
-    )
+    flats = [flatten(row["config"]) for row in rows]
+    told = [typed(row) for row in rows]
+    names = dict.fromkeys(key for settings in told for key in settings)
+    usual = flatten(plain(RunConfig()))
+    arms = {
+        key: [settings.get(key, _default(key, flat)) for settings, flat in zip(told, flats, strict=True)]
+        for key in names
+        if key != "seed"
+    }
+    axes = {}
+    for key, of_runs in arms.items():
+        distinct, first = list(dict.fromkeys(of_runs)), _default(key, usual)
+        if len(distinct) > 1:
+            axes[key] = [*(arm for arm in distinct if arm == first), *(arm for arm in distinct if arm != first)]
+    following = {key for key in arms if key not in axes and "${" in arms[key][0]}
+    differing = []
+    for key in sorted({key for flat in flats for key in flat} - {"seed", *axes, *following}):
+        values = [repr(flat.get(key)) for flat in flats]
+        # a group's choice sets its section, alike in every run that made the choice
+        choices = arms[key.split(".")[0]] if key.split(".")[0] in axes else [""] * len(rows)
+        if len(set(zip(choices, values, strict=True))) > len(set(choices)):
+            differing.append(key)
     if differing:
         raise BadRequest(
             f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
@@ -214,19 +292,17 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
 def t_interval(values: Sequence[float]) -> tuple[float, list[float], float]:
     """Mean, 95 % interval and two-sided p value of the mean being zero, for n >= 2 differences.
 
-    The paired t test: mean ± t(0.975, n-1) · s/√n (Student 1908; scipy.stats.ttest_1samp). With no spread at all the
-    interval is the point, and p is 1 at zero and 0 elsewhere.
+    The paired t test: mean ± t(0.975, n-1) · s/√n (Student 1908), as scipy.stats.ttest_rel of the two arms. With no
+    spread at all the interval is the point, and p is 1 at zero and 0 elsewhere.
     """
-    import numpy as np
-    from scipy import stats
+    from scipy.special import stdtr, stdtrit  # Student's t by itself: scipy.stats takes a second to import
 
-    sample = np.asarray(values, dtype=float)
-    mean = float(sample.mean())
-    if np.ptp(sample) == 0:
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    if min(values) == max(values):
         return mean, [mean, mean], 1.0 if mean == 0 else 0.0
-    result = stats.ttest_1samp(sample, 0.0)
-    interval = result.confidence_interval(1 - ALPHA)
-    return mean, [float(interval.low), float(interval.high)], float(result.pvalue)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    reach = float(stdtrit(freedom, 1 - ALPHA / 2)) * error
+    return mean, [mean - reach, mean + reach], 2 * float(stdtr(freedom, -abs(mean) / error))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -254,8 +330,8 @@ def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> Non
     In this order:
     1. inside ±margin, where the user stated one: indistinguishable, whatever the p value;
     2. Holm's p below 0.05: better or worse, the reason saying so if it is smaller than the seed-to-seed std;
-    3. inside ± the seed-to-seed std: indistinguishable. Both intervals-inside are equivalence tests in the manner of
-       Schuirmann (1987), at 95 % rather than his 90 %, so stricter;
+    3. inside ± the seed-to-seed std, where no margin was stated: indistinguishable. Both intervals-inside are
+       equivalence tests in the manner of Schuirmann (1987), at 95 % rather than his 90 %, so stricter;
     4. else inconclusive.
     """
     assert effect.ci95 is not None
@@ -263,16 +339,17 @@ def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> Non
     within = margin if margin is not None else effect.seed_std
     inside = within is not None and -within <= low and high <= within
     significant = effect.p_holm is not None and effect.p_holm < ALPHA
-    if margin is not None and inside:
-        effect.verdict, effect.reason = "indistinguishable", f"the interval lies inside ±{margin:g}"
+    bounds = f"±{margin:g}" if margin is not None else "± the seed-to-seed std"
+    if inside and (margin is not None or not significant):
+        effect.verdict, effect.reason = "indistinguishable", f"the interval lies inside {bounds}"
     elif significant:
         effect.verdict = "better" if (scaled < 0) == lower_is_better else "worse"
         small = effect.seed_std is not None and abs(scaled) < effect.seed_std
         effect.reason = "smaller than the seed-to-seed std" if small else ""
-    elif inside:
-        effect.verdict, effect.reason = "indistinguishable", "the interval lies inside ± the seed-to-seed std"
+    elif effect.p_value is not None and effect.p_value < ALPHA:
+        effect.verdict, effect.reason = "inconclusive", "not beyond doubt among this many comparisons (Holm): add seeds"
     else:
-        effect.verdict, effect.reason = "inconclusive", "the interval is wider than the seed-to-seed std: add seeds"
+        effect.verdict, effect.reason = "inconclusive", f"the interval reaches beyond {bounds}: add seeds"
 
 
 def _scale(effect: Effect) -> tuple[float, tuple[float, float]]:
@@ -287,37 +364,57 @@ def _scale(effect: Effect) -> tuple[float, tuple[float, float]]:
 # --- pairing ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two finished runs that differ in the arm of one axis."""
+
+    seed: int
+    where: tuple[str, ...]
+    """Their arms of the other axes."""
+    baseline: Row
+    arm: Row
+
+
 class Grid:
-    """Runs by seed and arms."""
+    """Runs by seed and arms; the finished ones are its cells."""
 
     def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
         self.axes = axes
         self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
-        for row in sorted(rows, key=lambda row: str(row["started"])):  # of a repeated run the last counts
-            settings = typed(row)
-            arms = tuple(settings.get(key, _default(key, row)) for key in axes)
-            self.cells[row["config"]["seed"], arms] = row
+        planned: set[tuple[int, tuple[str, ...]]] = set()
+        for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
+            settings, flat = typed(row), flatten(row["config"])
+            arms = tuple(settings.get(key, _default(key, flat)) for key in axes)
+            planned.add((row["config"]["seed"], arms))
+            if row["state"] == "done":
+                self.cells[row["config"]["seed"], arms] = row
+        ranks = [{arm: rank for rank, arm in enumerate(arms)} for arms in axes.values()]
+        self.planned = sorted(
+            planned, key=lambda cell: (cell[0], [rank[arm] for rank, arm in zip(ranks, cell[1], strict=True)])
+        )
         self.seeds = sorted({seed for seed, _ in self.cells})
 
-    def pairs(self, key: str, baseline: str, arm: str) -> tuple[list[tuple[int, Row, Row]], int]:
-        """(seed, baseline run, arm run) for every setting of the other axes, and how many lack one of the two."""
+    def pairs(self, key: str, baseline: str, arm: str) -> tuple[list[Pair], int]:
+        """The pairs of two arms, one for every seed and setting of the other axes, and how many lack a finished run."""
         at = list(self.axes).index(key)
         found, broken = [], 0
-        others = [[baseline] if name == key else arms for name, arms in self.axes.items()]
-        for seed, arms in itertools.product(self.seeds, itertools.product(*others)):
-            first = self.cells.get((seed, arms))
-            second = self.cells.get((seed, (*arms[:at], arm, *arms[at + 1 :])))
-            if first is not None and second is not None:
-                found.append((seed, first, second))
-            elif first is not None or second is not None:
+        for seed, where in dict.fromkeys(
+            (seed, (*arms[:at], *arms[at + 1 :])) for seed, arms in self.planned if arms[at] in (baseline, arm)
+        ):
+            one, other = (self.cells.get((seed, (*where[:at], name, *where[at:]))) for name in (baseline, arm))
+            if one is not None and other is not None:
+                found.append(Pair(seed, where, one, other))
+            else:
                 broken += 1
         return found, broken
 
-    def spread(self, figure: Callable[[Row], float]) -> float | None:
-        """Seed-to-seed standard deviation of a figure, pooled over the settings."""
+    def spread(self, metric: Metric, key: str, among: Sequence[str]) -> float | None:
+        """Seed-to-seed standard deviation of a metric, pooled over the settings with one of these arms."""
+        at, figure = list(self.axes).index(key), _figure(metric)
         by_arms: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for (_, arms), row in self.cells.items():
-            by_arms[arms].append(figure(row))
+            if arms[at] in among and row.get(metric.key) is not None:
+                by_arms[arms].append(figure(row))
         return pooled_std(by_arms.values())
 
 
@@ -328,19 +425,25 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
         BadRequest: nothing to compare, or the runs differ in something unswept.
     """
     known = [row for row in rows if "config" in row]
-    if not known:
-        raise BadRequest("none of the runs has a summary yet; wait for one to finish")
+    if not known or all(row["state"] in ("running", "not run", "damaged") for row in rows):
+        damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
+        raise BadRequest("; ".join(damaged) or "none of the runs has a summary yet; wait for one to finish")
     axes = axes_of(known)
     done = [row for row in known if row["state"] == "done"]
     failed = [
-        {"name": row["name"], "state": row["state"], "step": row.get("steps", row.get("step")), "error": row["error"]}
+        {
+            "name": row["name"],
+            "state": row["state"],
+            "step": row.get("steps", row.get("step")),
+            "error": row.get("error"),
+        }
         for row in rows
         if row["state"] != "done"
     ]
     has_validation = bool(done) and all(row.get("val_loss") is not None for row in done)
     loss = LOSSES[0] if has_validation else LOSSES[1]
-    grid = Grid(done, axes)
-    contended = _contended(done)
+    grid = Grid(known, axes)
+    contended = _contended(known)
     effects = [
         _effect(grid, key, arms[0], arm, metric, contended)
         for key, arms in axes.items()
@@ -357,6 +460,11 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
         notes.append(f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts")
     if not axes:
         notes.append("nothing but the seed varies, so there is no axis to compare")
+    notes += _unequal(grid)
+    made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
+    changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
+    if changed:
+        notes.append(f"the runs differ in {', '.join(changed)}, which may show in losses and speed")
     return Comparison(
         runs=list(rows),
         axes=effects,
@@ -369,26 +477,43 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
     )
 
 
+def _unequal(grid: Grid) -> Iterator[str]:
+    """A note for each axis whose seeds average over different settings of the other axes."""
+    for key, arms in grid.axes.items():
+        for arm in arms[1:]:
+            settings: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+            for pair in grid.pairs(key, arms[0], arm)[0]:
+                settings[pair.seed].add(pair.where)
+            if len({frozenset(where) for where in settings.values()}) > 1:
+                yield (
+                    f"{key}: for lack of some runs the seeds of {arm} average over different settings of the other "
+                    "axes; where the effect differs between those, it weighs the settings unequally"
+                )
+
+
 def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, contended: set[str]) -> Effect:
     pairs, broken = grid.pairs(key, baseline, arm)
     effect = Effect(key, baseline, arm, metric.key, n_pairs=len(pairs), dropped_pairs=broken)
+    effect.n_seeds = len({pair.seed for pair in pairs})
     if not pairs:
-        effect.verdict, effect.reason = "not_comparable", "no pair of finished runs"
+        effect.verdict, effect.reason = "not_comparable", f"no two finished runs differ in {key} alone"
         return effect
-    first, second = pairs[0][1], pairs[0][2]
-    effect.parameters = {"baseline": first["parameters"]["total"], "arm": second["parameters"]["total"]}
+    first = pairs[0]
+    effect.parameters = {"baseline": first.baseline["parameters"]["total"], "arm": first.arm["parameters"]["total"]}
+    if any(row.get(metric.key) is None for pair in pairs for row in (pair.baseline, pair.arm)):
+        effect.verdict, effect.reason = "not_comparable", "not measured in every run"
+        return effect
     figure = _figure(metric)
-    by_seed: dict[int, list[float]] = defaultdict(list)
-    for seed, one, other in pairs:
-        by_seed[seed].append(figure(other) - figure(one))
-    differences = {seed: statistics.fmean(values) for seed, values in by_seed.items()}
-    effect.n_seeds = len(differences)
-    effect.seed_std = grid.spread(figure)
-    effect.baseline_mean = statistics.fmean(one[metric.key] for _, one, _ in pairs)
-    effect.arm_mean = statistics.fmean(other[metric.key] for _, _, other in pairs)
+    by_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for pair in pairs:
+        by_seed[pair.seed].append((figure(pair.baseline), figure(pair.arm)))
+    ones = [statistics.fmean(one for one, _ in both) for both in by_seed.values()]
+    others = [statistics.fmean(other for _, other in both) for both in by_seed.values()]
+    values = [other - one for one, other in zip(ones, others, strict=True)]
     back = math.exp if metric.ratio else float
-    effect.differences = {str(seed): back(value) for seed, value in differences.items()}
-    values = list(differences.values())
+    effect.seed_std = grid.spread(metric, key, (baseline, arm))
+    effect.baseline_mean, effect.arm_mean = back(statistics.fmean(ones)), back(statistics.fmean(others))
+    effect.differences = {str(seed): back(value) for seed, value in zip(by_seed, values, strict=True)}
     mean, interval, p_value = t_interval(values) if len(values) > 1 else (values[0], None, None)
     if metric.ratio:
         effect.speed_ratio = back(mean)
@@ -409,64 +534,92 @@ def _figure(metric: Metric) -> Callable[[Row], float]:
     return lambda row: math.log(row[metric.key]) if metric.ratio else float(row[metric.key])
 
 
-def _obstacle(key: str, metric: Metric, pairs: Sequence[tuple[int, Row, Row]], contended: set[str]) -> str:
+def _obstacle(key: str, metric: Metric, pairs: Sequence[Pair], contended: set[str]) -> str:
     """Why the pairs of an axis cannot be compared in a metric; empty if they can."""
-    both = [(one, other) for _, one, other in pairs]
-    if key == "precision":
-        got = [{row["precision"]["effective"] for row in pair} for pair in both]
-        if any(len(effective) == 1 for effective in got):
-            same = next(effective for effective in got if len(effective) == 1)
-            return f"both arms computed in {same.pop()} on this hardware"
+    both = [(pair.baseline, pair.arm) for pair in pairs]
+    if key in ("precision", "precision.name"):
+        for one, other in both:
+            if _arithmetic(one) == _arithmetic(other):
+                return f"both arms computed in {one['precision']['effective']} on this hardware"
     if metric in LOSSES:
         if any(one["data"]["sha256"] != other["data"]["sha256"] for one, other in both):
             return "the arms were trained on different texts"
+        if metric.key == "val_loss" and any(
+            one["data"].get("val_tokens") != other["data"].get("val_tokens") for one, other in both
+        ):
+            return "the arms were validated on different texts"
         return ""
     runs = [row for pair in both for row in pair]
     if metric is SPEED and any(row["precision"]["emulated"] for row in runs):
         return "emulated precision: its speed is not a hardware speed"
     if any(one["device"] != other["device"] or one["threads"] != other["threads"] for one, other in both):
         return "the arms ran on different hardware"
+    # a GPU's name says what it is, a processor's does not
+    if metric is SPEED and any(
+        one["device"].startswith("cpu") and one.get("machine") != other.get("machine") for one, other in both
+    ):
+        return "the arms ran on different machines"
     if metric is SPEED and any(row["folder"] in contended for row in runs):
         return "runs shared the machine while they were timed"
     return ""
 
 
+def _arithmetic(row: Row) -> tuple[str, str | None]:
+    """What a run's products were computed in, and how the emulation rounds if it was one."""
+    precision = row["precision"]
+    return precision["effective"], row["config"]["precision"]["rounding"] if precision["emulated"] else None
+
+
 def _contended(rows: Sequence[Row]) -> set[str]:
-    """Folders of runs that overlapped in time with another run on the same machine."""
-    spans = []
+    """Folders of runs that overlapped in time with another run on the same machine, finished or not.
+
+    A run counts from its `started` for as long as it trained: what its start-up took before that moment is unknown.
+    """
+    spans: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:
-        begin = datetime.fromisoformat(row["started"]).timestamp()
-        spans.append((row.get("machine"), begin, begin + row["wall_seconds"]["total"], row["folder"]))
-    spans.sort(key=lambda span: span[1])
+        if "started" in row:
+            begin = datetime.fromisoformat(row["started"]).timestamp()
+            spans[row.get("machine")].append((begin, begin + row["wall_seconds"]["train"], row["folder"]))
     found: set[str] = set()
-    for one, other in itertools.pairwise(spans):
-        if one[0] == other[0] and other[1] < one[2] - 1:  # starts are kept to the second
-            found |= {one[3], other[3]}
+    for on_machine in spans.values():
+        longest = (-math.inf, -math.inf, "")
+        for span in sorted(on_machine):
+            if span[0] < longest[1] - 1:  # starts are kept to the second
+                found |= {longest[2], span[2]}
+            longest = max(longest, span, key=lambda one: one[1])
     return found
 
 
 def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
-    """Every two-way interaction of arms against their baselines in the loss, by seed like the main effects."""
+    """Every two-way interaction of arms against their baselines in the loss, by seed like the main effects.
+
+    Each difference of differences is taken among four runs that share all else, then averaged over the other axes.
+    """
     figure = _figure(metric)
-    spread = grid.spread(figure)
     found = []
     for (a, a_arms), (b, b_arms) in itertools.combinations(grid.axes.items(), 2):
-        for arm_a, arm_b in itertools.product(a_arms[1:], b_arms[1:]):
-            effects: dict[tuple[int, str], list[float]] = defaultdict(list)
-            for seed, one, other in grid.pairs(a, a_arms[0], arm_a)[0]:
-                where = typed(one).get(b, _default(b, one))
-                effects[seed, where].append(figure(other) - figure(one))
-            by_seed = [
-                statistics.fmean(effects[seed, arm_b]) - statistics.fmean(effects[seed, b_arms[0]])
-                for seed in grid.seeds
-                if effects.get((seed, arm_b)) and effects.get((seed, b_arms[0]))
-            ]
-            if not by_seed:
+        at_a, at_b = list(grid.axes).index(a), list(grid.axes).index(b)
+        by_arms: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for seed, arms in grid.planned:
+            if arms[at_a] == a_arms[0] or arms[at_b] == b_arms[0]:
                 continue
+            corners = []
+            for arm_a, arm_b in itertools.product((arms[at_a], a_arms[0]), (arms[at_b], b_arms[0])):
+                corner = list(arms)
+                corner[at_a], corner[at_b] = arm_a, arm_b
+                corners.append(grid.cells.get((seed, tuple(corner))))
+            losses = [figure(row) for row in corners if row is not None and row.get(metric.key) is not None]
+            if len(losses) == 4:
+                by_arms[arms[at_a], arms[at_b]][seed].append(losses[0] - losses[1] - losses[2] + losses[3])
+        for pair in itertools.product(a_arms[1:], b_arms[1:]) if by_arms else ():
+            if pair not in by_arms:
+                continue
+            by_seed = [statistics.fmean(values) for values in by_arms[pair].values()]
+            spread = grid.spread(metric, a, (a_arms[0], pair[0]))
             mean, interval, p_value = t_interval(by_seed) if len(by_seed) > 1 else (by_seed[0], None, None)
             excludes = interval is not None and (interval[0] > 0 or interval[1] < 0)
             large = excludes and spread is not None and abs(mean) > spread
-            found.append(Interaction((a, b), (arm_a, arm_b), metric.key, len(by_seed), mean, interval, p_value, large))
+            found.append(Interaction((a, b), pair, metric.key, len(by_seed), mean, interval, p_value, large))
     return found
 
 
@@ -496,19 +649,24 @@ def command(argv: list[str]) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run or sweep folder, or one above")
     parser.add_argument("--margin", type=float, help="loss differences inside ±MARGIN nats count as none")
     parser.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
-    args = parser.parse_args(argv)
+
+    def error(message: str) -> NoReturn:
+        raise BadRequest(f"{message}; gpt2exp-compare --help shows what can be typed")
+
+    parser.error = error  # type: ignore[method-assign]
     try:
+        args = parser.parse_args(argv)
         if args.margin is not None and not (math.isfinite(args.margin) and args.margin > 0):
             raise BadRequest(f"--margin {args.margin}: must be a number of nats above 0; try --margin 0.01")
         comparison = compare(read(args.folders), margin=args.margin)
         out = args.out or args.folders[0]
         out.mkdir(parents=True, exist_ok=True)
         report.write(comparison, out)
-    except BadRequest as error:
-        view.refuse(str(error), program="gpt2exp-compare")
+    except BadRequest as problem:
+        view.refuse(str(problem), program="gpt2exp-compare")
         return 2
-    except OSError as error:
-        why = error.strerror or str(error)
+    except OSError as problem:
+        why = problem.strerror or str(problem)
         view.refuse(f"cannot write the comparison ({why}); name a folder with --out", program="gpt2exp-compare")
         return 2
     report.show(comparison, view.terminal())
