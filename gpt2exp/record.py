@@ -44,9 +44,10 @@ class Record:
         self._training_began = time.monotonic()
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Append one step's metrics."""
+        """Append one step's metrics; ValueError if one of them is no finite number, and then none is kept."""
+        line = json.dumps(metrics, allow_nan=False)
         self.metrics.append(metrics)
-        self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._file.write(line + "\n")
         self._file.flush()
         write_status(self.folder, "running", len(self.metrics))
 

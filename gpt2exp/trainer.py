@@ -110,7 +110,7 @@ class Trainer:
         caller does with the metrics are not. `loss` is the loss before the step's update, `step` counts from 0.
 
         Raises:
-            Diverged: the loss, or the gradient's norm where it is measured, is infinite or not a number.
+            Diverged: a loss, or the gradient's norm where it is measured, is infinite or not a number.
         """
         config = self.config
         while self.steps_done < config.steps:
@@ -142,6 +142,8 @@ class Trainer:
                     raise Diverged(number, "grad_norm", norm)
             if self.validation is not None and (last or due):
                 metrics["val_loss"] = self.evaluate()
+                if not math.isfinite(metrics["val_loss"]):  # the update just made broke the model
+                    raise Diverged(number, "val_loss", metrics["val_loss"])
             yield metrics
 
     def _before(self, *, thorough: bool) -> dict[str, Any]:

@@ -358,6 +358,15 @@ def alone() -> list[str]:
     return [unshare, "-n", *PROGRAM]
 
 
+def test_a_run_that_its_last_update_breaks(tmp_path: Path) -> None:
+    """The loss was finite; only validation sees the wreck, and the record is still closed."""
+    more = ["optimizer.lr=1e38", "train.steps=1", "data.val_fraction=0.01", "wandb.mode=disabled"]
+    done = run(tmp_path / "here", *SMALL, *more)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: val_loss became nan at step 0"]
+    assert read(the_run(tmp_path / "here") / "summary.json")["state"] == "diverged"
+
+
 class TestWithoutNetwork:
     """A machine that reaches nothing at all."""
 

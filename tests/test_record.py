@@ -67,9 +67,10 @@ def test_no_file_holds_what_is_no_number(tmp_path: Path, value: float) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         files_of_run.step(metrics(1) | {"loss": value})
     assert read(tmp_path / "metrics.jsonl") == [metrics(0)]
+    assert files_of_run.finish("failed")["loss_last"] == 10.0, "it can still be closed"
     with pytest.raises(ValueError, match="JSON compliant"):
         files.write_json(tmp_path / "status.json", {"loss": value})
-    assert read(tmp_path / "status.json")["step"] == 1
+    assert read(tmp_path / "status.json")["state"] == "failed"
 
 
 def test_losses() -> None:
