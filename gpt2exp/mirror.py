@@ -107,7 +107,8 @@ class Mirror:
         flat = {key: value for key, value in metrics.items() if not isinstance(value, list)}
         for key, values in ((key, value) for key, value in metrics.items() if isinstance(value, list)):
             flat |= {f"{key}/{index}": value for index, value in enumerate(values)}  # a curve a block
-        self._guard(lambda: self._run.log(flat, step=metrics["step"]))
+        # committed at once: held back, the last step's values would overwrite the summary's of the same name
+        self._guard(lambda: self._run.log(flat, step=metrics["step"], commit=True))
 
     def finish(self, summary: dict[str, Any], *, failed: bool) -> Path | None:
         """Write the summary and close the run, marked as failed there too if it was; the folder to sync if offline."""
