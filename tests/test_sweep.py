@@ -63,6 +63,7 @@ class TestSweep:
         runs = [OfflineRun(folder) for folder in folders]
         assert {entry.run.run_group for entry in runs} == {folders[0].parent.name}
         assert len({entry.run.run_id for entry in runs}) == 4
+        assert [entry.run.display_name for entry in runs] == [",".join(overrides(folder)) for folder in folders]
         assert [entry.exit_codes for entry in runs] == [[0]] * 4
         for entry, folder in zip(runs, folders, strict=True):
             assert [row["loss"] for row in entry.history] == losses(folder)

@@ -1,0 +1,235 @@
+"""What Weights & Biases receives, read back from its own offline file, and that nothing it does reaches training."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import SMALL, OfflineRun, read, run, the_run
+
+from gpt2exp import mirror
+from gpt2exp.config import RunConfig, WandbConfig, WandbMode, plain
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No account, no netrc, nothing in the environment."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """The package's warnings."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler = Handler()
+    log = logging.getLogger("gpt2exp")
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)
+
+
+class TestOfflineFile:
+    """Every step and fact of one run; 60 steps fill several of the file's 32 KiB blocks."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The run's folder."""
+        here = tmp_path_factory.mktemp("offline") / "here"
+        named = ["wandb.group=my group", "wandb.name=my run", "wandb.tags=[red,green]", "wandb.project=my-project"]
+        done = run(here, *SMALL, "train.steps=60", "data.val_fraction=0.01", *named)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "\nwandb      offline\n" in done.stdout
+        return the_run(here)
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def sent(folder: Path) -> OfflineRun:
+        """What wandb wrote of it."""
+        return OfflineRun(folder)
+
+    def test_history_is_the_metrics(self, folder: Path, sent: OfflineRun) -> None:
+        assert sent.file.stat().st_size > 32768
+        rows = read(folder / "metrics.jsonl")
+        assert len(sent.history) == len(rows) == 60
+        for row, got in zip(rows, sent.history, strict=True):
+            assert got["_step"] == row["step"]
+            assert {key: got[key] for key in ("step", "tokens", "loss", "tokens_per_second")} == {
+                key: row[key] for key in ("step", "tokens", "loss", "tokens_per_second")
+            }
+            for key, value in row.items():  # a list is a curve an element
+                assert (
+                    got[key] if not isinstance(value, list) else [got[f"{key}/{i}"] for i in range(len(value))]
+                ) == value
+
+    def test_config_is_resolved_and_plain(self, folder: Path, sent: OfflineRun) -> None:
+        config = read(folder / "summary.json")["config"]
+        assert {key: sent.config[key] for key in config} == config
+        assert sent.config["model"]["n_embd"] == 16
+        assert sent.config["facts"]["parameters"]["total"] == 811_728
+        assert sent.config["facts"]["precision"]["effective"] == "fp32"
+        assert config.keys() == plain(RunConfig()).keys()
+
+    def test_summary(self, folder: Path, sent: OfflineRun) -> None:
+        summary = read(folder / "summary.json")
+        for key in ("state", "loss_first", "loss_last", "loss_mean_last10", "val_loss", "steps", "peak_memory_bytes"):
+            assert sent.summary[key] == summary[key]
+        for key in ("tokens_per_second", "step_ms"):  # the run's, not the last step's of the same name
+            assert sent.summary[key] == summary[key]
+
+    def test_names(self, sent: OfflineRun) -> None:
+        entry = sent.run
+        assert (entry.project, entry.run_group, entry.display_name) == ("my-project", "my group", "my run")
+        assert sorted(entry.tags) == ["green", "red"]
+        assert entry.job_type == "train"
+
+    def test_axes(self, sent: OfflineRun) -> None:
+        """Everything is drawn over tokens; the step stays available."""
+        named = {metric.name or metric.glob_name: metric for metric in sent.metrics}
+        assert {"tokens", "step", "*"} <= named.keys()
+        assert named["*"].step_metric == "tokens"
+        assert named["*"].options.step_sync
+
+    def test_closed(self, sent: OfflineRun) -> None:
+        assert sent.exit_codes == [0]
+
+    def test_nothing_of_the_machine(self, folder: Path) -> None:
+        """No host name, user or arguments beside what the record allows."""
+        assert not list(folder.rglob("wandb-metadata.json"))
+
+
+def about(name: str) -> dict[str, Any]:
+    """What a run tells `wandb.init`."""
+    return {"config": {"seed": 3}, "name": name, "group": None, "tags": []}
+
+
+def closed(folder: Path) -> OfflineRun:
+    """A finished run; wandb's own process closes the file a moment after `finish` returns."""
+    deadline = time.monotonic() + 30
+    while not (finished := OfflineRun(folder)).exit_codes:
+        assert time.monotonic() < deadline, "the run was never closed"
+        time.sleep(0.05)
+    return finished
+
+
+def test_several_runs_in_one_process(tmp_path: Path) -> None:
+    """Each is its own file, closed, a failed one marked as failed."""
+    kept = []
+    for number, failed in enumerate((False, True, False)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), folder, about(f"run {number}"))
+        assert files.ready() == "offline"
+        files.log({"step": 0, "tokens": 128, "loss": float(number)})
+        kept.append(files.finish({"state": "done"}, failed=failed))
+    runs = [closed(tmp_path / str(number)) for number in range(3)]
+    assert [entry.exit_codes for entry in runs] == [[0], [1], [0]]
+    assert [[row["loss"] for row in entry.history] for entry in runs] == [[0.0], [1.0], [2.0]]
+    assert [entry.run.display_name for entry in runs] == ["run 0", "run 1", "run 2"]
+    assert len({entry.run.run_id for entry in runs}) == 3
+    assert kept == [entry.file.parent for entry in runs]
+
+
+class TestMode:
+    """`auto` is online with credentials, else offline; a mode typed is obeyed."""
+
+    def test_without_credentials(self) -> None:
+        assert mirror.resolve_mode(WandbConfig()) == "offline"
+
+    def test_with_a_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        assert mirror.resolve_mode(WandbConfig()) == "online"
+
+    def test_with_netrc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+        (tmp_path / ".netrc").chmod(0o600)
+        assert mirror.resolve_mode(WandbConfig()) == "online"
+        monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+        assert mirror.resolve_mode(WandbConfig()) == "offline", "the key is another server's"
+
+    @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+    def test_environment_wins_over_auto_alone(self, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert mirror.resolve_mode(WandbConfig()) == mode
+        for typed in (WandbMode.online, WandbMode.offline, WandbMode.disabled):
+            assert mirror.resolve_mode(WandbConfig(mode=typed)) == typed.value
+
+    def test_an_unknown_mode_in_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WANDB_MODE", "nonsense")
+        assert mirror.resolve_mode(WandbConfig()) == "offline"
+
+
+def test_disabled_writes_nothing(tmp_path: Path, warnings: list[str]) -> None:
+    files = mirror.Mirror(WandbConfig(mode=WandbMode.disabled), tmp_path, about("quiet"))
+    assert files.ready() == "disabled"
+    files.log({"step": 0, "loss": 1.0})
+    assert files.finish({}, failed=False) is None
+    assert (list(tmp_path.iterdir()), warnings) == ([], [])
+
+
+class TestFailingWandb:
+    """Whatever it raises is one warning, and training does not notice."""
+
+    def test_at_the_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+        import wandb
+
+        def fail(**_: Any) -> None:
+            raise RuntimeError("no wandb today\nat all")
+
+        monkeypatch.setattr(wandb, "init", fail)
+        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
+        assert files.ready() == "disabled"
+        files.describe({"a": 1})
+        files.log({"step": 0, "loss": 1.0})
+        assert files.finish({}, failed=False) is None
+        assert warnings == ["wandb could not start offline (no wandb today); going on without it"]
+
+    @pytest.mark.parametrize("method", ["log", "finish"])
+    def test_later(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str], method: str) -> None:
+        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
+        files.ready()
+        real = files._run
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError("disk full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(real, method, fail)
+            for step in range(3):
+                files.log({"step": step, "loss": 1.0})
+            files.finish({}, failed=False)
+        real.finish()
+        (warning,) = warnings
+        assert "disk full" in warning
+
+    def test_an_unreachable_server(self, tmp_path: Path) -> None:
+        """Exit code 0, one warning, the local record whole, the offline file there, the key nowhere."""
+        surroundings = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
+        done = run(tmp_path / "here", *SMALL, "train.steps=3", "wandb.mode=online", **surroundings)
+        assert done.returncode == 0
+        ours = [line for line in done.stderr.splitlines() if not line.startswith("wandb: ")]
+        assert len(ours) == 1
+        assert ours[0].startswith("warning: wandb could not start online (")
+        assert ours[0].endswith("; going on offline")
+        folder = the_run(tmp_path / "here")
+        assert read(folder / "summary.json")["state"] == "done"
+        assert len(read(folder / "metrics.jsonl")) == 3
+        sent = OfflineRun(folder)
+        assert ([row["step"] for row in sent.history], sent.exit_codes) == ([0, 1, 2], [0])
+        assert "to upload: wandb sync " in done.stdout
+        for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+            assert KEY.encode() not in file.read_bytes(), file
+        assert KEY not in done.stdout + done.stderr
