@@ -167,13 +167,18 @@ NEEDED: dict[str, Any] = {
     "started": str,
     "wall_seconds.train": NUMBER,
 }
-"""What is read of a summary, with its type."""
+"""What is read of a summary, here and for the report, with its type."""
 NEEDED_DONE: dict[str, Any] = {
     **dict.fromkeys(("val_loss", "loss_mean_last10", "tokens_per_second", "peak_memory_bytes"), MAYBE),
+    "steps": int,
+    "tokens": int,
+    "config.model.vocab_size": int,
+    "config.precision.rounding": str,
     "parameters.total": int,
     "precision.effective": str,
     "precision.emulated": bool,
     "data.sha256": str,
+    "data.distinct_tokens": int,
     "device": str,
     "threads": int,
 }
@@ -245,7 +250,7 @@ def _default(key: str, flat: Mapping[str, Any]) -> str:
     """What a run that did not type `key` has for it, by its flat configuration."""
     if key in flat:
         return show(flat[key])
-    if key in GROUPS:
+    if f"{key}.{GROUPS.get(key)}" in flat:
         return show(flat[f"{key}.{GROUPS[key]}"])
     return "gpt2" if key == "model" else "default"
 
@@ -270,6 +275,10 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
         distinct, first = list(dict.fromkeys(of_runs)), _default(key, usual)
         if len(distinct) > 1:
             axes[key] = [*(arm for arm in distinct if arm == first), *(arm for arm in distinct if arm != first)]
+    for group in [key for key in axes if key not in usual]:
+        inside = {key for flat in flats for key in flat if key.startswith(f"{group}.")} - set(axes)
+        if inside and all(len({repr(flat.get(key)) for flat in flats}) == 1 for key in inside):
+            del axes[group]  # one choice, typed in some runs and made by a preset in the others
     following = {key for key in arms if key not in axes and "${" in arms[key][0]}
     differing = []
     for key in sorted({key for flat in flats for key in flat} - {"seed", *axes, *following}):
@@ -669,7 +678,7 @@ def command(argv: list[str]) -> int:
         why = problem.strerror or str(problem)
         view.refuse(f"cannot write the comparison ({why}); name a folder with --out", program="gpt2exp-compare")
         return 2
-    report.show(comparison, view.terminal())
+    report.show(comparison, view.terminal(), out)
     return 0
 
 
