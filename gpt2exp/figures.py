@@ -24,7 +24,9 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from scipy.special import stdtrit
 
 from gpt2exp import record
 from gpt2exp.compare import ALPHA, MEMORY, SPEED, Comparison, Effect, Grid, Row
@@ -44,7 +46,7 @@ POINTS = 300
 """Points of a curve; longer runs are averaged in equal stretches."""
 SIZE = (5.0, 3.4)
 """Inches; 360 units of an SVG, in which text of 11 stays readable on a telephone."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.labelsize": 11,
@@ -144,7 +146,7 @@ def draw(comparison: Comparison) -> list[Section]:
     done = [row for row in comparison.runs if row["state"] == "done"]
     if not done:
         return []
-    grid = Grid(done, comparison.swept)
+    grid = Grid([row for row in comparison.runs if "config" in row], comparison.swept)
     metrics = functools.cache(lambda folder: record.read_metrics(Path(folder)))
     per_step = {row["tokens"] / row["steps"] for row in done if row["steps"]}
     clock = "step" if len(per_step) == 1 else "tokens"
@@ -174,16 +176,15 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
         ("loss", "Loss over the run", SIZE[1], _loss),
         ("gap", "Difference along the way", SIZE[1], _gap),
         ("difference", "Difference at the end, seed by seed", _height(arms - 1, 0.55 + 0.16 * min(seeds, 12)), _pairs),
-        ("unseen", "What unused tokens cost", SIZE[1], _unseen),
-        ("residual", "Residual stream through the blocks", SIZE[1], _residual),
         ("speed", "Throughput", _height(arms, 0.62), _speed),
         ("memory", "Peak memory", _height(arms, 0.62), _memory),
+        ("unseen", "What unused tokens cost", SIZE[1], _unseen),
+        ("residual", "Residual stream through the blocks", SIZE[1], _residual),
     ]
     for kind, title, height, painter in kinds:
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a glyph that the font lacks is no news to the user
-            figure = Figure(figsize=(SIZE[0], height), layout="constrained")
-            figure.get_layout_engine().set(w_pad=0.03, h_pad=0.05)  # type: ignore[union-attr]
+            figure = Figure(figsize=(SIZE[0], height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
             caption = painter(figure.add_subplot(), axis)
             if not caption:
                 continue
@@ -248,7 +249,7 @@ def _along(ax: Axes, axis: Axis) -> None:
     ax.set_xlabel("step" if axis.clock == "step" else "tokens trained on")
     ax.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
     ax.set_axisbelow(True)
-    ax.locator_params(axis="x", nbins=6)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if axis.clock == "tokens":
         ax.xaxis.set_major_formatter(lambda value, _: _count(value))
 
@@ -325,14 +326,14 @@ def _gap(ax: Axes, axis: Axis) -> str:
     base, handles, labels = axis.arms[0], [], []
     for arm in axis.arms[1:]:
         curves = []
-        for seed, one, other in axis.grid.pairs(axis.key, base.name, arm.name)[0]:
-            got = _by_seed([(0, axis.curve(one, "loss")), (1, axis.curve(other, "loss"))])
-            curves.append((seed, None if got is None or len(got[1]) < 2 else (got[0], got[1][1] - got[1][0])))
+        for pair in axis.grid.pairs(axis.key, base.name, arm.name)[0]:
+            got = _by_seed([(0, axis.curve(pair.baseline, "loss")), (1, axis.curve(pair.arm, "loss"))])
+            curves.append((pair.seed, None if got is None or len(got[1]) < 2 else (got[0], got[1][1] - got[1][0])))
         stacked = _by_seed(curves)
         if stacked is None or len(stacked[0]) < 2:
             continue
         n = len(stacked[1])
-        half = _spread(stacked[1]) * (stats.t.ppf(1 - ALPHA / 2, n - 1) / math.sqrt(n) if n > 1 else 0)
+        half = _spread(stacked[1]) * (stdtrit(n - 1, 1 - ALPHA / 2) / math.sqrt(n) if n > 1 else 0)
         handles.append(_band(ax, *stacked, half, arm))
         labels.append(arm.label)
     if not handles:
@@ -355,7 +356,7 @@ def _unseen(ax: Axes, axis: Axis) -> str:
     if not handles:
         return ""
     _along(ax, axis)
-    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
     ax.set_ylabel("nats a token")
     _legend(ax, handles, labels)
     return (
@@ -387,10 +388,11 @@ def _residual(ax: Axes, axis: Axis) -> str:
         ax.set_yscale("log")
     ax.set_xlabel("blocks passed (0: the embedding)")
     ax.set_ylabel("RMS of the stream")
-    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
     _legend(ax, handles, labels)
-    return "Root mean square of the residual stream as embedded and after each block: dotted as first measured, solid as last."
+    text = "Root mean square of the residual stream as embedded and after each block"
+    return f"{text}: dotted as first measured, solid as last."
 
 
 # --- at the end ------------------------------------------------------------------------------------------------------
@@ -407,17 +409,17 @@ def _pairs(ax: Axes, axis: Axis) -> str:
     shaded = 0 < std < 4 * furthest  # a band ten times as wide as the picture would hide the differences
     if shaded:
         ax.axvspan(-std, std, color=INK, alpha=0.08, linewidth=0)
-    ax.axvline(0, color=INK, linewidth=0.9)
     for row, effect in enumerate(effects):
         colour = colours[effect.arm]
         values = list(effect.differences.values())
         places = row + (np.arange(len(values)) + 0.5) / (len(values) + 1.5) * 0.62 + 0.28
+        ax.vlines(0, row + 0.3, row + 1, color=INK, linewidth=0.9)
         ax.hlines(places, 0, values, color=colour, linewidth=1.0, alpha=0.75)
         ax.plot(values, places, "o", color=colour, markersize=3.5)
         ax.text(0.01, row + 0.16, shorten(effect.arm, 40), transform=ax.get_yaxis_transform(), va="center")
         if effect.ci95 is not None:
             ax.plot(effect.ci95, [row + 0.92] * 2, color=INK, linewidth=2, solid_capstyle="butt")
-        ax.plot(effect.mean_difference, row + 0.92, "D", color=INK, markersize=5.5)
+        ax.plot(effect.mean_difference or 0.0, row + 0.92, "D", color=INK, markersize=5.5)
     ax.set_ylim(len(effects) + 0.05, 0)
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
@@ -445,8 +447,10 @@ def _bars(ax: Axes, axis: Axis, metric: str, form: Callable[[float], str]) -> st
             ax.text(0, row + 0.62, "no finished run", va="center", fontsize=9, alpha=0.7)
             continue
         mean, hatched = statistics.fmean(some), bool(refused)
-        ax.barh(row + 0.62, mean, height=0.42, color=arm.colour, alpha=0.35 if hatched else 0.75, linewidth=0.8,
-                edgecolor=arm.colour, hatch="////" if hatched else None)  # fmt: skip
+        look: dict[str, Any] = (
+            {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"} if hatched else {"facecolor": arm.colour}
+        )
+        ax.barh(row + 0.62, mean, height=0.42, **look)
         ax.plot(some, np.full(len(some), row + 0.62), "|", color=INK, markersize=9, alpha=0.6)
         ax.text(max(*some, mean) + 0.02 * far, row + 0.62, form(mean), va="center")
     ax.set_xlim(0, far * 1.32)

@@ -110,6 +110,10 @@ class Mirror:
         # committed at once: held back, the last step's values would overwrite the summary's of the same name
         self._guard(lambda: self._run.log(flat, step=metrics["step"], commit=True))
 
+    def show(self, make: Callable[[], dict[str, Any]]) -> None:
+        """Tables and images: `make` runs, and may import wandb, only if there is a run to show them in."""
+        self._guard(lambda: self._run.log(make()))
+
     def finish(self, summary: dict[str, Any], *, failed: bool) -> Path | None:
         """Write the summary and close the run, marked as failed there too if it was; the folder to sync if offline."""
         self._guard(lambda: self._run.summary.update(summary))
