@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 BEGAN = time.monotonic()
 """When this process began, near enough: the first job's start-up counts from here."""
 
+FEW = 12
+"""Runs of a sweep that its closing table still shows one by one."""
+
 log = logging.getLogger("gpt2exp")
 
 
@@ -316,19 +319,22 @@ def _for_wandb(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outcome(request: plan.Plan) -> int:
-    """The sweep's table if it was one, and the exit code, both from what the folders say."""
+    """What a sweep came to, if it was one, and the exit code, both from what the folders say."""
     rows = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
     done = sum(row["state"] == "done" for row in rows)
     if request.multirun:
-        title = f"{done} of {len(request.jobs)} runs done in {view.short(request.folder.absolute())}"
-        view.terminal().print(view.runs_table(rows, title))
-        for row in rows:
-            if row["state"] != "done":
-                view.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
-        if any(request.folder.glob("*/wandb/offline-run-*")):
-            view.terminal().print(
-                f"to upload: wandb sync {view.short(request.folder.absolute())}/*/wandb/offline-run-*"
-            )
+        from gpt2exp import report
+
+        console, place = view.terminal(), view.short(request.folder.absolute())
+        title = f"{done} of {len(request.jobs)} runs done in {place}"
+        console.print(view.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
+        if not report.conclude(request.folder, console):  # the comparison lists them too
+            for row in rows:
+                if row["state"] != "done":
+                    view.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
+        offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
+        if found := [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]:
+            console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
     return 0 if rows and done == len(rows) else 1
 
 
