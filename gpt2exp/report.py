@@ -300,8 +300,8 @@ def name_of(verdict: str) -> str:
 # --- terminal --------------------------------------------------------------------------------------------------------
 
 
-def show(comparison: Comparison, console: Console, out: Path | None = None) -> None:
-    """Table, sentences, failed runs and notes on a console; `out`: where the report was written."""
+def show(comparison: Comparison, console: Console, out: Path | None = None, *, failed: bool = True) -> None:
+    """Table, sentences, failed runs unless told elsewhere, and notes; `out`: where the report was written."""
     from rich.text import Text
 
     if comparison.axes:
@@ -315,7 +315,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None) -> N
     for item in comparison.interactions:
         if item.large:
             console.print(Text(f"interaction: {interaction_sentence(item, comparison)}"), soft_wrap=True)
-    for name, fate in failures(comparison):
+    for name, fate in failures(comparison) if failed else ():
         console.print(Text(f"{name}: {fate}", style="red"), soft_wrap=True)
     for note in comparison.notes:
         console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
@@ -626,10 +626,11 @@ def page(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
 # --- the end of a sweep ----------------------------------------------------------------------------------------------
 
 
-def conclude(sweep: Path, console: Console) -> bool:
-    """Compare a sweep's runs, write, show and mirror the report; False, after a line of warning, if that fails.
+def conclude(sweep: Path, console: Console) -> None:
+    """Compare a sweep's runs, write, show and mirror the report; after a line of warning instead, if that fails.
 
-    The runs are done and recorded by then, so no failure here may change what the sweep's command says of them.
+    The runs are done and recorded by then, so no failure here may change what the sweep's command says of them; it
+    says itself which runs failed.
     """
     again = f"gpt2exp-compare {shlex.quote(view.short(sweep.absolute()))} tries again"
     try:
@@ -638,15 +639,12 @@ def conclude(sweep: Path, console: Console) -> bool:
         comparison = compare(read([sweep]))
         sections = figures.draw(comparison)
         _write(comparison, sweep, sections)
-        show(comparison, console, sweep)
+        show(comparison, console, sweep, failed=False)
         mirror(comparison, sweep, sections)
     except (BadRequest, OSError) as error:
         log.warning("no comparison: %s; %s", clean(error), again)
-        return False
     except Exception as error:
         log.warning("no comparison: %s: %s; %s", type(error).__name__, clean(error), again, exc_info=True)
-        return False
-    return True
 
 
 def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> Path | None:

@@ -328,10 +328,10 @@ def _outcome(request: plan.Plan) -> int:
         console, place = view.terminal(), view.short(request.folder.absolute())
         title = f"{done} of {len(request.jobs)} runs done in {place}"
         console.print(view.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
-        if not report.conclude(request.folder, console):  # the comparison lists them too
-            for row in rows:
-                if row["state"] != "done":
-                    view.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
+        report.conclude(request.folder, console)
+        for row in rows:
+            if row["state"] != "done":
+                view.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
         offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
         if found := [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]:
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
