@@ -1,0 +1,117 @@
+"""The README keeps its word: every command in it runs, shrunk to seconds, and CI runs its test command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra._internal.utils import get_args_parser
+from support import SMALL, run, run_folders
+
+from gpt2exp import config, help, plan
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+COMMANDS = [line for line in LINES if re.match(r"(gpt2exp|python -m gpt2exp\.train)( |$)", line)]
+INLINE = [text for text in re.findall(r"`(gpt2exp(?: [^`]+)?)`", README) if text not in COMMANDS]
+"""Commands in running text and tables, without those shown in a block too."""
+
+
+def arguments(line: str) -> list[str]:
+    """What follows the program's name, less a comment; flags first, as the program puts them."""
+    words = shlex.split(line, comments=True)
+    words = words[3 if words[0] == "python" else 1 :]
+    return sorted(words, key=lambda word: word not in ("-m", "--multirun"))
+
+
+def small(words: list[str]) -> list[str]:
+    """The same request on the smallest model, for two steps and at most two values an axis."""
+    words = [re.sub(r"^([^=]+=[^,\[(]+,[^,]+),.*", r"\1", word) for word in words]
+    swept = {word.partition("=")[0] for word in words if "," in word}
+    given = [word for word in words if "=" in word and word.partition("=")[0] in swept]
+    shrunk = [*SMALL, "train.steps=2", "train.batch_size=2", "train.seq_len=16"]
+    shrunk = [word for word in shrunk if word.partition("=")[0] not in swept]
+    if any(word.startswith("model=") for word in given):  # sizes of several models: only what all of them can take
+        shrunk = [word for word in shrunk if not word.startswith("model")] + ["dry_run=true"]
+    return [word for word in words if word not in given] + given + shrunk
+
+
+def compose(words: list[str]) -> plan.Plan:
+    """The checked plan of a request."""
+    return plan.make(get_args_parser().parse_args(words))
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 5
+    assert len(LINES) >= 7
+
+
+@pytest.mark.parametrize("line", [*COMMANDS, *INLINE])
+def test_every_command_is_a_request(line: str) -> None:
+    """As it stands it composes, whatever the machine."""
+    words = arguments(line.replace("my_conf", ".").replace("model=mine", "model=nano"))
+    if "--help" not in words:
+        assert compose(words).jobs
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_run(line: str, tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "book.txt").write_text("It was the best of times, it was the worst of times. " * 200)
+    words = small(arguments(line))
+    done = run(folder, *words, "wandb.mode=disabled")
+    assert (done.returncode, done.stderr) == (0, "")
+    jobs = compose(words).jobs
+    expected = 0 if jobs[0].config.dry_run else len(jobs)
+    assert len(run_folders(folder)) == expected
+
+
+def test_the_refusal_shown_is_real() -> None:
+    shown = re.findall(r"^\$ gpt2exp (.+)\ngpt2exp: (.+)$", README, re.MULTILINE)
+    assert shown
+    for words, line in shown:
+        with pytest.raises(config.BadRequest) as caught:
+            compose(shlex.split(words))
+        assert str(caught.value) == line
+
+
+def test_every_key_is_in_the_map() -> None:
+    """A key that exists is named in the README; one that does not is not promised by --help."""
+    table = README[README.index("| group |") : README.index("A wrong key")]
+    for key in list(config.keys()):
+        name = key.rpartition(".")[2]
+        if key in ("init.scheme", "precision.name", "data.name", "optimizer.name"):
+            continue  # chosen by the group
+        assert re.search(rf"\b{name}\b", table), f"{key} is missing from the README's map"
+    named = re.findall(r"^  ([a-z_.]+)=", help.KEYS, re.MULTILINE)
+    assert len(named) == 10
+    assert set(named) <= set(config.keys())
+    for line in help.EXAMPLES.splitlines():
+        assert compose(arguments(re.split(r" {3,}", line.strip())[0])).jobs
+
+
+class TestOpeningCommands:
+    """The two commands the README opens with, one line each."""
+
+    def test_they_are_the_first_two(self) -> None:
+        run_it, test_it = LINES[:2]
+        assert run_it.startswith("python3 -m venv ")
+        assert run_it.endswith("/bin/gpt2exp")
+        assert "[dev]" in test_it
+        assert test_it.endswith("/bin/pytest")
+
+    def test_ci_runs_the_second(self) -> None:
+        """`.ci/run` takes the line from the README itself, by the mark above its block."""
+        script = (ROOT / ".ci" / "run").read_text()
+        mark = re.search(r"<!-- test command -->\n```bash\n(.+)\n```", README)
+        assert mark is not None
+        assert mark[1] == LINES[1]
+        assert "<!-- test command -->" in script
+        assert "README.md" in script
+        assert "pip install" not in script, "what CI installs is what the README's line installs"
+        assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
