@@ -172,10 +172,11 @@ def _arms(grid: Grid, key: str | None) -> list[Arm]:
 
 def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
     arms, seeds = len(axis.arms), len(axis.grid.seeds)
+    ended = sum(effect.mean_difference is not None for effect in axis.of(axis.comparison.metric))
     kinds: list[tuple[str, str, float, Draw]] = [
         ("loss", "Loss over the run", SIZE[1], _loss),
         ("gap", "Difference along the way", SIZE[1], _gap),
-        ("difference", "Difference at the end, seed by seed", _height(arms - 1, 0.55 + 0.16 * min(seeds, 12)), _pairs),
+        ("difference", "Difference at the end, seed by seed", _height(ended, 0.55 + 0.16 * min(seeds, 12)), _pairs),
         ("speed", "Throughput", _height(arms, 0.62), _speed),
         ("memory", "Peak memory", _height(arms, 0.62), _memory),
         ("unseen", "What unused tokens cost", SIZE[1], _unseen),
@@ -448,7 +449,9 @@ def _bars(ax: Axes, axis: Axis, metric: str, form: Callable[[float], str]) -> st
             continue
         mean, hatched = statistics.fmean(some), bool(refused)
         look: dict[str, Any] = (
-            {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"} if hatched else {"facecolor": arm.colour}
+            {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"}
+            if hatched
+            else {"facecolor": arm.colour, "alpha": 0.65}
         )
         ax.barh(row + 0.62, mean, height=0.42, **look)
         ax.plot(some, np.full(len(some), row + 0.62), "|", color=INK, markersize=9, alpha=0.6)

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shlex
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -125,7 +126,7 @@ def words(effect: Effect | Interaction) -> Words:
     half = (bounds[1] - bounds[0]) / 2 if bounds else 0.0
     known = half or abs(mean) / 10
     if ratio is not None:
-        known = min(known, 0.5)  # a ratio to two decimals at least
+        known = max(0.01, min(known, 0.5))  # a ratio to two or three decimals
     std = getattr(effect, "seed_std", None)
     deviation = "" if std is None else f"{spell(std * 100)} %" if ratio is not None else spell(std / scale)
     signed = [spell(value, known, sign=ratio is None) for value in (mean, *bounds)]
@@ -148,39 +149,46 @@ class Sentence:
 
 
 def sentences(comparison: Comparison) -> list[Sentence]:
-    """A sentence an arm: the loss first, then what it costs."""
+    """A sentence an arm: the loss first, then what it costs. One for all runs where there are no arms."""
     by_arm: dict[tuple[str, str], dict[str, Effect]] = {}
     for effect in comparison.axes:
         by_arm.setdefault((effect.key, effect.arm), {})[effect.metric] = effect
+    if not by_arm:
+        return list(_seeds_only(comparison))
     return [
         Sentence(effects[comparison.metric].verdict or "", _sentence(effects, comparison.metric))
         for effects in by_arm.values()
     ]
 
 
+def _seeds_only(comparison: Comparison) -> Iterable[Sentence]:
+    values = [row[comparison.metric] for row in comparison.runs if row["state"] == "done"]
+    if values:
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        text = f"{LOSS[comparison.metric]}: {spell(statistics.fmean(values), std or 0.005)} nats"
+        known = f"on average over {_plain_count(len(values), 'run')}, seed-to-seed std {spell(std)}"
+        yield Sentence("", f"{text} {known}." if len(values) > 1 else f"{text} in one run.")
+
+
 def _sentence(effects: dict[str, Effect], metric: str) -> str:
     loss = effects[metric]
     name, base, said = subject(loss.key, loss.arm), clean(loss.baseline), words(loss)
-    reason = loss.reason
-    if reason.endswith("seed-to-seed std") and said.std:
-        reason += f" {said.std}"
-    tested = f"95 % interval {said.interval}, {_count(loss.n_seeds, 'seed')}"
-    if loss.p_holm is not None:
-        tested += f", p{probability(loss.p_holm)}"
+    reason = clean(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {said.std}".strip(), 1)
+    tested = f"{_count(loss.n_seeds, 'seed')}, p{probability(1.0 if loss.p_holm is None else loss.p_holm)})"
+    costs = "".join(_costs(effects, loss))
     if loss.verdict in ("better", "worse"):
-        toward = tested.replace(said.interval, f"{said.near} to {said.far}", 1)
-        text = f"{name} is {loss.verdict} than {base} by {said.size} nats ({toward})"
-        text += f", {reason}" if reason else f"; the seed-to-seed std is {said.std}" if said.std else ""
-    elif loss.verdict == "indistinguishable":
-        text = f"{name} cannot be told apart from {base}: a difference of {said.mean} nats ({tested}); {reason}"
-    elif loss.verdict == "inconclusive":
-        text = f"{name} against {base} is open: a difference of {said.mean} nats ({tested}); {reason}"
+        text = f"{name} is {loss.verdict} than {base} by {said.size} nats "
+        text += f"(95 % interval {said.near} to {said.far}, {tested}"
+        text += f", {reason}{costs}" if reason else f"{costs}; the seed-to-seed std is {said.std}"
+    elif loss.verdict in ("indistinguishable", "inconclusive"):
+        open_ = loss.verdict == "inconclusive"
+        text = f"{name} against {base} is open" if open_ else f"{name} cannot be told apart from {base}"
+        text += f": a difference of {said.mean} nats (95 % interval {said.interval}, {tested}{costs}; {reason}"
     elif loss.verdict == "not_comparable":
-        text = f"{name} and {base} cannot be compared: {reason}"
+        text = f"{name} and {base} cannot be compared: {reason}{costs}"
     else:
         where = "above" if (loss.mean_difference or 0) > 0 else "below"
-        text = f"{name} ended {said.size} nats {where} {base} ({reason})"
-    text += "".join(_costs(effects, loss))
+        text = f"{name} ended {said.size} nats {where} {base} ({reason}){costs}"
     if loss.dropped_pairs:
         text += f"; {_plain_count(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
     return f"{text}."
@@ -192,7 +200,7 @@ def _costs(effects: dict[str, Effect], loss: Effect) -> Iterable[str]:
     if speed.speed_ratio is not None and speed.verdict != "not_comparable":
         said = words(speed)
         size = said.mean if abs(speed.speed_ratio - 1) < 0.01 else spell(speed.speed_ratio, 0.5)
-        ratio = f"{size} {'times' if speed.speed_ratio > 1 else 'of'} the speed"
+        ratio = f"{size} {'times' if float(size) > 1 else 'of'} the speed"
         sure = speed.verdict in ("better", "worse", None)
         yield f", at {ratio}" if sure else f", at {ratio} ({said.interval}: {speed.verdict})"
     elif speed.reason and speed.reason != loss.reason:
@@ -294,7 +302,7 @@ def lines(comparison: Comparison) -> list[Line]:
 
 def name_of(verdict: str) -> str:
     """A verdict as people read it."""
-    return verdict.replace("_", " ") or "one seed"
+    return verdict.replace("_", " ") or "no verdict"
 
 
 # --- terminal --------------------------------------------------------------------------------------------------------
