@@ -96,12 +96,28 @@ class Interaction:
 
 
 @dataclass
+class Distance:
+    """How far a precision's training losses lie from fp64's at the same seed and step, in nats, means over seeds."""
+
+    arm: str
+    n_seeds: int
+    largest: float
+    """Over the steps."""
+    mean: float
+    """Over the steps."""
+    seed_std: float | None
+    """The seed-to-seed std of fp64's own losses, its mean over the steps: the yardstick."""
+
+
+@dataclass
 class Comparison:
     """Everything a comparison says; `as_dict` is `comparison.json`."""
 
     runs: list[Row]
     axes: list[Effect]
     interactions: list[Interaction]
+    distances: list[Distance]
+    """Of each precision from fp64, where that is an arm."""
     failed: list[Row]
     swept: dict[str, list[str]]
     """Arms of each axis, the baseline first."""
@@ -116,6 +132,7 @@ class Comparison:
             "runs": [_public(row) for row in self.runs],
             "axes": [asdict(effect) for effect in self.axes],
             "interactions": [asdict(item) for item in self.interactions],
+            "distances": [asdict(item) for item in self.distances],
             "failed": self.failed,
             "swept": self.swept,
             "seeds": self.seeds,
@@ -478,6 +495,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
         runs=list(rows),
         axes=effects,
         interactions=_interactions(grid, loss),
+        distances=_distances(grid),
         failed=failed,
         swept=axes,
         seeds=grid.seeds,
@@ -629,6 +647,36 @@ def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
             excludes = interval is not None and (interval[0] > 0 or interval[1] < 0)
             large = excludes and spread is not None and abs(mean) > spread
             found.append(Interaction((a, b), pair, metric.key, len(by_seed), mean, interval, p_value, large))
+    return found
+
+
+def _distances(grid: Grid) -> list[Distance]:
+    """Each precision's distance from the fp64 trajectory; empty where fp64 is no arm."""
+    if "fp64" not in grid.axes.get("precision", []):
+        return []
+
+    def losses(row: Row) -> list[float]:
+        return [step["loss"] for step in record.read_metrics(Path(row["folder"]))]
+
+    found = []
+    for arm in grid.axes["precision"]:
+        pairs = grid.pairs("precision", "fp64", arm)[0] if arm != "fp64" else []
+        both = [(losses(pair.baseline), losses(pair.arm)) for pair in pairs]
+        both = [(one, other) for one, other in both if one and len(one) == len(other)]
+        if not both:
+            continue
+        gaps = [[abs(a - b) for a, b in zip(one, other, strict=True)] for one, other in both]
+        steps = zip(*(one for one, _ in both), strict=False)
+        spreads = [statistics.stdev(step) for step in steps] if len(both) > 1 else []
+        found.append(
+            Distance(
+                arm,
+                len({pair.seed for pair in pairs}),
+                statistics.fmean(map(max, gaps)),
+                statistics.fmean(map(statistics.fmean, gaps)),
+                statistics.fmean(spreads) if spreads else None,
+            )
+        )
     return found
 
 

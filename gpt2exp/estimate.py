@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gpt2exp.config import RunConfig
 
 PROCESS_BYTES = 340 * 2**20
@@ -25,3 +27,14 @@ def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
     head_gradient = 4 * model.vocab_size * model.n_embd
     backward = 4 * train.tokens_per_micro_batch * per_token + head_gradient
     return (PROCESS_BYTES if on_cpu else 0) + 3 * parameters + max(parameters + head_gradient // 2, backward)
+
+
+def fitting_batch(config: RunConfig, free: int, *, on_cpu: bool, unfused_attention: bool) -> int | None:
+    """The largest power of two below `train.batch_size` whose estimate is at most `free` bytes; None if not even 1."""
+    batch = 2 ** ((config.train.batch_size - 1).bit_length() - 1) if config.train.batch_size > 1 else 0
+    while batch:
+        smaller = replace(config, train=replace(config.train, batch_size=batch))
+        if memory(smaller, on_cpu=on_cpu, unfused_attention=unfused_attention) <= free:
+            return batch
+        batch //= 2
+    return None

@@ -96,6 +96,21 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a run could still take on the device; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError):
+        available = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        free = int(available[1]) * 1024 if available else None
+        group = Path("/sys/fs/cgroup")  # a container's own limit, where it has one
+        with contextlib.suppress(OSError, ValueError):
+            limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+            free = limit if free is None else min(free, limit)
+        return free
+    return None
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new peak, so that each job of a sweep that shares a process has its own."""
     gc.collect()

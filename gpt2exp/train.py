@@ -260,6 +260,7 @@ def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.V
             **runtime.facts(),
         }
         shown.header(files.facts, files.folder)
+        _check_memory(config, need, device, got)
         with torch.device(device):
             gpt = model.GPT(config.model).to(got.weights)
         model.initialise(gpt, config.init, config.seed)
@@ -285,6 +286,22 @@ def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.V
         files.measured["mfu"] = _mfu(config, device, got, files.measured["tokens_per_second"])
 
 
+def _check_memory(config: RunConfig, need: int, device: torch.device, got: Precision) -> None:
+    """Fail before the system would kill the whole sweep for one job's memory.
+
+    Raises:
+        MemoryError: the estimate is a tenth above what is free; the text names a batch that fits.
+    """
+    from gpt2exp import runtime
+
+    free = runtime.free_memory(device)
+    if free is None or need <= 1.1 * free:
+        return
+    batch = estimate.fitting_batch(config, free, on_cpu=device.type == "cpu", unfused_attention=got.emulated)
+    hint = f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
+    raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
+
+
 def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_second: float) -> float | None:
     from gpt2exp import runtime
 
@@ -304,11 +321,10 @@ def _classify(problem: Exception, config: RunConfig) -> tuple[str, str]:
     line = text[0] if text else type(problem).__name__
     if isinstance(problem, Diverged):
         return "diverged", line
-    memory = isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(problem)
-    if memory:
+    if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
         half = max(1, config.train.batch_size // 2)
-        return "failed", f"out of memory; try train.batch_size={half} train.grad_accum_steps=2"
-    if isinstance(problem, (BadRequest, AssetError)):
+        return "failed", f"out of memory; try train.batch_size={half}"
+    if isinstance(problem, (BadRequest, AssetError, MemoryError)):
         return "failed", line
     return "failed", f"{type(problem).__name__}: {line}"
 

@@ -1,0 +1,131 @@
+"""The tutorial's claims, each with the measurement it is held against. Read by `publish.py index`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from publish import Claim, column, effect, holds, runs_of, spread
+
+from gpt2exp import assets, estimate, tokens
+from gpt2exp.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+
+NEEDS = "needs a GPU"
+
+
+def epochs() -> tuple[str, int, str]:
+    count = tokens.prepare(DataConfig()).tokens
+    small, large = (count - 1) // (4 * 32), (count - 1) // (16 * 1024)
+    return f"{small:,} batches of 4 x 32, {large} of 16 x 1024", 1, holds(abs(small - 2600) < 100 and large == 20)
+
+
+def compression() -> tuple[str, int, str]:
+    size = len(assets.fetch(assets.TINY_SHAKESPEARE).read_bytes())
+    count = tokens.prepare(DataConfig()).tokens
+    return f"{size:,} bytes, {count:,} tokens: {size / count:.2f} to 1", 1, holds(2.5 < size / count < 3.5)
+
+
+def tied_parameters() -> tuple[str, int, str]:
+    tied, untied = (ModelConfig(tie_weights=tie).parameters["total"] for tie in (True, False))
+    text = f"{untied - tied:,} fewer: {(untied - tied) / tied:.0%} of the tied model, {(untied - tied) / untied:.0%} of"
+    return f"{text} the untied", 1, holds(abs((untied - tied) / tied - 0.3) < 0.02)
+
+
+def start() -> tuple[str, int, str]:
+    first = column(runs_of("first_steps"), "loss_first")
+    return f"{spread(first)}, ln 50257 = {math.log(50257):.3f}", len(first), holds(all(10.8 < x < 11.1 for x in first))
+
+
+def fifty_steps() -> tuple[str, int, str]:
+    last = column(runs_of("first_steps"), "loss_mean_last10")
+    return f"mean of the last ten {spread(last)}", len(last), holds(6.4 < statistics.fmean(last) < 6.9)
+
+
+def unused_tokens() -> tuple[str, int, str]:
+    runs = runs_of("first_steps")
+    shares = [
+        (float(run["loss_unseen_first"]) - float(run["loss_unseen_last"]))
+        / (float(run["loss_first"]) - float(run["loss_last"]))
+        for run in runs
+    ]
+    return f"{spread(shares, '.1%')} of the fall", len(shares), holds(statistics.fmean(shares) > 0.5)
+
+
+def _loss(finding: str, key: str, arm: str) -> tuple[dict[str, str], str]:
+    row = effect(finding, key, arm, "val_loss")
+    text = f"{float(row['mean_difference']):+.2g} nats ({float(row['ci95_low']):.2g} to {float(row['ci95_high']):.2g})"
+    return row, text
+
+
+def tying() -> tuple[str, int, str]:
+    row, text = _loss("weight_tying", "model.tie_weights", "false")
+    verdict = {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
+    return f"untied {text}, nano model", int(row["n_seeds"]), verdict
+
+
+def stream() -> tuple[str, int, str]:
+    runs = runs_of("residual_scaling")
+
+    def growth(scaling: str) -> float:
+        having = [
+            run
+            for run in runs
+            if {f"init.residual_scaling={scaling}", "model.n_layer=48"} <= set(run["overrides"].split())
+        ]
+        return statistics.fmean(
+            float(run["stream_first_last_block"]) / float(run["stream_first_embedded"]) for run in having
+        )
+
+    scaled, plain = growth("True"), growth("False")
+    text = f"at init and 48 layers it grows {scaled:.2f} times scaled, {plain:.1f} times not"
+    return text, len(column(runs, "seed", "model.n_layer=48")) // 2, holds(scaled < plain / 2)
+
+
+def tf32() -> tuple[str, int, str]:
+    row, text = _loss("precision", "precision", "tf32")
+    told = abs(float(row["mean_difference"])) > float(row["seed_std"])
+    return f"{text}, seeds differ by {float(row['seed_std']):.2g}", int(row["n_seeds"]), holds(not told)
+
+
+def near_xavier() -> tuple[str, int, str]:
+    return f"1/√768 = {768**-0.5:.4f}, 1/√1600 = {1600**-0.5:.4f}", 1, holds(0.5 < 0.02 * 768**0.5 < 2)
+
+
+def first_iteration() -> tuple[str, int, str]:
+    runs = runs_of("throughput")
+    ratios = [float(run["first_step_ms"]) / float(run["step_ms"]) for run in runs]
+    return f"{spread(ratios, '.2f')} times the median step", len(ratios), holds(statistics.fmean(ratios) > 1.1)
+
+
+def seventeen() -> tuple[str, int, str]:
+    row = effect("throughput", "train.batch_size", "17", "tokens_per_second")
+    text = f"{float(row['speed_ratio']):.3f} of 16's tokens/s ({float(row['ci95_low']):.3f} to {float(row['ci95_high']):.3f})"
+    verdict = {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
+    return f"{text}, on a CPU", int(row["n_seeds"]), verdict
+
+
+def memory() -> tuple[str, int, str]:
+    config = RunConfig(train=TrainConfig(batch_size=16, seq_len=1024))
+    need = estimate.memory(config, on_cpu=False, unfused_attention=False)
+    return f"not run; estimated {need / 1e9:.0f} GB with fused attention", 0, NEEDS
+
+
+CLAIMS = [
+    Claim("338,000 tokens are 2,600 batches an epoch, and 20 at 16 x 1024", "first_steps", epochs),
+    Claim("The text compresses 3 to 1", "first_steps", compression),
+    Claim("The loss starts near ln V", "first_steps", start),
+    Claim("After 50 steps the loss is about 6.6", "first_steps", fifty_steps),
+    Claim("Unused tokens are probably most of the first gain", "first_steps", unused_tokens),
+    Claim("Tying saves 40 million parameters, 30 %", "weight_tying", tied_parameters),
+    Claim("Tying trains better", "weight_tying", tying),
+    Claim("Scaling residual projections controls the stream's growth", "residual_scaling", stream),
+    Claim("0.02 is in the vicinity of 1/√d", "init_std", near_xavier),
+    Claim("TF32 cannot be told apart from fp32", "precision", tf32),
+    Claim("TF32 is up to 8 times faster (1000 to 333 ms a step)", "precision", lambda: ("not run", 0, NEEDS)),
+    Claim("The first iteration is slower", "throughput", first_iteration),
+    Claim("A batch of 17 runs inefficiently", "throughput", seventeen),
+    Claim(
+        "16 x 1024 tokens in 1000 ms are 163,000 tokens/s", "throughput", lambda: ("16,384 tokens/s", 1, holds(False))
+    ),
+    Claim("16 x 1024 in fp32 takes about 35 GB", "throughput", memory),
+]
