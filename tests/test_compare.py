@@ -703,6 +703,8 @@ def test_a_run_that_typed_nothing_has_the_defaults() -> None:
     rows = [{**run(seed=1337), "overrides": []}, run("precision=tf32", seed=1337)]
     assert compare.compare(rows).swept == {"precision": ["fp32", "tf32"]}
     assert effect(rows, "precision").n_pairs == 1
+    told = run("precision=tf32", seed=1337, typed=["experiment=precision", "precision=tf32"])
+    assert compare.compare([rows[0], told]).swept == {"precision": ["fp32", "tf32"]}
     rows = [run("model=nano"), run(), run("init=torch")]
     assert compare.compare(rows).swept == {"model": ["gpt2", "nano"], "init": ["gpt2", "torch"]}
 
@@ -763,6 +765,31 @@ def test_additive_effects_do_not_interact() -> None:
     assert not found.large
     exact = compare.compare(factorial(lambda a, b, s: 3 + (a == "false") + 2 * (b == "false"), seeds=2))
     assert exact.interactions[0].mean_difference == pytest.approx(0)
+
+
+def test_an_interaction_below_the_seeds_or_open_to_zero_is_not_large() -> None:
+    small = factorial(lambda a, b, s: 3 + s + (a == b == "false") * (0.1 + s / 100), seeds=4)
+    [found] = compare.compare(small).interactions
+    assert not covers(found.ci95)
+    assert not found.large
+    unsure = factorial(lambda a, b, s: 3 + (a == b == "false") * (-1) ** s * (s + 1), seeds=4)
+    assert not compare.compare(unsure).interactions[0].large
+    far = factorial(lambda a, b, s: 3 + (a == b == "false") * (9 if s else 0.1), seeds=2)
+    [found] = compare.compare(far).interactions
+    assert covers(found.ci95)
+    assert not found.large
+    assert compare.compare(factorial(lambda a, b, s: 3 + (a == b), seeds=1)).interactions[0].ci95 is None
+
+
+def test_arms_that_never_met_have_no_interaction() -> None:
+    rows = factorial(lambda a, b, s: 3.0, seeds=2)
+    rows += [run("init.std=0.1", seed=seed) for seed in (0, 1)]
+    assert [item.keys for item in compare.compare(rows).interactions] == [(TIE, SCALING)]
+    three = arms("optimizer.lr", {"0.0003": [3.0], "0.001": [3.0], "0.01": [3.0]})
+    for row in list(three[:2]):  # 0.01 was run tied alone
+        lr = row["overrides"][0]
+        three.append(run(lr, f"{TIE}=false", seed=0))
+    assert [item.arms for item in compare.compare(three).interactions] == [("0.001", "false")]
 
 
 def test_a_missing_run_of_a_third_axis_plants_no_interaction() -> None:
