@@ -577,7 +577,7 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Pair], contended: set[st
             return "the arms were validated on different texts"
         return ""
     runs = [row for pair in both for row in pair]
-    if metric is SPEED and any(row["precision"]["emulated"] for row in runs):
+    if metric is SPEED and any(map(_emulated, pairs)):
         return "emulated precision: its speed is not a hardware speed"
     if any(one["device"] != other["device"] or one["threads"] != other["threads"] for one, other in both):
         return "the arms ran on different hardware"

@@ -1053,3 +1053,19 @@ def test_a_random_search_is_compared_too() -> None:
     keys = ("optimizer.lr", "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.eps", "init.std")
     rows = [run(*(f"{key}={rng.uniform(0.001, 1):.6f}" for key in keys), loss=rng.random()) for _ in range(60)]
     assert seconds(rows) < 2
+
+
+def test_speed_is_judged_by_the_pairs_at_hardware_speed() -> None:
+    """An emulated setting of another axis does not keep the rest from being compared in speed."""
+    rows = []
+    for precision, scaling, seed in itertools.product(("fp32", "tf32"), ("true", "false"), (1, 2, 3)):
+        emulated = precision == "tf32"
+        speed = 50.0 * seed if emulated else (1100.0 if scaling == "false" else 1000.0) + seed
+        got = {"requested": precision, "effective": precision, "emulated": emulated}
+        overrides = (f"precision={precision}", f"init.residual_scaling={scaling}")
+        rows.append(run(*overrides, seed=seed, tokens_per_second=speed, precision=got))
+    speeds = {item.key: item for item in compare.compare(rows).axes if item.metric == "tokens_per_second"}
+    assert speeds["precision"].verdict == "not_comparable"
+    scaling_effect = speeds["init.residual_scaling"]
+    assert (scaling_effect.verdict, scaling_effect.n_pairs) == ("better", 3)
+    assert scaling_effect.speed_ratio == pytest.approx(1.1, rel=1e-2)
