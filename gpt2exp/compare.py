@@ -520,6 +520,8 @@ def _unequal(grid: Grid) -> Iterator[str]:
 
 def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, contended: set[str]) -> Effect:
     pairs, broken = grid.pairs(key, baseline, arm)
+    if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
+        pairs = [pair for pair in pairs if not _emulated(pair)] or pairs
     effect = Effect(key, baseline, arm, metric.key, n_pairs=len(pairs), dropped_pairs=broken)
     effect.n_seeds = len({pair.seed for pair in pairs})
     if not pairs:
@@ -555,6 +557,10 @@ def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, conte
         return effect
     effect.ci95, effect.p_value = [back(bound) for bound in interval], p_value
     return effect
+
+
+def _emulated(pair: Pair) -> bool:
+    return bool(pair.baseline["precision"]["emulated"] or pair.arm["precision"]["emulated"])
 
 
 def _figure(metric: Metric) -> Callable[[Row], float]:
