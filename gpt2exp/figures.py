@@ -30,6 +30,7 @@ from scipy.special import stdtrit
 
 from gpt2exp import record
 from gpt2exp.compare import ALPHA, MEMORY, SPEED, Comparison, Effect, Grid, Row
+from gpt2exp.report import clean
 
 Array = npt.NDArray[np.float64]
 Curve = tuple[Array, Array]
@@ -136,8 +137,8 @@ class Axis:
 
 
 def shorten(text: str, most: int) -> str:
-    """The two ends of a long text."""
-    half = (most - 1) // 2
+    """The two ends of a long text, without what an SVG cannot hold."""
+    text, half = clean(text), (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
@@ -343,7 +344,7 @@ def _gap(ax: Axes, axis: Axis) -> str:
     _along(ax, axis)
     ax.set_ylabel("arm minus baseline, nats")
     _legend(ax, handles, labels)
-    text = f"Training loss minus that of {base.name} at the same seed and step; below zero the arm is ahead"
+    text = f"Training loss minus that of {shorten(base.name, 60)} at the same seed and step: below zero is better"
     return f"{text}. Mean and 95 % interval over seeds." if len(axis.grid.seeds) > 1 else f"{text}."
 
 
@@ -426,7 +427,7 @@ def _pairs(ax: Axes, axis: Axis) -> str:
     ax.spines["left"].set_visible(False)
     ax.locator_params(axis="x", nbins=5)
     ax.set_xlabel(f"{axis.comparison.metric} minus that of {shorten(effects[0].baseline, 24)}, nats")
-    text = f"A line a seed, from {effects[0].baseline} at zero to the arm; the diamond is the mean"
+    text = f"A line a seed, from {shorten(effects[0].baseline, 60)} at zero to the arm; the diamond is the mean"
     text += ", its bar the 95 % interval" if any(effect.ci95 for effect in effects) else ""
     return f"{text}. Shaded: ± the standard deviation between seeds." if shaded else f"{text}."
 
@@ -438,7 +439,12 @@ def _bars(ax: Axes, axis: Axis, metric: str, form: Callable[[float], str]) -> st
         for effect in axis.of(metric)
         if effect.verdict == "not_comparable" and effect.arm_mean is not None
     }
-    values = [[row[metric] for _, row in arm.cells if row.get(metric)] for arm in axis.arms]
+    values = []
+    for arm in axis.arms:
+        rows = [row for _, row in arm.cells if row.get(metric)]
+        if metric == SPEED.key and not refused:  # as the comparison has it: where pairs were not emulated, those count
+            rows = [row for row in rows if not row["precision"]["emulated"]] or rows
+        values.append([row[metric] for row in rows])
     if not any(values):
         return ""
     far = max(max(some) for some in values if some)
@@ -464,7 +470,7 @@ def _bars(ax: Axes, axis: Axis, metric: str, form: Callable[[float], str]) -> st
         ax.spines[side].set_visible(False)
     if not refused:
         return " "
-    return f" Hatched, not to be compared: {'; '.join(dict.fromkeys(refused.values()))}."
+    return f" Hatched, not to be compared: {'; '.join(map(clean, dict.fromkeys(refused.values())))}."
 
 
 def _speed(ax: Axes, axis: Axis) -> str:
@@ -503,7 +509,7 @@ def _svg(figure: Figure, name: str, description: str) -> str:
                 del element.attrib[key]
                 key, value = "href", f"#{name}-{value.removeprefix('#')}"
             elif key == "style" and element.tag == f"{{{_SVG}}}text":
-                value = re.sub(r"font: ([^;']*?)([\d.]+px)[^;]*", r"font-size: \2", value)  # the page's own fonts
+                value = re.sub(r"font-family:[^;]*;?", "", value)  # the page's own fonts
             element.attrib[key] = value.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gpt2exp import record, view
-from gpt2exp.compare import MEMORY, SPEED, Comparison, Effect, Grid, Interaction, Row, compare, read
+from gpt2exp.compare import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Row, compare, read
 from gpt2exp.config import BadRequest, WandbConfig, parse
 from gpt2exp.files import replacing, write_json
 
@@ -64,16 +64,20 @@ def spell(value: float, resolution: float = 0.0, *, sign: bool = False) -> str:
         return "–"
     if value == 0:
         return "0"
-    step = math.floor(math.log10(resolution if resolution > 0 else abs(value)))
-    decimals = 1 - step
+    decimals = 1 - _exponent(resolution if resolution > 0 else value)
     if decimals > 6:
-        digits = min(max(0, math.floor(math.log10(abs(value))) + decimals), 3)
+        digits = min(max(0, _exponent(value) + decimals), 3)
         text = re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:{'+' if sign else ''}.{digits}e}").replace("e+", "e")
     else:
         text = f"{value:{'+' if sign else ''},.{max(0, decimals)}f}"
         if not text.strip("+-0.,"):  # rounded to nothing: no sign either
             text = text.lstrip("+-")
     return text.replace("-", "−") if "e" not in text else re.sub(r"^-", "−", text)
+
+
+def _exponent(value: float) -> int:
+    """The power of ten of a number's first digit, once it is rounded to two."""
+    return int(f"{value:.1e}".partition("e")[2])
 
 
 def probability(value: float) -> str:
@@ -230,6 +234,15 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
     )
 
 
+def distance_sentence(item: Distance) -> str:
+    """How far a precision strays from fp64, in plain words."""
+    std = "" if item.seed_std is None else f"; between seeds fp64's own losses have a std of {spell(item.seed_std)}"
+    return (
+        f"{subject('precision', item.arm)} strays from fp64's training loss at the same seed and step by "
+        f"{spell(item.mean)} nats on average and {spell(item.largest)} at most ({_count(item.n_seeds, 'seed')}{std})."
+    )
+
+
 def failures(comparison: Comparison) -> list[tuple[str, str]]:
     """Name and fate of every run that did not finish."""
     told = []
@@ -323,6 +336,8 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     for item in comparison.interactions:
         if item.large:
             console.print(Text(f"interaction: {interaction_sentence(item, comparison)}"), soft_wrap=True)
+    for distance in comparison.distances:
+        console.print(Text(distance_sentence(distance)), soft_wrap=True)
     for name, fate in failures(comparison) if failed else ():
         console.print(Text(f"{name}: {fate}", style="red"), soft_wrap=True)
     for note in comparison.notes:
@@ -557,6 +572,7 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
     text = [f"# {_md(title(comparison))}", "", f"{summary(comparison)}.", ""]
     text += [f"- {SIGNS[item.verdict]} {_md(item.text)}" for item in sentences(comparison)]
     text += [f"- interaction: {_md(interaction_sentence(x, comparison))}" for x in comparison.interactions if x.large]
+    text += [f"- {_md(distance_sentence(item))}" for item in comparison.distances]
     text += [f"- note: {_md(note)}" for note in comparison.notes]
     if comparison.axes:
         rows = [[_md(cell) for cell in (*line.cells, name_of(line.verdict), line.reason)] for line in lines(comparison)]
@@ -611,6 +627,7 @@ def page(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
         failures=failures(comparison),
         lines=lines(comparison),
         large=[interaction_sentence(item, comparison) for item in comparison.interactions if item.large],
+        distances=[distance_sentence(item) for item in comparison.distances],
         interactions=[(item, words(item)) for item in comparison.interactions],
         subject=subject,
         probability=probability,
