@@ -51,8 +51,8 @@ def wte_gradients(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float]:
     rows = F.embedding(idx, transformer.wte.weight.detach()).requires_grad_()
     head = model.lm_head.weight.detach().requires_grad_()
     *_, x = transformer.stream(idx, rows)
-    logits = F.linear(transformer.ln_f(x), head)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.reshape(-1))
+    # the logits have no name here, so that backward can free them: never more memory than the step itself
+    loss = F.cross_entropy(F.linear(transformer.ln_f(x), head).flatten(0, 1).float(), targets.reshape(-1))
     by_row, by_head = torch.autograd.grad(loss, [rows, head])
     distinct, inverse = torch.unique(idx, return_inverse=True)
     by_token = by_row.new_zeros(len(distinct), by_row.size(-1))

@@ -149,6 +149,7 @@ class Trainer:
     def _before(self, *, thorough: bool) -> dict[str, Any]:
         """What is measured on the next step's first micro-batch before the step, off the clock."""
         assert self.seen is not None
+        self.optimizer.zero_grad(set_to_none=True)  # of the step before: its memory is needed here
         x, y = self.batches.at(self.steps_done * self.config.grad_accum_steps)
         with precision.cast(self.device, self.autocast):
             measured: dict[str, Any] = {"loss_unseen": diagnostics.loss_unseen(self.model, x, self.seen)}
