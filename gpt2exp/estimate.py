@@ -18,6 +18,11 @@ def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
     and outputs, query, key and value, attention's output twice, and the MLP's hidden layer before and after GELU), and
     at the head three times the logits (themselves, their log-softmax, its gradient). Unfused attention keeps scores
     and probabilities as well. The peak is the larger of that and the moment when all gradients are there.
+
+    On a CPU freed buffers are kept (`runtime.keep_freed_memory`), and glibc's posix_memalign does not fill a hole of
+    just the size it is asked for: after a few steps holes the size of one to three logits lie about (measured with
+    glibc 2.36, differently in every run), counted here as two, and as one more with the rounded copies of the head's
+    operands where products are emulated.
     """
     model, train = config.model, config.train
     parameters = 4 * model.parameters["total"]
@@ -26,7 +31,11 @@ def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
         per_token += model.n_layer * (3 * model.n_head * train.seq_len + 4 * model.n_embd)
     head_gradient = 4 * model.vocab_size * model.n_embd
     backward = 4 * train.tokens_per_micro_batch * per_token + head_gradient
-    return (PROCESS_BYTES if on_cpu else 0) + 3 * parameters + max(parameters + head_gradient // 2, backward)
+    peak = 3 * parameters + max(parameters + head_gradient // 2, backward)
+    if on_cpu:
+        logits = 4 * train.tokens_per_micro_batch * model.vocab_size
+        peak += PROCESS_BYTES + 2 * logits + (logits + head_gradient if unfused_attention else 0)
+    return peak
 
 
 def fitting_batch(config: RunConfig, free: int, *, on_cpu: bool, unfused_attention: bool) -> int | None:
