@@ -44,6 +44,11 @@ def run(folder: Path, *args: str, program: list[str] = PROGRAM, **env: str) -> s
     return finish(start(folder, *args, program=program, **env))
 
 
+def shell_code(process: subprocess.CompletedProcess[str]) -> int:
+    """The exit code as a shell gives it: ended by signal N is 128 + N."""
+    return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
 def run_folders(below: Path) -> list[Path]:
     """Every run folder below a folder, by name."""
     return sorted(path.parent.parent for path in below.rglob(".hydra/config.yaml"))
@@ -67,13 +72,13 @@ def losses(folder: Path) -> list[float]:
 
 
 def wait_for_step(below: Path, process: subprocess.Popen[str], job: int = 0) -> Path:
-    """The run folder (the `job`-th) of a process once it has done a step."""
+    """The run folder (the `job`-th) of a process once it is well under way: a few steps done, nothing left to load."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         folders = run_folders(below)
         if len(folders) > job and (folders[job] / "status.json").is_file():
             status = read(folders[job] / "status.json")
-            if status["step"] >= 1:
+            if status["step"] >= 5:
                 assert status["state"] == "running"
                 return folders[job]
         time.sleep(0.05)

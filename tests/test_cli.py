@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PROGRAM, SMALL, finish, read, run, start, the_run, wait_for_step
+from support import PROGRAM, SMALL, finish, read, run, shell_code, start, the_run, wait_for_step
 
 IMPORTS = [sys.executable, "-X", "importtime", "-m", "gpt2exp.train"]
 Done = subprocess.CompletedProcess[str]
@@ -328,7 +328,7 @@ def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals, code: int) 
     folder = wait_for_step(tmp_path / "here", process)
     process.send_signal(number)
     done = finish(process)
-    assert done.returncode == code
+    assert shell_code(done) == code
     assert "Traceback" not in done.stderr
     status, summary = read(folder / "status.json"), read(folder / "summary.json")
     assert (status["state"], summary["state"]) == ("interrupted", "interrupted")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hydra._internal.utils import get_args_parser
-from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, start, the_run, wait_for_step
+from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, shell_code, start, the_run, wait_for_step
 
 from gpt2exp import plan
 
@@ -149,7 +149,7 @@ def test_an_isolated_job_is_stopped_with_its_sweep(tmp_path: Path, number: signa
     process = start(tmp_path / "here", "-m", "seed=1,2", *SMALL, "train.steps=1000000", "sweep.isolate=true", QUIET)
     folder = wait_for_step(tmp_path / "here", process)
     process.send_signal(number)
-    assert finish(process).returncode == code
+    assert shell_code(finish(process)) == code
     assert run_folders(tmp_path / "here") == [folder]
     assert read(folder / "status.json")["state"] == read(folder / "summary.json")["state"] == "interrupted"
 
