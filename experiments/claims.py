@@ -67,11 +67,8 @@ def stream() -> tuple[str, int, str]:
     runs = runs_of("residual_scaling")
 
     def growth(scaling: str) -> float:
-        having = [
-            run
-            for run in runs
-            if {f"init.residual_scaling={scaling}", "model.n_layer=48"} <= set(run["overrides"].split())
-        ]
+        told = {f"init.residual_scaling={scaling}", "model.n_layer=48"}
+        having = [run for run in runs if told <= set(run["overrides"].split())]
         return statistics.fmean(
             float(run["stream_first_last_block"]) / float(run["stream_first_embedded"]) for run in having
         )

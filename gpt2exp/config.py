@@ -399,6 +399,18 @@ def keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{item.name}"
 
 
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "max_lr": "optimizer.lr",
+    "max_steps": "train.steps",
+    "max_iters": "train.steps",
+    "gradient_accumulation_steps": "train.grad_accum_steps",
+    "sequence_length": "train.seq_len",
+    "dtype": "precision",
+}
+"""What other projects call our keys."""
+
+
 def check_key(key: str, value: object) -> None:
     """Raise `BadRequest` unless `key` is a key of the schema, naming the nearest that is."""
     known = list(keys())
@@ -408,10 +420,13 @@ def check_key(key: str, value: object) -> None:
     inside = [name for name in known if name.startswith(f"{section}.")]
     if key == section and inside:
         raise BadRequest(f"{key}={show(value)}: a section, not a value; set one of {', '.join(inside)}")
-    near = difflib.get_close_matches(key, known, n=2, cutoff=0.7)
+    part = key.rsplit(".", 1)[-1]
     # the last part alone too, so that lr and n_layers find optimizer.lr and model.n_layer
     last = {name.rsplit(".", 1)[-1]: name for name in known}
-    near += [last[part] for part in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=2, cutoff=0.75)]
+    near = difflib.get_close_matches(key, known, n=2, cutoff=0.7)
+    near += [last[name] for name in difflib.get_close_matches(part, last, n=2, cutoff=0.75)]
+    if part in ELSEWHERE:
+        near = [ELSEWHERE[part]]
     hint = f"keys of {section}: {', '.join(inside)}" if inside else "gpt2exp --help lists the keys"
     if near:
         hint = f"did you mean {' or '.join(dict.fromkeys(near))}?"

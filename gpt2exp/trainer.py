@@ -54,6 +54,7 @@ class Trainer:
         self.autocast = autocast
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.steps_done = 0
+        self._unclipped: Tensor | None = None
         self.step_seconds: list[float] = []
         """Duration of every step done, the first ones included."""
 
@@ -79,7 +80,7 @@ class Trainer:
             losses.append(loss.detach())
         self.scaler.unscale_(self.optimizer)
         if self.optimizer_config.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
+            self._unclipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.scaler.step(self.optimizer)
@@ -135,7 +136,7 @@ class Trainer:
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(number, "loss", metrics["loss"])
             if measure:
-                norm = diagnostics.grad_norm(self.model)
+                norm = diagnostics.grad_norm(self.model) if self._unclipped is None else float(self._unclipped)
                 if math.isfinite(norm):
                     metrics["grad_norm"] = norm
                 elif not self.scaler.is_enabled():  # a scaled step that overflows is skipped, and the scale lowered

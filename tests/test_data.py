@@ -5,7 +5,9 @@ cache would not stop a run; it would train on something else.
 
 from __future__ import annotations
 
+import collections
 import hashlib
+import itertools
 import math
 import os
 import subprocess
@@ -77,7 +79,11 @@ class TestTinyShakespeare:
         shares = np.unique(mapped, return_counts=True)[1] / len(mapped)
         assert float(-(shares * np.log(shares)).sum()) == pytest.approx(6.316, abs=5e-4)
         assert math.log(50257) - math.log(source.distinct_tokens) == pytest.approx(1.457, abs=5e-4)
-        assert set(source.facts) == {"name", "sha256", "tokens", "distinct_tokens"}
+        assert source.unigram_entropy == pytest.approx(6.316, abs=5e-4)
+        after = collections.Counter(itertools.pairwise(mapped.tolist()))
+        before = collections.Counter(mapped[:-1].tolist())
+        conditional = -sum(n * math.log(n / before[a]) for (a, _), n in after.items()) / (len(mapped) - 1)
+        assert source.bigram_entropy == pytest.approx(conditional, abs=1e-9)
 
     @pytest.mark.parametrize(("B", "T", "expected"), [(4, 32, 2640), (16, 1024, 20)])
     def test_its_batches(self, B: int, T: int, expected: int) -> None:  # noqa: N803

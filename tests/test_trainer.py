@@ -217,6 +217,13 @@ def test_clipping_bounds_the_gradient_that_is_applied_and_only_then() -> None:
     assert diagnostics.grad_norm(loose.model) == pytest.approx(natural, rel=1e-6)
 
 
+def test_the_norm_recorded_is_the_one_before_clipping() -> None:
+    natural = next(trainer().fit())["grad_norm"]
+    assert next(trainer(optimizer=OptimizerConfig(grad_clip=0.05)).fit())["grad_norm"] == pytest.approx(
+        natural, rel=1e-4
+    )
+
+
 def test_grad_norm_is_the_length_of_all_gradients() -> None:
     gpt = model()
     idx = torch.arange(34).view(2, 17)
