@@ -292,7 +292,7 @@ class TestFiles:
         assert linked == [f"figures/1-init.residual-scaling-{kind}.png" for kind in kinds]
         for name in linked:
             pixels = image.imread(str(folder / name))
-            assert pixels[0, 0, :3].tolist() == [1, 1, 1]
+            assert set(pixels[0, 0].tolist()) == {1}  # of its alpha too
             assert pixels[..., :3].min() < 0.1  # and something is drawn
 
     def test_how_to_reproduce(self, sweep: tuple[Done, Path]) -> None:
@@ -301,7 +301,7 @@ class TestFiles:
         text = (folder / "report.md").read_text()
         assert "gpt2exp -m init.residual_scaling=true,false seed=1,2,3 model=nano" in text
         assert "'wandb.tags=['\"'\"'<script>" in text  # quoted for a shell
-        assert first["git"]["commit"] in text
+        assert first["git"] is None or first["git"]["commit"] in text  # none where the tests run without a checkout
         assert f"torch {first['versions']['torch']}" in text
         assert f"{first['threads']} threads" in text
 
@@ -330,7 +330,9 @@ class TestEnds:
     def test_a_failing_sweep_still_reports(self, failing: tuple[Done, Path]) -> None:
         done, folder = failing
         assert done.returncode == 1
-        assert done.stderr.count("diverged: loss became nan at step 1") == 2
+        *errors, first, second = done.stderr.splitlines()
+        assert errors == ["error: loss became nan at step 1"] * 2
+        assert all(line.endswith(": diverged: loss became nan at step 1") for line in (first, second))
         for name in ("report.html", "report.md", "comparison.csv", "comparison.json"):
             assert (folder / name).is_file()
         known = read(folder / "comparison.json")
