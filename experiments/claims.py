@@ -96,7 +96,8 @@ def first_iteration() -> tuple[str, int, str]:
 
 def seventeen() -> tuple[str, int, str]:
     row = effect("throughput", "train.batch_size", "17", "tokens_per_second")
-    text = f"{float(row['speed_ratio']):.3f} of 16's tokens/s ({float(row['ci95_low']):.3f} to {float(row['ci95_high']):.3f})"
+    ratio, low, high = (float(row[key]) for key in ("speed_ratio", "ci95_low", "ci95_high"))
+    text = f"{ratio:.3f} of 16's tokens/s ({low:.3f} to {high:.3f})"
     verdict = {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
     return f"{text}, on a CPU", int(row["n_seeds"]), verdict
 

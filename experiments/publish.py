@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from gpt2exp import compare, report
-from gpt2exp.config import ModelConfig
 
 HERE = Path(__file__).parent
 FIGURES = {
-    "precision": ("gap",),
-    "weight_tying": ("pairs",),
-    "residual_scaling": ("residual", "pairs"),
-    "init_std": ("loss", "pairs"),
+    "precision": ("gap", "difference"),
+    "weight_tying": ("loss", "difference"),
+    "residual_scaling": ("residual", "difference"),
+    "init_std": ("loss", "difference"),
     "first_steps": ("loss", "unseen"),
     "throughput": ("speed", "memory"),
 }
-"""Which of the report's figures a finding shows."""
+"""Which of the report's figures of the first axis a finding shows."""
 
 Run = dict[str, str]
 
@@ -39,23 +38,25 @@ Run = dict[str, str]
 
 
 def publish(name: str, sweeps: Sequence[Path]) -> None:
-    """Write a finding's results, figures and table."""
+    """Write a finding's results, figures and the part of its page between the markers."""
     comparison = compare.compare(compare.read(sweeps))
     folder = HERE / name
+    for old in folder.glob("*.png"):
+        old.unlink()
     with tempfile.TemporaryDirectory() as scratch:
         report.write(comparison, Path(scratch))
         (folder / "results.csv").write_text((Path(scratch) / "comparison.csv").read_text())
-        for old in folder.glob("*.png"):
-            old.unlink()
         for figure in sorted(Path(scratch).rglob("*.png")):
-            if figure.stem.split("-")[0].split("_")[-1] in FIGURES[name] or figure.stem.startswith(FIGURES[name]):
-                (folder / figure.name).write_bytes(figure.read_bytes())
+            number, kind = figure.stem.split("-", 1)[0], figure.stem.rsplit("-", 1)[-1]
+            if kind in FIGURES[name] and number in ("0", "1"):
+                (folder / f"{kind}.png").write_bytes(figure.read_bytes())
+        block = results((Path(scratch) / "report.md").read_text(), folder)
     runs = [figures_of(row) for row in comparison.runs if row["state"] == "done"]
     with (folder / "runs.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(runs[0]))
         writer.writeheader()
         writer.writerows(runs)
-    replace_block(folder / "README.md", "results", "\n".join(results(comparison, folder)))
+    replace_block(folder / "README.md", "results", block)
 
 
 def figures_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -89,20 +90,22 @@ def figures_of(row: dict[str, Any]) -> dict[str, Any]:
 USES = ("lookup", "head")
 
 
-def results(comparison: compare.Comparison, folder: Path) -> list[str]:
-    """The lines of a finding between its markers."""
-    lines = [f"- {sentence.text}" for sentence in report.sentences(comparison)]
-    lines += ["", *report.markdown_table(comparison), ""]
-    lines += [f"![{picture.stem}]({picture.name})" for picture in sorted(folder.glob("*.png"))]
-    lines += ["", *(f"- {label}: {text}" for label, text in report.provenance(comparison.runs))]
-    return lines
+def results(markdown: str, folder: Path) -> str:
+    """What a finding's page takes of the report: verdicts, table, figures, and how it was made."""
+    head, *parts = markdown.split("\n## ")
+    sections = dict(part.split("\n", 1) for part in parts)
+    verdicts = "\n".join(line for line in head.splitlines() if line.startswith("- "))
+    pictures = "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in sorted(folder.glob("*.png")))
+    blocks = [verdicts, sections.get("Comparison", ""), pictures, sections["Reproduce"]]
+    return "\n\n".join(block.strip() for block in blocks if block.strip())
 
 
 def replace_block(path: Path, name: str, text: str) -> None:
     """Put `text` between the markers `<!-- name -->` and `<!-- /name -->` of a page."""
     page = path.read_text()
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    assert pattern.search(page), f"{path} lacks the {name} markers"
+    if not pattern.search(page):
+        raise ValueError(f"{path} lacks the {name} markers")
     path.write_text(pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page))
 
 
@@ -162,8 +165,6 @@ def main(argv: list[str]) -> None:
     else:
         publish(argv[0], [Path(text) for text in argv[1:]])
 
-
-assert ModelConfig().parameters["total"] == 124_439_808
 
 if __name__ == "__main__":
     main(sys.argv[1:])

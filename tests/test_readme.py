@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
 COMMANDS = [line for line in LINES if re.match(r"(gpt2exp|python -m gpt2exp\.train)( |$)", line)]
+(COMPARE,) = [shlex.split(line)[1:] for line in LINES if line.startswith("gpt2exp-compare ")]
 INLINE = [text for text in re.findall(r"`(gpt2exp(?: [^`]+)?)`", README) if text not in COMMANDS]
 """Commands in running text and tables, without those shown in a block too."""
 
@@ -34,6 +36,9 @@ def small(words: list[str]) -> list[str]:
     swept = {word.partition("=")[0] for word in words if "," in word}
     given = [word for word in words if "=" in word and word.partition("=")[0] in swept]
     shrunk = [*SMALL, "train.steps=2", "train.batch_size=2", "train.seq_len=16"]
+    if any(word.startswith("experiment=") for word in words):  # a study: two seeds, a few validation windows
+        shrunk += [] if "seed" in swept else ["seed=1,2"]
+        shrunk += ["data.val_fraction=0.001", "init.residual_scaling=true,false"]
     shrunk = [word for word in shrunk if word.partition("=")[0] not in swept]
     if any(word.startswith("model=") for word in given):  # sizes of several models: only what all of them can take
         shrunk = [word for word in shrunk if not word.startswith("model")] + ["dry_run=true"]
@@ -66,7 +71,13 @@ def test_commands_run(line: str, tmp_path: Path) -> None:
     words = small(arguments(line))
     done = run(folder, *words, "wandb.mode=disabled")
     assert (done.returncode, done.stderr) == (0, "")
-    jobs = compose(words).jobs
+    request = compose(words)
+    jobs = request.jobs
+    if request.multirun and not jobs[0].config.dry_run:
+        (report,) = folder.glob("sweeps/*/*/report.html")
+        again = run(folder, *COMPARE, program=[sys.executable, "-m", "gpt2exp.compare"])
+        assert (again.returncode, again.stderr) == (0, "")
+        assert (folder / COMPARE[0] / "comparison.json").stat().st_mtime >= report.stat().st_mtime
     expected = 0 if jobs[0].config.dry_run else len(jobs)
     assert len(run_folders(folder)) == expected
 
