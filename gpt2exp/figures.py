@@ -182,6 +182,7 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
         ("memory", "Peak memory", _height(arms, 0.62), _memory),
         ("unseen", "What unused tokens cost", SIZE[1], _unseen),
         ("residual", "Residual stream through the blocks", SIZE[1], _residual),
+        ("uses", "The embedding's two gradients", SIZE[1], _uses),
     ]
     for kind, title, height, painter in kinds:
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -349,21 +350,46 @@ def _gap(ax: Axes, axis: Axis) -> str:
 
 
 def _unseen(ax: Axes, axis: Axis) -> str:
+    if not _traces(ax, axis, lambda row: axis.curve(row, "loss_unseen")):
+        return ""
+    ax.set_ylabel("nats a token")
+    return (
+        "The part of the loss spent on tokens that never occur in the text: −log of the probability left to the rest."
+    )
+
+
+def _uses(ax: Axes, axis: Axis) -> str:
+    """How much of the gradient of `wte` comes from its use as look-up table."""
+
+    def share(row: Row) -> Curve | None:
+        lookup, head = axis.curve(row, "wte_grad_lookup"), axis.curve(row, "wte_grad_head")
+        if lookup is None or head is None or len(lookup[1]) != len(head[1]):
+            return None
+        return lookup[0], lookup[1] / (lookup[1] + head[1])
+
+    if not _traces(ax, axis, share):
+        return ""
+    ax.set_ylabel("look-up's share")
+    return (
+        "Norm of the token embedding's gradient as look-up table, as a share of that and its norm as head together; "
+        "tied, the two gradients add up in one tensor."
+    )
+
+
+def _traces(ax: Axes, axis: Axis, curve: Callable[[Row], Curve | None]) -> bool:
+    """An arm's mean and spread of a figure over the run, from zero up; whether there was any to draw."""
     handles, labels = [], []
     for arm in axis.arms:
-        got = _by_seed([(seed, axis.curve(row, "loss_unseen")) for seed, row in arm.cells])
+        got = _by_seed([(seed, curve(row)) for seed, row in arm.cells])
         if got is not None:
             handles.append(_band(ax, *got, _spread(got[1]), arm))
             labels.append(arm.label)
     if not handles:
-        return ""
+        return False
     _along(ax, axis)
     ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
-    ax.set_ylabel("nats a token")
     _legend(ax, handles, labels)
-    return (
-        "The part of the loss spent on tokens that never occur in the text: −log of the probability left to the rest."
-    )
+    return True
 
 
 def _residual(ax: Axes, axis: Axis) -> str:

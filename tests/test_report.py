@@ -288,7 +288,7 @@ class TestFiles:
 
         _, folder = sweep
         linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (folder / "report.md").read_text())
-        kinds = ("loss", "gap", "difference", "speed", "memory", "unseen", "residual")
+        kinds = ("loss", "gap", "difference", "speed", "memory", "unseen", "residual", "uses")
         assert linked == [f"figures/1-init.residual-scaling-{kind}.png" for kind in kinds]
         for name in linked:
             pixels = image.imread(str(folder / name))

@@ -8,10 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from hydra._internal.utils import get_args_parser
 from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, shell_code, start, the_run, wait_for_step
 
-from gpt2exp import plan
+from gpt2exp import estimate, plan, runtime
+from gpt2exp.config import RunConfig, TrainConfig
 
 AXES = ["precision=tf32,fp32", "seed=1,2"]
 QUIET = "wandb.mode=disabled"
@@ -104,6 +106,27 @@ def test_a_diverging_job_stops_no_other(tmp_path: Path) -> None:
     first, second, third = (OfflineRun(folder).exit_codes for folder in folders)
     assert first not in ([], [0])
     assert second == third == [0]
+
+
+def test_a_diverging_job_and_one_refused_memory_leave_the_comparison(tmp_path: Path) -> None:
+    """Eight jobs, of which those with the large batch cannot fit here and those with the large rate blow up."""
+    free = runtime.free_memory(torch.device("cpu"))
+    large = estimate.memory(
+        RunConfig(train=TrainConfig(batch_size=4096, seq_len=64)), on_cpu=True, unfused_attention=False
+    )
+    if free is None or free > large:
+        pytest.skip(f"this machine has the {large / 2**30:.0f} GiB that the large batch needs")
+    axes = ["train.batch_size=2,4096", "optimizer.lr=1e-3,1e9", "seed=1,2"]
+    done = run(tmp_path / "here", "-m", *axes, *SMALL, "train.seq_len=64", "train.steps=3", QUIET)
+    assert done.returncode == 1
+    (report,) = (tmp_path / "here").glob("sweeps/*/*/report.html")
+    comparison = read(report.parent / "comparison.json")
+    states = sorted(row["state"] for row in comparison["failed"])
+    assert states == ["diverged"] * 2 + ["failed"] * 4
+    refused = [row["error"] for row in comparison["failed"] if row["state"] == "failed"]
+    assert all("GiB of memory" in error and "try train.batch_size=" in error for error in refused)
+    assert "optimizer.lr" in done.stdout
+    assert report.stat().st_size > 1000
 
 
 def test_fail_fast(tmp_path: Path) -> None:

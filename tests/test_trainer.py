@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gpt2exp import diagnostics, optim, runtime, tokens
-from gpt2exp.config import DataConfig, DataOrder, InitConfig, ModelConfig, OptimizerConfig, Schedule, TrainConfig
+from gpt2exp import diagnostics, estimate, optim, runtime, tokens
+from gpt2exp.config import (
+    DataConfig,
+    DataOrder,
+    InitConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    Schedule,
+    TrainConfig,
+)
 from gpt2exp.data import Batches, split
 from gpt2exp.model import GPT, initialise
 from gpt2exp.trainer import Diverged, Trainer
@@ -504,3 +514,16 @@ def test_memory_is_estimated(
     print(f"estimated {estimated / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert parameters == counted
     assert estimated == pytest.approx(measured, rel=tolerance)
+
+
+def test_the_batch_suggested_fits_and_is_a_power_of_two() -> None:
+    config = RunConfig(train=TrainConfig(batch_size=48, seq_len=1024))
+    told = {"on_cpu": True, "unfused_attention": False}
+
+    def need(batch: int) -> int:
+        return estimate.memory(replace(config, train=replace(config.train, batch_size=batch)), **told)
+
+    assert estimate.fitting_batch(config, need(16), **told) == 16
+    assert estimate.fitting_batch(config, need(16) - 1, **told) == 8
+    assert estimate.fitting_batch(config, need(1) - 1, **told) is None
+    assert estimate.fitting_batch(config, need(1000), **told) == 32
