@@ -56,6 +56,7 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(runs[0]))
         writer.writeheader()
         writer.writerows(runs)
+    block += "".join(f"\n\n{part}" for part in [extra(runs_of(name)) for extra in EXTRAS.get(name, [])])
     replace_block(folder / "README.md", "results", block)
 
 
@@ -107,6 +108,76 @@ def replace_block(path: Path, name: str, text: str) -> None:
     if not pattern.search(page):
         raise ValueError(f"{path} lacks the {name} markers")
     path.write_text(pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page))
+
+
+# --- what a comparison of one axis does not say ----------------------------------------------------------------------
+
+
+def equal_parameters(runs: Sequence[Run]) -> str:
+    """The untied model of half the width against the tied one, paired by seed."""
+    by_seed = {
+        arm: {run["seed"]: run for run in runs if set(arm.split()) <= set(run["overrides"].split())}
+        for arm in ("model.tie_weights=True model.n_embd=64", "model.tie_weights=False model.n_embd=32")
+    }
+    tied, untied = by_seed.values()
+    gaps = [float(untied[seed]["val_loss"]) - float(tied[seed]["val_loss"]) for seed in tied]
+    mean, (low, high), p_value = compare.t_interval(gaps)
+    sizes = [f"{int(next(iter(arm.values()))['parameters']):,}" for arm in (untied, tied)]
+    return (
+        f"At nearly equal parameters, untied at width 32 ({sizes[0]}) against tied at width 64 ({sizes[1]}): "
+        f"{mean:+.3f} nats (95 % interval {low:.3f} to {high:.3f}, n={len(gaps)} seeds, p={p_value:.2g})."
+    )
+
+
+def stream_table(runs: Sequence[Run]) -> str:
+    """The residual stream at init, as embedded and after the last block, by depth and scaling."""
+    rows = ["| layers | scaling | stream as embedded | after the last block | growth |", "|--:|---|--:|--:|--:|"]
+    for depth in (4, 12, 48):
+        for scaling in ("True", "False"):
+            told = {f"model.n_layer={depth}", f"init.residual_scaling={scaling}"}
+            having = [run for run in runs if told <= set(run["overrides"].split())]
+            first, last = (column(having, f"stream_first_{where}") for where in ("embedded", "last_block"))
+            growth = [b / a for a, b in zip(first, last, strict=True)]
+            cells = [spread(first, ".4f"), spread(last, ".4f"), spread(growth, ".2f")]
+            rows.append(f"| {depth} | {'on' if scaling == 'True' else 'off'} | {' | '.join(cells)} |")
+    return "Before the first step, root mean square of the stream, mean ± std over seeds:\n\n" + "\n".join(rows)
+
+
+def unused_share(runs: Sequence[Run]) -> str:
+    """How much of the fall is unused tokens, and which use steers the embedding."""
+    fall = [float(run["loss_first"]) - float(run["loss_last"]) for run in runs]
+    unseen = [float(run["loss_unseen_first"]) - float(run["loss_unseen_last"]) for run in runs]
+    shares = [part / whole for part, whole in zip(unseen, fall, strict=True)]
+
+    def lookup(when: str) -> list[float]:
+        both = [(float(run[f"wte_grad_lookup_{when}"]), float(run[f"wte_grad_head_{when}"])) for run in runs]
+        return [table / (table + head) for table, head in both]
+
+    return (
+        f"The loss fell by {spread(fall)} nats, of which unused tokens {spread(unseen)}: {spread(shares, '.1%')} "
+        f"(n={len(runs)} seeds). Of the norms of the embedding's two gradients, the look-up's is "
+        f"{spread(lookup('first'), '.1%')} before the first step and {spread(lookup('last'), '.1%')} before the last."
+    )
+
+
+def speed_table(runs: Sequence[Run]) -> str:
+    """Speed, first step and memory by batch size."""
+    rows = ["| batch | tokens/s | first step / median step | peak memory, MiB | n |", "|--:|--:|--:|--:|--:|"]
+    for batch in (8, 16, 17, 24):
+        having = [run for run in runs if f"train.batch_size={batch}" in run["overrides"].split()]
+        ratio = [float(run["first_step_ms"]) / float(run["step_ms"]) for run in having]
+        memory = [float(run["peak_memory_bytes"]) / 2**20 for run in having]
+        cells = [spread(column(having, "tokens_per_second"), ".1f"), spread(ratio, ".2f"), spread(memory, ".0f")]
+        rows.append(f"| {batch} | {' | '.join(cells)} | {len(having)} |")
+    return "Mean ± std over seeds:\n\n" + "\n".join(rows)
+
+
+EXTRAS: dict[str, list[Callable[[Sequence[Run]], str]]] = {
+    "weight_tying": [equal_parameters],
+    "residual_scaling": [stream_table],
+    "first_steps": [unused_share],
+    "throughput": [speed_table],
+}
 
 
 # --- the findings to an index ----------------------------------------------------------------------------------------
