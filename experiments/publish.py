@@ -2,7 +2,8 @@
 
 Writes `experiments/NAME/results.csv` (the comparison, a row an axis, arm and metric), `runs.csv` (the figures of each
 run), the figures, and the part of its README between the `results` markers. `python experiments/publish.py index`
-rewrites the table of claims in `experiments/README.md` from those files. No figure in these pages is typed by hand.
+rewrites the table of claims in `experiments/README.md` from those files, `python experiments/publish.py speed SWEEP`
+the speeds by precision. No figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -58,6 +59,22 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
         writer.writerows(runs)
     block += "".join(f"\n\n{part}" for part in [extra(runs_of(name)) for extra in EXTRAS.get(name, [])])
     replace_block(folder / "README.md", "results", block)
+
+
+def publish_speed(sweep: Path) -> None:
+    """The second sweep of the precision study: speed alone, at the size where it matters."""
+    comparison = compare.compare(compare.read([sweep]))
+    folder = HERE / "precision"
+    with tempfile.TemporaryDirectory() as scratch:
+        report.write(comparison, Path(scratch))
+        (folder / "speed.csv").write_text((Path(scratch) / "comparison.csv").read_text())
+        _, *parts = (Path(scratch) / "report.md").read_text().split("\n## ")
+    sections = dict(part.split("\n", 1) for part in parts)
+    rows = [line for line in sections["Comparison"].splitlines() if "speed, ratio" in line or line[:6] in HEAD]
+    replace_block(folder / "README.md", "speed", "\n".join([*rows, "", sections["Reproduce"].strip()]))
+
+
+HEAD = ("| axis"[:6], "| --- "[:6])
 
 
 def figures_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -233,6 +250,8 @@ def main(argv: list[str]) -> None:
                 f"| {claim.text} | {figure} | {n} | **{verdict}** | [{claim.finding}]({claim.finding}/README.md) |"
             )
         replace_block(HERE / "README.md", "claims", "\n".join(rows))
+    elif argv[0] == "speed":
+        publish_speed(Path(argv[1]))
     else:
         publish(argv[0], [Path(text) for text in argv[1:]])
 
