@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -30,7 +31,16 @@ def start(folder: Path, *args: str, program: list[str] = PROGRAM, **env: str) ->
     folder.mkdir(parents=True, exist_ok=True)
     pipe = subprocess.PIPE
     environment = surroundings(folder.parent / "home", **env)
-    return subprocess.Popen([*program, *args], cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        [*program, *args],
+        cwd=folder,
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        # a shell lets what it starts in the background ignore SIGINT, and so its children: not these
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
