@@ -3,7 +3,7 @@
 Writes `experiments/NAME/results.csv` (the comparison, a row an axis, arm and metric), `runs.csv` (the figures of each
 run), the figures, and the part of its README between the `results` markers. `python experiments/publish.py index`
 rewrites the table of claims in `experiments/README.md` from those files, `python experiments/publish.py speed SWEEP`
-the speeds by precision. No figure in these pages is typed by hand.
+the speeds by precision, `... gpt2 SWEEP` the residual stream of GPT-2. No figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -52,11 +52,7 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
             if kind in FIGURES[name] and number in ("0", "1"):
                 (folder / f"{kind}.png").write_bytes(figure.read_bytes())
         block = results((Path(scratch) / "report.md").read_text(), folder)
-    runs = [figures_of(row) for row in comparison.runs if row["state"] == "done"]
-    with (folder / "runs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(runs[0]))
-        writer.writeheader()
-        writer.writerows(runs)
+    write_runs(comparison.runs, folder / "runs.csv")
     block += "".join(f"\n\n{part}" for part in [extra(runs_of(name)) for extra in EXTRAS.get(name, [])])
     replace_block(folder / "README.md", "results", block)
 
@@ -73,6 +69,32 @@ def publish_speed(sweep: Path) -> None:
     lines = sections["Comparison"].splitlines()
     rows = [line for line in lines if "speed, ratio" in line or line.startswith(("| axis ", "| --- "))]
     replace_block(folder / "README.md", "speed", "\n".join([*rows, "", sections["Reproduce"].strip()]))
+
+
+def publish_gpt2(sweep: Path) -> None:
+    """The second sweep of the residual scaling study: the stream of GPT-2 itself, at init."""
+    comparison = compare.compare(compare.read([sweep]))
+    folder = HERE / "residual_scaling"
+    runs = write_runs(comparison.runs, folder / "gpt2.csv")
+    lines = []
+    for scaling in ("true", "false"):
+        having = [run for run in runs if f"init.residual_scaling={scaling.title()}" in run["overrides"].split()]
+        growth = [run["stream_first_last_block"] / run["stream_first_embedded"] for run in having]
+        lines.append(f"- residual_scaling={scaling}: the stream grows {spread(growth, '.2f')} times (n={len(growth)})")
+    with tempfile.TemporaryDirectory() as scratch:
+        report.write(comparison, Path(scratch))
+        reproduce = (Path(scratch) / "report.md").read_text().split("\n## Reproduce\n")[1].split("\n## ")[0]
+    replace_block(folder / "README.md", "gpt2", "\n".join([*lines, "", reproduce.strip()]))
+
+
+def write_runs(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The figures of every finished run as CSV; also returned."""
+    runs = [figures_of(row) for row in rows if row["state"] == "done"]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(runs[0]))
+        writer.writeheader()
+        writer.writerows(runs)
+    return runs
 
 
 def figures_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -251,8 +273,8 @@ def main(argv: list[str]) -> None:
     """See the module's docstring."""
     if argv[:1] == ["index"]:
         replace_block(HERE / "README.md", "claims", index())
-    elif argv[0] == "speed":
-        publish_speed(Path(argv[1]))
+    elif argv[0] in ("speed", "gpt2"):
+        (publish_speed if argv[0] == "speed" else publish_gpt2)(Path(argv[1]))
     else:
         publish(argv[0], [Path(text) for text in argv[1:]])
 
