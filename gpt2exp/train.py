@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt2exp import estimate, help, plan, record, tokens, view
 from gpt2exp.assets import AssetError
-from gpt2exp.config import BadRequest, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
+from gpt2exp.config import BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
 
 if TYPE_CHECKING:
     import torch
@@ -129,8 +129,12 @@ def _hydra(argv: list[str]) -> None:
 
 def _make_ready(request: plan.Plan) -> None:
     """Fetch and tokenise every text of the request, and refuse what does not fit it or this machine."""
+    sources: dict[tuple[DataName, str | None], tokens.TokenFile] = {}  # jobs that share a text read it once
     for config in (job.config for job in request.jobs):
-        _check_text(config, tokens.prepare(config.data))
+        text = config.data.name, config.data.path
+        if text not in sources:
+            sources[text] = tokens.prepare(config.data)
+        _check_text(config, sources[text])
         named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
         strict = config.precision.name is PrecisionName.tf32 and config.precision.fallback is Fallback.error
         if request.local and (named or strict):
@@ -277,12 +281,15 @@ def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.V
         shown.rows({"wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
         files.training_begins()
-        for metrics in job.fit():
-            files.step(metrics)
-            shown.step(metrics)
-            if metrics["step"] % config.train.log_every == 0 or metrics["step"] == config.train.steps - 1:
-                wandb.log(metrics)
-            files.measured |= {**job.timing(), "peak_memory_bytes": runtime.peak_memory(device)}
+        try:
+            for metrics in job.fit():
+                files.step(metrics)
+                shown.step(metrics)
+                if metrics["step"] % config.train.log_every == 0 or metrics["step"] == config.train.steps - 1:
+                    wandb.log(metrics)
+        finally:  # also of a run that diverged or was stopped, as far as it came
+            if files.metrics:
+                files.measured |= {**job.timing(), "peak_memory_bytes": runtime.peak_memory(device)}
         files.measured["mfu"] = _mfu(config, device, got, files.measured["tokens_per_second"])
 
 

@@ -126,7 +126,6 @@ class Trainer:
             loss = self.step()
             runtime.synchronize(self.device)
             seconds = time.perf_counter() - start
-            self.step_seconds.append(seconds)
             metrics |= {
                 "loss": float(loss),
                 "tokens": self.steps_done * config.tokens_per_step,
@@ -145,6 +144,7 @@ class Trainer:
                 metrics["val_loss"] = self.evaluate()
                 if not math.isfinite(metrics["val_loss"]):  # the update just made broke the model
                     raise Diverged(number, "val_loss", metrics["val_loss"])
+            self.step_seconds.append(seconds)
             yield metrics
 
     def _before(self, *, thorough: bool) -> dict[str, Any]:
