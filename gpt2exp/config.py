@@ -48,6 +48,25 @@ def _not_negative(section: str, config: object, *names: str) -> None:
         require(ok, f"{section}.{name}", value, "must be a finite number, zero or more", f"try {section}.{name}=0")
 
 
+AUTO = "auto"
+"""What the program is to choose for itself."""
+
+
+def _switch(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        ok = value == AUTO or isinstance(value, bool)
+        require(ok, f"{section}.{name}", value, "no such value", "choose one of auto, true, false")
+
+
+def _count_or_auto(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        ok = value == AUTO or (isinstance(value, int) and value >= 1)
+        remedy = f"try {section}.{name}=4 or {section}.{name}=auto"
+        require(ok, f"{section}.{name}", value, "must be a whole number of at least 1, or auto", remedy)
+
+
 class InitScheme(Enum):
     """Where the standard deviations of the initial weights come from."""
 
@@ -143,8 +162,12 @@ class ModelConfig:
     """50,000 BPE merges, 256 bytes and `<|endoftext|>`: rows of `wte`."""
     tie_weights: bool = True
     """Use `wte` as `lm_head` too (Press and Wolf 2017), as GPT-2 does."""
+    pad_vocab: bool | str = AUTO
+    """Let the head's weight go on in memory with zeros to a multiple of 64 rows, for products of a rounder size;
+    auto: on CUDA, and on processors with AVX2 alone. Counts, checkpoints and probabilities know V words only."""
 
     def __post_init__(self) -> None:
+        _switch("model", self, "pad_vocab")
         _positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
         heads = self.n_head
         near = sorted({max(1, self.n_embd // heads) * heads, (self.n_embd // heads + 1) * heads})
@@ -250,16 +273,24 @@ class DataConfig:
 class TrainConfig:
     """How long and in what pieces."""
 
-    batch_size: int = 4
-    """Sequences in a micro-batch."""
+    batch_size: int | str = 4
+    """Sequences in a micro-batch; auto: as many as fit in memory, a power of two, 24 or 48."""
     seq_len: int = 32
     """Tokens in a sequence, at most `model.block_size`."""
     steps: int = 50
     """Optimizer steps."""
     grad_accum_steps: int = 1
     """Micro-batches whose mean gradient makes one step."""
+    tokens_per_step: int | None = None
+    """Tokens behind a step, where they are to stay the same whatever `batch_size` fits: the rest is accumulated."""
     device: DeviceName = DeviceName.auto
     """Where to compute."""
+    compile: bool | str = AUTO
+    """`torch.compile` of the blocks; auto: on CUDA, where the run is long enough to win the compilation back."""
+    loss_chunk: int | str = AUTO
+    """Rows of logits that stand at a time while the loss is computed (`gpt2exp.loss`); auto: 1024."""
+    activation_checkpointing: bool | str = AUTO
+    """Compute a block's activations again in backward instead of keeping them; auto: where the run fits only so."""
     log_every: int = 1
     """Steps between printed lines and wandb points; `metrics.jsonl` has every step."""
     eval_every: int = 0
@@ -270,18 +301,42 @@ class TrainConfig:
     """First steps left out of the timing figures (the last step is always kept)."""
 
     def __post_init__(self) -> None:
-        _positive("train", self, "batch_size", "seq_len", "steps", "grad_accum_steps", "log_every", "measure_every")
+        _positive("train", self, "seq_len", "steps", "grad_accum_steps", "log_every", "measure_every")
         _not_negative("train", self, "eval_every", "warmup_steps")
+        _switch("train", self, "compile", "activation_checkpointing")
+        _count_or_auto("train", self, "batch_size", "loss_chunk")
+        if self.tokens_per_step is not None:
+            self._share_out(self.tokens_per_step)
+
+    def _share_out(self, tokens: int) -> None:
+        """`grad_accum_steps` from `tokens_per_step`, as soon as the batch is known."""
+        key, sequences = "train.tokens_per_step", 1 if self.batch_size == AUTO else self.sequences
+        part = sequences * self.seq_len
+        near = max(part, round(tokens / part) * part)
+        why = f"not a multiple of train.batch_size={self.batch_size} x train.seq_len={self.seq_len}"
+        require(tokens > 0 and tokens % part == 0, key, tokens, why, f"try {key}={near}")
+        pieces = tokens // part
+        if self.batch_size != AUTO:
+            why = f"train.tokens_per_step={tokens} makes it {pieces}"
+            given = self.grad_accum_steps
+            require(given in (1, pieces), "train.grad_accum_steps", given, why, "leave one of them out")
+            self.grad_accum_steps = pieces
 
     @property
-    def tokens_per_micro_batch(self) -> int:
+    def sequences(self) -> int:
+        """`batch_size` as the number it is, or has become (`gpt2exp.estimate.fit`)."""
+        assert isinstance(self.batch_size, int), "train.batch_size=auto was not made a number"
+        return self.batch_size
+
+    @property
+    def micro_batch_tokens(self) -> int:
         """Tokens in one forward and backward pass."""
-        return self.batch_size * self.seq_len
+        return self.sequences * self.seq_len
 
     @property
-    def tokens_per_step(self) -> int:
+    def step_tokens(self) -> int:
         """Tokens behind one optimizer step."""
-        return self.tokens_per_micro_batch * self.grad_accum_steps
+        return self.micro_batch_tokens * self.grad_accum_steps
 
 
 @dataclass(kw_only=True, slots=True)

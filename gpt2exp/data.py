@@ -33,7 +33,7 @@ class Batches:
 
     def __init__(self, tokens: Tokens, train: TrainConfig, order: DataOrder, seed: int, device: torch.device) -> None:
         self.tokens = tokens
-        self.batch_size, self.seq_len = train.batch_size, train.seq_len
+        self.batch_size, self.seq_len = train.sequences, train.seq_len
         self.order, self.seed, self.device = order, seed, device
         self.per_epoch = (len(tokens) - 1) // (self.batch_size * self.seq_len)
         """Batches in an epoch."""

@@ -42,28 +42,25 @@ def grad_norm(model: nn.Module) -> float:
     return math.hypot(*(norm(p.grad) for p in model.parameters() if p.grad is not None))
 
 
-def wte_gradients(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """Norms of the two gradients that the token embedding gets: as look-up table and as head.
+def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | list[float]]:
+    """The residual stream and the token embedding's two gradients on one batch, by one pass through the model.
 
+    `residual_rms`: root mean square of the stream as embedded and after each block, n_layer + 1 numbers.
+    `wte_grad_lookup`, `wte_grad_head`: norms of the gradients that the embedding gets as look-up table and as head.
     Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use steers it.
     """
     transformer = model.transformer
     rows = F.embedding(idx, transformer.wte.weight.detach()).requires_grad_()
     head = model.lm_head.weight.detach().requires_grad_()
-    *_, x = transformer.stream(idx, rows)
-    # the logits have no name here, so that backward can free them: never more memory than the step itself
-    loss = F.cross_entropy(F.linear(transformer.ln_f(x), head).flatten(0, 1).float(), targets.reshape(-1))
+    rms = []
+    for x in transformer.stream(idx, rows):
+        rms.append(float(x.detach().float().square().mean().sqrt()))
+    loss = model.loss(transformer.ln_f(x), head, targets)
     by_row, by_head = torch.autograd.grad(loss, [rows, head])
     distinct, inverse = torch.unique(idx, return_inverse=True)
     by_token = by_row.new_zeros(len(distinct), by_row.size(-1))
     by_token.index_add_(0, inverse.reshape(-1), by_row.flatten(0, 1))  # a token's positions add up
-    return {"wte_grad_lookup": norm(by_token), "wte_grad_head": norm(by_head)}
-
-
-def residual_rms(model: GPT, idx: Tensor) -> list[float]:
-    """Root mean square of the residual stream as embedded and after each block, n_layer + 1 numbers."""
-    with torch.no_grad():
-        return [float(x.float().square().mean().sqrt()) for x in model.transformer.stream(idx)]
+    return {"residual_rms": rms, "wte_grad_lookup": norm(by_token), "wte_grad_head": norm(by_head)}
 
 
 def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:

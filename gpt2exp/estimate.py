@@ -1,49 +1,91 @@
-"""What a run will need, before it runs. No torch."""
+"""What a run will need, before it runs, and the choices left open settled by it. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
-from gpt2exp.config import RunConfig
+from gpt2exp.config import AUTO, PrecisionName, RunConfig
 
 PROCESS_BYTES = 340 * 2**20
 """Resident memory of Python with PyTorch and wandb loaded: counted on a CPU, where the process is what fills up."""
+LOSS_ROWS = 1024
+"""`train.loss_chunk=auto`: 512 rows at a time cost 4 % of the head's time at GPT-2's size, 256 cost 10 %."""
+SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")
+"""Keys of `train` that a run reports as they came out."""
+NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)
+"""Sizes that `train.batch_size=auto` tries, largest first."""
 
 
 def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
-    """Estimated peak bytes of training in fp32.
+    """Estimated peak bytes of training.
 
-    Weights, gradients and AdamW's two moments take 16 bytes a parameter. At the start of the backward pass the
-    activations are whole and the gradients still to come: per layer and token 17·n_embd floats (two LayerNorm inputs
-    and outputs, query, key and value, attention's output twice, and the MLP's hidden layer before and after GELU), and
-    at the head three times the logits (themselves, their log-softmax, its gradient). Unfused attention keeps scores
-    and probabilities as well. The peak is the larger of that and the moment when all gradients are there.
-
-    On a CPU freed buffers are kept (`runtime.keep_freed_memory`), and glibc's posix_memalign does not fill a hole of
-    just the size it is asked for: after a few steps holes the size of one to three logits lie about (measured with
-    glibc 2.36, differently in every run), counted here as two, and as one more with the rounded copies of the head's
-    operands where products are emulated.
+    Weights, gradients and AdamW's two moments take 16 bytes a parameter (fp64: 32). At the start of the backward pass
+    the activations are whole, the head's gradient is there (`gpt2exp.loss`) and the others are still to come: per
+    layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value, attention's output
+    twice, and the MLP's hidden layer before and after GELU), or, computed again in backward, 1·n_embd and one layer's
+    17. Unfused attention keeps scores and probabilities as well. The peak is the larger of that and the moment when
+    all gradients are there.
     """
     model, train = config.model, config.train
-    parameters = 4 * model.parameters["total"]
-    per_token = model.n_layer * 17 * model.n_embd + 3 * model.vocab_size
+    size = 8 if config.precision.name is PrecisionName.fp64 else 4
+    width, tokens = model.n_embd, train.micro_batch_tokens
+    layer = 17 * width
     if unfused_attention:
-        per_token += model.n_layer * (3 * model.n_head * train.seq_len + 4 * model.n_embd)
-    head_gradient = 4 * model.vocab_size * model.n_embd
-    backward = 4 * train.tokens_per_micro_batch * per_token + head_gradient
-    peak = 3 * parameters + max(parameters + head_gradient // 2, backward)
-    if on_cpu:
-        logits = 4 * train.tokens_per_micro_batch * model.vocab_size
-        peak += PROCESS_BYTES + 2 * logits + (logits + head_gradient if unfused_attention else 0)
-    return peak
+        layer += 3 * model.n_head * train.seq_len + 4 * width
+    kept = model.n_layer * width + layer if train.activation_checkpointing is True else model.n_layer * layer
+    head = model.vocab_size * width
+    rows = min(tokens, LOSS_ROWS if train.loss_chunk == AUTO else int(train.loss_chunk))
+    # a product of emulated TF32 has rounded copies of both operands beside it
+    logits = rows * model.vocab_size * (2 if unfused_attention else 1)
+    if config.precision.name is PrecisionName.fp16:  # takes the plain way: logits, log-softmax and its gradient
+        logits = 3 * tokens * model.vocab_size
+    backward = tokens * (kept + 3 * width) + head + logits + (head if unfused_attention else 0)
+    parameters = model.parameters["total"]
+    peak = size * (3 * parameters + max(parameters + head // 2, backward))
+    return peak + (PROCESS_BYTES if on_cpu else 0)
 
 
-def fitting_batch(config: RunConfig, free: int, *, on_cpu: bool, unfused_attention: bool) -> int | None:
+def fit(config: RunConfig, free: int | None, most: int, **how: Any) -> RunConfig:
+    """`config` with `train`'s batch size, loss chunk and activation checkpointing settled where they were left open.
+
+    The batch is the largest of `NICE_BATCHES` that needs no more than `free` bytes (None: not known) by `memory`
+    (which takes `how`), is at most `most` sequences and divides `train.tokens_per_step`; without checkpointing if one
+    fits so. A batch that was given stays, and activations are computed again where it fits only so.
+    """
+    recompute = config.train.activation_checkpointing
+    for again in (False, True) if recompute == AUTO else (recompute,):
+        for candidate in _batches(config, most):
+            settled = _settled(config, batch_size=candidate, activation_checkpointing=again)
+            if free is None or memory(settled, **how) <= free:
+                return settled
+    return _settled(config, batch_size=candidate, activation_checkpointing=recompute is not False)
+
+
+def _batches(config: RunConfig, most: int) -> Iterator[int]:
+    if config.train.batch_size != AUTO:
+        yield config.train.sequences
+        return
+    windows = (config.train.tokens_per_step or 0) // config.train.seq_len
+    for batch in NICE_BATCHES:
+        if batch == 1 or (batch <= most and windows % batch == 0):
+            yield batch
+
+
+def _settled(config: RunConfig, **choices: Any) -> RunConfig:
+    train = config.train
+    pieces = train.grad_accum_steps if train.tokens_per_step is None else 1  # shared out anew
+    rows = LOSS_ROWS if train.loss_chunk == AUTO else train.loss_chunk
+    return replace(config, train=replace(train, grad_accum_steps=pieces, loss_chunk=rows, **choices))
+
+
+def fitting_batch(config: RunConfig, free: int, **how: Any) -> int | None:
     """The largest power of two below `train.batch_size` whose estimate is at most `free` bytes; None if not even 1."""
-    batch = 2 ** ((config.train.batch_size - 1).bit_length() - 1) if config.train.batch_size > 1 else 0
+    batch = 2 ** ((config.train.sequences - 1).bit_length() - 1) if config.train.sequences > 1 else 0
     while batch:
-        smaller = replace(config, train=replace(config.train, batch_size=batch))
-        if memory(smaller, on_cpu=on_cpu, unfused_attention=unfused_attention) <= free:
+        smaller = replace(config, train=replace(config.train, batch_size=batch, tokens_per_step=None))
+        if memory(smaller, **how) <= free:
             return batch
         batch //= 2
     return None

@@ -15,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2exp.config import InitConfig, InitScheme, ModelConfig
+from gpt2exp.loss import HeadLoss
 
 
 class Linear(nn.Linear):
@@ -114,6 +116,9 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.gradient_in_place = False
         """See `_look_up`: for a caller that trains by `loss.backward()` alone and ties the weights."""
+        self.recompute = False
+        """Keep only what enters a block and compute the rest again in backward (Chen et al. 2016): of a block's
+        17 numbers per token and channel, 1 stays."""
 
     def forward(self, idx: Tensor) -> Tensor:
         """Tokens (B, T) to what the head reads, (B, T, C)."""
@@ -130,7 +135,10 @@ class Transformer(nn.Module):
         x = x + self.wpe(torch.arange(idx.size(1), device=idx.device))
         yield x
         for block in self.h:
-            x = block(x)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+            else:
+                x = block(x)
             yield x
 
 
@@ -145,14 +153,34 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # one tensor, used twice; both gradients add
 
+        self.loss_rows = 1024
+        """Rows of logits that stand at a time while the loss is computed."""
+        self._padded: Tensor | None = None
+
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T); with targets (B, T), their mean cross-entropy in nats instead."""
-        logits: Tensor = self.lm_head(self.transformer(idx))
-        if targets is None:
-            return logits
-        if logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()  # a sum over the vocabulary needs more than 7 or 10 bits
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+        x = self.transformer(idx)
+        return self.lm_head(x) if targets is None else self.loss(x, self.lm_head.weight, targets)
+
+    def loss(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of a head `weight` (V, C) that reads `x` (B, T, C), against targets (B, T)."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if dtype is torch.float16:  # its gradient must be scaled before the head, not after
+            return F.cross_entropy(F.linear(x, weight).float(), targets)
+        padded = self._padded if weight is self.lm_head.weight else None
+        return HeadLoss.apply(x, weight, targets, self.loss_rows, dtype, padded)  # type: ignore[no-any-return, no-untyped-call]
+
+    def pad_vocabulary(self, multiple: int = 64) -> None:
+        """Let the head's weight go on in memory, zeros up to a multiple of rows, for products of a rounder size.
+
+        The parameter itself keeps its V rows: nothing that counts, saves, draws or optimises it sees the padding.
+        Call it when the model is on its device in its type.
+        """
+        weight = self.lm_head.weight
+        self._padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % multiple))
+        weight.data = self._padded[: len(weight)]
 
 
 def initialise(model: GPT, config: InitConfig, seed: int) -> None:

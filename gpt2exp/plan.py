@@ -183,7 +183,7 @@ def _check_type(key: str, value: Any) -> None:
                 members = ", ".join(member.value for member in kind)
                 raise BadRequest(f"{key}={show(value)}: no such value; choose one of {members}") from error
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        expected = names.get(kinds[0], f"a list, such as {key}={shown}")
+        expected = names.get(kinds[0], f"a list, such as {key}={shown}") + (" or auto" if kinds[1:] == (str,) else "")
         raise BadRequest(f"{key}={show(value)}: must be {expected}; the default is {shown}") from error
 
 

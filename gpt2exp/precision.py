@@ -152,8 +152,10 @@ class EmulatedTF32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # where the two factors stand among the arguments; the others are added in full precision
         self.factors = {
             aten.mm.default: 0,
+            aten.mm.out: 0,
             aten.bmm.default: 0,
             aten.addmm.default: 1,
+            aten.addmm_.default: 1,
             aten.baddbmm.default: 1,
         }
 

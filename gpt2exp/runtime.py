@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import hashlib
 import importlib.metadata
@@ -13,12 +12,14 @@ import re
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2exp.config import BadRequest, DeviceName
+from gpt2exp import heap
+from gpt2exp.config import AUTO, BadRequest, DeviceName, TrainConfig
 
 PEAK_TFLOPS = {
     # dense peaks by name as CUDA reports it, from NVIDIA's data sheets (without sparsity); fp16 runs at bf16's rate
@@ -81,34 +82,33 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def keep_freed_memory() -> bool:
-    """Have glibc keep freed buffers instead of returning them to the system; False where there is no glibc.
+WORTH_COMPILING = 1000
+"""Steps from which `train.compile=auto` compiles on CUDA: a guess, not measured; on the CPU nothing was won."""
 
-    A training step frees and asks again for the same buffers. By default glibc maps each large one afresh, and the
-    kernel zeroes its pages again at every step: a fifth of the CPU step's time. With no block mapped (M_MMAP_MAX = 0)
-    and the heap never trimmed the pages stay (mallopt(3)). A process-wide setting: losses do not change.
+
+def settle(train: TrainConfig, device: torch.device) -> TrainConfig:
+    """`train` with `compile` settled."""
+    if train.compile != AUTO:
+        return train
+    return replace(train, compile=device.type == "cuda" and train.steps >= WORTH_COMPILING)
+
+
+def pads_vocabulary(choice: bool | str, device: torch.device) -> bool:
+    """`model.pad_vocab` settled.
+
+    Tensor cores want round sizes (NVIDIA's guide on matrix multiplication). On a processor with AVX2 alone the head's
+    products were half as fast again; with AVX-512 the sizes made no difference.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    m_trim_threshold, m_mmap_max = -1, -4
-    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+    if isinstance(choice, bool):
+        return choice
+    return device.type == "cuda" or (device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a run could still take on the device; None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError):
-        available = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        free = int(available[1]) * 1024 if available else None
-        group = Path("/sys/fs/cgroup")  # a container's own limit, where it has one
-        with contextlib.suppress(OSError, ValueError):
-            limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-            free = limit if free is None else min(free, limit)
-        return free
-    return None
+    return heap.available()
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -118,9 +118,6 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu" and sys.platform == "linux":
-        # glibc: give back what earlier jobs left; elsewhere there is nothing to give
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):  # a sandbox without it: the peak is then the process's own
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc(5)
 

@@ -84,7 +84,7 @@ def prepare(config: DataConfig) -> TokenFile:
 def check_fits(tokens: int, data: DataConfig, train: TrainConfig) -> None:
     """Raise `BadRequest` if one micro-batch, or one validation window, is larger than its part of the data."""
     val = round(tokens * data.val_fraction)
-    need = train.tokens_per_micro_batch + 1  # the last input needs a target
+    need = train.micro_batch_tokens + 1  # the last input needs a target
     if tokens - val < need:
         most = (tokens - val - 1) // train.seq_len
         remedy = f"try train.batch_size={most}" if most else f"try train.seq_len={max(1, tokens - val - 1)}"

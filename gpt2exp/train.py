@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,9 +26,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp import estimate, help, plan, record, tokens, view
+from gpt2exp import estimate, heap, help, plan, record, tokens, view
 from gpt2exp.assets import AssetError
-from gpt2exp.config import BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
+from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +135,7 @@ def _make_ready(request: plan.Plan) -> None:
         text = config.data.name, config.data.path
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
-        _check_text(config, sources[text])
+        _check_text(_smallest(config), sources[text])
         named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
         strict = config.precision.name is PrecisionName.tf32 and config.precision.fallback is Fallback.error
         if request.local and (named or strict):
@@ -142,6 +143,11 @@ def _make_ready(request: plan.Plan) -> None:
 
             with precision.applied(config.precision, runtime.resolve_device(config.train.device)):
                 pass
+
+
+def _smallest(config: RunConfig) -> RunConfig:
+    """With a batch of one sequence where the batch is left open."""
+    return replace(config, train=replace(config.train, batch_size=1)) if config.train.batch_size == AUTO else config
 
 
 def _check_text(config: RunConfig, source: tokens.TokenFile) -> None:
@@ -157,12 +163,17 @@ def _dry_row(job: plan.Job) -> dict[str, str]:
     config = job.config
     device = runtime.resolve_device(config.train.device)
     with precision.applied(config.precision, device) as got:
-        need = estimate.memory(config, on_cpu=device.type == "cpu", unfused_attention=got.emulated)
+        how = {"on_cpu": device.type == "cpu", "unfused_attention": got.emulated}
+        source = tokens.prepare(config.data)
+        most = (source.tokens - round(source.tokens * config.data.val_fraction) - 1) // config.train.seq_len
+        config = estimate.fit(config, runtime.free_memory(device), most, **how)
+        need = estimate.memory(config, **how)
     return {
         "run": " ".join(job.overrides) or "defaults",
         "parameters": f"{config.model.parameters['total']:,}",
+        "batch": f"{config.train.sequences} x {config.train.seq_len}",
         "steps": f"{config.train.steps:,}",
-        "tokens": f"{config.train.steps * config.train.tokens_per_step:,}",
+        "tokens": f"{config.train.steps * config.train.step_tokens:,}",
         "memory GiB": f"{need / 2**30:.2f}",
         "precision": f"{got.requested}: {got.effective}{' emulated' if got.emulated else ''} on {device.type}",
     }
@@ -214,6 +225,11 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
     config = parse(dict(OmegaConf.load(folder / ".hydra" / "config.yaml")))
     overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
     sweep = record.sweep_of(folder)
+    heap.give_back()
+    free = heap.available()
+    if heap.computes_here(config.train.device):
+        least = estimate.memory(_smallest(config), on_cpu=False, unfused_attention=False)
+        heap.prepare(least, certain=16 * config.model.parameters["total"])
     from gpt2exp import mirror
 
     facts = {"overrides": overrides, "config": plain(config), "seed": config.seed}
@@ -225,7 +241,7 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
     interrupt: KeyboardInterrupt | None = None
     with view.View(folder, config, overrides, progress) as shown:
         try:
-            _train(config, files, wandb, shown)
+            _train(config, files, wandb, shown, free)
             state, error = "done", None
         except KeyboardInterrupt as stop:
             state, error, interrupt = "interrupted", "stopped by a signal", stop
@@ -239,19 +255,23 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
     return summary
 
 
-def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.View) -> None:
+def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.View, free: int | None) -> None:
     import torch
 
     from gpt2exp import data, diagnostics, model, precision, runtime, trainer
 
-    runtime.keep_freed_memory()
     device = runtime.resolve_device(config.train.device)
     runtime.reset_peak_memory(device)
     source = tokens.prepare(config.data)
-    _check_text(config, source)
     train_tokens, val_tokens = data.split(source.map(), config.data.val_fraction)
     with precision.applied(config.precision, device) as got:
-        need = estimate.memory(config, on_cpu=device.type == "cpu", unfused_attention=got.emulated)
+        how = {"on_cpu": device.type == "cpu", "unfused_attention": got.emulated}
+        if device.type == "cuda":
+            free = runtime.free_memory(device)
+        config = estimate.fit(config, free, (len(train_tokens) - 1) // config.train.seq_len, **how)
+        config = replace(config, train=runtime.settle(config.train, device))
+        _check_text(config, source)
+        need = estimate.memory(config, **how)
         files.facts |= {
             "parameters": config.model.parameters,
             "flops_per_token": config.model.flops_per_token(config.train.seq_len),
@@ -260,13 +280,16 @@ def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.V
             "device": f"{device.type}: {runtime.device_name(device)}",
             "threads": torch.get_num_threads(),
             "estimated_memory_bytes": need,
+            "settled": {key: getattr(config.train, key) for key in estimate.SETTLED},
             "environment": runtime.environment_overrides(),
             **runtime.facts(),
         }
-        shown.header(files.facts, files.folder)
-        _check_memory(config, need, device, got)
+        shown.header(files.facts, files.folder, config)
+        _check_memory(config, need, free, how)
         with torch.device(device):
             gpt = model.GPT(config.model).to(got.weights)
+        if runtime.pads_vocabulary(config.model.pad_vocab, device):
+            gpt.pad_vocabulary()
         model.initialise(gpt, config.init, config.seed)
         diagnostics.check_init(gpt, config.init)
         job = trainer.Trainer(
@@ -293,18 +316,15 @@ def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.V
         files.measured["mfu"] = _mfu(config, device, got, files.measured["tokens_per_second"])
 
 
-def _check_memory(config: RunConfig, need: int, device: torch.device, got: Precision) -> None:
+def _check_memory(config: RunConfig, need: int, free: int | None, how: dict[str, bool]) -> None:
     """Fail before the system would kill the whole sweep for one job's memory.
 
     Raises:
         MemoryError: the estimate is a tenth above what is free; the text names a batch that fits.
     """
-    from gpt2exp import runtime
-
-    free = runtime.free_memory(device)
     if free is None or need <= 1.1 * free:
         return
-    batch = estimate.fitting_batch(config, free, on_cpu=device.type == "cpu", unfused_attention=got.emulated)
+    batch = estimate.fitting_batch(config, free, **how)
     hint = f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
     raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
 
@@ -329,8 +349,8 @@ def _classify(problem: Exception, config: RunConfig) -> tuple[str, str]:
     if isinstance(problem, Diverged):
         return "diverged", line
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
-        half = max(1, config.train.batch_size // 2)
-        return "failed", f"out of memory; try train.batch_size={half}"
+        smaller = AUTO if config.train.batch_size == AUTO else max(1, config.train.sequences // 2)
+        return "failed", f"out of memory; try train.batch_size={smaller}"
     if isinstance(problem, (BadRequest, AssetError, MemoryError)):
         return "failed", line
     return "failed", f"{type(problem).__name__}: {line}"

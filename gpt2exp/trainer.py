@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2exp import data, diagnostics, optim, precision, runtime
-from gpt2exp.config import OptimizerConfig, TrainConfig
+from gpt2exp import data, diagnostics, estimate, optim, precision, runtime
+from gpt2exp.config import AUTO, OptimizerConfig, TrainConfig
 from gpt2exp.model import GPT
 from gpt2exp.tokens import Tokens
 
@@ -50,6 +50,11 @@ class Trainer:
         self.model, self.batches, self.config, self.optimizer_config = model, batches, train, optimizer
         self.optimizer = optim.build(model, optimizer)
         model.transformer.gradient_in_place = model.config.tie_weights
+        model.transformer.recompute = train.activation_checkpointing is True
+        model.loss_rows = estimate.LOSS_ROWS if train.loss_chunk == AUTO else int(train.loss_chunk)
+        if train.compile is True:
+            for block in model.transformer.h:  # alike, so that one compilation serves all: PyTorch's regional recipe
+                block.compile()
         self.seen, self.validation = seen, validation
         self.autocast = autocast
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
@@ -99,7 +104,7 @@ class Trainer:
         total, count = 0.0, 0
         config = self.config
         with torch.no_grad(), precision.cast(self.device, self.autocast):
-            for x, y in data.validation_windows(self.validation, config.seq_len, config.batch_size, self.device):
+            for x, y in data.validation_windows(self.validation, config.seq_len, config.sequences, self.device):
                 total += float(self.model(x, y)) * y.numel()
                 count += y.numel()
         return total / count
@@ -128,9 +133,9 @@ class Trainer:
             seconds = time.perf_counter() - start
             metrics |= {
                 "loss": float(loss),
-                "tokens": self.steps_done * config.tokens_per_step,
+                "tokens": self.steps_done * config.step_tokens,
                 "step_ms": seconds * 1e3,
-                "tokens_per_second": config.tokens_per_step / seconds,
+                "tokens_per_second": config.step_tokens / seconds,
             }
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(number, "loss", metrics["loss"])
@@ -155,8 +160,7 @@ class Trainer:
         with precision.cast(self.device, self.autocast):
             measured: dict[str, Any] = {"loss_unseen": diagnostics.loss_unseen(self.model, x, self.seen)}
             if thorough:
-                measured["residual_rms"] = diagnostics.residual_rms(self.model, x)
-                measured |= diagnostics.wte_gradients(self.model, x, y)
+                measured |= diagnostics.first_look(self.model, x, y)
         return measured
 
     def timing(self) -> dict[str, Any]:
@@ -172,6 +176,6 @@ class Trainer:
         return {
             "step_ms": {"median": median * 1e3, "p10": deciles[0] * 1e3, "p90": deciles[8] * 1e3},
             "first_step_ms": self.step_seconds[0] * 1e3,
-            "tokens_per_second": self.config.tokens_per_step / median,
+            "tokens_per_second": self.config.step_tokens / median,
             "timed_steps": len(kept),
         }

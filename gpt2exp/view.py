@@ -107,15 +107,19 @@ class View:
                 console.print(Text(f"{label:<{width}}  {text}"), soft_wrap=True)
         self._file.flush()
 
-    def header(self, facts: dict[str, Any], folder: Path) -> None:
-        """What is about to run."""
-        config, model, train = self.config, self.config.model, self.config.train
+    def header(self, facts: dict[str, Any], folder: Path, config: RunConfig) -> None:
+        """What is about to run: `config`, with what it left open settled."""
+        model, train = config.model, config.train
         parameters, precision, data = facts["parameters"], facts["precision"], facts["data"]
         emulated = " (emulated: its speed is not a hardware speed)" if precision["emulated"] else ""
-        batch = f"{train.batch_size} x {train.seq_len} tokens"
+        batch = f"{train.sequences} x {train.seq_len} tokens"
         if train.grad_accum_steps > 1:
             batch += f" x {train.grad_accum_steps} micro-batches"
-        per_epoch = data["train_tokens"] // train.tokens_per_step
+        if train.activation_checkpointing is True:
+            batch += ", activations computed again in backward"
+        if train.sequences % 2 and train.sequences > 1:
+            batch += "; an even batch, best a power of two, suits most hardware better"
+        per_epoch = data["train_tokens"] // train.step_tokens
         rows = {
             "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
             f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {config.init.scheme.value}, "

@@ -114,7 +114,11 @@ BAD: list[tuple[str, str, str]] = [
     ("wandb.name=[a]", "wandb.name=['a']: must be text", "the default is null"),
     ("train.steps=0", "train.steps=0: must be at least 1", "try train.steps=1"),
     ("train.steps=-3", "train.steps=-3: must be at least 1", "try train.steps=1"),
-    ("train.batch_size=0", "train.batch_size=0: must be at least 1", "try train.batch_size=1"),
+    (
+        "train.batch_size=0",
+        "train.batch_size=0: must be a whole number of at least 1, or auto",
+        "try train.batch_size=1",
+    ),
     ("train.seq_len=0", "train.seq_len=0: must be at least 1", "try train.seq_len=1"),
     ("train.grad_accum_steps=0", "train.grad_accum_steps=0: must be at least 1", "try train.grad_accum_steps=1"),
     ("train.log_every=0", "train.log_every=0: must be at least 1", "try train.log_every=1"),

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from gpt2exp.config import InitConfig, InitScheme, ModelConfig
-from gpt2exp.diagnostics import InitError, check_init, expected_std, residual_rms
+from gpt2exp.diagnostics import InitError, check_init, expected_std, first_look
 from gpt2exp.model import GPT, initialise
 
 SCHEMES = [scheme.value for scheme in InitScheme]
@@ -237,7 +237,9 @@ def test_scaling_keeps_the_real_residual_stream_from_growing_with_depth() -> Non
     idx = torch.randint(1009, (4, 32), generator=torch.Generator().manual_seed(0))
     added = {}
     for scaling in (True, False):
-        rms = residual_rms(built(InitConfig(std=0.2, position_std=0.2, residual_scaling=scaling), n_layer=16), idx)
+        gpt = built(InitConfig(std=0.2, position_std=0.2, residual_scaling=scaling), n_layer=16)
+        rms = first_look(gpt, idx, idx)["residual_rms"]
+        assert isinstance(rms, list)
         assert len(rms) == 17
         assert rms == sorted(rms)
         assert rms[0] == pytest.approx(math.hypot(0.2, 0.2), rel=0.05)  # as embedded: wte plus wpe

@@ -122,7 +122,7 @@ def test_twenty_steps_equal_the_textbooks_loop(tie: bool) -> None:
 def test_accumulation_equals_one_batch(pieces: int, tie: bool) -> None:
     whole = trainer(model(tie), batch_size=8)
     parts = trainer(model(tie), batch_size=8 // pieces, grad_accum_steps=pieces)
-    assert whole.config.tokens_per_step == parts.config.tokens_per_step == 128
+    assert whole.config.step_tokens == parts.config.step_tokens == 128
     for step in range(4):
         one, many = whole.step(), parts.step()
         torch.testing.assert_close(many, one, atol=1e-6, rtol=1e-6)
@@ -250,7 +250,7 @@ def test_the_embeddings_two_gradients_are_an_untied_models(tie: bool) -> None:
     idx = torch.randint(40, (4, 17), generator=torch.Generator().manual_seed(0))  # tokens that repeat
     x, y = idx[:, :-1], idx[:, 1:]
     gpt.transformer.gradient_in_place = tie
-    got = diagnostics.wte_gradients(gpt, x, y)
+    got = diagnostics.first_look(gpt, x, y)
     assert all(parameter.grad is None for parameter in gpt.parameters())  # the training's gradient is left alone
     apart(x, y).backward()
     for key, weight in (("wte_grad_lookup", apart.transformer.wte.weight), ("wte_grad_head", apart.lm_head.weight)):
@@ -460,13 +460,13 @@ class TestTiming:
         job = trainer(batch_size=16, seq_len=32)
         job.step_seconds = [1.0]
         assert job.timing()["tokens_per_second"] == 512
-        assert TrainConfig(batch_size=16, seq_len=1024).tokens_per_step == 16_384  # a second each: not 163,000
+        assert TrainConfig(batch_size=16, seq_len=1024).step_tokens == 16_384  # a second each: not 163,000
 
 
 MEASURE = """
 import json, sys, torch
 torch.set_num_threads(2)
-from gpt2exp import data, estimate, model, precision, runtime, tokens, trainer
+from gpt2exp import data, estimate, heap, model, precision, runtime, tokens, trainer
 from gpt2exp.config import ModelConfig, PrecisionConfig, PrecisionName, RunConfig, TrainConfig
 import wandb
 shape, train, name, kept = json.loads(sys.argv[1])
@@ -475,7 +475,7 @@ config = RunConfig(
 )
 cpu = torch.device("cpu")
 if kept:
-    runtime.keep_freed_memory()
+    heap.prepare(2**30, certain=2**28)
 runtime.reset_peak_memory(cpu)
 source = tokens.prepare(config.data)
 with precision.applied(config.precision, cpu) as got:
