@@ -67,7 +67,8 @@ class Record:
             "wall_seconds": {name: round(seconds, 3) for name, seconds in wall.items()},
             "started": self._started,
         }
-        self._file.close()
+        with contextlib.suppress(OSError):  # the rest of a line for which the disk had no room
+            self._file.close()
         write_json(self.folder / "summary.json", summary)
         write_status(self.folder, state, len(self.metrics), error)
         return summary
@@ -147,8 +148,15 @@ def row(folder: Path, above: Path) -> dict[str, Any]:
 
 
 def sweep_of(folder: Path) -> Path | None:
-    """The sweep folder around a job's folder, if there is one."""
-    return next((above for above in folder.parents if (above / SWEEP).is_file()), None)
+    """The sweep folder around a job's folder, if there is one; another program's `sweep.json` makes none."""
+    return next((above for above in folder.parents if _is_sweep(above / SWEEP)), None)
+
+
+def _is_sweep(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(known, dict) and isinstance(known.get("jobs"), list)
+    return False
 
 
 def progress(sweep: Path, folder: Path) -> str:
