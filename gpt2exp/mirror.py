@@ -137,6 +137,16 @@ class Mirror:
         except Exception as error:  # as above: nothing of wandb's may reach the training loop
             log.warning("wandb stopped (%s); the local record goes on", _line(error))
             self._run = None
+            if isinstance(error, ConnectionError):
+                _forget_process()
+
+
+def _forget_process() -> None:
+    """After wandb's own process died: no traceback from its hook at our exit, and a new process for the next run."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
 
 
 def _line(error: Exception) -> str:
