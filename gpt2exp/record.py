@@ -67,8 +67,7 @@ class Record:
             "wall_seconds": {name: round(seconds, 3) for name, seconds in wall.items()},
             "started": self._started,
         }
-        with contextlib.suppress(OSError):  # the rest of a line for which the disk had no room
-            self._file.close()
+        self._file.close()
         write_json(self.folder / "summary.json", summary)
         write_status(self.folder, state, len(self.metrics), error)
         return summary
