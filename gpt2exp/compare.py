@@ -14,6 +14,7 @@ import math
 import os
 import statistics
 import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt2exp import record
+from gpt2exp import record, secret
 from gpt2exp.config import BadRequest, RunConfig, parse, plain, show
 
 ALPHA = 0.05
@@ -228,6 +229,7 @@ def _asked(run: Path) -> Row:
     try:
         config = parse(OmegaConf.load(run / ".hydra" / "config.yaml"))
         overrides = [str(text) for text in OmegaConf.load(run / ".hydra" / "overrides.yaml")]
+        secret.check_values([plain(config), overrides])  # an interpolation in a stranger's folder may ask for one
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return {}
     return {"config": plain(config), "overrides": overrides}
@@ -717,6 +719,7 @@ def command(argv: list[str]) -> int:
         raise BadRequest(f"{message}; gpt2exp-compare --help shows what can be typed")
 
     parser.error = error  # type: ignore[method-assign]
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         args = parser.parse_args(argv)
         if args.margin is not None and not (math.isfinite(args.margin) and args.margin > 0):
@@ -726,9 +729,13 @@ def command(argv: list[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
         report.write(comparison, out)
     except BadRequest as problem:
+        if full_error:
+            traceback.print_exc()
         view.refuse(str(problem), program="gpt2exp-compare")
         return 2
     except OSError as problem:
+        if full_error:
+            traceback.print_exc()
         why = problem.strerror or str(problem)
         view.refuse(f"cannot write the comparison ({why}); name a folder with --out", program="gpt2exp-compare")
         return 2

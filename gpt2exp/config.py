@@ -400,6 +400,13 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.project), "wandb.project", "''", "must not be empty", "try wandb.project=gpt2exp")
+        # wandb's own rules, which it would state once training begins, and then record nothing
+        ok = not set(self.project) & set("/\\#?%:") and len(self.project) <= 128
+        why = "must be at most 128 characters and none of / \\ # ? % :"
+        require(ok, "wandb.project", self.project, why, "try wandb.project=gpt2exp")
+        for tag in self.tags:
+            why = "a tag must have 1 to 64 characters"
+            require(1 <= len(tag) <= 64, "wandb.tags", self.tags, why, "try wandb.tags=[short,words]")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,6 +17,9 @@ def main() -> int:
     try:
         with train.terminable():
             return 0 if train.run(Path(sys.argv[1]))["state"] == "done" else 1
+    except OSError as error:
+        view.refuse(train.unwritable(error))
+        return 1
     except KeyboardInterrupt as interrupt:
         return 143 if isinstance(interrupt, train.Terminated) else 130
 

@@ -5,8 +5,10 @@ The local files are the record, so every call is guarded: the first failure is o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,8 @@ from gpt2exp.config import WandbConfig, WandbMode
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""
+NO_ROOM = 2**16
+"""Free bytes below which wandb's own writes, in blocks of 32 KiB, cannot be relied on."""
 
 log = logging.getLogger("gpt2exp")
 
@@ -119,6 +123,9 @@ class Mirror:
         self._guard(lambda: self._run.summary.update(summary))
         kept = Path(self._run.settings.sync_dir) if self._run is not None and self.mode == "offline" else None
         self._guard(lambda: self._run.finish(exit_code=int(failed)))
+        with contextlib.suppress(OSError):
+            if kept is not None and shutil.disk_usage(kept).free < NO_ROOM:  # wandb itself would not say
+                log.warning("the disk of wandb's folder is full (%s); what lies there is incomplete", kept)
         return kept
 
     def _guard(self, call: Callable[[], object]) -> None:
@@ -130,6 +137,16 @@ class Mirror:
         except Exception as error:  # as above: nothing of wandb's may reach the training loop
             log.warning("wandb stopped (%s); the local record goes on", _line(error))
             self._run = None
+            if isinstance(error, ConnectionError):
+                _forget_process()
+
+
+def _forget_process() -> None:
+    """After wandb's own process died: no traceback from its hook at our exit, and a new process for the next run."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
 
 
 def _line(error: Exception) -> str:

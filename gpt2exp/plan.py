@@ -29,12 +29,15 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp.config import BadRequest, RunConfig, check_key, explain, parse, show
+from gpt2exp import secret
+from gpt2exp.config import BadRequest, RunConfig, check_key, explain, parse, plain, require, show
 from gpt2exp.files import write_json
 from gpt2exp.record import SWEEP
 
@@ -86,7 +89,8 @@ class Plan:
     @property
     def pins(self) -> list[str]:
         """Overrides for Hydra's command line: the folder, which `${folder_name:}` would draw anew, and job names."""
-        quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
+        # in Hydra's grammar a backslash escapes only before a quote, and is itself there
+        quoted = re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", str(self.folder)))
         pins = [f"hydra.{'sweep' if self.multirun else 'run'}.dir='{quoted}'"]
         if self.multirun:
             pins.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(self.constant)}]")
@@ -99,6 +103,7 @@ def make(args: argparse.Namespace) -> Plan:
     Raises:
         BadRequest: anything in the request that cannot be carried out.
     """
+    _check_flags(args)
     name = args.config_name or "config"
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
@@ -114,6 +119,25 @@ def make(args: argparse.Namespace) -> Plan:
             return _compose(loader, name, args.overrides, multirun=args.multirun)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadRequest(explain(error)) from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:  # a file of the user's own
+        where = f"--config-dir {args.config_dir}" if args.config_dir else "hydra.searchpath"
+        why = " ".join(str(error).split())
+        raise BadRequest(f"{where}: {why}; mend that file: it must be plain YAML in UTF-8") from error
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of Hydra's that cannot be carried out here, or not together."""
+    if args.experimental_rerun:
+        raise BadRequest("--experimental-rerun: reads a pickle, which can run any code; repeat the run's overrides")
+    if args.config_path:
+        raise BadRequest(f"--config-path {args.config_path}: hides the shipped groups; add yours with --config-dir")
+    modes = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
+    asked = [flag for flag, given in modes.items() if given]
+    if len(asked) > 1:
+        raise BadRequest(f"{' '.join(asked)}: cannot be asked for together; leave out all but one")
+    for flag, given in (("--package", args.package), ("--resolve", args.resolve)):
+        if given and not args.cfg:
+            raise BadRequest(f"{flag}: shapes what --cfg prints; add --cfg job")
 
 
 def _parse(loader: ConfigLoader, texts: Sequence[str]) -> list[Override]:
@@ -195,6 +219,8 @@ def _compose(loader: ConfigLoader, name: str, texts: list[str], *, multirun: boo
             if override.is_sweep_override():
                 text = override.input_line
                 raise BadRequest(f"{text}: several values make a sweep; add -m to run every one of them")
+    secret.check_values(OmegaConf.to_container(master.hydra, resolve=False), "hydra")
+    _check_hydra(master.hydra)
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
     folder = Path(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir))
     basic = master.hydra.sweeper._target_ == BASIC_SWEEPER
@@ -209,6 +235,18 @@ def _compose(loader: ConfigLoader, name: str, texts: list[str], *, multirun: boo
         jobs = (Job(tuple(texts), _run_config(config)),)
     local = not multirun or master.hydra.launcher._target_ == BASIC_LAUNCHER
     return Plan(jobs, multirun, folder, local, constant)
+
+
+def _check_hydra(settings: DictConfig) -> None:
+    """Refuse settings of Hydra's own under which no run could be kept or begun."""
+    place = settings.output_subdir
+    require(place == ".hydra", "hydra.output_subdir", place, "a run is known by its folder .hydra", "leave it out")
+    known = sorted(Plugins.instance().class_name_to_class)
+    for part in ("launcher", "sweeper"):
+        target = settings[part]._target_
+        there = [name for name in known if part in name.rpartition(".")[2].lower()]
+        why, remedy = f"no such {part} is installed", f"choose one of {', '.join(there)}"
+        require(target in known, f"hydra.{part}._target_", target, why, remedy)
 
 
 def _axes(loader: ConfigLoader, master: DictConfig, texts: list[str]) -> dict[str, list[str]]:
@@ -230,14 +268,23 @@ def _axes(loader: ConfigLoader, master: DictConfig, texts: list[str]) -> dict[st
 
 def _jobs(loader: ConfigLoader, master: DictConfig, axes: dict[str, list[str]]) -> Iterator[Job]:
     """Every combination of the axes, in the order in which Hydra's BasicSweeper runs them."""
-    for combination in itertools.product(*axes.values()):
+    places: set[str] = set()
+    for number, combination in enumerate(itertools.product(*axes.values())):
         config = loader.load_sweep_config(master, list(combination))
+        with open_dict(config):
+            config.hydra.job.num = number
+        place = str(config.hydra.sweep.subdir)
+        why = "two jobs of the sweep would share a folder"
+        require(place not in places, "hydra.sweep.subdir", place, why, "leave it out, or name ${hydra.job.num} in it")
+        places.add(place)
         task = tuple(text for text in combination if not text.lstrip("+").startswith(("hydra.", "hydra/")))
         yield Job(task, _run_config(config))
 
 
 def _run_config(config: DictConfig) -> RunConfig:
-    return parse({str(key): config._get_node(key) for key in config if key != "hydra"})
+    parsed = parse({str(key): config._get_node(key) for key in config if key != "hydra"})
+    secret.check_values(plain(parsed))
+    return parsed
 
 
 def claim(plan: Plan, argv: Sequence[str]) -> None:

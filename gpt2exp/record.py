@@ -147,8 +147,15 @@ def row(folder: Path, above: Path) -> dict[str, Any]:
 
 
 def sweep_of(folder: Path) -> Path | None:
-    """The sweep folder around a job's folder, if there is one."""
-    return next((above for above in folder.parents if (above / SWEEP).is_file()), None)
+    """The sweep folder around a job's folder, if there is one; another program's `sweep.json` makes none."""
+    return next((above for above in folder.parents if _is_sweep(above / SWEEP)), None)
+
+
+def _is_sweep(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(known, dict) and isinstance(known.get("jobs"), list)
+    return False
 
 
 def progress(sweep: Path, folder: Path) -> str:

@@ -66,14 +66,14 @@ def prepare(config: DataConfig) -> TokenFile:
 
     Raises:
         BadRequest: `data.path` cannot be read, is no UTF-8 text, or holds less than two tokens.
-        assets.AssetError: the text or the BPE files could not be fetched.
+        assets.AssetError: the text or the BPE files could not be fetched, or the cache cannot be written.
     """
     if config.name is DataName.tinyshakespeare:
         asset = assets.TINY_SHAKESPEARE
         # the hash is known beforehand: with a warm cache the text itself is not read again
         found = _cached(asset.sha256, config.name.value)
         return found or _tokenise([assets.fetch(asset).read_bytes()], config.name.value, asset.sha256)
-    documents = _read(Path(str(config.path)).expanduser())
+    documents = _read(Path(str(config.path)))
     digest = hashlib.sha256()
     for document in documents:
         digest.update(hashlib.sha256(document).digest() if len(documents) > 1 else document)
@@ -100,15 +100,18 @@ def _read(path: Path) -> list[bytes]:
     """The file, or every file below the folder that is not hidden, in the order of their paths."""
     key = f"data.path={path}"
     try:
+        path = path.expanduser()
         if path.is_dir():
             files = [item for item in sorted(path.rglob("*")) if item.is_file()]
             files = [item for item in files if not any(part.startswith(".") for part in item.relative_to(path).parts)]
             if not files:
                 raise BadRequest(f"{key}: the folder holds no files; name one with UTF-8 text files in it")
+        elif path.exists() and not path.is_file():  # a pipe or a device: reading might never end
+            raise BadRequest(f"{key}: neither a file nor a folder; name a UTF-8 text file or a folder of them")
         else:
             files = [path]
         documents = [item.read_bytes() for item in files]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, RuntimeError) as error:  # RuntimeError: the home of no user here
         raise BadRequest(f"{key}: no such file or folder; name a UTF-8 text file or a folder of them") from error
     except OSError as error:
         raise BadRequest(f"{key}: cannot be read ({error.strerror}); name a readable UTF-8 text file") from error
@@ -160,16 +163,11 @@ def _tokenise(documents: list[bytes], name: str, sha256: str) -> TokenFile:
         "bigram_entropy": bigram,
     }
     result = TokenFile(path=path, name=name, sha256=sha256, **known)
-    try:
+    with assets.writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             tokens.tofile(part)
         write_json(facts, {"sha256": sha256, **known})  # last: its presence says the tokens are complete
-    except OSError as error:
-        raise assets.AssetError(
-            f"the cache {path.parent} cannot be written ({error.strerror or error}); "
-            "set GPT2EXP_CACHE to a folder that can be"
-        ) from error
     return result
 
 
@@ -195,9 +193,10 @@ def gpt2_encoding() -> tiktoken.Encoding:
         link = folder / hashlib.sha1(asset.url.encode()).hexdigest()
         if not link.exists() or hashlib.sha256(link.read_bytes()).hexdigest() != asset.sha256:
             source = assets.fetch(asset)
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(link) as part:
-                part.write_bytes(source.read_bytes())
+            with assets.writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(link) as part:
+                    part.write_bytes(source.read_bytes())
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     try:

@@ -26,7 +26,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp import estimate, heap, help, plan, record, tokens, view
+from gpt2exp import estimate, heap, help, plan, record, secret, tokens, view
 from gpt2exp.assets import AssetError
 from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
 
@@ -58,6 +58,7 @@ def command(argv: list[str]) -> int:
     view.show_warnings(traces=full_error)
     argv = sorted(argv, key=lambda text: text not in ("-m", "--multirun"))  # argparse wants flags before overrides
     try:
+        secret.check_typed(argv)
         args = _parser().parse_args(argv)
         if args.help:
             view.terminal().print(help.text(), markup=False)
@@ -69,8 +70,19 @@ def command(argv: list[str]) -> int:
             traceback.print_exc()
         view.refuse(str(error))
         return 2 if isinstance(error, BadRequest) else 1
+    except OSError as error:  # a disk that filled up, a folder that was taken away
+        if full_error:
+            traceback.print_exc()
+        view.refuse(unwritable(error))
+        return 1
     except KeyboardInterrupt as interrupt:
         return 143 if isinstance(interrupt, Terminated) else 130
+
+
+def unwritable(error: OSError) -> str:
+    """The line for a disk that filled up or a folder that was taken away."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    return f"{what}; make room, or name another folder: hydra.run.dir=FOLDER, or hydra.sweep.dir for a sweep"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,8 +114,11 @@ def terminable() -> Iterator[None]:
 
 
 def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.hydra_help or args.shell_completion:  # Hydra's own, about no request
+        _hydra(argv)
+        return 0
     request = plan.make(args)
-    if args.cfg or args.info or args.hydra_help or args.shell_completion:
+    if args.cfg or args.info:
         _hydra(argv)
         return 0
     _make_ready(request)
@@ -188,10 +203,13 @@ def job(cfg: DictConfig) -> None:
     sweep = record.sweep_of(folder)
     if sweep is not None and config.sweep.fail_fast and _failed_before(sweep):
         return
-    if sweep is not None and config.sweep.isolate:
-        _in_own_process(folder)
-    else:
-        run(folder, BEGAN if sweep is None or hydra_config.job.num == 0 else time.monotonic())
+    try:
+        if sweep is not None and config.sweep.isolate:
+            _in_own_process(folder)
+        else:
+            run(folder, BEGAN if sweep is None or hydra_config.job.num == 0 else time.monotonic())
+    except OSError as error:  # the record itself cannot be written: it says as much as it could
+        log.error("%s", unwritable(error))
 
 
 def _failed_before(sweep: Path) -> bool:
@@ -221,6 +239,7 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
 
     Raises:
         KeyboardInterrupt: after the run was recorded as interrupted.
+        OSError: the record cannot be written.
     """
     config = parse(dict(OmegaConf.load(folder / ".hydra" / "config.yaml")))
     overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
@@ -353,6 +372,8 @@ def _classify(problem: Exception, config: RunConfig) -> tuple[str, str]:
         return "failed", f"out of memory; try train.batch_size={smaller}"
     if isinstance(problem, (BadRequest, AssetError, MemoryError)):
         return "failed", line
+    if isinstance(problem, OSError) and problem.strerror:
+        return "failed", f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
     return "failed", f"{type(problem).__name__}: {line}"
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
+import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,9 +38,40 @@ class _Lines(logging.Handler):
             self.console.print(Text(logging.Formatter().formatException(record.exc_info)), soft_wrap=True)
 
 
+class _Patient:
+    """A text stream that goes quiet, instead of ending the program, once nobody reads it or its disk is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without our characters gets `?` for them
+
+    def write(self, text: str) -> int:
+        with self._quietly():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._quietly():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # what is buffered, and the interpreter's last flush, need a place to go
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def terminal(*, stderr: bool = False) -> Console:
     """The console of this process; piped, it has no colour and room for every line of ours."""
-    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    stream = _Patient(sys.stderr if stderr else sys.stdout)
+    console = Console(file=cast(TextIO, stream), stderr=stderr, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console.width = max(console.width, 110)
     return console
@@ -60,7 +95,7 @@ class View:
         """`progress`: where the job stands in its sweep; None for a run alone."""
         self.config, self.overrides, self.progress = config, overrides, progress
         self.console = terminal()
-        self._file: TextIO = (folder / "run.log").open("a", encoding="utf-8")
+        self._file = cast(TextIO, _Patient((folder / "run.log").open("a", encoding="utf-8")))
         self._log = Console(file=self._file, width=110, highlight=False)
         self._handler = _Lines(self._log, traces=True)
         self._bar: Progress | None = None
@@ -264,5 +299,6 @@ def _grid(rows: dict[str, str]) -> Table:
 
 
 def refuse(message: str, *, program: str = "gpt2exp") -> None:
-    """One line on standard error."""
-    print(f"{program}: {message}", file=sys.stderr)
+    """One line on standard error; a control character in it, which a terminal would obey, is shown as �."""
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", f"{program}: {message}")
+    print(line, file=sys.stderr)

@@ -197,20 +197,6 @@ class TestWithoutTorch:
         assert not written(tmp_path / "here")
 
 
-def test_full_error_brings_the_traceback(tmp_path: Path) -> None:
-    done = run(tmp_path / "here", "model.n_layers=6", HYDRA_FULL_ERROR="1")
-    assert done.returncode == 2
-    assert done.stderr.startswith("Traceback")
-    assert done.stderr.splitlines()[-1] == "gpt2exp: model.n_layers=6: no such key; did you mean model.n_layer?"
-
-
-def test_unknown_flag(tmp_path: Path) -> None:
-    done = run(tmp_path / "here", "--frob")
-    assert done.returncode == 2
-    assert "--frob" in one_line(done)
-    assert "gpt2exp --help" in one_line(done)
-
-
 def test_dry_run(tmp_path: Path) -> None:
     """The table of a sweep with exact counts; nothing written, though a later job alone asks for it."""
     done = run(tmp_path / "here", "-m", "model=gpt2,gpt2-xl", "model.tie_weights=true,false", "dry_run=true")
@@ -244,30 +230,6 @@ class TestText:
         assert data["distinct_tokens"] < 20 < 400 < data["tokens"]
         assert not (the_run(folder) / "wandb").exists()
 
-    @pytest.mark.parametrize(
-        ("name", "content", "said"),
-        [
-            ("missing.txt", None, "no such file or folder"),
-            ("binary.txt", b"\xff\xfe\x00\x01", "not UTF-8 at byte 0; convert it"),
-            ("zeros.txt", b"text\x00text", "zero bytes"),
-            ("short.txt", b"To be", "larger than the data, 2 training tokens; try train.seq_len=1"),
-            ("empty.txt", b"", "0 tokens"),
-            ("folder", "folder", "holds no files"),
-        ],
-    )
-    def test_what_cannot_be_trained_on(self, tmp_path: Path, name: str, content: bytes | str | None, said: str) -> None:
-        folder = tmp_path / "here"
-        folder.mkdir()
-        if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
-        elif content:
-            (folder / name).mkdir()
-        before = written(folder)
-        done = run(folder, "data=text", f"data.path={name}")
-        assert (done.returncode, done.stdout) == (2, "")
-        assert said in one_line(done)
-        assert written(folder) == before
-
 
 @pytest.mark.parametrize(
     ("args", "said"),
@@ -290,25 +252,6 @@ def test_no_cuda(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert one_line(done).startswith("train.device=cuda: PyTorch sees no such device here; use auto or one of: ")
     assert not written(tmp_path / "here")
-
-
-def test_batch_larger_than_the_data(tmp_path: Path) -> None:
-    done = run(tmp_path / "here", "train.batch_size=20000")
-    assert done.returncode == 2
-    assert one_line(done).startswith("train.batch_size=20000: a batch of 20000 x 32 + 1 = 640,001 tokens is larger")
-    assert not written(tmp_path / "here")
-
-
-def test_results_are_never_overwritten(tmp_path: Path) -> None:
-    folder = tmp_path / "here"
-    (folder / "kept").mkdir(parents=True)
-    (folder / "kept" / "summary.json").write_text("precious")
-    before = written(folder)
-    done = run(folder, *SMALL, "hydra.run.dir=kept")
-    assert done.returncode == 2
-    assert one_line(done).startswith("hydra.run.dir=kept: already holds files")
-    assert written(folder) == before
-    assert (folder / "kept" / "summary.json").read_text() == "precious"
 
 
 def test_two_launches_at_once(tmp_path: Path) -> None:

@@ -106,6 +106,18 @@ def test_every_key_is_in_the_map() -> None:
         assert compose(arguments(re.split(r" {3,}", line.strip())[0])).jobs
 
 
+def test_every_fault_has_its_test() -> None:
+    """Each row of the table of faults names a test that is there."""
+    section = README[README.index("## When things go wrong") :].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.fullmatch(r"\| [^|]+ \| [^|]+ \| `(test_\w+\.py)::(test_\w+)` \|", row)
+        assert named is not None, row
+        source = (ROOT / "tests" / named[1]).read_text(encoding="utf-8")
+        assert re.search(rf"^ *def {named[2]}\(", source, re.MULTILINE), row
+
+
 class TestOpeningCommands:
     """The two commands the README opens with, one line each."""
 

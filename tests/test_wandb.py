@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import http.server
 import logging
+import os
+import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SMALL, OfflineRun, read, run, the_run
+from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, start, the_run, wait_for_step
 
 from gpt2exp import mirror
 from gpt2exp.config import RunConfig, WandbConfig, WandbMode, plain
@@ -233,3 +238,91 @@ class TestFailingWandb:
         for file in (path for path in tmp_path.rglob("*") if path.is_file()):
             assert KEY.encode() not in file.read_bytes(), file
         assert KEY not in done.stdout + done.stderr
+
+    def test_a_wrong_key(self, tmp_path: Path) -> None:
+        """A server that knows nobody by it: offline, the key nowhere."""
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        surroundings = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": KEY}
+        done = run(tmp_path / "here", *SMALL, "train.steps=3", "wandb.mode=online", **surroundings)
+        server.shutdown()
+        assert done.returncode == 0
+        (ours,) = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+        assert ours == "warning: wandb could not start online (user is not logged in); going on offline"
+        self.kept_offline(tmp_path)
+        assert KEY not in done.stdout + done.stderr
+
+    def test_a_key_that_is_none(self, tmp_path: Path) -> None:
+        surroundings = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "secret-but-short"}
+        done = run(tmp_path / "here", *SMALL, "train.steps=3", "wandb.mode=online", **surroundings)
+        assert done.returncode == 0
+        assert "could not start online (WANDB_API_KEY invalid" in done.stderr
+        self.kept_offline(tmp_path)
+        assert "secret-but-short" not in done.stdout + done.stderr
+
+    def test_a_server_that_never_answers(self, tmp_path: Path) -> None:
+        """It accepts the connection and says nothing: the run waits for `INIT_TIMEOUT`, not for ever."""
+        with socket.socket() as mute:
+            mute.bind(("127.0.0.1", 0))
+            mute.listen()
+            surroundings = {"WANDB_BASE_URL": f"http://127.0.0.1:{mute.getsockname()[1]}", "WANDB_API_KEY": KEY}
+            done = run(tmp_path / "here", *SMALL, "train.steps=3", "wandb.mode=online", **surroundings)
+        assert done.returncode == 0
+        assert "warning: wandb could not start online (" in done.stderr
+        self.kept_offline(tmp_path)
+
+    @staticmethod
+    def kept_offline(tmp_path: Path) -> None:
+        """The record and wandb's file have all three steps."""
+        folder = the_run(tmp_path / "here")
+        assert read(folder / "summary.json")["state"] == "done"
+        sent = OfflineRun(folder)
+        assert ([row["step"] for row in sent.history], sent.exit_codes) == ([0, 1, 2], [0])
+        for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+            assert not any(key in file.read_bytes() for key in (KEY.encode(), b"secret-but-short")), file
+
+    def test_its_process_is_killed(self, tmp_path: Path) -> None:
+        """SIGKILL to wandb's own process in mid-run: one warning, every step recorded, the next job mirrored whole."""
+        process = start(tmp_path / "here", "-m", "seed=1,2", *SMALL, "train.steps=60", "wandb.mode=offline")
+        wait_for_step(tmp_path / "here", process)
+        os.kill(core(process.pid), signal.SIGKILL)
+        done = finish(process)
+        assert (done.returncode, done.stderr.splitlines()) == (
+            0,
+            ["warning: wandb stopped (Connection lost); the local record goes on"],
+        )
+        first, second = run_folders(tmp_path / "here")
+        assert [read(folder / "summary.json")["state"] for folder in (first, second)] == ["done", "done"]
+        assert len(losses(first)) == 60
+        sent = OfflineRun(second)
+        assert ([row["loss"] for row in sent.history], sent.exit_codes) == (losses(second), [0])
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """A server to which everybody is unknown."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b'{"errors": [{"message": "user is not logged in"}]}'
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Nothing to say."""
+
+
+def core(parent: int) -> int:
+    """The id of wandb's own process below ours."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            above = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if above == parent and b"wandb-core" in (entry / "cmdline").read_bytes():
+                return int(entry.name)
+        except OSError:
+            continue  # it ended meanwhile
+    pytest.skip("no /proc here to find wandb's process in")

