@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpt2exp import owner
 from gpt2exp.config import BadRequest, DeviceName
 
 PEAK_TFLOPS = {
@@ -96,6 +95,25 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """PyTorch's random states, bytes each: `random.cpu`, and the accelerator's."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["random.mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def restore_random_state(device: torch.device, states: dict[str, torch.Tensor]) -> None:
+    """Set what `random_state` said, as far as it is of this device."""
+    torch.set_rng_state(states["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in states:
+        torch.cuda.set_rng_state(states["random.cuda"], device)
+    elif device.type == "mps" and "random.mps" in states:
+        torch.mps.set_rng_state(states["random.mps"])
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a run could still take on the device; None where that is not known."""
     if device.type == "cuda":
@@ -146,9 +164,7 @@ def facts() -> dict[str, Any]:
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in names}
-    # tells machines apart without naming them
-    machine = hashlib.sha256(f"{platform.node()}/{uuid.getnode()}".encode()).hexdigest()[:12]
-    return {"versions": versions, "git": _git(), "platform": platform.platform(terse=True), "machine": machine}
+    return {"versions": versions, "git": _git(), "platform": platform.platform(terse=True), "machine": owner.machine()}
 
 
 def _git() -> dict[str, Any] | None:
