@@ -32,6 +32,8 @@ from gpt2exp.config import BadRequest, CheckpointConfig
 from gpt2exp.files import write_json
 from gpt2exp.record import CHECKPOINTS, saved
 
+SPARE = 2**20
+"""Bytes left free on the disk: a checkpoint that filled it would take the room of the metrics as well."""
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 
 log = logging.getLogger("gpt2exp")
@@ -116,13 +118,15 @@ def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tenso
     try:
         part.mkdir(parents=True)
         needed = _bytes(weights, training)
-        if shutil.disk_usage(part).free < needed + 2**20:  # filling the disk would take metrics.jsonl's room as well
+        if shutil.disk_usage(part).free < needed + SPARE:
             raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB are needed and not free", str(target))
         save_file(dict(weights), part / WEIGHTS)
         save_file(dict(training), part / TRAINING)
         hashes = {name: _sha256(part / name) for name in (WEIGHTS, TRAINING)}
         write_json(part / STATE, {**state, "sha256": {**hashes, STATE: _sha256_of(state)}})
         for path in (part / WEIGHTS, part / TRAINING, part / STATE, part):
+            if path.suffix == ".safetensors":
+                shutil.copymode(part / STATE, path)  # the library's are its owner's alone to read, whatever the umask
             _sync(path)
         if target.exists():
             _remove(target)
