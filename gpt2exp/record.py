@@ -57,6 +57,8 @@ class Record:
         self._parts = list(parts)
         self._part: dict[str, Any] = {"from_step": len(self.metrics), "started": _now()}
         self._training_began: float | None = None
+        for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
+            left.unlink(missing_ok=True)
         write_status(folder, "running", len(self.metrics))
         (folder / "summary.json").unlink(missing_ok=True)  # of an earlier part: with one, a run counts as ended
         with replacing(folder / "metrics.jsonl") as part:  # steps after the checkpoint are done again
