@@ -64,7 +64,7 @@ def command(argv: list[str]) -> int:
             return 0
         with signals.terminable():
             return _carry_out(args, argv)
-    except (BadRequest, AssetError) as error:
+    except (BadRequest, AssetError, OSError) as error:  # of the last: the disk is full, or a folder was taken away
         if full_error:
             traceback.print_exc()
         view.refuse(str(error))
@@ -111,7 +111,13 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         if request.resumed and not request.multirun:
             run(request.folder)
         elif to_do:
-            _hydra([*words, *request.pins])
+            try:
+                _hydra([*words, *request.pins])
+            except KeyboardInterrupt:
+                if request.multirun:
+                    place = view.short(request.folder.absolute())
+                    view.terminal().print(f"to go on: gpt2exp resume={place}", markup=False, soft_wrap=True)
+                raise
         return _outcome(request)
 
 
@@ -269,7 +275,7 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
                 stop.asked = stop.asked or interrupt
                 state, error = "interrupted", "stopped by a signal"
             except Exception as problem:
-                state, error = _classify(problem, config)
+                state, error = _classify(problem, config, files.facts.get("estimated_memory_bytes"))
                 log.error("%s", error, exc_info=True)
             stop.waiting = True
             summary = files.finish(state, error)
@@ -413,8 +419,8 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
     return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / peak
 
 
-def _classify(problem: Exception, config: RunConfig) -> tuple[str, str]:
-    """The state and the one line that an exception leaves."""
+def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:
+    """The state and the one line that an exception leaves; `need`: the bytes that the run was estimated to take."""
     import torch
 
     from gpt2exp.trainer import Diverged
@@ -424,8 +430,9 @@ def _classify(problem: Exception, config: RunConfig) -> tuple[str, str]:
     if isinstance(problem, Diverged):
         return "diverged", line
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
-        half = max(1, config.train.batch_size // 2)
-        return "failed", f"out of memory; try train.batch_size={half}"
+        half = config.train.batch_size // 2
+        hint = f"try train.batch_size={half}" if half else "try a smaller model or a shorter train.seq_len"
+        return "failed", f"out of memory, where about {(need or 0) / 2**30:.1f} GiB were expected to be enough; {hint}"
     if isinstance(problem, (BadRequest, AssetError, MemoryError)):
         return "failed", line
     return "failed", f"{type(problem).__name__}: {line}"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from support import SMALL, read, run
 from torch import Tensor
 
 from gpt2exp import checkpoint, optim, record, runtime
@@ -227,10 +228,10 @@ class TestSaver:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
+    """A file system of 16 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
     yield folder
@@ -252,7 +253,7 @@ class TestTrouble:
         writing = saver(small_disk)
         writing.save(tensors(), tensors(), {"step": 1})
         for step in (2, 3):
-            writing.save(tensors(2.0, 70_000), tensors(), {"step": step})
+            writing.save(tensors(2.0, 5_000_000), tensors(), {"step": step})
         found = checkpoint.newest(small_disk)
         assert found is not None
         assert (found.step, float(found.weights()["a"][0])) == (1, 1.0)
@@ -260,6 +261,18 @@ class TestTrouble:
         assert [entry.levelname for entry in caplog.records] == ["WARNING"]
         assert "no checkpoint at step 2" in caplog.text
         (small_disk / "metrics.jsonl").write_text("room for the next steps\n" * 100)
+
+    def test_disk_full_in_a_run(self, small_disk: Path, tmp_path: Path) -> None:
+        """One checkpoint of 9.7 MB fits, the two after it do not: the run ends well, and the one is whole."""
+        args = [*SMALL, "train.steps=6", "checkpoint.every=2", "wandb.mode=disabled"]
+        done = run(tmp_path / "here", *args, f"hydra.run.dir={small_disk}/run")
+        assert done.returncode == 0
+        (warning,) = done.stderr.splitlines()
+        assert warning.startswith("warning: no checkpoint at step 4 (10 MB are needed and not free); training goes on")
+        assert read(small_disk / "run" / "summary.json")["state"] == "done"
+        assert names(small_disk / "run") == ["step_000002"]
+        found = checkpoint.newest(small_disk / "run")
+        assert found is not None
 
     def test_a_file_in_the_way(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         logging.getLogger("gpt2exp").propagate = True

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,20 @@ from pathlib import Path
 import pytest
 from hydra._internal.utils import get_args_parser
 from safetensors.torch import load_file
-from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, shell_code, start, the_run, wait_for_step
+from support import (
+    PROGRAM,
+    SMALL,
+    OfflineRun,
+    finish,
+    losses,
+    read,
+    run,
+    run_folders,
+    shell_code,
+    start,
+    the_run,
+    wait_for_step,
+)
 
 from gpt2exp import owner, plan, record, resume
 from gpt2exp.config import BadRequest
@@ -92,6 +106,7 @@ def test_bit_for_bit(mode: str, tmp_path: Path) -> None:
     assert summary["state"] == status["state"] == "interrupted"
     steps = summary["steps"]
     assert list(record.saved(part)) == [steps], "the state at the stop was saved"
+    assert f"resume={part.relative_to(tmp_path / 'here')}" in (part / "run.log").read_text(), "and it says how to go on"
     (tmp_path / "elsewhere").mkdir()
     again = run(tmp_path / "elsewhere", f"resume={part}")
     assert (again.returncode, again.stderr) == (0, "")
@@ -360,6 +375,29 @@ class TestOwner:
 def stamps(folders: list[Path]) -> list[int]:
     """When the summaries were written."""
     return [(folder / "summary.json").stat().st_mtime_ns for folder in folders]
+
+
+def test_out_of_memory(tmp_path: Path) -> None:
+    """The allocator itself refuses, under a limit that the estimate cannot see; smaller, the run would go."""
+    limited = ["bash", "-c", 'ulimit -v 5000000 && exec "$0" "$@"', *PROGRAM]
+    args = [*SMALL, "train.batch_size=128", "train.seq_len=64", "train.steps=2", QUIET]
+    done = run(tmp_path / "here", *args, program=limited)
+    assert done.returncode == 1
+    error = read(the_run(tmp_path / "here") / "summary.json")["error"]
+    assert re.fullmatch(r"out of memory, where about \d\.\d GiB were expected .*; try train\.batch_size=64", error)
+    assert done.stderr.splitlines() == [f"error: {error}"]
+
+
+def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
+    """The update of the first step makes weights that are no numbers; the state before it stays."""
+    assert run(tmp_path / "here", *SMALL, "train.steps=2", LAST, QUIET).returncode == 0
+    folder = the_run(tmp_path / "here")
+    config = folder / ".hydra" / "config.yaml"
+    config.write_text(re.sub("lr: 0.0003", "lr: 1.0e+38", config.read_text()))
+    again = run(tmp_path / "here", f"resume={folder}", "train.steps=9", "checkpoint.every=1", "checkpoint.keep=1")
+    assert again.returncode == 1
+    assert read(folder / "summary.json")["state"] == "diverged"
+    assert list(record.saved(folder)) == [2]
 
 
 class TestSweep:
