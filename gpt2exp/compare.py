@@ -23,12 +23,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt2exp import record, secret
-from gpt2exp.config import BadRequest, RunConfig, parse, plain, show
+from gpt2exp.config import HOUSEKEEPING, BadRequest, RunConfig, flatten, parse, plain, show
 
 ALPHA = 0.05
 """Level of every test; intervals are 1 - ALPHA."""
-HOUSEKEEPING = ("wandb", "sweep", "dry_run", "train.log_every", "train.measure_every")
-"""Keys, or whole sections, that say how a run is kept and shown, not what it computes."""
 GROUPS = {"precision": "name", "init": "scheme", "data": "name", "optimizer": "name"}
 """Config groups whose choice is a key of their section."""
 
@@ -233,20 +231,6 @@ def _asked(run: Path) -> Row:
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return {}
     return {"config": plain(config), "overrides": overrides}
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by dotted key, housekeeping left out."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if name in HOUSEKEEPING:
-            continue
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def typed(row: Row) -> Settings:
@@ -608,13 +592,16 @@ def _arithmetic(row: Row) -> tuple[str, str | None]:
 def _contended(rows: Sequence[Row]) -> set[str]:
     """Folders of runs that overlapped in time with another run on the same machine, finished or not.
 
-    A run counts from its `started` for as long as it trained: what its start-up took before that moment is unknown.
+    A run counts from its `started` for as long as it trained, each part of one that was stopped and went on by itself:
+    what its start-up took before that moment is unknown.
     """
     spans: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:
         if "started" in row:
-            begin = datetime.fromisoformat(row["started"]).timestamp()
-            spans[row.get("machine")].append((begin, begin + row["wall_seconds"]["train"], row["folder"]))
+            whole = [{"started": row["started"], "train": row["wall_seconds"]["train"]}]
+            for part in row.get("parts", whole):
+                begin = datetime.fromisoformat(part["started"]).timestamp()
+                spans[part.get("machine", row.get("machine"))].append((begin, begin + part["train"], row["folder"]))
     found: set[str] = set()
     for on_machine in spans.values():
         longest = (-math.inf, -math.inf, "")

@@ -42,11 +42,12 @@ examples:
 
 flags: -m, --multirun  run every combination of comma-separated values
        dry_run=true    print the runs and train nothing
+       resume=FOLDER   go on with a run or a sweep that was stopped; what is done is kept
        --cfg job       print the configuration
        --hydra-help    Hydra's own flags
 
 A run leaves runs/DAY/TIME-ID/ with summary.json, metrics.jsonl and run.log; a sweep leaves sweeps/DAY/TIME-ID/ with
-a folder a run. Exit code: 0 done, 1 a run failed, 2 a bad request, 130 interrupted."""
+a folder a run. Exit code: 0 done, 1 a run failed, 2 a bad request, 130 interrupted (143 by SIGTERM)."""
 
 
 def groups() -> str:

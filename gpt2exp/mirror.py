@@ -50,7 +50,7 @@ class Mirror:
     """One wandb run. It opens in a thread of its own, since wandb mostly waits for another process; no call raises."""
 
     def __init__(self, config: WandbConfig, folder: Path, run: dict[str, Any], *, job_type: str = "train") -> None:
-        """`run`: wandb.init's `config`, `name`, `group` and `tags`."""
+        """`run`: wandb.init's `config`, `name`, `group`, `tags`, and `notes` if any."""
         self.mode: str = resolve_mode(config)
         self._run: Any = None
         self._opening = threading.Thread(target=self._start, args=(config, folder, run, job_type), daemon=True)
@@ -101,6 +101,11 @@ class Mirror:
         """Wait until it is open; the mode it is in: online, offline or disabled."""
         self._opening.join()
         return self.mode
+
+    def link(self) -> str | None:
+        """The run's address, or where it has none yet its id; None without a run."""
+        self._opening.join()
+        return None if self._run is None else str(self._run.url if self.mode == "online" else self._run.id)
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Add to the run's config."""

@@ -8,11 +8,17 @@ a second, with nothing written. No torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import errno
 import itertools
+import json
+import os
 import re
 import secrets
+import shutil
+import time
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -36,13 +42,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import secret
+from gpt2exp import owner, secret
 from gpt2exp.config import BadRequest, RunConfig, check_key, explain, parse, plain, require, show
-from gpt2exp.files import write_json
+from gpt2exp.files import replacing, write_json
 from gpt2exp.record import SWEEP
 
 CONF = "gpt2exp.conf"
 SECTIONS = [field.name for field in dataclasses.fields(RunConfig)]
+SUBDIR = "${job_folder:${hydra.sweep.dir},${hydra.job.num},${hydra.job.override_dirname}}"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
@@ -59,10 +66,17 @@ def folder_name() -> str:
     return f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{secrets.token_hex(2)}"
 
 
-def job_folder(number: int, overrides: str) -> str:
-    """`NUM_slug` of a job in its sweep, such as `003_precision=tf32,seed=2`."""
+def job_folder(sweep: str, number: int, overrides: str) -> str:
+    """The folder of a job in its sweep: the one its `sweep.json` names, else by number and overrides."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+        return str(json.loads((Path(sweep) / SWEEP).read_text(encoding="utf-8"))["folders"][int(number)])
+    return numbered(int(number), overrides)
+
+
+def numbered(number: int, overrides: str) -> str:
+    """`NUM_slug`, such as `003_precision=tf32,seed=2`."""
     slug = re.sub(r"[^\w.=,+-]+", "_", overrides).strip("_.")[:100]
-    return f"{int(number):03d}_{slug}" if slug else f"{int(number):03d}"
+    return f"{number:03d}_{slug}" if slug else f"{number:03d}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,10 @@ class Job:
 
     overrides: tuple[str, ...]
     config: RunConfig
+    folder: str = ""
+    """Its name in the sweep's folder; empty for a run alone, and where a sweeper makes up the jobs as it goes."""
+    done: bool = False
+    """An earlier launch came to its end: it is kept and not run again."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +101,53 @@ class Plan:
     local: bool
     """The jobs run on this machine, one after another."""
 
-    constant: tuple[str, ...] = ()
-    """Keys that every job of a sweep has alike: left out of its folder's name."""
+    texts: tuple[str, ...] = ()
+    """The overrides for Hydra's command line."""
+    composed: DictConfig | None = None
+    """Of a run alone: its configuration, Hydra's section with it."""
+    resumed: bool = False
+    """The folder is there, and is gone on with."""
+    cwd: Path | None = None
+    """Where the relative paths of the configuration start, if not here."""
+    config_dir: str | None = None
+    """The `--config-dir` that the request was first made with."""
+    notes: tuple[str, ...] = ()
+    """What the user should know before it begins."""
+
+    @property
+    def names(self) -> list[str]:
+        """The folders of a sweep's jobs, by number; empty where a sweeper makes up the jobs as it goes."""
+        return [job.folder for job in self.jobs if job.folder]
 
     @property
     def pins(self) -> list[str]:
-        """Overrides for Hydra's command line: the folder, which `${folder_name:}` would draw anew, and job names."""
+        """Overrides for Hydra's command line: the folders, which it would draw anew, and that we write `.hydra`."""
         # in Hydra's grammar a backslash escapes only before a quote, and is itself there
         quoted = re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", str(self.folder)))
-        pins = [f"hydra.{'sweep' if self.multirun else 'run'}.dir='{quoted}'"]
-        if self.multirun:
-            pins.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(self.constant)}]")
+        pins = [f"hydra.{'sweep' if self.multirun else 'run'}.dir='{quoted}'", "hydra.output_subdir=null"]
+        if self.resumed:  # its jobs have their names from us
+            pins.append(f"hydra.sweep.subdir='{SUBDIR}'")
         return pins
+
+
+@contextlib.contextmanager
+def composing(args: argparse.Namespace) -> Iterator[ConfigLoaderImpl]:
+    """Hydra's loader over the packaged configuration and `--config-dir`; its errors become a `BadRequest`."""
+    _check_flags(args)
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
+    try:
+        with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
+            path = create_config_search_path(f"pkg://{CONF}")
+            if args.config_dir:  # as Hydra's main does, after ours, so that its groups add choices
+                path.prepend("command-line", f"file://{Path(args.config_dir).absolute()}", anchor="schema")
+            yield ConfigLoaderImpl(path)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise BadRequest(explain(error)) from error
+    except (YAMLError, UnicodeDecodeError) as error:  # a file of the user's own
+        where = f"--config-dir {args.config_dir}" if args.config_dir else "hydra.searchpath"
+        why = " ".join(str(error).split())
+        raise BadRequest(f"{where}: {why}; mend that file: it must be plain YAML in UTF-8") from error
 
 
 def make(args: argparse.Namespace) -> Plan:
@@ -103,26 +156,9 @@ def make(args: argparse.Namespace) -> Plan:
     Raises:
         BadRequest: anything in the request that cannot be carried out.
     """
-    _check_flags(args)
-    name = args.config_name or "config"
-    if args.config_dir and not Path(args.config_dir).is_dir():
-        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
-    try:
-        with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
-            path = create_config_search_path(f"pkg://{CONF}")
-            if args.config_dir:  # as Hydra's main does, after ours, so that its groups add choices
-                path.prepend("command-line", f"file://{Path(args.config_dir).absolute()}", anchor="schema")
-            loader = ConfigLoaderImpl(path)
-            overrides = _parse(loader, args.overrides)
-            for override in overrides:
-                _check(loader, override)
-            return _compose(loader, name, args.overrides, multirun=args.multirun)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise BadRequest(explain(error)) from error
-    except (YAMLError, UnicodeDecodeError, OSError) as error:  # a file of the user's own
-        where = f"--config-dir {args.config_dir}" if args.config_dir else "hydra.searchpath"
-        why = " ".join(str(error).split())
-        raise BadRequest(f"{where}: {why}; mend that file: it must be plain YAML in UTF-8") from error
+    with composing(args) as loader:
+        check(loader, read(loader, args.overrides))
+        return compose(loader, args.config_name or "config", args.overrides, multirun=args.multirun)
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -140,7 +176,14 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise BadRequest(f"{flag}: shapes what --cfg prints; add --cfg job")
 
 
-def _parse(loader: ConfigLoader, texts: Sequence[str]) -> list[Override]:
+def check(loader: ConfigLoader, overrides: Sequence[Override]) -> None:
+    """Refuse an override that cannot be right; BadRequest."""
+    for override in overrides:
+        _check(loader, override)
+
+
+def read(loader: ConfigLoader, texts: Sequence[str]) -> list[Override]:
+    """Overrides as typed; BadRequest for a text that is none."""
     parser = OverridesParser.create(config_loader=loader)
     overrides = []
     for text in texts:
@@ -155,7 +198,8 @@ def _parse(loader: ConfigLoader, texts: Sequence[str]) -> list[Override]:
     return overrides
 
 
-def _values(override: Override) -> list[Any]:
+def values(override: Override) -> list[Any]:
+    """What an override gives its key: the choices of a list, or the one."""
     return list(override.sweep_iterator()) if override.is_discrete_sweep() else [override.value()]
 
 
@@ -169,7 +213,7 @@ def _check(loader: ConfigLoader, override: Override) -> None:
         raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")
     if override.is_sweep_override() and not override.is_discrete_sweep():
         return  # intervals and the like belong to another sweeper, which checks them
-    for value in _values(override):
+    for value in values(override):
         if choices:
             _check_choice(key, value, choices)
         else:
@@ -211,11 +255,13 @@ def _check_type(key: str, value: Any) -> None:
         raise BadRequest(f"{key}={show(value)}: must be {expected}; the default is {shown}") from error
 
 
-def _compose(loader: ConfigLoader, name: str, texts: list[str], *, multirun: bool) -> Plan:
+def compose(loader: ConfigLoaderImpl, name: str, texts: Sequence[str], *, multirun: bool) -> Plan:
+    """The plan of overrides that were checked one by one."""
+    texts = list(texts)
     master = loader.load_configuration(name, texts, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
     if not multirun:
-        for override in _parse(loader, texts):
+        for override in read(loader, texts):
             if override.is_sweep_override():
                 text = override.input_line
                 raise BadRequest(f"{text}: several values make a sweep; add -m to run every one of them")
@@ -223,18 +269,15 @@ def _compose(loader: ConfigLoader, name: str, texts: list[str], *, multirun: boo
     _check_hydra(master.hydra)
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
     folder = Path(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir))
-    basic = master.hydra.sweeper._target_ == BASIC_SWEEPER
-    constant: tuple[str, ...] = ()
-    if multirun and basic:
-        axes = _axes(loader, master, texts)
-        jobs = tuple(_jobs(loader, master, axes))
-        constant = tuple(key.lstrip("+") for key, values in axes.items() if len(values) == 1)
+    composed = None
+    if multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
+        jobs = tuple(_jobs(loader, master, axes(loader, [*preset(master), *texts])))
     else:
-        kept = [override.input_line or "" for override in _parse(loader, texts) if not override.is_sweep_override()]
-        config = loader.load_configuration(name, kept, run_mode=RunMode.RUN)
-        jobs = (Job(tuple(texts), _run_config(config)),)
+        kept = [override.input_line or "" for override in read(loader, texts) if not override.is_sweep_override()]
+        composed = loader.load_configuration(name, kept, run_mode=RunMode.RUN)
+        jobs = (Job(tuple(texts), _run_config(composed)),)
     local = not multirun or master.hydra.launcher._target_ == BASIC_LAUNCHER
-    return Plan(jobs, multirun, folder, local, constant)
+    return Plan(jobs, multirun, folder, local, tuple(texts), composed)
 
 
 def _check_hydra(settings: DictConfig) -> None:
@@ -249,25 +292,30 @@ def _check_hydra(settings: DictConfig) -> None:
         require(target in known, f"hydra.{part}._target_", target, why, remedy)
 
 
-def _axes(loader: ConfigLoader, master: DictConfig, texts: list[str]) -> dict[str, list[str]]:
-    """The overrides of a basic sweep by key: one for a constant, several for an axis, a preset's before the user's."""
-    preset = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
-    axes: dict[str, list[str]] = {}
-    for override in _parse(loader, preset) + _parse(loader, texts):
+def preset(master: DictConfig) -> list[str]:
+    """The axes that a study brings along, as overrides."""
+    return [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+
+
+def axes(loader: ConfigLoader, texts: Sequence[str]) -> dict[str, list[str]]:
+    """The overrides of a basic sweep by key: one for a constant, several for an axis; of two for a key the later."""
+    found: dict[str, list[str]] = {}
+    for override in read(loader, texts):
         _check(loader, override)
         key = override.get_key_element()
         if override.is_sweep_override():
             if not override.is_discrete_sweep():
                 reason = "the basic sweeper takes lists, choice(...) and range(...)"
                 raise BadRequest(f"{override.input_line}: {reason}; write {key}=A,B")
-            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            found[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
-            axes[key] = [f"{key}={override.get_value_element_as_str()}"]
-    return axes
+            found[key] = [f"{key}={override.get_value_element_as_str()}"]
+    return found
 
 
 def _jobs(loader: ConfigLoader, master: DictConfig, axes: dict[str, list[str]]) -> Iterator[Job]:
     """Every combination of the axes, in the order in which Hydra's BasicSweeper runs them."""
+    constant = {key.lstrip("+") for key, values in axes.items() if len(values) == 1}
     places: set[str] = set()
     for number, combination in enumerate(itertools.product(*axes.values())):
         config = loader.load_sweep_config(master, list(combination))
@@ -278,7 +326,8 @@ def _jobs(loader: ConfigLoader, master: DictConfig, axes: dict[str, list[str]]) 
         require(place not in places, "hydra.sweep.subdir", place, why, "leave it out, or name ${hydra.job.num} in it")
         places.add(place)
         task = tuple(text for text in combination if not text.lstrip("+").startswith(("hydra.", "hydra/")))
-        yield Job(task, _run_config(config))
+        told = sorted(text for text in task if text.lstrip("+").partition("=")[0] not in constant)
+        yield Job(task, _run_config(config), numbered(number, ",".join(told)))
 
 
 def _run_config(config: DictConfig) -> RunConfig:
@@ -287,23 +336,67 @@ def _run_config(config: DictConfig) -> RunConfig:
     return parsed
 
 
-def claim(plan: Plan, argv: Sequence[str]) -> None:
-    """Create the plan's folder, which must not hold anything yet; a sweep's gets `sweep.json`, the request itself.
+@contextlib.contextmanager
+def claimed(plan: Plan, argv: Sequence[str]) -> Iterator[None]:
+    """The plan's folder is this process's inside the block; it holds the request: `sweep.json`, or a run's `.hydra`.
 
     Raises:
-        BadRequest: it holds something, or cannot be created.
+        BadRequest: a new folder holds something already or cannot be created; another process is at work on an old one.
     """
-    key = f"hydra.{'sweep' if plan.multirun else 'run'}.dir"
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
+    if not plan.resumed:
+        try:
+            _create(plan, argv)
+        except OSError as error:
+            key = f"hydra.{'sweep' if plan.multirun else 'run'}.dir"
+            why, remedy = error.strerror or str(error), "choose a folder that can be written"
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                why, remedy = "already holds files, and results are never overwritten", "choose a new folder"
+            raise BadRequest(f"{key}={plan.folder}: {why}; {remedy}") from error
+    with owner.held(plan.folder):
+        if plan.resumed:
+            _write_request(plan, argv, plan.folder)
+        yield
+
+
+def _create(plan: Plan, argv: Sequence[str]) -> None:
+    """Make the folder with the request in it, in one act: nobody sees, or is left with, a folder without one."""
+    if plan.folder.exists():
         if any(plan.folder.iterdir()):
-            why = "already holds files, and results are never overwritten"
-            raise BadRequest(f"{key}={plan.folder}: {why}; choose a new folder")
-        if plan.multirun:
-            write_json(plan.folder / SWEEP, {"argv": list(argv), "jobs": [list(job.overrides) for job in plan.jobs]})
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise BadRequest(f"{key}={plan.folder}: {why}; choose a folder that can be written") from error
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        _write_request(plan, argv, plan.folder)
+        return
+    folder = plan.folder.absolute()
+    part = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        part.mkdir(parents=True)
+        _write_request(plan, argv, part)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_request(plan: Plan, argv: Sequence[str], folder: Path) -> None:
+    if plan.multirun:
+        request: dict[str, Any] = {"argv": list(argv), "cwd": str(plan.cwd or Path.cwd()), "launched": time.time()}
+        request["jobs"] = [list(job.overrides) for job in plan.jobs]
+        if plan.names:
+            request["folders"] = plan.names
+        write_json(folder / SWEEP, request)
+    elif plan.composed is not None:
+        hydra = OmegaConf.masked_copy(plan.composed, ["hydra"]) if "hydra" in plan.composed else None
+        describe(folder, plan.composed, plan.texts, hydra)
+
+
+def describe(folder: Path, composed: DictConfig, overrides: Sequence[str], hydra: DictConfig | None) -> None:
+    """Write a run's `.hydra` as Hydra would, but each file whole, and last the one that makes a folder a run's."""
+    texts = {} if hydra is None else {"hydra.yaml": OmegaConf.to_yaml(hydra)}
+    own = [str(key) for key in composed if key != "hydra"]
+    texts["overrides.yaml"] = OmegaConf.to_yaml(OmegaConf.create(list(overrides)))
+    texts["config.yaml"] = OmegaConf.to_yaml(OmegaConf.masked_copy(composed, own))
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        with replacing(folder / ".hydra" / name) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 register()

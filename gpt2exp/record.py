@@ -7,18 +7,23 @@ read. The local files are the record; wandb mirrors them (gpt2exp.mirror). No to
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.files import write_json
+from gpt2exp import owner
+from gpt2exp.files import replacing, write_json
 
 SWEEP = "sweep.json"
-"""In a sweep's folder: `argv` as typed and `jobs`, the overrides of each."""
+"""In a sweep's folder: `argv` as typed, where (`cwd`) and when, `jobs`, the overrides of each, and their `folders`."""
+CHECKPOINTS = "checkpoints"
+"""In a run's folder: its checkpoints (`gpt2exp.checkpoint`)."""
 LAST = 10
 """Steps behind `loss_mean_last10`."""
 MEASURED = ("step_ms", "first_step_ms", "tokens_per_second", "timed_steps", "mfu", "peak_memory_bytes")
@@ -26,22 +31,52 @@ MEASURED = ("step_ms", "first_step_ms", "tokens_per_second", "timed_steps", "mfu
 
 
 class Record:
-    """Writes a run's files as it goes; `finish` closes it with a state."""
+    """Writes a run's files as it goes; `finish` closes it with a state.
 
-    def __init__(self, folder: Path, facts: dict[str, Any], *, began: float) -> None:
-        """`facts` open the summary, more may be added; `began`: `time.monotonic()` when the run's time began."""
+    A run that was stopped and went on has several parts; each is an entry of the summary's `parts`, and times are
+    added up over them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        *,
+        began: float,
+        metrics: Sequence[dict[str, Any]] = (),
+        parts: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """`facts` open the summary, more may be added; `began`: `time.monotonic()` when this part's time began.
+
+        A run that goes on gives the `metrics` of the steps it goes on from, and its earlier `parts`.
+        """
         self.folder, self.facts, self.began = folder, facts, began
         self.measured: dict[str, Any] = dict.fromkeys(MEASURED)
         """What the run measured of itself so far, `MEASURED` by name."""
-        self.metrics: list[dict[str, Any]] = []
-        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.metrics = list(metrics)
+        self._parts = list(parts)
+        self._part: dict[str, Any] = {"from_step": len(self.metrics), "started": _now()}
         self._training_began: float | None = None
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        write_status(folder, "running", 0)
+        for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
+            left.unlink(missing_ok=True)
+        write_status(folder, "running", len(self.metrics))
+        (folder / "summary.json").unlink(missing_ok=True)  # of an earlier part: with one, a run counts as ended
+        with replacing(folder / "metrics.jsonl") as part:  # steps after the checkpoint are done again
+            part.write_text("".join(f"{json.dumps(row)}\n" for row in self.metrics), encoding="utf-8")
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
-    def training_begins(self) -> None:
-        """Everything before this moment is start-up."""
+    def training_begins(self, **facts: Any) -> None:
+        """Everything before this moment is start-up; `facts` tell more of this part."""
         self._training_began = time.monotonic()
+        self._part |= facts
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Parts so far, this one last: `from_step`, `started`, seconds of `startup` and of `train`, hardware, wandb."""
+        now = time.monotonic()
+        trained_from = now if self._training_began is None else self._training_began
+        times = {"startup": round(trained_from - self.began, 3), "train": round(now - trained_from, 3)}
+        return [*self._parts, self._part | times]
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Append one step's metrics; ValueError if one of them is no finite number, and then none is kept."""
@@ -51,11 +86,15 @@ class Record:
         self._file.flush()
         write_status(self.folder, "running", len(self.metrics))
 
+    def sync(self) -> None:
+        """Have the disk hold the steps so far: a checkpoint is worth nothing without them."""
+        os.fsync(self._file.fileno())
+
     def finish(self, state: str, error: str | None = None) -> dict[str, Any]:
         """Write `summary.json`, then `status.json` with the final state (done, failed, diverged, interrupted)."""
-        now = time.monotonic()
-        trained_from = now if self._training_began is None else self._training_began
-        wall = {"startup": trained_from - self.began, "train": now - trained_from, "total": now - self.began}
+        parts = self.parts
+        wall = {name: sum(part[name] for part in parts) for name in ("startup", "train")}
+        wall["total"] = wall["startup"] + wall["train"]
         summary = {
             "state": state,
             "error": error,
@@ -65,7 +104,8 @@ class Record:
             "tokens": self.metrics[-1]["tokens"] if self.metrics else 0,
             **self.measured,
             "wall_seconds": {name: round(seconds, 3) for name, seconds in wall.items()},
-            "started": self._started,
+            "started": parts[0]["started"],
+            "parts": parts,
         }
         self._file.close()
         write_json(self.folder / "summary.json", summary)
@@ -73,17 +113,26 @@ class Record:
         return summary
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
     """`status.json`: the state, steps done, the error if any, and whose process it is."""
-    status = {"state": state, "step": step, "error": error, "pid": os.getpid(), "updated": time.time()}
+    status = {"state": state, "step": step, "error": error, **owner.me(), "updated": time.time()}
     write_json(folder / "status.json", status)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """`status.json` of a run folder; the state is `not run` where there is none to read."""
+    """`status.json` of a run folder; the state is `not run` where there is none to read.
+
+    Where it says `running` and its process is no more, the state is `interrupted`.
+    """
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
         if isinstance(status, dict):
+            if status.get("state") == "running" and not owner.lives(status):
+                return status | {"state": "interrupted", "error": "its process ended without a word: killed?"}
             return status
     return {"state": "not run", "step": 0, "error": None}
 
@@ -107,6 +156,20 @@ def runs_below(folder: Path) -> list[Path]:
     """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names."""
     found = {path.parent.parent for path in folder.glob("**/.hydra/config.yaml")}
     return sorted(found)
+
+
+def saved(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run folder, whole or damaged, by the steps done at each, newest first."""
+    found = {int(path.name[5:]): path for path in folder.glob(f"{CHECKPOINTS}/step_*") if path.name[5:].isdigit()}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def text_of(folder: Path) -> str | None:
+    """The sha256 of the text that a run folder's newest checkpoint was trained on; None without one that says so."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
+        newest = next(iter(saved(folder).values()))
+        return str(json.loads((newest / "state.json").read_text(encoding="utf-8"))["data"]["sha256"])
+    return None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -137,6 +200,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
+def kept_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of the steps from the first to the first that is missing."""
+    rows = enumerate(read_metrics(folder))
+    return [row for number, row in itertools.takewhile(lambda pair: pair[0] == pair[1].get("step"), rows)]
+
+
 def row(folder: Path, above: Path) -> dict[str, Any]:
     """A run's summary, or where it left none its status, under its `name` as seen from `above`."""
     name = str(folder.relative_to(above)) if folder != above else folder.name
@@ -160,10 +229,12 @@ def _is_sweep(path: Path) -> bool:
 
 def progress(sweep: Path, folder: Path) -> str:
     """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the finished jobs' own times."""
-    jobs = len(json.loads((sweep / SWEEP).read_text(encoding="utf-8"))["jobs"])
+    request = json.loads((sweep / SWEEP).read_text(encoding="utf-8"))
+    jobs, folders = len(request["jobs"]), request.get("folders", [])
     others = [row(other, sweep) for other in runs_below(sweep) if other != folder]
     done = [other["wall_seconds"]["total"] for other in others if "wall_seconds" in other]
-    text = f"job {len(others) + 1} of {jobs}"
+    number = folders.index(folder.name) if folder.name in folders else len(others)
+    text = f"job {number + 1} of {jobs}"
     if done:
         text += f", about {statistics.fmean(done) * (jobs - len(done)):.0f} s left"
     return text

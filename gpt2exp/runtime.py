@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 import sys
-import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2exp import heap
+from gpt2exp import heap, owner
 from gpt2exp.config import AUTO, BadRequest, DeviceName, TrainConfig
 
 PEAK_TFLOPS = {
@@ -104,6 +102,25 @@ def pads_vocabulary(choice: bool | str, device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """PyTorch's random states, bytes each: `random.cpu`, and the accelerator's."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["random.mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def restore_random_state(device: torch.device, states: dict[str, torch.Tensor]) -> None:
+    """Set what `random_state` said, as far as it is of this device."""
+    torch.set_rng_state(states["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in states:
+        torch.cuda.set_rng_state(states["random.cuda"], device)
+    elif device.type == "mps" and "random.mps" in states:
+        torch.mps.set_rng_state(states["random.mps"])
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a run could still take on the device; None where that is not known."""
     if device.type == "cuda":
@@ -143,9 +160,7 @@ def facts() -> dict[str, Any]:
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in names}
-    # tells machines apart without naming them
-    machine = hashlib.sha256(f"{platform.node()}/{uuid.getnode()}".encode()).hexdigest()[:12]
-    return {"versions": versions, "git": _git(), "platform": platform.platform(terse=True), "machine": machine}
+    return {"versions": versions, "git": _git(), "platform": platform.platform(terse=True), "machine": owner.machine()}
 
 
 def _git() -> dict[str, Any] | None:

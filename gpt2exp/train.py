@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import logging
 import os
 import signal
@@ -16,23 +17,23 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp import estimate, heap, help, plan, record, secret, tokens, view
+from gpt2exp import estimate, heap, help, owner, plan, record, resume, secret, signals, tokens, view
 from gpt2exp.assets import AssetError
 from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
 
 if TYPE_CHECKING:
     import torch
 
+    from gpt2exp import checkpoint
     from gpt2exp.mirror import Mirror
     from gpt2exp.precision import Precision
 
@@ -63,7 +64,7 @@ def command(argv: list[str]) -> int:
         if args.help:
             view.terminal().print(help.text(), markup=False)
             return 0
-        with terminable():
+        with signals.terminable():
             return _carry_out(args, argv)
     except (BadRequest, AssetError) as error:
         if full_error:
@@ -76,7 +77,7 @@ def command(argv: list[str]) -> int:
         view.refuse(unwritable(error))
         return 1
     except KeyboardInterrupt as interrupt:
-        return 143 if isinstance(interrupt, Terminated) else 130
+        return signals.code(interrupt)
 
 
 def unwritable(error: OSError) -> str:
@@ -95,39 +96,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, met like Ctrl-C: what runs is closed properly."""
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` inside the block."""
-
-    def raise_it(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, raise_it)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
     if args.hydra_help or args.shell_completion:  # Hydra's own, about no request
         _hydra(argv)
         return 0
-    request = plan.make(args)
+    request = resume.make(args) or plan.make(args)
+    words = [word for word in argv if word not in args.overrides]  # flags
+    if request.resumed:
+        words += ["-m"] if request.multirun else []
+        words += ["--config-dir", request.config_dir] if request.config_dir else []
+        words += request.texts
+        if request.cwd is not None:
+            os.chdir(request.cwd)
+    else:
+        words = argv
     if args.cfg or args.info:
-        _hydra(argv)
+        _hydra(words)
         return 0
-    _make_ready(request)
+    to_do = [job for job in request.jobs if not job.done]
+    _make_ready(request, to_do)
     if any(job.config.dry_run for job in request.jobs):
-        view.terminal().print(view.plan_table([_dry_row(job) for job in request.jobs]))
+        if to_do:
+            view.terminal().print(view.plan_table([_dry_row(job) for job in to_do]))
         return 0
-    plan.claim(request, argv)
-    _hydra([*argv, *request.pins])
-    return _outcome(request)
+    for note in request.notes:
+        view.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
+    if not to_do and not request.multirun:
+        return 0
+    with plan.claimed(request, words):
+        if request.resumed and not request.multirun:
+            run(request.folder)
+        elif to_do:
+            try:
+                _hydra([*words, *request.pins])
+            except KeyboardInterrupt:
+                if request.multirun:
+                    place = view.short(request.folder.absolute())
+                    view.terminal().print(f"to go on: gpt2exp resume={place}", markup=False, soft_wrap=True)
+                raise
+        return _outcome(request)
 
 
 def _hydra(argv: list[str]) -> None:
@@ -143,14 +150,17 @@ def _hydra(argv: list[str]) -> None:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _make_ready(request: plan.Plan) -> None:
-    """Fetch and tokenise every text of the request, and refuse what does not fit it or this machine."""
+def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
+    """Fetch and tokenise every text of the jobs to do, and refuse what does not fit it or this machine."""
     sources: dict[tuple[DataName, str | None], tokens.TokenFile] = {}  # jobs that share a text read it once
-    for config in (job.config for job in request.jobs):
+    for job in to_do:
+        config = job.config
         text = config.data.name, config.data.path
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         _check_text(_smallest(config), sources[text])
+        if request.resumed:
+            _check_same_text(config, sources[text], record.text_of(request.folder / job.folder))
         named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
         strict = config.precision.name is PrecisionName.tf32 and config.precision.fallback is Fallback.error
         if request.local and (named or strict):
@@ -170,6 +180,12 @@ def _check_text(config: RunConfig, source: tokens.TokenFile) -> None:
     if source.max_token >= config.model.vocab_size:
         why = f"token {source.max_token} of {source.name} needs at least {source.max_token + 1}"
         raise BadRequest(f"model.vocab_size={config.model.vocab_size}: {why}; try model.vocab_size=50257")
+
+
+def _check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
+    if before not in (None, source.sha256):
+        why = "not the text that the run began with"
+        raise BadRequest(f"data.path={config.data.path}: {why}; put that text back, or name where it lies now")
 
 
 def _dry_row(job: plan.Job) -> dict[str, str]:
@@ -201,19 +217,31 @@ def job(cfg: DictConfig) -> None:
     folder = Path(hydra_config.runtime.output_dir)
     config = parse(cfg)
     sweep = record.sweep_of(folder)
-    if sweep is not None and config.sweep.fail_fast and _failed_before(sweep):
+    if sweep is None:
+        run(folder)
+        return
+    if record.row(folder, sweep)["state"] in ("done", "diverged"):  # in an earlier launch
         return
     try:
-        if sweep is not None and config.sweep.isolate:
-            _in_own_process(folder)
-        else:
-            run(folder, BEGAN if sweep is None or hydra_config.job.num == 0 else time.monotonic())
+        with contextlib.nullcontext() if config.sweep.isolate else owner.held(folder):
+            plan.describe(folder, cfg, hydra_config.overrides.task, cast("DictConfig", HydraConfig.instance().cfg))
+            if config.sweep.fail_fast and _failed_before(sweep):
+                return
+            if config.sweep.isolate:
+                _in_own_process(folder)
+            else:
+                run(folder, BEGAN if hydra_config.job.num == 0 else time.monotonic())
+    except BadRequest as error:  # someone goes on with this job alone
+        log.warning("%s", error)
     except OSError as error:  # the record itself cannot be written: it says as much as it could
         log.error("%s", unwritable(error))
 
 
 def _failed_before(sweep: Path) -> bool:
-    return any(record.read_status(folder)["state"] in ("failed", "diverged") for folder in record.runs_below(sweep))
+    """Whether a job of this launch failed or diverged; those of an earlier one have their second chance."""
+    launched = json.loads((sweep / record.SWEEP).read_text(encoding="utf-8"))["launched"]
+    statuses = (record.read_status(folder) for folder in record.runs_below(sweep))
+    return any(status["state"] in ("failed", "diverged") and status["updated"] > launched for status in statuses)
 
 
 def _in_own_process(folder: Path) -> None:
@@ -222,14 +250,17 @@ def _in_own_process(folder: Path) -> None:
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.terminate()  # it records itself as interrupted
-        process.wait()
+        process.terminate()  # it saves itself and records that it was interrupted
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # a second one
+            process.kill()
         raise
-    status = record.read_status(folder)
-    if status["state"] in ("running", "not run"):  # it had no chance to say so itself
+    if code not in (2, 130, 143) and not (folder / "summary.json").is_file():  # it had no chance to say so itself
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         hint = "; the system may have run out of memory, try a smaller train.batch_size" if code == -9 else ""
-        record.write_status(folder, "failed", status["step"], f"the job's process ended: {cause}{hint}")
+        step = record.read_status(folder)["step"]
+        record.write_status(folder, "failed", step, f"the job's process ended: {cause}{hint}")
     if code in (130, 143):
         raise KeyboardInterrupt
 
@@ -237,8 +268,11 @@ def _in_own_process(folder: Path) -> None:
 def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
     """Train as the configuration in `folder`/.hydra says and return the summary; failures are recorded, not raised.
 
+    The run goes on from the newest whole checkpoint in the folder, if there is one; no other process may be at work
+    there (`owner.held`).
+
     Raises:
-        KeyboardInterrupt: after the run was recorded as interrupted.
+        KeyboardInterrupt: a signal asked for an end; the run was recorded as interrupted, or as done if it was by then.
         OSError: the record cannot be written.
     """
     config = parse(dict(OmegaConf.load(folder / ".hydra" / "config.yaml")))
@@ -251,37 +285,67 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
         heap.prepare(least, certain=16 * config.model.parameters["total"])
     from gpt2exp import mirror
 
-    facts = {"overrides": overrides, "config": plain(config), "seed": config.seed}
-    files = record.Record(folder, facts, began=began)
-    name = config.wandb.name or ",".join(overrides) or "defaults"
-    about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
-    wandb = mirror.Mirror(config.wandb, folder, {"config": facts["config"], **about})
-    progress = record.progress(sweep, folder) if sweep else None
-    interrupt: KeyboardInterrupt | None = None
-    with view.View(folder, config, overrides, progress) as shown:
-        try:
-            _train(config, files, wandb, shown, free)
-            state, error = "done", None
-        except KeyboardInterrupt as stop:
-            state, error, interrupt = "interrupted", "stopped by a signal", stop
-        except Exception as problem:
-            state, error = _classify(problem, config)
-            log.error("%s", error, exc_info=True)
-        summary = files.finish(state, error)
-        shown.close(summary, folder, wandb.finish(_for_wandb(summary), failed=state != "done"))
-    if interrupt is not None:
-        raise interrupt
+    with signals.deferred() as stop:
+        facts: dict[str, Any] = {"overrides": overrides, "config": plain(config), "seed": config.seed}
+        name = config.wandb.name or ",".join(overrides) or "defaults"
+        about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
+        saved = _newest_checkpoint(folder)
+        told = {"config": facts["config"]}
+        if saved is None:
+            files = record.Record(folder, facts, began=began)
+        else:
+            parts = saved.state["parts"]
+            metrics = record.kept_metrics(folder)[: saved.step]
+            files = record.Record(folder, facts, began=began, metrics=metrics, parts=parts)
+            about["notes"] = f"goes on at step {saved.step} from {parts[0]['wandb']}"
+            told["config"] = facts["config"] | {"goes_on_from": parts[0]["wandb"], "goes_on_at_step": saved.step}
+        wandb = mirror.Mirror(config.wandb, folder, about | told)
+        progress = record.progress(sweep, folder) if sweep else None
+        with view.View(folder, config, overrides, progress) as shown:
+            try:
+                _train(config, files, wandb, shown, free, stop, saved)
+                state, error = "done", None
+            except KeyboardInterrupt as interrupt:
+                stop.asked = stop.asked or interrupt
+                state, error = "interrupted", "stopped by a signal"
+            except Exception as problem:
+                state, error = _classify(problem, config, files.facts.get("estimated_memory_bytes"))
+                log.error("%s", error, exc_info=True)
+            stop.waiting = True
+            summary = files.finish(state, error)
+            shown.close(summary, folder, wandb.finish(_for_wandb(summary), failed=state != "done"))
+    if stop.asked is not None:
+        raise stop.asked
     return summary
 
 
-def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.View, free: int | None) -> None:
+def _newest_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint of a folder whose steps are all recorded."""
+    if not record.saved(folder):  # of a new run: without waiting for torch
+        return None
+    from gpt2exp import checkpoint
+
+    return checkpoint.newest(folder, at_most=len(record.kept_metrics(folder)))
+
+
+def _train(
+    config: RunConfig,
+    files: record.Record,
+    wandb: Mirror,
+    shown: view.View,
+    free: int | None,
+    stop: signals.Stop,
+    saved: checkpoint.Checkpoint | None,
+) -> None:
     import torch
 
-    from gpt2exp import data, diagnostics, model, precision, runtime, trainer
+    from gpt2exp import checkpoint, data, diagnostics, model, precision, runtime, trainer
 
     device = runtime.resolve_device(config.train.device)
     runtime.reset_peak_memory(device)
     source = tokens.prepare(config.data)
+    if saved is not None:
+        _check_same_text(config, source, saved.state["data"]["sha256"])
     train_tokens, val_tokens = data.split(source.map(), config.data.val_fraction)
     with precision.applied(config.precision, device) as got:
         how = {"on_cpu": device.type == "cpu", "unfused_attention": got.emulated}
@@ -309,8 +373,11 @@ def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.V
             gpt = model.GPT(config.model).to(got.weights)
         if runtime.pads_vocabulary(config.model.pad_vocab, device):
             gpt.pad_vocabulary()
-        model.initialise(gpt, config.init, config.seed)
-        diagnostics.check_init(gpt, config.init)
+        if saved is None:
+            model.initialise(gpt, config.init, config.seed)
+            diagnostics.check_init(gpt, config.init)
+        else:
+            checkpoint.load_weights(gpt, saved.weights())
         job = trainer.Trainer(
             gpt,
             data.Batches(train_tokens, config.train, config.data.order, config.seed, device),
@@ -322,16 +389,50 @@ def _train(config: RunConfig, files: record.Record, wandb: Mirror, shown: view.V
         )
         shown.rows({"wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
-        files.training_begins()
+        here = {key: files.facts[key] for key in ("device", "threads", "machine")}
+        peak = 0
+        if saved is not None:
+            job.restore(saved.training(), saved.state)
+            runtime.reset_peak_memory(device)  # the file read is none of training's memory
+            peak = saved.state["peak_memory_bytes"]
+            shown.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {config.train.steps} steps done"})
+            if all(part[key] == here[key] for part in saved.state["parts"] for key in here):
+                job.step_seconds = [row["step_ms"] / 1e3 for row in files.metrics]
+                job.began_at = [part["from_step"] for part in files.parts]
+            else:
+                log.warning("other hardware or threads than before: the speed is that of the steps from here on")
+        from_step = 0 if saved is None else saved.step
+        saver = checkpoint.Saver(files.folder, config.checkpoint, from_step, background=device.type != "cpu")
+        files.training_begins(**here, wandb=wandb.link())
+        stop.waiting = True
+
+        def peak_memory() -> int:
+            return max(peak, runtime.peak_memory(device))
+
+        def save() -> None:
+            files.sync()
+            tensors, numbers = job.state()
+            kept = ("config", "versions", "data", "precision", "device", "threads", "machine")
+            state = {**numbers, **{key: files.facts[key] for key in kept}}
+            state |= {"parts": files.parts, "peak_memory_bytes": peak_memory()}
+            saver.save(dict(gpt.named_parameters()), tensors, state)
+
         try:
             for metrics in job.fit():
                 files.step(metrics)
                 shown.step(metrics)
-                if metrics["step"] % config.train.log_every == 0 or metrics["step"] == config.train.steps - 1:
+                done, last = job.steps_done, job.steps_done == config.train.steps
+                if metrics["step"] % config.train.log_every == 0 or last:
                     wandb.log(metrics)
+                every = config.checkpoint.every
+                if (every and done % every == 0) or (config.checkpoint.save_last if last else stop.asked):
+                    save()
+                if stop.asked is not None and not last:
+                    raise stop.asked
         finally:  # also of a run that diverged or was stopped, as far as it came
+            saver.wait()
             if files.metrics:
-                files.measured |= {**job.timing(), "peak_memory_bytes": runtime.peak_memory(device)}
+                files.measured |= {**job.timing(), "peak_memory_bytes": peak_memory()}
         files.measured["mfu"] = _mfu(config, device, got, files.measured["tokens_per_second"])
 
 
@@ -357,8 +458,8 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
     return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / peak
 
 
-def _classify(problem: Exception, config: RunConfig) -> tuple[str, str]:
-    """The state and the one line that an exception leaves."""
+def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:
+    """The state and the one line that an exception leaves; `need`: the bytes that the run was estimated to take."""
     import torch
 
     from gpt2exp.trainer import Diverged
@@ -368,8 +469,9 @@ def _classify(problem: Exception, config: RunConfig) -> tuple[str, str]:
     if isinstance(problem, Diverged):
         return "diverged", line
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
-        smaller = AUTO if config.train.batch_size == AUTO else max(1, config.train.sequences // 2)
-        return "failed", f"out of memory; try train.batch_size={smaller}"
+        smaller = AUTO if config.train.batch_size == AUTO else config.train.sequences // 2
+        hint = f"try train.batch_size={smaller}" if smaller else "try a smaller model or a shorter train.seq_len"
+        return "failed", f"out of memory, where about {(need or 0) / 2**30:.1f} GiB were expected to be enough; {hint}"
     if isinstance(problem, (BadRequest, AssetError, MemoryError)):
         return "failed", line
     if isinstance(problem, OSError) and problem.strerror:

@@ -62,6 +62,8 @@ class Trainer:
         self._unclipped: Tensor | None = None
         self.step_seconds: list[float] = []
         """Duration of every step done, the first ones included."""
+        self.began_at = [0]
+        """Which of them were the first of a part: a run that was stopped and goes on warms up again."""
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +99,25 @@ class Trainer:
     def learning_rate(self) -> float:
         """Of the step to come."""
         return optim.learning_rate(self.optimizer_config, self.steps_done, self.config.steps)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the steps to come depend on beside the weights and the configuration: tensors by name, and numbers.
+
+        `micro_batches` is the position in the data: a batch is a pure function of its number.
+        """
+        tensors = optim.state(self.model, self.optimizer) | runtime.random_state(self.device)
+        scaler = self.scaler.state_dict()
+        numbers = {"step": self.steps_done, "micro_batches": self.steps_done * self.config.grad_accum_steps}
+        return tensors, numbers | {
+            "scaler": {key: scaler[key] for key in ("scale", "_growth_tracker") if key in scaler}
+        }
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Go on from what `state` said; the weights are the caller's."""
+        runtime.restore_random_state(self.device, tensors)
+        optim.restore(self.model, self.optimizer, tensors)
+        self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
+        self.steps_done = numbers["step"]
 
     def evaluate(self) -> float:
         """Mean loss in nats over every validation window."""
@@ -164,13 +185,15 @@ class Trainer:
         return measured
 
     def timing(self) -> dict[str, Any]:
-        """Step times of the run so far, its first `warmup_steps` left out but never the last step.
+        """Step times of the run so far, the first `warmup_steps` of each part left out but never the last step.
 
         `tokens_per_second` is that of the median step, so that one slow step does not colour the figure.
         """
         if not self.step_seconds:
             return {"step_ms": None, "first_step_ms": None, "tokens_per_second": None, "timed_steps": 0}
-        kept = self.step_seconds[min(self.config.warmup_steps, len(self.step_seconds) - 1) :]
+        cold = {start + number for start in self.began_at for number in range(self.config.warmup_steps)}
+        kept = [seconds for number, seconds in enumerate(self.step_seconds) if number not in cold]
+        kept = kept or self.step_seconds[-1:]
         median = statistics.median(kept)
         deciles = statistics.quantiles(kept, n=10, method="inclusive") if len(kept) > 1 else [median] * 9
         return {

@@ -244,6 +244,8 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
         rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
     wall = summary["wall_seconds"]
     rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
+    if summary["state"] in ("interrupted", "failed"):
+        rows["to go on"] = f"gpt2exp resume={short(folder)}"
     rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
     return rows
 

@@ -166,24 +166,34 @@ class TestSweep:
         """No two launches share a folder; a job's name holds its swept keys alone, and no surprising character."""
         first, second = make("-m", "seed=1,2", "model=nano"), make("-m", "seed=1,2", "model=nano")
         assert first.folder != second.folder
-        assert first.constant == ("model",)
-        assert plan.job_folder(3, "precision=tf32,seed=2") == "003_precision=tf32,seed=2"
-        assert plan.job_folder(0, "") == "000"
-        assert plan.job_folder(12, "data.path=../a b/c") == "012_data.path=.._a_b_c"
-        assert len(plan.job_folder(0, "x" * 500)) <= 110
+        assert first.names == ["000_seed=1", "001_seed=2"]
+        assert plan.numbered(3, "precision=tf32,seed=2") == "003_precision=tf32,seed=2"
+        assert plan.numbered(0, "") == "000"
+        assert plan.numbered(12, "data.path=../a b/c") == "012_data.path=.._a_b_c"
+        assert len(plan.numbered(0, "x" * 500)) <= 110
 
 
-def test_claim_refuses_what_is_there(tmp_path: Path) -> None:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    request = make(f"hydra.run.dir={folder}")
-    plan.claim(request, [])
+@pytest.mark.parametrize("there", [True, False])
+def test_claimed(tmp_path: Path, there: bool) -> None:
+    """A folder is new or empty before, holds the request inside, and is not taken twice."""
+    folder = tmp_path / "runs" / "run"
+    if there:
+        folder.mkdir(parents=True)
+    request = make(f"hydra.run.dir={folder}", "model=nano", "seed=5")
+    with plan.claimed(request, []):
+        recorded = config.parse(OmegaConf.load(folder / ".hydra" / "config.yaml"))
+        assert recorded == request.jobs[0].config
+        assert "seed=5" in OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+        assert OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.cwd == str(Path.cwd())
+    before = sorted(tmp_path.rglob("*"))
     (folder / "summary.json").write_text("{}")
-    with pytest.raises(BadRequest, match=r"^hydra\.run\.dir=.*: already holds files"):
-        plan.claim(request, [])
+    with pytest.raises(BadRequest, match=r"^hydra\.run\.dir=.*: already holds files"), plan.claimed(request, []):
+        pass
     beneath = make(f"hydra.run.dir={folder}/summary.json/x")
-    with pytest.raises(BadRequest, match=r"^hydra\.run\.dir=.*choose a folder that can be written"):
-        plan.claim(beneath, [])
+    refused = r"^hydra\.run\.dir=.*choose a folder that can be written"
+    with pytest.raises(BadRequest, match=refused), plan.claimed(beneath, []):
+        pass
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, folder / "summary.json"])
 
 
 @pytest.mark.parametrize("value", [None, True, False, 3, 0.5, "text", InitScheme.xavier])
