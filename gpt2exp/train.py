@@ -26,7 +26,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp import estimate, heap, help, owner, plan, record, resume, secret, signals, tokens, view
+from gpt2exp import build, estimate, help, owner, plan, record, resume, secret, signals, tokens, view
 from gpt2exp.assets import AssetError
 from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
 
@@ -158,7 +158,7 @@ def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
         text = config.data.name, config.data.path
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
-        _check_text(_smallest(config), sources[text])
+        build.check_text(build.smallest(config), sources[text])
         if request.resumed:
             _check_same_text(config, sources[text], record.text_of(request.folder / job.folder))
         named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
@@ -168,18 +168,6 @@ def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
 
             with precision.applied(config.precision, runtime.resolve_device(config.train.device)):
                 pass
-
-
-def _smallest(config: RunConfig) -> RunConfig:
-    """With a batch of one sequence where the batch is left open."""
-    return replace(config, train=replace(config.train, batch_size=1)) if config.train.batch_size == AUTO else config
-
-
-def _check_text(config: RunConfig, source: tokens.TokenFile) -> None:
-    tokens.check_fits(source.tokens, config.data, config.train)
-    if source.max_token >= config.model.vocab_size:
-        why = f"token {source.max_token} of {source.name} needs at least {source.max_token + 1}"
-        raise BadRequest(f"model.vocab_size={config.model.vocab_size}: {why}; try model.vocab_size=50257")
 
 
 def _check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
@@ -194,11 +182,8 @@ def _dry_row(job: plan.Job) -> dict[str, str]:
     config = job.config
     device = runtime.resolve_device(config.train.device)
     with precision.applied(config.precision, device) as got:
-        how = {"on_cpu": device.type == "cpu", "unfused_attention": got.emulated}
-        source = tokens.prepare(config.data)
-        most = (source.tokens - round(source.tokens * config.data.val_fraction) - 1) // config.train.seq_len
-        config = estimate.fit(config, runtime.free_memory(device), most, **how)
-        need = estimate.memory(config, **how)
+        free, source = runtime.free_memory(device), tokens.prepare(config.data)
+        config, need = build.settled(config, device, got, source, free)
     return {
         "run": " ".join(job.overrides) or "defaults",
         "parameters": f"{config.model.parameters['total']:,}",
@@ -278,11 +263,7 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
     config = parse(dict(OmegaConf.load(folder / ".hydra" / "config.yaml")))
     overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
     sweep = record.sweep_of(folder)
-    heap.give_back()
-    free = heap.available()
-    if heap.computes_here(config.train.device):
-        least = estimate.memory(_smallest(config), on_cpu=False, unfused_attention=False)
-        heap.prepare(least, certain=16 * config.model.parameters["total"])
+    free = build.prepare_heap(config)
     from gpt2exp import mirror
 
     with signals.deferred() as stop:
@@ -339,27 +320,26 @@ def _train(
 ) -> None:
     import torch
 
-    from gpt2exp import checkpoint, data, diagnostics, model, precision, runtime, trainer
+    from gpt2exp import checkpoint, precision, runtime
 
     device = runtime.resolve_device(config.train.device)
     runtime.reset_peak_memory(device)
     source = tokens.prepare(config.data)
     if saved is not None:
         _check_same_text(config, source, saved.state["data"]["sha256"])
-    train_tokens, val_tokens = data.split(source.map(), config.data.val_fraction)
+    if saved is not None:  # what was decided then holds
+        config = replace(config, train=replace(config.train, tokens_per_step=None, **saved.state["settled"]))
     with precision.applied(config.precision, device) as got:
-        how = {"on_cpu": device.type == "cpu", "unfused_attention": got.emulated}
         if device.type == "cuda":
             free = runtime.free_memory(device)
-        config = estimate.fit(config, free, (len(train_tokens) - 1) // config.train.seq_len, **how)
-        config = replace(config, train=runtime.settle(config.train, device))
-        _check_text(config, source)
-        need = estimate.memory(config, **how)
+        config, need = build.settled(config, device, got, source, free)
+        build.check_text(config, source)
+        held_out = round(source.tokens * config.data.val_fraction)
         files.facts |= {
             "parameters": config.model.parameters,
             "flops_per_token": config.model.flops_per_token(config.train.seq_len),
             "precision": got.as_dict(),
-            "data": source.facts | {"train_tokens": len(train_tokens), "val_tokens": len(val_tokens)},
+            "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
             "device": f"{device.type}: {runtime.device_name(device)}",
             "threads": torch.get_num_threads(),
             "estimated_memory_bytes": need,
@@ -368,25 +348,8 @@ def _train(
             **runtime.facts(),
         }
         shown.header(files.facts, files.folder, config)
-        _check_memory(config, need, free, how)
-        with torch.device(device):
-            gpt = model.GPT(config.model).to(got.weights)
-        if runtime.pads_vocabulary(config.model.pad_vocab, device):
-            gpt.pad_vocabulary()
-        if saved is None:
-            model.initialise(gpt, config.init, config.seed)
-            diagnostics.check_init(gpt, config.init)
-        else:
-            checkpoint.load_weights(gpt, saved.weights())
-        job = trainer.Trainer(
-            gpt,
-            data.Batches(train_tokens, config.train, config.data.order, config.seed, device),
-            config.train,
-            config.optimizer,
-            seen=torch.from_numpy(source.seen()).to(device),
-            validation=val_tokens if len(val_tokens) else None,
-            autocast=got.autocast,
-        )
+        _check_memory(config, need, free, got, device)
+        job = build.trainer(config, device, got, source, saved)
         shown.rows({"wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
         here = {key: files.facts[key] for key in ("device", "threads", "machine")}
@@ -412,10 +375,10 @@ def _train(
         def save() -> None:
             files.sync()
             tensors, numbers = job.state()
-            kept = ("config", "versions", "data", "precision", "device", "threads", "machine")
+            kept = ("config", "settled", "versions", "data", "precision", "device", "threads", "machine")
             state = {**numbers, **{key: files.facts[key] for key in kept}}
             state |= {"parts": files.parts, "peak_memory_bytes": peak_memory()}
-            saver.save(dict(gpt.named_parameters()), tensors, state)
+            saver.save(dict(job.model.named_parameters()), tensors, state)
 
         try:
             for metrics in job.fit():
@@ -436,7 +399,7 @@ def _train(
         files.measured["mfu"] = _mfu(config, device, got, files.measured["tokens_per_second"])
 
 
-def _check_memory(config: RunConfig, need: int, free: int | None, how: dict[str, bool]) -> None:
+def _check_memory(config: RunConfig, need: int, free: int | None, got: Precision, device: torch.device) -> None:
     """Fail before the system would kill the whole sweep for one job's memory.
 
     Raises:
@@ -444,7 +407,7 @@ def _check_memory(config: RunConfig, need: int, free: int | None, how: dict[str,
     """
     if free is None or need <= 1.1 * free:
         return
-    batch = estimate.fitting_batch(config, free, **how)
+    batch = estimate.fitting_batch(config, free, on_cpu=device.type == "cpu", unfused_attention=got.emulated)
     hint = f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
     raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
 

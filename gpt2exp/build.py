@@ -1,0 +1,90 @@
+"""From a checked configuration to a trainer ready to step: what a run and `gpt2exp-bench` have in common."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gpt2exp import estimate, heap, tokens
+from gpt2exp.config import AUTO, BadRequest, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpt2exp.checkpoint import Checkpoint
+    from gpt2exp.precision import Precision
+    from gpt2exp.trainer import Trainer
+
+
+def prepare_heap(config: RunConfig) -> int | None:
+    """Make the heap ready for a run, before torch is imported; the bytes that were free before."""
+    heap.give_back()
+    free = heap.available()
+    if heap.computes_here(config.train.device):
+        least = estimate.memory(smallest(config), on_cpu=False, unfused_attention=False)
+        heap.prepare(least, certain=16 * config.model.parameters["total"])
+    return free
+
+
+def smallest(config: RunConfig) -> RunConfig:
+    """With a batch of one sequence where the batch is left open."""
+    return replace(config, train=replace(config.train, batch_size=1)) if config.train.batch_size == AUTO else config
+
+
+def check_text(config: RunConfig, source: tokens.TokenFile) -> None:
+    """Raise `BadRequest` if the text is too short for a batch, or has ids that the model has no embedding for."""
+    tokens.check_fits(source.tokens, config.data, config.train)
+    if source.max_token >= config.model.vocab_size:
+        why = f"token {source.max_token} of {source.name} needs at least {source.max_token + 1}"
+        raise BadRequest(f"model.vocab_size={config.model.vocab_size}: {why}; try model.vocab_size=50257")
+
+
+def settled(
+    config: RunConfig, device: torch.device, got: Precision, source: tokens.TokenFile, free: int | None
+) -> tuple[RunConfig, int]:
+    """`config` with every `auto` of its `train` decided, and its estimated peak memory in bytes."""
+    from gpt2exp import runtime
+
+    how = {"on_cpu": device.type == "cpu", "unfused_attention": got.emulated}
+    held_out = round(source.tokens * config.data.val_fraction)
+    most = (source.tokens - held_out - 1) // config.train.seq_len
+    config = estimate.fit(config, free, most, **how)
+    config = replace(config, train=runtime.settle(config.train, device))
+    return config, estimate.memory(config, **how)
+
+
+def trainer(
+    config: RunConfig,
+    device: torch.device,
+    got: Precision,
+    source: tokens.TokenFile,
+    saved: Checkpoint | None = None,
+) -> Trainer:
+    """The trainer of a settled configuration, at its first step or with the weights of a checkpoint.
+
+    Called, and stepped, inside `precision.applied`, which gave `got`.
+    """
+    import torch
+
+    from gpt2exp import checkpoint, data, diagnostics, model, runtime
+    from gpt2exp.trainer import Trainer
+
+    train_tokens, val_tokens = data.split(source.map(), config.data.val_fraction)
+    with torch.device(device):
+        gpt = model.GPT(config.model).to(got.weights)
+    if runtime.pads_vocabulary(config.model.pad_vocab, device):
+        gpt.pad_vocabulary()
+    if saved is None:
+        model.initialise(gpt, config.init, config.seed)
+        diagnostics.check_init(gpt, config.init)
+    else:
+        checkpoint.load_weights(gpt, saved.weights())
+    return Trainer(
+        gpt,
+        data.Batches(train_tokens, config.train, config.data.order, config.seed, device),
+        config.train,
+        config.optimizer,
+        seen=torch.from_numpy(source.seen()).to(device),
+        validation=val_tokens if len(val_tokens) else None,
+        autocast=got.autocast,
+    )
