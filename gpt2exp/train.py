@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -203,12 +204,13 @@ def job(cfg: DictConfig) -> None:
     config = parse(cfg)
     sweep = record.sweep_of(folder)
     if sweep is None:
-        run(folder)
+        with _record_kept():
+            run(folder)
         return
     if record.row(folder, sweep)["state"] in ("done", "diverged"):  # in an earlier launch
         return
     try:
-        with contextlib.nullcontext() if config.sweep.isolate else owner.held(folder):
+        with _record_kept(), contextlib.nullcontext() if config.sweep.isolate else owner.held(folder):
             plan.describe(folder, cfg, hydra_config.overrides.task, cast("DictConfig", HydraConfig.instance().cfg))
             if config.sweep.fail_fast and _failed_before(sweep):
                 return
@@ -218,7 +220,14 @@ def job(cfg: DictConfig) -> None:
                 run(folder, BEGAN if hydra_config.job.num == 0 else time.monotonic())
     except BadRequest as error:  # someone goes on with this job alone
         log.warning("%s", error)
-    except OSError as error:  # the record itself cannot be written: it says as much as it could
+
+
+@contextlib.contextmanager
+def _record_kept() -> Iterator[None]:
+    """A line where the record itself cannot be written: the folder says as much as it could."""
+    try:
+        yield
+    except OSError as error:
         log.error("%s", unwritable(error))
 
 

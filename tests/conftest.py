@@ -6,10 +6,11 @@ temporary folder, with wandb offline.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def cache() -> Path:
     os.environ["GPT2EXP_CACHE"] = str(folder)  # the same for every subprocess, whatever HOME it gets
     tokens.prepare(DataConfig())
     return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet_logger() -> Iterator[None]:
+    """What a command called in this process did to the package's logger is undone: its stream is closed by then."""
+    log = logging.getLogger("gpt2exp")
+    before = list(log.handlers), log.propagate
+    yield
+    log.handlers[:], log.propagate = before
 
 
 @pytest.fixture

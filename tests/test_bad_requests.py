@@ -46,7 +46,7 @@ REQUESTS = [
         ("optimizer.learning_rate=0.1", "optimizer.learning_rate=0.1: no such key", "did you mean optimizer.lr?"),
         ("train.max_iters=9", "train.max_iters=9: no such key", "did you mean train.steps?"),
         ("frobnicate=1", "frobnicate=1: no such key", "gpt2exp --help"),
-        ("frobnicate.deep=1", "frobnicate.deep=1: no such key", "gpt2exp --help"),
+        ("frobnicate.much=1", "frobnicate.much=1: no such key", "gpt2exp --help"),
         ("model.n_layers=3", "model.n_layers=3: no such key", "did you mean model.n_layer?"),
         ("+model.n_layers=3", "model.n_layers=3: no such key", "did you mean model.n_layer?"),
         ("++model.n_layers=3", "model.n_layers=3: no such key", "did you mean model.n_layer?"),
@@ -215,7 +215,7 @@ FLAGS = [
     Bad("-m hydra.launcher._target_=a.B", "hydra.launcher._target_=a.B: no such launcher", "BasicLauncher"),
     Bad("-m hydra.sweeper._target_=a.B", "hydra.sweeper._target_=a.B: no such sweeper", "BasicSweeper"),
     Bad("-m seed=1,2 hydra.sweep.subdir=x", "hydra.sweep.subdir=x: two jobs", "name ${hydra.job.num} in it"),
-    Bad("hydra.run.dir=book.txt", "hydra.run.dir=book.txt: File exists", "choose a folder that can be written"),
+    Bad("hydra.run.dir=book.txt", "hydra.run.dir=book.txt: Not a directory", "choose a folder that can be written"),
     Bad("hydra.run.dir=book.txt/x", "hydra.run.dir=book.txt/x: Not a directory", "choose a folder that can be"),
     Bad("hydra.run.dir=/proc/x", "hydra.run.dir=/proc/x: No such file", "choose a folder that can be written"),
     Bad("hydra.run.dir=done", "hydra.run.dir=done: already holds files", "choose a new folder"),
@@ -435,6 +435,6 @@ def test_a_folder_of_any_name_is_the_one_used(name: str, tmp_path: Path) -> None
 
     from gpt2exp import plan
 
-    (pin,) = plan.Plan((), False, tmp_path / name, True).pins
+    pin, _ = plan.Plan((), False, tmp_path / name, True).pins
     (override,) = OverridesParser.create().parse_overrides([pin])
     assert override.value() == str(tmp_path / name)

@@ -380,11 +380,11 @@ def stamps(folders: list[Path]) -> list[int]:
 def test_out_of_memory(tmp_path: Path) -> None:
     """The allocator itself refuses, under a limit that the estimate cannot see; smaller, the run would go."""
     limited = ["bash", "-c", 'ulimit -v 5000000 && exec "$0" "$@"', *PROGRAM]
-    args = [*SMALL, "train.batch_size=128", "train.seq_len=64", "train.steps=2", QUIET]
+    args = [*SMALL, "train.batch_size=512", "train.seq_len=64", "train.loss_chunk=32768", "train.steps=2", QUIET]
     done = run(tmp_path / "here", *args, program=limited)
     assert done.returncode == 1
     error = read(the_run(tmp_path / "here") / "summary.json")["error"]
-    assert re.fullmatch(r"out of memory, where about \d\.\d GiB were expected .*; try train\.batch_size=64", error)
+    assert re.fullmatch(r"out of memory, where about \d\.\d GiB were expected .*; try train\.batch_size=256", error)
     assert done.stderr.splitlines() == [f"error: {error}"]
 
 

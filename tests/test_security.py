@@ -157,11 +157,8 @@ def test_the_code_neither_unpickles_nor_evaluates(path: Path) -> None:
             assert not {name.split(".")[0] for name in names} & FORBIDDEN_IMPORTS, f"line {node.lineno}"
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            parts = (
-                {called, called.rpartition(".")[2]}
-                if called not in ("re.compile", "block.compile", "model.compile")
-                else set()
-            )
+            harmless = called in ("re.compile", "torch.compile", "block.compile")
+            parts = set() if harmless else {called, called.rpartition(".")[2]}
             assert not parts & FORBIDDEN_CALLS, f"line {node.lineno}: {called}"
             assert not any(word.arg == "shell" for word in node.keywords), f"line {node.lineno}: a shell"
 
