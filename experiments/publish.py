@@ -3,7 +3,8 @@
 Writes `experiments/NAME/results.csv` (the comparison, a row an axis, arm and metric), `runs.csv` (the figures of each
 run), the figures, and the part of its README between the `results` markers. `python experiments/publish.py index`
 rewrites the table of claims in `experiments/README.md` from those files, `python experiments/publish.py speed SWEEP`
-the speeds by precision, `... gpt2 SWEEP` the residual stream of GPT-2. No figure in these pages is typed by hand.
+the speeds by precision, `... gpt2 SWEEP` the residual stream of GPT-2, `... bench` the tables of what `gpt2exp-bench
+--out` wrote into `throughput/bench/`, here and in the README. No figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -147,6 +148,64 @@ def replace_block(path: Path, name: str, text: str) -> None:
     path.write_text(pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page))
 
 
+# --- the bench -------------------------------------------------------------------------------------------------------
+
+
+def benches() -> list[dict[str, Any]]:
+    """What `gpt2exp-bench` found, by size."""
+    found = [json.loads(path.read_text()) for path in sorted((HERE / "throughput" / "bench").glob("*.json"))]
+    return sorted(
+        found, key=lambda one: (one["train"]["batch_size"] * one["train"]["seq_len"], list(one.get("ratios", "")))
+    )
+
+
+def bench_table() -> str:
+    """Ours beside each peer: medians of the rounds, ratios pair by pair with their range."""
+    rows = [
+        "| B x T | peer | our step, ms | peer's, ms | step, ours over theirs | peak memory, MiB | over theirs |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for one in benches():
+        train, ratios = one["train"], one.get("ratios", {})
+        mine = [row["gpt2exp"] for row in one["rounds"]]
+        size = f"{train['batch_size']} x {train['seq_len']}"
+        if train["activation_checkpointing"] is True:
+            size += ", recomputed"
+        step, peak = (statistics.median(row[key] for row in mine) for key in ("ms_median", "peak_rss_mib"))
+        cells = [size, next(iter(ratios), "none"), f"{step:,.0f}"]
+        for name, ratio in ratios.items():
+            theirs = statistics.median(row[name]["ms_median"] for row in one["rounds"])
+            pairs = ratio["ms_median"]
+            cells += [f"{theirs:,.0f}", f"{pairs['median']:.2f} ({pairs['min']:.2f} to {pairs['max']:.2f})"]
+            cells += [f"{peak:,.0f}", f"{ratio['peak_rss_mib']['median']:.2f}"]
+        cells += ["", "", f"{peak:,.0f}", ""] if not ratios else []
+        rows.append(f"| {' | '.join(cells)} |")
+    (processor,) = {one["processor"] for one in benches()}
+    return "\n".join([f"{processor}; fp32, GPT-2 124M.", "", *rows])
+
+
+def floor_table() -> str:
+    """The step against the machine's own limits, and where a profiled step's time goes."""
+    found = [one for one in benches() if "roofline" in one]
+    sizes = [f"{one['train']['batch_size']} x {one['train']['seq_len']}" for one in found]
+    rows = [f"| | {' | '.join(sizes)} |", f"|---|{'--:|' * len(found)}"]
+    roofs = [one["roofline"] for one in found]
+    limits = (("matrix products alone, ms", "matmul_ms"), ("AdamW on one flat tensor, ms", "adamw_ms"))
+    for label, key in (*limits, ("floor, ms", "floor_ms"), ("step, ms", "step_ms")):
+        rows.append(f"| {label} | {' | '.join(f'{roof[key]:,.0f}' for roof in roofs)} |")
+    rows.append(f"| floor over step | {' | '.join(format(roof['fraction'], '.2f') for roof in roofs)} |")
+    for kind in sorted(roofs[0]["parts"], key=lambda kind: -roofs[0]["parts"][kind]):
+        shares = [roof["parts"][kind] / sum(roof["parts"].values()) for roof in roofs]
+        rows.append(f"| profiled: {kind} | {' | '.join(f'{share:.1%}' for share in shares)} |")
+    return "\n".join(rows)
+
+
+def publish_bench() -> None:
+    """Rewrite the tables of the README and of the finding."""
+    replace_block(HERE.parent / "README.md", "bench", bench_table())
+    replace_block(HERE / "throughput" / "README.md", "bench", f"{bench_table()}\n\n{floor_table()}")
+
+
 # --- what a comparison of one axis does not say ----------------------------------------------------------------------
 
 
@@ -273,6 +332,8 @@ def main(argv: list[str]) -> None:
     """See the module's docstring."""
     if argv[:1] == ["index"]:
         replace_block(HERE / "README.md", "claims", index())
+    elif argv[:1] == ["bench"]:
+        publish_bench()
     elif argv[0] in ("speed", "gpt2"):
         (publish_speed if argv[0] == "speed" else publish_gpt2)(Path(argv[1]))
     else:

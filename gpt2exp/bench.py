@@ -61,7 +61,7 @@ def command(argv: Sequence[str]) -> int:
         if args.child:
             print(json.dumps(CHILDREN[args.child](config, args.steps, args.compile)))
             return 0
-        return _bench(config, args)
+        return _bench(config, args, argv)
     except (BadRequest, AssetError) as error:
         view.refuse(str(error), program="gpt2exp-bench")
         return 2 if isinstance(error, BadRequest) else 1
@@ -82,8 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peer-command", metavar="TEXT", help="any command whose last line is JSON with `ms_median` (and more)"
     )
+    parser.add_argument("--peer-name", metavar="TEXT", default="peer", help="what the tables call that command")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="rounds, ours and the peer in turn (3)")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="steps in each process (12)")
+    parser.add_argument("--verify", action="store_true", help="hold our losses against the plain path's, step by step")
     parser.add_argument("--roofline", action="store_true", help="this machine's own limits, and where the time goes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to a file as well")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
@@ -97,7 +99,7 @@ def _compose(overrides: Sequence[str]) -> RunConfig:
     return request.jobs[0].config
 
 
-def _bench(config: RunConfig, args: argparse.Namespace) -> int:
+def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.steps <= UNTIMED or args.pairs < 1:
         raise BadRequest(f"--steps {args.steps} --pairs {args.pairs}: at least {UNTIMED + 1} steps and one pair")
     child = [sys.executable, "-m", "gpt2exp.bench", *args.overrides, "--steps", str(args.steps), "--child"]
@@ -105,15 +107,21 @@ def _bench(config: RunConfig, args: argparse.Namespace) -> int:
     if args.peer:
         contestants["hf, compiled" if args.compile else "hf"] = [*child, "hf", *(["--compile"] if args.compile else [])]
     if args.peer_command:
-        contestants["peer"] = shlex.split(args.peer_command)
+        contestants[args.peer_name] = shlex.split(args.peer_command)
     rounds = [{name: _timed(line) for name, line in contestants.items()} for _ in range(args.pairs)]
     asked = plain(config)
-    result: Result = {"model": asked["model"], "train": asked["train"], "processor": _processor(), "rounds": rounds}
+    result: Result = {"command": shlex.join(["gpt2exp-bench", *argv])}
+    result |= {"model": asked["model"], "train": asked["train"], "processor": _processor(), "rounds": rounds}
     console = view.terminal()
     console.print(_contest(rounds))
     if len(contestants) > 1:
         result["ratios"] = {name: _ratios(rounds, name) for name in contestants if name != "gpt2exp"}
         console.print(_ratio_table(result["ratios"]))
+    if args.verify:
+        found, plain_losses = (_timed([*child, name])["losses"] for name in ("ours", "plain"))
+        worst = max(abs(one / other - 1) for one, other in zip(found, plain_losses, strict=True))
+        result["verified"] = {"steps": len(found), "largest_relative_difference": worst}
+        console.print(f"losses of {len(found)} steps are off the plain path's by at most {worst:.1e}, relative")
     if args.roofline:
         roof = _timed([*child, "roofline"])
         best = statistics.median(row["gpt2exp"]["ms_median"] for row in rounds)
@@ -176,6 +184,42 @@ def ours(config: RunConfig, steps: int, _: bool) -> Result:
         job = build.trainer(config, device, got, source)
         losses, times = _step(job.step, steps, lambda: runtime.synchronize(device))
     return _result(losses, times, runtime.peak_memory(device) / 2**20, config) | {"estimated_mib": need / 2**20}
+
+
+def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
+    """The same model on the same batches the plain way: whole logits, dense gradients, AdamW tensor by tensor."""
+    import torch
+    import torch.nn.functional as F
+
+    from gpt2exp import precision, runtime
+
+    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    with precision.applied(config.precision, device) as got:
+        config, _need = build.settled(config, device, got, source, runtime.free_memory(device))
+        job = build.trainer(config, device, got, source)
+        model, pieces = job.model, config.train.grad_accum_steps
+        model.transformer.gradient_in_place = model.transformer.recompute = False
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in job.optimizer.param_groups]
+        rates = config.optimizer
+        betas = (rates.betas[0], rates.betas[1])
+        optimizer = torch.optim.AdamW(groups, lr=rates.lr, betas=betas, eps=rates.eps, foreach=False, fused=False)
+        micro_batches = iter(range(steps * pieces))
+
+        def step() -> torch.Tensor:
+            optimizer.zero_grad()
+            total = torch.zeros((), device=device)
+            for _piece in range(pieces):
+                x, y = job.batches.at(next(micro_batches))
+                with precision.cast(device, got.autocast):
+                    logits = model(x)
+                loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), y.reshape(-1)) / pieces
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            optimizer.step()
+            return total
+
+        losses, times = _step(step, steps, lambda: runtime.synchronize(device))
+    return _result(losses, times, runtime.peak_memory(device) / 2**20, config)
 
 
 def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
@@ -242,6 +286,7 @@ def _result(losses: list[float], times: list[float], peak_mib: float, config: Ru
         "peak_rss_mib": peak_mib,
         "loss_first": losses[0],
         "loss_last": losses[-1],
+        "losses": losses,
     }
 
 
@@ -346,7 +391,12 @@ def _best(call: Callable[[], Any], device: Any, repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {"ours": ours, "hf": hf, "roofline": roofline}
+CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {
+    "ours": ours,
+    "plain": unoptimised,
+    "hf": hf,
+    "roofline": roofline,
+}
 
 
 def _processor() -> str:

@@ -22,7 +22,7 @@ def prepare_heap(config: RunConfig) -> int | None:
     free = heap.available()
     if heap.computes_here(config.train.device):
         least = estimate.memory(smallest(config), on_cpu=False, unfused_attention=False)
-        heap.prepare(least, certain=16 * config.model.parameters["total"])
+        heap.prepare(least, certain=16 * config.model.parameters["total"], steps=config.train.steps)
     return free
 
 

@@ -37,10 +37,20 @@ class Batches:
         self.order, self.seed, self.device = order, seed, device
         self.per_epoch = (len(tokens) - 1) // (self.batch_size * self.seq_len)
         """Batches in an epoch."""
+        self._ahead: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._permutation: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def prefetch(self, number: int) -> None:
+        """Have micro-batch `number` on its way to the device while that is still busy with the one before."""
+        self._ahead = number, self._read(number)
 
     def at(self, number: int) -> tuple[Tensor, Tensor]:
         """Micro-batch `number`, counted from 0 over all epochs: inputs and targets, each (B, T) int64."""
+        if self._ahead is not None and self._ahead[0] == number:
+            return self._ahead[1]
+        return self._read(number)
+
+    def _read(self, number: int) -> tuple[Tensor, Tensor]:
         epoch, index = divmod(number, self.per_epoch)
         windows = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
         if self.order is DataOrder.shuffled:

@@ -1,7 +1,7 @@
 """How glibc's heap is used: freed memory is kept, and lies on huge pages. No torch.
 
 Measured on a 2-core Xeon with GPT-2 124M, 4 x 32 tokens in fp32 (`gpt2exp-bench`): a training step frees and asks
-again for the same buffers, and the kernel zeroing their pages anew each time was a fifth of it; huge pages take
+again for the same buffers, and the kernel zeroing their pages anew each time was a fifth of it; huge pages take up to
 another twentieth off, by fewer misses of the processor's address cache. Losses do not change. Elsewhere than on Linux
 with glibc nothing happens.
 """
@@ -20,6 +20,8 @@ from gpt2exp.config import DeviceName
 HUGE_PAGE = 2 * 2**20
 WORTH_IT = 64 * 2**20
 """Below this many bytes of weights, gradients and moments a run is left to itself."""
+LONG = 200
+"""Steps from which huge pages win back what zeroing them costs: 2.3 s at GPT-2's size, against 5 to 30 ms a step."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 MADV_POPULATE_WRITE = 23  # madvise(2), Linux 5.14
 
@@ -55,14 +57,14 @@ def available() -> int | None:
     return free
 
 
-def prepare(size: int, certain: int) -> None:
-    """Grow the heap by `size` bytes on huge pages, and begin to touch `certain` of them in a thread.
+def prepare(size: int, certain: int, steps: int) -> None:
+    """Keep freed memory; for a long run grow the heap by `size` bytes on huge pages, and touch `certain` in a thread.
 
     The kernel zeroes a page when it is first touched: done while Python imports and builds, the first step does not
     wait for it. The memory is free for whoever asks malloc for it meanwhile, and its content is not changed.
     """
     libc = _libc()
-    if libc is None or not keep_freed_memory() or certain < WORTH_IT:
+    if libc is None or not keep_freed_memory() or certain < WORTH_IT or steps < LONG:
         return
     block = libc.malloc(size)
     if not block:

@@ -93,6 +93,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.steps_done += 1
+        if self.device.type == "cuda":  # its kernels are queued, not done: the next batch can travel meanwhile
+            self.batches.prefetch(self.steps_done * config.grad_accum_steps)
         return torch.stack(losses).sum()
 
     @property

@@ -28,7 +28,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two rounds of ours, transformers and a peer's command, with the machine's limits."""
     folder = tmp_path_factory.mktemp("bench")
     peer = """python -c 'print("noise"); print("{\\"ms_median\\": 5, \\"first_ms\\": 6, \\"peak_rss_mib\\": 7}")'"""
-    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "2", "--steps", "4", "--roofline"]
+    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "2", "--steps", "4", "--roofline", "--verify"]
     done = run(*args, "--out", "found/bench.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -54,6 +54,12 @@ def test_ratios_are_taken_pair_by_pair(result: dict[str, Any]) -> None:
             found = result["ratios"][peer][key]
             assert (found["min"], found["max"], found["n"]) == (min(pairs), max(pairs), 2)
             assert found["median"] == pytest.approx(sum(pairs) / 2)
+
+
+def test_losses_are_held_against_the_plain_path(result: dict[str, Any]) -> None:
+    assert result["verified"]["steps"] == 4
+    assert 0 <= result["verified"]["largest_relative_difference"] < 1e-5
+    assert result["command"].startswith("gpt2exp-bench model=nano ")
 
 
 def test_the_floor_is_its_parts(result: dict[str, Any]) -> None:

@@ -175,6 +175,16 @@ def test_no_global_random_state_moves(order: DataOrder) -> None:
 
 
 @FEW
+@pytest.mark.parametrize("order", list(DataOrder))
+def test_a_batch_fetched_ahead_is_the_one_asked_for(order: DataOrder) -> None:
+    """Also across an epoch's end, and where another was fetched than is asked for."""
+    plain, ahead = batches(90, 2, 8, order), batches(90, 2, 8, order)
+    for number, fetched in [(0, 0), (1, 1), (4, 4), (5, 5), (6, 2), (7, 8)]:
+        ahead.prefetch(fetched)
+        for one, other in zip(plain.at(number), ahead.at(number), strict=True):
+            assert one.equal(other)
+
+
 @given(count=st.integers(2, 90), T=st.integers(1, 8), B=st.integers(1, 9))
 def test_validation_windows_do_not_depend_on_the_batch_size(count: int, T: int, B: int) -> None:  # noqa: N803
     def rows(batch_size: int) -> list[tuple[list[int], list[int]]]:

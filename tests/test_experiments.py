@@ -28,6 +28,9 @@ def test_the_index_follows_from_the_records(monkeypatch: pytest.MonkeyPatch) -> 
         sys.modules.pop(name, None)
     publish = importlib.import_module("publish")
     assert block((FINDINGS / "README.md").read_text(), "claims") == publish.index()
+    assert block((ROOT / "README.md").read_text(), "bench") == publish.bench_table()
+    tables = f"{publish.bench_table()}\n\n{publish.floor_table()}"
+    assert block((FINDINGS / "throughput" / "README.md").read_text(), "bench") == tables
 
 
 @pytest.mark.parametrize("study", STUDIES)

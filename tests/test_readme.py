@@ -11,7 +11,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from support import SMALL, run, run_folders
 
-from gpt2exp import config, help, plan
+from gpt2exp import bench, config, help, plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +48,17 @@ def small(words: list[str]) -> list[str]:
 def compose(words: list[str]) -> plan.Plan:
     """The checked plan of a request."""
     return plan.make(get_args_parser().parse_args(words))
+
+
+BENCH = [shlex.split(line)[1:] for line in LINES if line.startswith("gpt2exp-bench ")]
+
+
+@pytest.mark.parametrize("words", BENCH, ids=" ".join)
+def test_the_bench_runs(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As typed but for the size; compiling the peer, which takes half a minute, is left to the reader."""
+    shrunk = [word for word in words if word != "--compile"]
+    assert bench.command([*shrunk, *SMALL, "train.seq_len=16", "--pairs", "1", "--steps", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("{")
 
 
 def test_there_are_commands() -> None:

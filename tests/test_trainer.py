@@ -475,7 +475,7 @@ config = RunConfig(
 )
 cpu = torch.device("cpu")
 if kept:
-    heap.prepare(2**30, certain=2**28)
+    heap.prepare(2**30, certain=2**28, steps=heap.LONG)
 runtime.reset_peak_memory(cpu)
 source = tokens.prepare(config.data)
 with precision.applied(config.precision, cpu) as got:
