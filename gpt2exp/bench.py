@@ -54,7 +54,7 @@ def main() -> None:
 def command(argv: Sequence[str]) -> int:
     """Carry out a command line; 0 done, 1 a contestant failed, 2 a bad request. The last line printed is JSON."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may follow options
     try:
         config = _compose(args.overrides)
         tokens.prepare(config.data)

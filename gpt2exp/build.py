@@ -21,8 +21,14 @@ def prepare_heap(config: RunConfig) -> int | None:
     heap.give_back()
     free = heap.available()
     if heap.computes_here(config.train.device):
-        least = estimate.memory(smallest(config), on_cpu=False, unfused_attention=False)
-        heap.prepare(least, certain=16 * config.model.parameters["total"], steps=config.train.steps)
+        how = {"on_cpu": True, "unfused_attention": False}
+        likely = estimate.fit(config, free, 2**30, **how)
+        heap.prepare(
+            estimate.memory(likely, **how) - estimate.PROCESS_BYTES,
+            certain=16 * config.model.parameters["total"],
+            steps=config.train.steps,
+            tight=likely.train.activation_checkpointing is True,
+        )
     return free
 
 

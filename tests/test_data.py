@@ -174,7 +174,6 @@ def test_no_global_random_state_moves(order: DataOrder) -> None:
     assert np.random.get_state()[1].tolist() == before[1]
 
 
-@FEW
 @pytest.mark.parametrize("order", list(DataOrder))
 def test_a_batch_fetched_ahead_is_the_one_asked_for(order: DataOrder) -> None:
     """Also across an epoch's end, and where another was fetched than is asked for."""
@@ -185,6 +184,7 @@ def test_a_batch_fetched_ahead_is_the_one_asked_for(order: DataOrder) -> None:
             assert one.equal(other)
 
 
+@FEW
 @given(count=st.integers(2, 90), T=st.integers(1, 8), B=st.integers(1, 9))
 def test_validation_windows_do_not_depend_on_the_batch_size(count: int, T: int, B: int) -> None:  # noqa: N803
     def rows(batch_size: int) -> list[tuple[list[int], list[int]]]:
