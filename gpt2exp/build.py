@@ -52,9 +52,8 @@ def settled(
     from gpt2exp import runtime
 
     how = {"on_cpu": device.type == "cpu", "unfused_attention": got.emulated}
-    held_out = round(source.tokens * config.data.val_fraction)
-    most = (source.tokens - held_out - 1) // config.train.seq_len
-    config = estimate.fit(config, free, most, **how)
+    training = source.tokens - tokens.held_out(source.tokens, config.data.val_fraction)
+    config = estimate.fit(config, free, (training - 1) // config.train.seq_len, **how)
     config = replace(config, train=runtime.settle(config.train, device))
     return config, estimate.memory(config, **how)
 

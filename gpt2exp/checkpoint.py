@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gpt2exp import runtime
 from gpt2exp.config import BadRequest, CheckpointConfig
-from gpt2exp.files import write_json
+from gpt2exp.files import beside, write_json
 from gpt2exp.record import CHECKPOINTS, saved
 
 SPARE = 2**20
@@ -114,7 +114,7 @@ def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tenso
         OSError, SafetensorError: it could not be written; what lay there before is as it was.
     """
     target = run / CHECKPOINTS / f"step_{state['step']:06d}"
-    part = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = beside(target)
     try:
         part.mkdir(parents=True)
         needed = _bytes(weights, training)
@@ -139,7 +139,7 @@ def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tenso
 
 def _remove(folder: Path) -> None:
     """Take a checkpoint's name away first: killed half-way, this leaves no half of one."""
-    part = folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part"))
+    part = folder.rename(beside(folder))
     shutil.rmtree(part)
 
 
@@ -175,9 +175,8 @@ class Saver:
         """Steps done at the newest checkpoint."""
         self._thread: threading.Thread | None = None
         self._failed = False
-        for part in run.glob(
-            f"{CHECKPOINTS}/.step_*.part"
-        ):  # of a process killed while it wrote: ours is the only one now
+        # of a process killed while it wrote: ours is the only one now
+        for part in run.glob(f"{CHECKPOINTS}/.step_*.part"):
             shutil.rmtree(part, ignore_errors=True)
         for step, folder in saved(run).items():
             if step > from_step:

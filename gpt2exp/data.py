@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from gpt2exp.config import DataOrder, TrainConfig
-from gpt2exp.tokens import Tokens
+from gpt2exp.tokens import Tokens, held_out
 
 
 def split(tokens: Tokens, val_fraction: float) -> tuple[Tokens, Tokens]:
     """Training tokens and, from the end of the text, `val_fraction` of it for validation."""
-    cut = len(tokens) - round(len(tokens) * val_fraction)
+    cut = len(tokens) - held_out(len(tokens), val_fraction)
     return tokens[:cut], tokens[cut:]
 
 

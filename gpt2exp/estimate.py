@@ -10,8 +10,6 @@ from gpt2exp.config import AUTO, PrecisionName, RunConfig
 
 PROCESS_BYTES = 340 * 2**20
 """Resident memory of Python with PyTorch and wandb loaded: counted on a CPU, where the process is what fills up."""
-LOSS_ROWS = 1024
-"""`train.loss_chunk=auto`: 512 rows at a time cost 4 % of the head's time at GPT-2's size, 256 cost 10 %."""
 SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")
 """Keys of `train` that a run reports as they came out."""
 NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)
@@ -36,7 +34,7 @@ def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
         layer += 3 * model.n_head * train.seq_len + 4 * width
     kept = model.n_layer * width + layer if train.activation_checkpointing is True else model.n_layer * layer
     head = model.vocab_size * width
-    rows = min(tokens, LOSS_ROWS if train.loss_chunk == AUTO else int(train.loss_chunk))
+    rows = min(tokens, train.loss_rows)
     # a product of emulated TF32 has rounded copies of both operands beside it
     logits = rows * model.vocab_size * (2 if unfused_attention else 1)
     if config.precision.name is PrecisionName.fp16:  # takes the plain way: logits, log-softmax and its gradient
@@ -76,8 +74,7 @@ def _batches(config: RunConfig, most: int) -> Iterator[int]:
 def _settled(config: RunConfig, **choices: Any) -> RunConfig:
     train = config.train
     pieces = train.grad_accum_steps if train.tokens_per_step is None else 1  # shared out anew
-    rows = LOSS_ROWS if train.loss_chunk == AUTO else train.loss_chunk
-    return replace(config, train=replace(train, grad_accum_steps=pieces, loss_chunk=rows, **choices))
+    return replace(config, train=replace(train, grad_accum_steps=pieces, loss_chunk=train.loss_rows, **choices))
 
 
 def fitting_batch(config: RunConfig, free: int, **how: Any) -> int | None:

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 
+def beside(path: Path) -> Path:
+    """A new name beside `path`, which no reader looks at and no other process takes."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; when the block ends well the file takes `path`'s place, else it is removed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = beside(path)
     try:
         yield part
         part.replace(path)

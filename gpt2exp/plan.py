@@ -44,7 +44,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import owner, secret
 from gpt2exp.config import BadRequest, RunConfig, check_key, explain, parse, plain, require, show
-from gpt2exp.files import replacing, write_json
+from gpt2exp.files import beside, replacing, write_json
 from gpt2exp.record import SWEEP
 
 CONF = "gpt2exp.conf"
@@ -366,7 +366,7 @@ def _create(plan: Plan, argv: Sequence[str]) -> None:
         _write_request(plan, argv, plan.folder)
         return
     folder = plan.folder.absolute()
-    part = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = beside(folder)
     try:
         part.mkdir(parents=True)
         _write_request(plan, argv, part)

@@ -60,9 +60,8 @@ def deferred() -> Iterator[Stop]:
             raise stop.asked
 
     before = {}
-    if (
-        threading.current_thread() is threading.main_thread()
-    ):  # some launchers run jobs in others, where Python has none
+    # some launchers run jobs in other threads, where Python has no signals
+    if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell's background ignores Ctrl-C, and so do we
                 before[number] = signal.signal(number, note)

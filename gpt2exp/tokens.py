@@ -81,9 +81,14 @@ def prepare(config: DataConfig) -> TokenFile:
     return _cached(digest.hexdigest(), name) or _tokenise(documents, name, digest.hexdigest())
 
 
+def held_out(tokens: int, val_fraction: float) -> int:
+    """How many of a text's tokens, from its end, are kept for validation."""
+    return round(tokens * val_fraction)
+
+
 def check_fits(tokens: int, data: DataConfig, train: TrainConfig) -> None:
     """Raise `BadRequest` if one micro-batch, or one validation window, is larger than its part of the data."""
-    val = round(tokens * data.val_fraction)
+    val = held_out(tokens, data.val_fraction)
     need = train.micro_batch_tokens + 1  # the last input needs a target
     if tokens - val < need:
         most = (tokens - val - 1) // train.seq_len

@@ -336,14 +336,14 @@ def _train(
     source = tokens.prepare(config.data)
     if saved is not None:
         _check_same_text(config, source, saved.state["data"]["sha256"])
-    if saved is not None:  # what was decided then holds
+        # what was decided then holds
         config = replace(config, train=replace(config.train, tokens_per_step=None, **saved.state["settled"]))
     with precision.applied(config.precision, device) as got:
         if device.type == "cuda":
             free = runtime.free_memory(device)
         config, need = build.settled(config, device, got, source, free)
         build.check_text(config, source)
-        held_out = round(source.tokens * config.data.val_fraction)
+        held_out = tokens.held_out(source.tokens, config.data.val_fraction)
         files.facts |= {
             "parameters": config.model.parameters,
             "flops_per_token": config.model.flops_per_token(config.train.seq_len),

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2exp import data, diagnostics, estimate, optim, precision, runtime
-from gpt2exp.config import AUTO, OptimizerConfig, TrainConfig
+from gpt2exp import data, diagnostics, optim, precision, runtime
+from gpt2exp.config import OptimizerConfig, TrainConfig
 from gpt2exp.model import GPT
 from gpt2exp.tokens import Tokens
 
@@ -51,7 +51,7 @@ class Trainer:
         self.optimizer = optim.build(model, optimizer)
         model.transformer.gradient_in_place = model.config.tie_weights
         model.transformer.recompute = train.activation_checkpointing is True
-        model.loss_rows = estimate.LOSS_ROWS if train.loss_chunk == AUTO else int(train.loss_chunk)
+        model.loss_rows = train.loss_rows
         if train.compile is True:
             for block in model.transformer.h:  # alike, so that one compilation serves all: PyTorch's regional recipe
                 block.compile()
