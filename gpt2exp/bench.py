@@ -8,6 +8,7 @@ run builds (`gpt2exp.build`), never a copy.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.utils import get_args_parser
 from rich.table import Table
@@ -24,6 +25,10 @@ from rich.table import Table
 from gpt2exp import build, plan, tokens, view
 from gpt2exp.assets import AssetError
 from gpt2exp.config import BadRequest, RunConfig, plain
+
+if TYPE_CHECKING:
+    from gpt2exp.data import Batches
+    from gpt2exp.precision import Precision
 
 UNTIMED = 2
 """First steps of a process that are left out."""
@@ -62,12 +67,9 @@ def command(argv: Sequence[str]) -> int:
             print(json.dumps(CHILDREN[args.child](config, args.steps, args.compile)))
             return 0
         return _bench(config, args, argv)
-    except (BadRequest, AssetError) as error:
-        view.refuse(str(error), program="gpt2exp-bench")
+    except (BadRequest, AssetError, ContestantError) as error:
+        view.refuse(str(error), program="gpt2exp-bench", trace=view.wants_traces())
         return 2 if isinstance(error, BadRequest) else 1
-    except ContestantError as error:
-        view.refuse(str(error), program="gpt2exp-bench")
-        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -189,7 +191,6 @@ def ours(config: RunConfig, steps: int, _: bool) -> Result:
 def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
     """The same model on the same batches the plain way: whole logits, dense gradients, AdamW tensor by tensor."""
     import torch
-    import torch.nn.functional as F
 
     from gpt2exp import precision, runtime
 
@@ -197,27 +198,13 @@ def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
     with precision.applied(config.precision, device) as got:
         config, _need = build.settled(config, device, got, source, runtime.free_memory(device))
         job = build.trainer(config, device, got, source)
-        model, pieces = job.model, config.train.grad_accum_steps
+        model = job.model
         model.transformer.gradient_in_place = model.transformer.recompute = False
         groups = [{key: group[key] for key in ("params", "weight_decay")} for group in job.optimizer.param_groups]
         rates = config.optimizer
         betas = (rates.betas[0], rates.betas[1])
         optimizer = torch.optim.AdamW(groups, lr=rates.lr, betas=betas, eps=rates.eps, foreach=False, fused=False)
-        micro_batches = iter(range(steps * pieces))
-
-        def step() -> torch.Tensor:
-            optimizer.zero_grad()
-            total = torch.zeros((), device=device)
-            for _piece in range(pieces):
-                x, y = job.batches.at(next(micro_batches))
-                with precision.cast(device, got.autocast):
-                    logits = model(x)
-                loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), y.reshape(-1)) / pieces
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-            optimizer.step()
-            return total
-
+        step = _plain_step(model, optimizer, job.batches, config.train.grad_accum_steps, got)
         losses, times = _step(step, steps, lambda: runtime.synchronize(device))
     return _result(losses, times, runtime.peak_memory(device) / 2**20, config)
 
@@ -229,11 +216,11 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     except ImportError as error:
         raise BadRequest("--peer hf: transformers is not installed; pip install 'gpt2exp[bench]'") from error
     import torch
-    import torch.nn.functional as F
 
     from gpt2exp import data, optim, precision, runtime
 
-    device, shape = runtime.resolve_device(config.train.device), config.model
+    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    shape = config.model
     same: Result = {
         "n_layer": shape.n_layer,
         "n_head": shape.n_head,
@@ -242,27 +229,44 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     }
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with precision.applied(config.precision, device) as got, torch.device(device):
+        config, _need = build.settled(config, device, got, source, runtime.free_memory(device))
         model: Any = GPT2LMHeadModel(
             GPT2Config(vocab_size=shape.vocab_size, tie_word_embeddings=shape.tie_weights, **same, **quiet)
         )
         forward = torch.compile(model) if compiled else model
         optimizer = optim.build(model, config.optimizer)
-        source = tokens.prepare(config.data).map()
-        batches = data.Batches(source, config.train, config.data.order, config.seed, device)
-        numbers = iter(range(steps))
-
-        def step() -> torch.Tensor:
-            x, y = batches.at(next(numbers))
-            optimizer.zero_grad(set_to_none=True)
-            with precision.cast(device, got.autocast):
-                logits = forward(x).logits
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), y.reshape(-1))
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            return loss.detach()
-
+        batches = data.Batches(source.map(), config.train, config.data.order, config.seed, device)
+        pieces = config.train.grad_accum_steps
+        step = _plain_step(lambda x: forward(x).logits, optimizer, batches, pieces, got)
         losses, times = _step(step, steps, lambda: runtime.synchronize(device))
     return _result(losses, times, runtime.peak_memory(device) / 2**20, config)
+
+
+def _plain_step(
+    logits_of: Callable[[Any], Any], optimizer: Any, batches: Batches, pieces: int, got: Precision
+) -> Callable[[], Any]:
+    """A step as anyone writes it: `pieces` micro-batches through whole logits and their cross-entropy, then AdamW."""
+    import torch
+    import torch.nn.functional as F
+
+    from gpt2exp import precision
+
+    numbers = itertools.count()
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for _ in range(pieces):
+            x, y = batches.at(next(numbers))
+            with precision.cast(batches.device, got.autocast):
+                logits = logits_of(x)
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), y.reshape(-1)) / pieces
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        optimizer.step()
+        return torch.stack(losses).sum()
+
+    return step
 
 
 def _step(step: Callable[[], Any], steps: int, synchronize: Callable[[], None]) -> tuple[list[float], list[float]]:
@@ -317,8 +321,7 @@ def roofline(config: RunConfig, steps: int, _: bool) -> Result:
     kinds: dict[str, float] = dict.fromkeys([*KINDS, "dispatch, autograd, Python"], 0.0)
     for name, milliseconds in spent.items():
         matches = (kind for kind, names in KINDS.items() if any(name == n or name.startswith(f"{n}_") for n in names))
-        attention = "attention" if name.startswith("aten::_scaled_dot_product") else None
-        kinds[attention or next(matches, "dispatch, autograd, Python")] += milliseconds
+        kinds[next(matches, "dispatch, autograd, Python")] += milliseconds
     with precision.applied(config.precision, device):
         products = list(_products(config, device))
         adamw = _adamw(config, device)
@@ -346,7 +349,7 @@ def _products(config: RunConfig, device: Any) -> Iterator[Result]:
     import torch
 
     width, rows = config.model.n_embd, config.train.micro_batch_tokens
-    head_rows = min(rows, int(config.train.loss_chunk))
+    head_rows = min(rows, config.train.loss_rows)
     layers = config.model.n_layer
     for name, fan_in, fan_out, n, times in (
         ("c_attn", width, 3 * width, rows, layers),

@@ -14,7 +14,6 @@ import math
 import os
 import statistics
 import sys
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -706,7 +705,7 @@ def command(argv: list[str]) -> int:
         raise BadRequest(f"{message}; gpt2exp-compare --help shows what can be typed")
 
     parser.error = error  # type: ignore[method-assign]
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    full_error = view.wants_traces()
     try:
         args = parser.parse_args(argv)
         if args.margin is not None and not (math.isfinite(args.margin) and args.margin > 0):
@@ -716,15 +715,11 @@ def command(argv: list[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
         report.write(comparison, out)
     except BadRequest as problem:
-        if full_error:
-            traceback.print_exc()
-        view.refuse(str(problem), program="gpt2exp-compare")
+        view.refuse(str(problem), program="gpt2exp-compare", trace=full_error)
         return 2
     except OSError as problem:
-        if full_error:
-            traceback.print_exc()
-        why = problem.strerror or str(problem)
-        view.refuse(f"cannot write the comparison ({why}); name a folder with --out", program="gpt2exp-compare")
+        why = f"cannot write the comparison ({problem.strerror or problem}); name a folder with --out"
+        view.refuse(why, program="gpt2exp-compare", trace=full_error)
         return 2
     report.show(comparison, view.terminal(), out)
     return 0

@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +55,7 @@ def main() -> None:
 
 def command(argv: list[str]) -> int:
     """Carry out a command line; the exit code: 0 done, 1 a run failed, 2 a bad request, 130/143 interrupted."""
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    full_error = view.wants_traces()
     view.show_warnings(traces=full_error)
     argv = sorted(argv, key=lambda text: text not in ("-m", "--multirun"))  # argparse wants flags before overrides
     try:
@@ -68,14 +67,10 @@ def command(argv: list[str]) -> int:
         with signals.terminable():
             return _carry_out(args, argv)
     except (BadRequest, AssetError) as error:
-        if full_error:
-            traceback.print_exc()
-        view.refuse(str(error))
+        view.refuse(str(error), trace=full_error)
         return 2 if isinstance(error, BadRequest) else 1
     except OSError as error:  # a disk that filled up, a folder that was taken away
-        if full_error:
-            traceback.print_exc()
-        view.refuse(unwritable(error))
+        view.refuse(unwritable(error), trace=full_error)
         return 1
     except KeyboardInterrupt as interrupt:
         return signals.code(interrupt)

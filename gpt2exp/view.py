@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -300,7 +301,17 @@ def _grid(rows: dict[str, str]) -> Table:
     return table
 
 
-def refuse(message: str, *, program: str = "gpt2exp") -> None:
-    """One line on standard error; a control character in it, which a terminal would obey, is shown as �."""
+def wants_traces() -> bool:
+    """Whether the user asked for tracebacks beside the one line, as Hydra has it."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def refuse(message: str, *, program: str = "gpt2exp", trace: bool = False) -> None:
+    """One line on standard error; a control character in it, which a terminal would obey, is shown as �.
+
+    `trace`: after the traceback of what is being handled.
+    """
+    if trace:
+        traceback.print_exc()
     line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", f"{program}: {message}")
     print(line, file=sys.stderr)
