@@ -160,6 +160,7 @@ def facts() -> dict[str, Any]:
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in names}
+    versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
     return {"versions": versions, "git": _git(), "platform": platform.platform(terse=True), "machine": owner.machine()}
 
 
