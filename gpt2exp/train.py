@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt2exp import build, estimate, help, owner, parallel, plan, record, resume, secret, signals, tokens, view
 from gpt2exp.assets import AssetError
-from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
+from gpt2exp.config import AUTO, BadRequest, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
 
 if TYPE_CHECKING:
     import torch
@@ -158,11 +158,11 @@ def _hydra(argv: list[str]) -> None:
 
 def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
     """Fetch and tokenise every text of the jobs to do, and refuse what does not fit it or this machine."""
-    sources: dict[tuple[DataName, str | None], tokens.TokenFile] = {}  # jobs that share a text read it once
+    sources: dict[tuple[Any, ...], tokens.TokenFile] = {}  # jobs that share a text read it once
     for job in to_do:
         config = job.config
         parallel.check(config)
-        text = config.data.name, config.data.path
+        text = config.data.text
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         build.check_text(build.smallest(config), sources[text])
