@@ -570,7 +570,8 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Pair], contended: set[st
     runs = [row for pair in both for row in pair]
     if metric is SPEED and any(map(_emulated, pairs)):
         return "emulated precision: its speed is not a hardware speed"
-    if any(one["device"] != other["device"] or one["threads"] != other["threads"] for one, other in both):
+    hardware = [tuple((row["device"], row["threads"], row.get("processes", 1)) for row in pair) for pair in both]
+    if any(one != other for one, other in hardware):
         return "the arms ran on different hardware"
     # a GPU's name says what it is, a processor's does not
     if metric is SPEED and any(

@@ -28,7 +28,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt2exp import build, estimate, help, owner, parallel, plan, record, resume, secret, signals, tokens, view
 from gpt2exp.assets import AssetError
-from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
+from gpt2exp.config import (
+    AUTO,
+    BadRequest,
+    DataName,
+    DeviceName,
+    Distributed,
+    Fallback,
+    PrecisionName,
+    RunConfig,
+    parse,
+    plain,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +136,10 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         if to_do:
             view.terminal().print(view.plan_table([_dry_row(job) for job in to_do]))
         return 0
-    for note in request.notes:
+    notes = list(request.notes)
+    if parallel.size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
+        notes.append("distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun")
+    for note in notes:
         view.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
     if not to_do and not request.multirun:
         return 0
@@ -355,8 +369,9 @@ def _train(
             "flops_per_token": config.model.flops_per_token(config.train.seq_len),
             "precision": got.as_dict(),
             "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
-            "device": f"{device.type}: {runtime.device_name(device)}{parallel.times()}",
+            "device": f"{device.type}: {runtime.device_name(device)}",
             "processes": parallel.size(),
+            "distributed": config.distributed.value if parallel.size() > 1 else None,
             "threads": torch.get_num_threads(),
             "estimated_memory_bytes": need,
             "settled": {key: getattr(config.train, key) for key in estimate.SETTLED},
@@ -369,14 +384,14 @@ def _train(
         job = build.trainer(config, device, got, source, saved)
         shown.rows({"wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
-        here = {key: files.facts[key] for key in ("device", "threads", "machine")}
+        here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
         peak = 0
         if saved is not None:
             job.restore(saved.training(), saved.state)
             runtime.reset_peak_memory(device)  # the file read is none of training's memory
             peak = saved.state["peak_memory_bytes"]
             shown.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {config.train.steps} steps done"})
-            if all(part[key] == here[key] for part in saved.state["parts"] for key in here):
+            if all(part.get(key, 1) == here[key] for part in saved.state["parts"] for key in here):
                 job.step_seconds = [row["step_ms"] / 1e3 for row in files.metrics]
                 job.began_at = [part["from_step"] for part in files.parts]
             else:
@@ -498,6 +513,8 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
     line = text[0] if text else type(problem).__name__
     if isinstance(problem, Diverged):
         return "diverged", line
+    if parallel.lost(problem):
+        return "failed", f"one of the run's {parallel.size()} processes ended, or can no longer be reached"
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
         smaller = AUTO if config.train.batch_size == AUTO else config.train.sequences // 2
         hint = f"try train.batch_size={smaller}" if smaller else "try a smaller model or a shorter train.seq_len"

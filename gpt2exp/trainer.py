@@ -146,6 +146,7 @@ class Trainer:
                 if len(y):
                     total += float(loss) * y.numel()
                     count += y.numel()
+        parallel.reshard(self.model)
         sums = parallel.total(torch.tensor([total, count], dtype=torch.float64))
         return float(sums[0] / sums[1])
 

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from gpt2exp import parallel
 from gpt2exp.config import RunConfig
 
 log = logging.getLogger("gpt2exp")
@@ -156,12 +157,13 @@ class View:
         if train.sequences % 2 and train.sequences > 1:
             batch += "; an even batch, best a power of two, suits most hardware better"
         per_epoch = data["train_tokens"] // train.step_tokens
+        shared = f"; {facts['processes']} processes by {facts['distributed']}" if facts["distributed"] else ""
         rows = {
             "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
             f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {config.init.scheme.value}, "
             f"residual scaling {'on' if config.init.residual_scaling else 'off'}, seed {config.seed}",
-            "device": f"{facts['device']}, {facts['threads']} threads; "
-            f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed",
+            "device": f"{facts['device']}, {facts['threads']} threads{shared}; "
+            f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed{' by each' if shared else ''}",
             "precision": f"{precision['requested']} requested, {precision['effective']}{emulated}: "
             f"a matrix product is off by {precision['matmul_relative_error']:.1e}",
             "data": f"{data['name']}: {data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} to validate, "
@@ -169,7 +171,7 @@ class View:
             "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
             "folder": short(folder),
         }
-        self._print(" ".join(["gpt2exp", *self.overrides]), *self._consoles, style="bold")
+        self._print(" ".join([parallel.program(), *self.overrides]), *self._consoles, style="bold")
         if self.progress:
             self._print(f"{self.progress}: {' '.join(self.overrides)}", self.console)
         self.rows(rows)
@@ -246,7 +248,7 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
     wall = summary["wall_seconds"]
     rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
     if summary["state"] in ("interrupted", "failed"):
-        rows["to go on"] = f"gpt2exp resume={short(folder)}"
+        rows["to go on"] = f"{parallel.program()} resume={short(folder)}"
     rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
     return rows
 
