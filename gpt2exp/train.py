@@ -28,7 +28,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt2exp import build, estimate, help, owner, plan, record, resume, secret, signals, tokens, view
 from gpt2exp.assets import AssetError
-from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
+from gpt2exp.config import (
+    AUTO,
+    BadRequest,
+    DataName,
+    DeviceName,
+    Fallback,
+    InitConfig,
+    ModelConfig,
+    PrecisionName,
+    RunConfig,
+    parse,
+    plain,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -147,14 +159,20 @@ def _hydra(argv: list[str]) -> None:
 
 
 def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
-    """Fetch and tokenise every text of the jobs to do, and refuse what does not fit it or this machine."""
+    """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine."""
     sources: dict[tuple[DataName, str | None], tokens.TokenFile] = {}  # jobs that share a text read it once
+    checked: list[tuple[InitConfig, ModelConfig]] = []
     for job in to_do:
         config = job.config
         text = config.data.name, config.data.path
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         build.check_text(build.smallest(config), sources[text])
+        weights = config.init, config.model
+        # what goes on has its weights in a checkpoint
+        if weights not in checked and not record.saved(request.folder / job.folder):
+            build.check_weights(config.init, config.model)
+            checked.append(weights)
         if request.resumed:
             _check_same_text(config, sources[text], record.text_of(request.folder / job.folder))
         named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
@@ -354,7 +372,8 @@ def _train(
         shown.header(files.facts, files.folder, config)
         _check_memory(config, need, free, got, device)
         job = build.trainer(config, device, got, source, saved)
-        shown.rows({"wandb    ": wandb.ready()})
+        files.facts["init"] = job.origin
+        shown.rows({"weights  ": view.origin_line(files.facts["init"]), "wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
         here = {key: files.facts[key] for key in ("device", "threads", "machine")}
         peak = 0
@@ -379,7 +398,7 @@ def _train(
         def save() -> None:
             files.sync()
             tensors, numbers = job.state()
-            kept = ("config", "settled", "versions", "data", "precision", "device", "threads", "machine")
+            kept = ("config", "init", "settled", "versions", "data", "precision", "device", "threads", "machine")
             state = {**numbers, **{key: files.facts[key] for key in kept}}
             state |= {"parts": files.parts, "peak_memory_bytes": peak_memory()}
             saver.save(dict(job.model.named_parameters()), tensors, state)

@@ -41,11 +41,12 @@ class Trainer:
         seen: Tensor | None = None,
         validation: Tokens | None = None,
         autocast: torch.dtype | None = None,
+        origin: dict[str, Any] | None = None,
     ) -> None:
         """`seen` (S,): ids that occur in the data, for `loss_unseen`; `validation`: tokens held out, if any.
 
         `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
-        (Micikevicius et al. 2018).
+        (Micikevicius et al. 2018). `origin`: where the weights came from, for the record.
         """
         self.model, self.batches, self.config, self.optimizer_config = model, batches, train, optimizer
         self.optimizer = optim.build(model, optimizer)
@@ -56,7 +57,7 @@ class Trainer:
             for block in model.transformer.h:  # alike, so that one compilation serves all: PyTorch's regional recipe
                 block.compile()
         self.seen, self.validation = seen, validation
-        self.autocast = autocast
+        self.autocast, self.origin = autocast, origin
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.steps_done = 0
         self._unclipped: Tensor | None = None
