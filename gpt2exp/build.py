@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp import estimate, heap, hub, tokens
+from gpt2exp import estimate, heap, hub, parallel, tokens
 from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def prepare_heap(config: RunConfig) -> int | None:
     """Make the heap ready for a run, before torch is imported; the bytes that were free before."""
     heap.give_back()
     free = heap.available()
+    free = None if free is None else free // parallel.local_size()
     if heap.computes_here(config.train.device):
         how = {"on_cpu": True, "unfused_attention": False}
         likely = estimate.fit(config, free, 2**30, **how)
@@ -84,18 +85,21 @@ def trainer(
     train_tokens, val_tokens = data.split(source.map(), config.data.val_fraction)
     with torch.device(device):
         gpt = model.GPT(config.model).to(got.weights)
-    if runtime.pads_vocabulary(config.model.pad_vocab, device):
+    if runtime.pads_vocabulary(config.model.pad_vocab, device) and not parallel.shards(config.distributed):
         gpt.pad_vocabulary()
     origin = start(gpt, config, saved)
     return Trainer(
         gpt,
-        data.Batches(train_tokens, config.train, config.data.order, config.seed, device),
+        data.Batches(
+            train_tokens, config.train, config.data.order, config.seed, device, parallel.rank(), parallel.size()
+        ),
         config.train,
         config.optimizer,
         seen=torch.from_numpy(source.seen()).to(device),
         validation=val_tokens if len(val_tokens) else None,
         autocast=got.autocast,
         origin=origin,
+        distributed=config.distributed,
     )
 
 
@@ -112,6 +116,8 @@ def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[
     if saved is not None:
         checkpoint.load_weights(gpt, saved.weights())
         origin = saved.state.get("init", origin)
+    elif not parallel.first():
+        pass  # it takes them from the first
     elif config.init.scheme is InitScheme.pretrained:
         origin = hub.load(gpt, config.init)
     else:
