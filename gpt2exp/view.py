@@ -203,10 +203,10 @@ def _init(init: InitConfig) -> str:
 
 def origin_line(init: dict[str, Any]) -> str:
     """Where a model's weights came from, and whether head and embedding are one."""
-    came = "drawn" if init["source"] is None else f"{init['source']} (sha256 {init['sha256'][:12]})"
+    came = "drawn" if init["source"] is None else f"{init['source']} (sha256 {init['sha256'][:8]})"
     equal = "all elements equal" if init["tying"]["all_equal"] else "their elements differ"
-    one = "one tensor, the same data pointer" if init["tying"]["same_pointer"] else "two tensors"
-    return f"{came}; lm_head.weight and wte.weight are {one}, {equal}"
+    one = "one tensor (same data pointer)" if init["tying"]["same_pointer"] else "two tensors"
+    return f"{came}; lm_head.weight and wte.weight: {one}, {equal}"
 
 
 def short(path: Path) -> str:

@@ -198,8 +198,8 @@ def test_the_first_loss_is_the_one_transformers_computes(
     assert origin["source"] == str(saved[tie])
     assert origin["sha256"] == hub.find(str(saved[tie])).sha256
     assert origin["tying"] == {"same_pointer": tie, "all_equal": tie}
-    how = "one tensor, the same data pointer, all elements equal" if tie else "two tensors, their elements differ"
-    assert f"lm_head.weight and wte.weight are {how}" in out
+    how = "one tensor (same data pointer), all elements equal" if tie else "two tensors, their elements differ"
+    assert f"lm_head.weight and wte.weight: {how}" in out
     assert f"init pretrained from {saved[tie]}" in out
 
 
