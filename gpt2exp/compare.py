@@ -281,6 +281,10 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
         inside = {key for flat in flats for key in flat if key.startswith(f"{group}.")} - set(axes)
         if inside and all(len({repr(flat.get(key)) for flat in flats}) == 1 for key in inside):
             del axes[group]  # one choice, typed in some runs and made by a preset in the others
+    for key in [key for key in axes if key in usual and key.split(".")[0] in axes]:
+        together = set(zip(arms[key.split(".")[0]], arms[key], strict=True))
+        if _default(key, usual) == "null" and len(together) == len(axes[key.split(".")[0]]):
+            del axes[key]  # belongs to one choice, such as data.path to data=text: no difference of its own
     following = {key for key in arms if key not in axes and "${" in arms[key][0]}
     differing = []
     for key in sorted({key for flat in flats for key in flat} - {"seed", *axes, *following}):

@@ -171,8 +171,9 @@ def _hydra(argv: list[str]) -> None:
 
 
 def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
-    """Fetch and tokenise every text of the jobs to do, and refuse what does not fit it or this machine."""
+    """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine."""
     sources: dict[tuple[DataName, str | None], tokens.TokenFile] = {}  # jobs that share a text read it once
+    checked: list[object] = []  # and those that share weights look at them once
     for job in to_do:
         config = job.config
         parallel.check(config)
@@ -180,6 +181,11 @@ def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         build.check_text(build.smallest(config), sources[text])
+        weights = config.init, config.model
+        # what goes on has its weights in a checkpoint
+        if weights not in checked and not record.saved(request.folder / job.folder):
+            build.check_weights(config.init, config.model)
+            checked.append(weights)
         if request.resumed:
             _check_same_text(config, sources[text], record.text_of(request.folder / job.folder))
         named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
@@ -382,7 +388,8 @@ def _train(
         _check_memory(config, need, free, got, device)
         parallel.from_first((config, source.sha256, saved is not None, Path.cwd()))
         job = build.trainer(config, device, got, source, saved)
-        shown.rows({"wandb    ": wandb.ready()})
+        files.facts["init"] = job.origin
+        shown.rows({"weights  ": view.origin_line(files.facts["init"]), "wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
         here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
         peak = 0
@@ -411,7 +418,7 @@ def _train(
 
         def save(weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
             files.sync()
-            kept = ("config", "settled", "versions", "data", "precision", "device", "threads", "machine")
+            kept = ("config", "init", "settled", "versions", "data", "precision", "device", "threads", "machine")
             state = {**numbers, **{key: files.facts[key] for key in kept}}
             saver.save(weights, tensors, state | {"parts": files.parts, "peak_memory_bytes": peak})
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2exp import parallel
-from gpt2exp.config import RunConfig
+from gpt2exp.config import InitConfig, InitScheme, RunConfig
 
 log = logging.getLogger("gpt2exp")
 
@@ -40,11 +40,13 @@ class _Lines(logging.Handler):
             self.console.print(Text(logging.Formatter().formatException(record.exc_info)), soft_wrap=True)
 
 
-class _Patient:
-    """A text stream that goes quiet, instead of ending the program, once nobody reads it or its disk is full."""
+class Patient:
+    """A text stream that goes quiet, instead of ending the program, once it is `gone`: nobody reads it, or its disk is
+    full.
+    """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream, self.gone = stream, False
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without our characters gets `?` for them
 
@@ -65,6 +67,7 @@ class _Patient:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+            self.gone = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -72,7 +75,7 @@ class _Patient:
 
 def terminal(*, stderr: bool = False) -> Console:
     """The console of this process; piped, it has no colour and room for every line of ours."""
-    stream = _Patient(sys.stderr if stderr else sys.stdout)
+    stream = Patient(sys.stderr if stderr else sys.stdout)
     console = Console(file=cast(TextIO, stream), stderr=stderr, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console.width = max(console.width, 110)
@@ -97,7 +100,7 @@ class View:
         """`progress`: where the job stands in its sweep; None for a run alone."""
         self.config, self.overrides, self.progress = config, overrides, progress
         self.console = terminal()
-        self._file = cast(TextIO, _Patient((folder / "run.log").open("a", encoding="utf-8")))
+        self._file = cast(TextIO, Patient((folder / "run.log").open("a", encoding="utf-8")))
         self._log = Console(file=self._file, width=110, highlight=False)
         self._handler = _Lines(self._log, traces=True)
         self._bar: Progress | None = None
@@ -160,8 +163,8 @@ class View:
         shared = f"; {facts['processes']} processes by {facts['distributed']}" if facts["distributed"] else ""
         rows = {
             "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
-            f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {config.init.scheme.value}, "
-            f"residual scaling {'on' if config.init.residual_scaling else 'off'}, seed {config.seed}",
+            f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {_init(config.init)}, "
+            f"seed {config.seed}",
             "device": f"{facts['device']}, {facts['threads']} threads{shared}; "
             f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed{' by each' if shared else ''}",
             "precision": f"{precision['requested']} requested, {precision['effective']}{emulated}: "
@@ -192,6 +195,20 @@ class View:
             self._print(f"  {closing_line(summary)}", self.console)
         if sync is not None:  # one unbroken line, to be copied
             self._print(f"to upload: wandb sync {short(sync)}", *self._consoles)
+
+
+def _init(init: InitConfig) -> str:
+    if init.scheme is InitScheme.pretrained:
+        return f"pretrained from {init.path}"
+    return f"{init.scheme.value}, residual scaling {'on' if init.residual_scaling else 'off'}"
+
+
+def origin_line(init: dict[str, Any]) -> str:
+    """Where a model's weights came from, and whether head and embedding are one."""
+    came = "drawn" if init["source"] is None else f"{init['source']} (sha256 {init['sha256'][:8]})"
+    equal = "all elements equal" if init["tying"]["all_equal"] else "their elements differ"
+    one = "one tensor (same data pointer)" if init["tying"]["same_pointer"] else "two tensors"
+    return f"{came}; lm_head.weight and wte.weight: {one}, {equal}"
 
 
 def short(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Small trainings that a lone process and several must agree on; `torchrun tests/shared_runs.py FILE` is the several."""
+"""Small trainings that a lone process and several must agree on; run by torchrun, this file is the several."""
 
 from __future__ import annotations
 
