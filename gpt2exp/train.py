@@ -31,7 +31,6 @@ from gpt2exp.assets import AssetError
 from gpt2exp.config import (
     AUTO,
     BadRequest,
-    DataName,
     DeviceName,
     Distributed,
     Fallback,
@@ -172,12 +171,12 @@ def _hydra(argv: list[str]) -> None:
 
 def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
     """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine."""
-    sources: dict[tuple[DataName, str | None], tokens.TokenFile] = {}  # jobs that share a text read it once
+    sources: dict[tuple[Any, ...], tokens.TokenFile] = {}  # jobs that share a text read it once
     checked: list[object] = []  # and those that share weights look at them once
     for job in to_do:
         config = job.config
         parallel.check(config)
-        text = config.data.name, config.data.path
+        text = config.data.text
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         build.check_text(build.smallest(config), sources[text])

@@ -9,14 +9,23 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -240,8 +249,10 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
         data = summary["data"]
         rows["for scale"] = (
             f"guessing among the {data['distinct_tokens']:,} ids that occur {math.log(data['distinct_tokens']):.3f}, "
-            f"by frequency {data['unigram_entropy']:.3f}, by the token before {data['bigram_entropy']:.3f}"
+            f"by frequency {data['unigram_entropy']:.3f}"
         )
+        if data["bigram_entropy"] is not None:  # of a long text it is not counted
+            rows["for scale"] += f", by the token before {data['bigram_entropy']:.3f}"
     if summary["val_loss"] is not None:
         rows["validation loss"] = f"{summary['val_loss']:.4f}"
     if summary["loss_unseen_first"] is not None:
@@ -318,6 +329,35 @@ def _grid(rows: dict[str, str]) -> Table:
     for label, text in rows.items():
         table.add_row(label, Text(text))
     return table
+
+
+PATIENCE = 3
+"""Seconds that something may take before a bar says how far it is."""
+
+
+@contextlib.contextmanager
+def reading(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
+    """A block that reads `size` bytes (None: nobody knows how many) and tells the function it gets of each part.
+
+    Where that takes long, a bar with rate and time left stands on a terminal's standard error meanwhile.
+    """
+    console, began = terminal(stderr=True), time.monotonic()
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
+    task = bar.add_task(what, total=size)
+
+    def advance(part: int) -> None:
+        bar.advance(task, part)
+        if time.monotonic() - began > PATIENCE:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 def wants_traces() -> bool:
