@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gpt2exp import estimate, heap, tokens
+from gpt2exp import estimate, heap, parallel, tokens
 from gpt2exp.config import AUTO, BadRequest, RunConfig
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def prepare_heap(config: RunConfig) -> int | None:
     """Make the heap ready for a run, before torch is imported; the bytes that were free before."""
     heap.give_back()
     free = heap.available()
+    free = None if free is None else free // parallel.local_size()
     if heap.computes_here(config.train.device):
         how = {"on_cpu": True, "unfused_attention": False}
         likely = estimate.fit(config, free, 2**30, **how)
@@ -77,19 +78,22 @@ def trainer(
     train_tokens, val_tokens = data.split(source.map(), config.data.val_fraction)
     with torch.device(device):
         gpt = model.GPT(config.model).to(got.weights)
-    if runtime.pads_vocabulary(config.model.pad_vocab, device):
+    if runtime.pads_vocabulary(config.model.pad_vocab, device) and not parallel.shards(config.distributed):
         gpt.pad_vocabulary()
-    if saved is None:
+    if saved is not None:
+        checkpoint.load_weights(gpt, saved.weights())
+    elif parallel.first():  # where the others take theirs from
         model.initialise(gpt, config.init, config.seed)
         diagnostics.check_init(gpt, config.init)
-    else:
-        checkpoint.load_weights(gpt, saved.weights())
     return Trainer(
         gpt,
-        data.Batches(train_tokens, config.train, config.data.order, config.seed, device),
+        data.Batches(
+            train_tokens, config.train, config.data.order, config.seed, device, parallel.rank(), parallel.size()
+        ),
         config.train,
         config.optimizer,
         seen=torch.from_numpy(source.seen()).to(device),
         validation=val_tokens if len(val_tokens) else None,
         autocast=got.autocast,
+        distributed=config.distributed,
     )

@@ -128,6 +128,13 @@ class DeviceName(Enum):
     mps = "mps"
 
 
+class Distributed(Enum):
+    """How several processes share one run."""
+
+    ddp = "ddp"  # each has the whole model and a part of the batch
+    fsdp = "fsdp"  # parameters, gradients and moments are shared out too: for models that one device cannot hold
+
+
 class OptimizerName(Enum):
     """The optimizers on offer."""
 
@@ -457,6 +464,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    distributed: Distributed = Distributed.ddp
+    """How the processes that torchrun started share the run (`gpt2exp.parallel`)."""
     seed: int = 1337
     """Seeds the initial weights and the shuffled order; 0 is a seed like any other."""
     resume: str | None = None

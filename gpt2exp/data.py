@@ -31,8 +31,19 @@ class Batches:
     epoch from (seed, epoch).
     """
 
-    def __init__(self, tokens: Tokens, train: TrainConfig, order: DataOrder, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        train: TrainConfig,
+        order: DataOrder,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        """`rank` of `processes`: which equal share of every batch's rows this process reads."""
         self.tokens = tokens
+        self.rank, self.processes = rank, processes
         self.batch_size, self.seq_len = train.sequences, train.seq_len
         self.order, self.seed, self.device = order, seed, device
         self.per_epoch = (len(tokens) - 1) // (self.batch_size * self.seq_len)
@@ -45,14 +56,15 @@ class Batches:
         self._ahead = number, self._read(number)
 
     def at(self, number: int) -> tuple[Tensor, Tensor]:
-        """Micro-batch `number`, counted from 0 over all epochs: inputs and targets, each (B, T) int64."""
+        """Micro-batch `number`, counted from 0 over all epochs: inputs and targets, each (B / processes, T) int64."""
         if self._ahead is not None and self._ahead[0] == number:
             return self._ahead[1]
         return self._read(number)
 
     def _read(self, number: int) -> tuple[Tensor, Tensor]:
         epoch, index = divmod(number, self.per_epoch)
-        windows = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        rows = self.batch_size // self.processes
+        windows = index * self.batch_size + np.arange(self.rank * rows, (self.rank + 1) * rows)
         if self.order is DataOrder.shuffled:
             windows = self._shuffled(epoch)[windows]
         return gather(self.tokens, windows, self.seq_len, self.device)
@@ -65,15 +77,17 @@ class Batches:
 
 
 def validation_windows(
-    tokens: Tokens, seq_len: int, batch_size: int, device: torch.device
+    tokens: Tokens, seq_len: int, batch_size: int, device: torch.device, rank: int = 0, processes: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every window of the validation tokens once, in order: (inputs, targets) of up to `batch_size` rows.
 
-    The windows depend on the text and `seq_len` alone, so every run with these is judged on the same ones.
+    The windows depend on the text and `seq_len` alone, so every run with these is judged on the same ones. Of several
+    processes each reads its share of a batch's rows, which in the last batch may be none.
     """
     windows = np.arange((len(tokens) - 1) // seq_len)
     for start in range(0, len(windows), batch_size):
-        yield gather(tokens, windows[start : start + batch_size], seq_len, device)
+        rows = np.array_split(windows[start : start + batch_size], processes)[rank]
+        yield gather(tokens, rows, seq_len, device)
 
 
 def gather(tokens: Tokens, windows: npt.NDArray[np.int64], seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:

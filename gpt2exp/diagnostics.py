@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2exp import parallel
 from gpt2exp.config import InitConfig, InitScheme, ModelConfig
 from gpt2exp.model import GPT
 
@@ -34,12 +35,12 @@ def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
             logits = model(rows)
             logits = logits.float() if logits.dtype.itemsize == 2 else logits
             shares.append(logits.logsumexp(-1) - logits[..., seen].logsumexp(-1))
-        return float(torch.cat(shares).mean())
+        return float(parallel.mean(torch.cat(shares).mean()))
 
 
 def grad_norm(model: nn.Module) -> float:
     """Euclidean norm of the whole gradient as it stands."""
-    return math.hypot(*(norm(p.grad) for p in model.parameters() if p.grad is not None))
+    return math.hypot(*(norm(parallel.whole(p.grad)) for p in model.parameters() if p.grad is not None))
 
 
 def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | list[float]]:
@@ -47,20 +48,20 @@ def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | li
 
     `residual_rms`: root mean square of the stream as embedded and after each block, n_layer + 1 numbers.
     `wte_grad_lookup`, `wte_grad_head`: norms of the gradients that the embedding gets as look-up table and as head.
-    Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use steers it.
+    Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use steers it. Of several
+    processes each gives its rows of the batch.
     """
     transformer = model.transformer
     rows = F.embedding(idx, transformer.wte.weight.detach()).requires_grad_()
     head = model.lm_head.weight.detach().requires_grad_()
     rms = []
     for x in transformer.stream(idx, rows):
-        rms.append(float(x.detach().float().square().mean().sqrt()))
+        rms.append(float(parallel.mean(x.detach().float().square().mean()).sqrt()))
     loss = model.loss(transformer.ln_f(x), head, targets)
     by_row, by_head = torch.autograd.grad(loss, [rows, head])
-    distinct, inverse = torch.unique(idx, return_inverse=True)
-    by_token = by_row.new_zeros(len(distinct), by_row.size(-1))
-    by_token.index_add_(0, inverse.reshape(-1), by_row.flatten(0, 1))  # a token's positions add up
-    return {"residual_rms": rms, "wte_grad_lookup": norm(by_token), "wte_grad_head": norm(by_head)}
+    by_token = torch.zeros_like(by_head).index_add_(0, idx.reshape(-1), by_row.flatten(0, 1))  # its positions add up
+    lookup, head_use = (norm(parallel.mean(gradient)) for gradient in (by_token, by_head))
+    return {"residual_rms": rms, "wte_grad_lookup": lookup, "wte_grad_head": head_use}
 
 
 def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:

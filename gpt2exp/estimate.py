@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gpt2exp import parallel
 from gpt2exp.config import AUTO, PrecisionName, RunConfig
 
 
@@ -27,18 +28,19 @@ NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True
 
 
 def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
-    """Estimated peak bytes of training.
+    """Estimated peak bytes of training, of one process where the run has several.
 
     Weights, gradients and AdamW's two moments take 16 bytes a parameter (fp64: 32). At the start of the backward pass
     the activations are whole, the head's gradient is there (`gpt2exp.loss`) and the others are still to come: per
     layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value, attention's output
     twice, and the MLP's hidden layer before and after GELU), or, computed again in backward, 1·n_embd and one layer's
     17. Unfused attention keeps scores and probabilities as well. The peak is the larger of that and the moment when
-    all gradients are there.
+    all gradients are there. Sharded (FSDP), a process holds its part of the parameters, gradients and moments, and
+    whole only the embeddings, the head's gradient and a block.
     """
     model, train = config.model, config.train
     size = 8 if config.precision.name is PrecisionName.fp64 else 4
-    width, tokens = model.n_embd, train.micro_batch_tokens
+    width, tokens = model.n_embd, train.micro_batch_tokens // parallel.size()
     layer = 17 * width
     if unfused_attention:
         layer += 3 * model.n_head * train.seq_len + 4 * width
@@ -50,8 +52,11 @@ def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
     if config.precision.name is PrecisionName.fp16:  # takes the plain way: logits, log-softmax and its gradient
         logits = 3 * tokens * model.vocab_size
     backward = tokens * (kept + 3 * width) + head + logits + (head if unfused_attention else 0)
-    parameters = model.parameters["total"]
-    peak = size * (3 * parameters + max(parameters + head // 2, backward))
+    parameters, extra = model.parameters["total"], 0
+    if parallel.shards(config.distributed):
+        extra = parameters - model.parameters["blocks"] + 2 * model.parameters["blocks"] // model.n_layer
+        parameters //= parallel.size()
+    peak = size * (3 * parameters + extra + max(parameters + head // 2, backward))
     return peak + (PROCESS_BYTES if on_cpu else 0)
 
 
@@ -76,8 +81,9 @@ def _batches(config: RunConfig, most: int) -> Iterator[int]:
         yield config.train.sequences
         return
     windows = (config.train.tokens_per_step or 0) // config.train.seq_len
-    for batch in NICE_BATCHES:
-        if batch == 1 or (batch <= most and windows % batch == 0):
+    for share in NICE_BATCHES:  # a process's
+        batch = share * parallel.size()
+        if share == 1 or (batch <= most and windows % batch == 0):
             yield batch
 
 
@@ -88,11 +94,15 @@ def _settled(config: RunConfig, **choices: Any) -> RunConfig:
 
 
 def fitting_batch(config: RunConfig, free: int, **how: Any) -> int | None:
-    """The largest power of two below `train.batch_size` whose estimate is at most `free` bytes; None if not even 1."""
-    batch = 2 ** ((config.train.sequences - 1).bit_length() - 1) if config.train.sequences > 1 else 0
-    while batch:
+    """The largest batch below `train.batch_size`, a power of two for each process, whose estimate is at most `free`
+    bytes; None if not even 1 is.
+    """
+    share = config.train.sequences // parallel.size()
+    share = 2 ** ((share - 1).bit_length() - 1) if share > 1 else 0
+    while share:
+        batch = share * parallel.size()
         smaller = replace(config, train=replace(config.train, batch_size=batch, tokens_per_step=None))
         if memory(smaller, **how) <= free:
             return batch
-        batch //= 2
+        share //= 2
     return None

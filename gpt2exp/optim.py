@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gpt2exp import parallel
 from gpt2exp.config import OptimizerConfig, Schedule
 
 
@@ -45,7 +46,11 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give the optimizer what `state` said; each tensor is taken out of `tensors`, so that no two copies pile up."""
+    """Give the optimizer what `state` said in the first process.
+
+    Each tensor is taken out of `tensors`, so that no two copies pile up; the other processes' may be empty.
+    """
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            optimizer.state[parameter][key] = tensors.pop(f"{key}.{name}").to(parameter.device, copy=True)
+            like = torch.zeros((), device=parameter.device) if key == "step" else parameter.detach()
+            optimizer.state[parameter][key] = parallel.given(tensors.pop(f"{key}.{name}", None), like)

@@ -29,7 +29,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from gpt2exp import config, plan, record, view
 from gpt2exp.config import HOUSEKEEPING, BadRequest, RunConfig, Schedule, show
 
-MAY_CHANGE = (*HOUSEKEEPING, "train.steps", "train.device", "data.path")
+MAY_CHANGE = (*HOUSEKEEPING, "train.steps", "train.device", "distributed", "data.path")
 """Keys, or whole sections, that a run may go on with another value of; the text at `data.path` must be the same."""
 
 

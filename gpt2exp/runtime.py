@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from gpt2exp import heap, owner
-from gpt2exp.config import AUTO, BadRequest, DeviceName, TrainConfig
+from gpt2exp import heap, owner, parallel
+from gpt2exp.config import AUTO, BadRequest, DeviceName, TrainConfig, require
 
 PEAK_TFLOPS = {
     # dense peaks by name as CUDA reports it, from NVIDIA's data sheets (without sparsity); fp16 runs at bf16's rate
@@ -47,18 +47,25 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def resolve_device(name: DeviceName) -> torch.device:
-    """The device to compute on.
+    """The device to compute on; of several processes on a machine each has a GPU of its own.
 
     Raises:
-        BadRequest: it was named and is not there.
+        BadRequest: it was named and is not there, or there are fewer GPUs than processes.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name is DeviceName.auto:
-        return torch.device(next(kind for kind, found in there.items() if found))
-    if not there[name.value]:
+    kind = next(kind for kind, found in there.items() if found) if name is DeviceName.auto else name.value
+    if not there[kind]:
         found = ", ".join(kind for kind, present in there.items() if present)
-        raise BadRequest(f"train.device={name.value}: PyTorch sees no such device here; use auto or one of: {found}")
-    return torch.device(name.value)
+        raise BadRequest(f"train.device={kind}: PyTorch sees no such device here; use auto or one of: {found}")
+    if parallel.size() == 1:
+        return torch.device(kind)
+    if kind == "cuda":
+        gpus = torch.cuda.device_count()
+        why = f"torchrun started {parallel.local_size()} processes here, and there are {gpus} GPUs"
+        require(parallel.local_size() <= gpus, "train.device", kind, why, f"try torchrun --nproc-per-node {gpus}")
+        return torch.device(kind, parallel.local_rank())
+    require(kind == "cpu", "train.device", kind, "processes cannot share Apple's GPU", "start one without torchrun")
+    return torch.device(kind)
 
 
 def device_name(device: torch.device) -> str:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -26,7 +26,21 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp import build, engines, estimate, help, owner, plan, record, resume, secret, signals, tokens, view
+from gpt2exp import (
+    build,
+    engines,
+    estimate,
+    help,
+    owner,
+    parallel,
+    plan,
+    record,
+    resume,
+    secret,
+    signals,
+    tokens,
+    view,
+)
 from gpt2exp.assets import AssetError
 from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
 
@@ -36,6 +50,7 @@ if TYPE_CHECKING:
     from gpt2exp import checkpoint
     from gpt2exp.mirror import Mirror
     from gpt2exp.precision import Precision
+    from gpt2exp.trainer import Trainer
 
 BEGAN = time.monotonic()
 """When this process began, near enough: the first job's start-up counts from here."""
@@ -64,8 +79,13 @@ def command(argv: list[str]) -> int:
         if args.help:
             view.terminal().print(help.text(), markup=False)
             return 0
-        with signals.terminable():
-            return _carry_out(args, argv)
+        with signals.terminable(), parallel.joined():
+            if not parallel.first():
+                return _follow()
+            try:
+                return _carry_out(args, argv)
+            finally:
+                parallel.dismiss()
     except (BadRequest, AssetError) as error:
         view.refuse(str(error), trace=full_error)
         return 2 if isinstance(error, BadRequest) else 1
@@ -97,6 +117,10 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         _hydra(argv)
         return 0
     request = resume.make(args) or plan.make(args)
+    if request.multirun and parallel.size() > 1:
+        why = "under torchrun every job would share out its batch over the same processes"
+        remedy = "start sweeps as gpt2exp -m ..., a device a job by hydra/launcher, or torchrun for one run at a time"
+        raise BadRequest(f"a sweep: {why}; {remedy}")
     words = [word for word in argv if word not in args.overrides]  # flags
     if request.resumed:
         words += ["-m"] if request.multirun else []
@@ -173,6 +197,7 @@ def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
     sources: dict[tuple[DataName, str | None], tokens.TokenFile] = {}  # jobs that share a text read it once
     for job in to_do:
         config = job.config
+        parallel.check(config)
         text = config.data.name, config.data.path
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
@@ -376,7 +401,8 @@ def _train(
             "flops_per_token": config.model.flops_per_token(config.train.seq_len),
             "precision": got.as_dict(),
             "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
-            "device": f"{device.type}: {runtime.device_name(device)}",
+            "device": f"{device.type}: {runtime.device_name(device)}{parallel.times()}",
+            "processes": parallel.size(),
             "threads": torch.get_num_threads(),
             "estimated_memory_bytes": need,
             "settled": {key: getattr(config.train, key) for key in estimate.SETTLED},
@@ -385,6 +411,7 @@ def _train(
         }
         shown.header(files.facts, files.folder, config)
         _check_memory(config, need, free, got, device)
+        parallel.from_first((config, source.sha256, saved is not None, Path.cwd()))
         job = build.trainer(config, device, got, source, saved)
         shown.rows({"wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
@@ -405,36 +432,85 @@ def _train(
         files.training_begins(**here, wandb=wandb.link())
         stop.waiting = True
 
-        def peak_memory() -> int:
-            return max(peak, runtime.peak_memory(device))
+        def keep(metrics: dict[str, Any], peak_now: int) -> None:
+            nonlocal peak
+            peak = max(peak, peak_now)
+            files.step(metrics)
+            shown.step(metrics)
+            if metrics["step"] % config.train.log_every == 0 or job.steps_done == config.train.steps:
+                wandb.log(metrics)
 
-        def save() -> None:
+        def save(weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
             files.sync()
-            tensors, numbers = job.state()
             kept = ("config", "settled", "versions", "data", "precision", "device", "threads", "machine")
             state = {**numbers, **{key: files.facts[key] for key in kept}}
-            state |= {"parts": files.parts, "peak_memory_bytes": peak_memory()}
-            saver.save(dict(job.model.named_parameters()), tensors, state)
+            saver.save(weights, tensors, state | {"parts": files.parts, "peak_memory_bytes": peak})
 
         try:
-            for metrics in job.fit():
-                files.step(metrics)
-                shown.step(metrics)
-                done, last = job.steps_done, job.steps_done == config.train.steps
-                if metrics["step"] % config.train.log_every == 0 or last:
-                    wandb.log(metrics)
-                every = config.checkpoint.every
-                wanted = config.checkpoint.save_last if last else stop.asked or stop.warned
-                if (every and done % every == 0) or wanted:
-                    stop.warned = False
-                    save()
-                if stop.asked is not None and not last:
-                    raise stop.asked
+            _steps(job, config, stop, keep, save)
         finally:  # also of a run that diverged or was stopped, as far as it came
             saver.wait()
             if files.metrics:
-                files.measured |= {**job.timing(), "peak_memory_bytes": peak_memory()}
+                files.measured |= {**job.timing(), "peak_memory_bytes": peak}
         files.measured["mfu"] = _mfu(config, device, got, files.measured["tokens_per_second"])
+
+
+def _steps(
+    job: Trainer,
+    config: RunConfig,
+    stop: signals.Stop,
+    keep: Callable[[dict[str, Any], int], None],
+    save: Callable[..., None],
+) -> None:
+    """Train to the end, or until a signal reached one process of the run; all of them do this alike.
+
+    `keep` gets every step's metrics and the peak memory so far, `save` what `Trainer.state` says where that is due.
+    """
+    from gpt2exp import runtime
+
+    every = config.checkpoint.every
+    for metrics in job.fit():
+        done, last = job.steps_done, job.steps_done == config.train.steps
+        asked, warned, peak = parallel.largest(stop.asked is not None, stop.warned, runtime.peak_memory(job.device))
+        keep(metrics, peak)
+        if warned or (every and done % every == 0) or (config.checkpoint.save_last if last else asked):
+            stop.warned = False
+            save(*job.state())
+        if asked and not last:
+            raise stop.asked or KeyboardInterrupt
+
+
+def _follow() -> int:
+    """What a process does that is not the run's first: the same steps, with nothing written; the exit code."""
+    task: Any = parallel.from_first()
+    if task is None:  # no run came of it
+        return 0
+    config, text, goes_on, cwd = task
+    build.prepare_heap(config)
+    from gpt2exp import precision, runtime
+
+    def leave(*_: Any) -> None:
+        """The first process keeps the record."""
+
+    with signals.deferred() as stop:
+        stop.waiting = True
+        try:
+            with contextlib.suppress(OSError):  # on another machine it need not be there
+                os.chdir(cwd)
+            device = runtime.resolve_device(config.train.device)
+            source = tokens.prepare(config.data)
+            _check_same_text(config, source, text)
+            with precision.applied(config.precision, device) as got:
+                job = build.trainer(config, device, got, source)
+                if goes_on:
+                    job.restore({}, {})
+                _steps(job, config, stop, leave, leave)
+        except KeyboardInterrupt as interrupt:
+            return signals.code(stop.asked or interrupt)
+        except Exception as problem:
+            log.error("process %d of %d: %s", parallel.rank() + 1, parallel.size(), _classify(problem, config, None)[1])
+            return 1
+    return 0
 
 
 def _check_memory(config: RunConfig, need: int, free: int | None, got: Precision, device: torch.device) -> None:
@@ -456,7 +532,7 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
     peak = runtime.peak_flops(runtime.device_name(device), got.effective) if device.type == "cuda" else None
     if peak is None or got.emulated:
         return None
-    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / peak
+    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / (peak * parallel.size())
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2exp import data, diagnostics, optim, precision, runtime
-from gpt2exp.config import OptimizerConfig, TrainConfig
+from gpt2exp import data, diagnostics, optim, parallel, precision, runtime
+from gpt2exp.config import Distributed, OptimizerConfig, TrainConfig
 from gpt2exp.model import GPT
 from gpt2exp.tokens import Tokens
 
@@ -41,20 +41,25 @@ class Trainer:
         seen: Tensor | None = None,
         validation: Tokens | None = None,
         autocast: torch.dtype | None = None,
+        distributed: Distributed = Distributed.ddp,
     ) -> None:
         """`seen` (S,): ids that occur in the data, for `loss_unseen`; `validation`: tokens held out, if any.
 
         `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
-        (Micikevicius et al. 2018).
+        (Micikevicius et al. 2018). `distributed`: how the model is spread, where the run has several processes.
         """
         self.model, self.batches, self.config, self.optimizer_config = model, batches, train, optimizer
-        self.optimizer = optim.build(model, optimizer)
-        model.transformer.gradient_in_place = model.config.tie_weights
+        # several processes exchange gradients as autograd reports them, which this one would not be
+        model.transformer.gradient_in_place = model.config.tie_weights and parallel.size() == 1
         model.transformer.recompute = train.activation_checkpointing is True
         model.loss_rows = train.loss_rows
         if train.compile is True:
             for block in model.transformer.h:  # alike, so that one compilation serves all: PyTorch's regional recipe
                 block.compile()
+        self.sharded = parallel.shards(distributed)
+        self.module = parallel.spread(model, distributed, batches.device)
+        """`model`, or what stands around it to train it together with other processes."""
+        self.optimizer = optim.build(model, optimizer)
         self.seen, self.validation = seen, validation
         self.autocast = autocast
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
@@ -74,20 +79,23 @@ class Trainer:
         """One optimizer step: next batch, forward, loss, backward, clip if asked, AdamW. Returns the loss, a scalar.
 
         With accumulation the loss and the gradient are the means over `grad_accum_steps` micro-batches of equal size,
-        so that they equal one batch of them all. The gradient stays in `.grad` until the next step.
+        so that they equal one batch of them all; so is the gradient over several processes, while the loss returned is
+        that of this one's rows. The gradient stays in `.grad` until the next step.
         """
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for micro in range(config.grad_accum_steps):
             x, y = self.batches.at(self.steps_done * config.grad_accum_steps + micro)
-            with precision.cast(self.device, self.autocast):
-                loss = self.model(x, y) / config.grad_accum_steps
-            self.scaler.scale(loss).backward()
+            with parallel.reducing(self.module, micro == config.grad_accum_steps - 1):
+                with precision.cast(self.device, self.autocast):
+                    loss = self.module(x, y) / config.grad_accum_steps
+                self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         self.scaler.unscale_(self.optimizer)
         if self.optimizer_config.grad_clip > 0:
-            self._unclipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
+            self._unclipped = parallel.whole(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.scaler.step(self.optimizer)
@@ -102,20 +110,25 @@ class Trainer:
         """Of the step to come."""
         return optim.learning_rate(self.optimizer_config, self.steps_done, self.config.steps)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What the steps to come depend on beside the weights and the configuration: tensors by name, and numbers.
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """What the steps to come depend on beside the configuration: weights and other tensors by name, and numbers.
 
-        `micro_batches` is the position in the data: a batch is a pure function of its number.
+        `micro_batches` is the position in the data: a batch is a pure function of its number. Every process calls this;
+        the first one's answer is the run's, and knows nothing of how many they are.
         """
-        tensors = optim.state(self.model, self.optimizer) | runtime.random_state(self.device)
+        weights = parallel.gathered(dict(self.model.named_parameters()))
+        tensors = parallel.gathered(optim.state(self.model, self.optimizer)) | runtime.random_state(self.device)
         scaler = self.scaler.state_dict()
-        numbers = {"step": self.steps_done, "micro_batches": self.steps_done * self.config.grad_accum_steps}
-        return tensors, numbers | {
-            "scaler": {key: scaler[key] for key in ("scale", "_growth_tracker") if key in scaler}
+        numbers: dict[str, Any] = {
+            "step": self.steps_done,
+            "micro_batches": self.steps_done * self.config.grad_accum_steps,
         }
+        numbers["scaler"] = {key: scaler[key] for key in ("scale", "_growth_tracker") if key in scaler}
+        return weights, tensors, numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Go on from what `state` said; the weights are the caller's."""
+        """Go on from what `state` said in the first process; the weights are the caller's."""
+        numbers = parallel.from_first(numbers)
         runtime.restore_random_state(self.device, tensors)
         optim.restore(self.model, self.optimizer, tensors)
         self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
@@ -126,17 +139,22 @@ class Trainer:
         assert self.validation is not None
         total, count = 0.0, 0
         config = self.config
+        share = parallel.rank(), parallel.size()
         with torch.no_grad(), precision.cast(self.device, self.autocast):
-            for x, y in data.validation_windows(self.validation, config.seq_len, config.sequences, self.device):
-                total += float(self.model(x, y)) * y.numel()
-                count += y.numel()
-        return total / count
+            for x, y in data.validation_windows(self.validation, config.seq_len, config.sequences, self.device, *share):
+                loss = self.model(x, y)  # also of no rows at all, since a sharded model needs every process
+                if len(y):
+                    total += float(loss) * y.numel()
+                    count += y.numel()
+        sums = parallel.total(torch.tensor([total, count], dtype=torch.float64))
+        return float(sums[0] / sums[1])
 
     def fit(self) -> Iterator[dict[str, Any]]:
         """Train to the last step, yielding each step's metrics.
 
         Only the step is on the clock, the device synchronised at both ends; measures, validation and whatever the
-        caller does with the metrics are not. `loss` is the loss before the step's update, `step` counts from 0.
+        caller does with the metrics are not. `loss` is the loss before the step's update, `step` counts from 0. Losses,
+        norms and tokens are those of all processes together.
 
         Raises:
             Diverged: a loss, or the gradient's norm where it is measured, is infinite or not a number.
@@ -155,7 +173,7 @@ class Trainer:
             runtime.synchronize(self.device)
             seconds = time.perf_counter() - start
             metrics |= {
-                "loss": float(loss),
+                "loss": float(parallel.mean(loss)),
                 "tokens": self.steps_done * config.step_tokens,
                 "step_ms": seconds * 1e3,
                 "tokens_per_second": config.step_tokens / seconds,
@@ -182,7 +200,7 @@ class Trainer:
         x, y = self.batches.at(self.steps_done * self.config.grad_accum_steps)
         with precision.cast(self.device, self.autocast):
             measured: dict[str, Any] = {"loss_unseen": diagnostics.loss_unseen(self.model, x, self.seen)}
-            if thorough:
+            if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
                 measured |= diagnostics.first_look(self.model, x, y)
         return measured
 
