@@ -26,7 +26,21 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp import build, estimate, help, owner, parallel, plan, record, resume, secret, signals, tokens, view
+from gpt2exp import (
+    build,
+    engines,
+    estimate,
+    help,
+    owner,
+    parallel,
+    plan,
+    record,
+    resume,
+    secret,
+    signals,
+    tokens,
+    view,
+)
 from gpt2exp.assets import AssetError
 from gpt2exp.config import (
     AUTO,
@@ -142,18 +156,40 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         view.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
     if not to_do and not request.multirun:
         return 0
-    with plan.claimed(request, words):
-        if request.resumed and not request.multirun:
-            run(request.folder)
-        elif to_do:
-            try:
-                _hydra([*words, *request.pins])
-            except KeyboardInterrupt:
-                if request.multirun:
-                    place = view.short(request.folder.absolute())
-                    view.terminal().print(f"to go on: gpt2exp resume={place}", markup=False, soft_wrap=True)
-                raise
-        return _outcome(request)
+    with contextlib.ExitStack() as engine:
+        if request.launcher is not None:
+            engine.enter_context(engines.running(request.launcher, request.folder))
+        with plan.claimed(request, words):
+            if request.resumed and not request.multirun:
+                run(request.folder)
+            elif to_do:
+                _launch(request, words)
+            engine.close()
+            return _outcome(request)
+
+
+def _launch(request: plan.Plan, words: list[str]) -> None:
+    try:
+        _hydra([*words, *request.pins])
+    except KeyboardInterrupt:
+        if request.multirun:
+            _say_how_to_go_on(request)
+        raise
+    except Exception as problem:
+        if request.local and request.names:  # Hydra's own launcher and sweeper raise nothing of a job's
+            raise
+        text = str(problem).strip() or type(problem).__name__
+        view.refuse(f"the sweep ended early: {text.splitlines()[0]}", trace=view.wants_traces())
+        _say_how_to_go_on(request)
+
+
+def _say_how_to_go_on(request: plan.Plan) -> None:
+    if request.launcher is not None and request.launcher._target_ == engines.SLURM:
+        text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
+        view.terminal().print(text, markup=False)
+    if request.names:
+        place = view.short(request.folder.absolute())
+        view.terminal().print(f"to go on: gpt2exp resume={place}", markup=False, soft_wrap=True)
 
 
 def _hydra(argv: list[str]) -> None:
@@ -221,8 +257,11 @@ def _dry_row(job: plan.Job) -> dict[str, str]:
     }
 
 
-def job(cfg: DictConfig) -> None:
-    """Hydra's task: one run, in the folder Hydra made. Records every outcome; raises only what should end a sweep."""
+def job(cfg: DictConfig) -> float | None:
+    """Hydra's task: one run, in the folder Hydra made. Records every outcome; raises only what should end a sweep.
+
+    Of a sweep's job it returns the loss that a sweeper is to minimise, infinite if the run diverged or failed.
+    """
     view.show_warnings()  # in a process that another launcher started
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -231,15 +270,22 @@ def job(cfg: DictConfig) -> None:
     if sweep is None:
         with _record_kept():
             run(folder)
-        return
-    if record.row(folder, sweep)["state"] in ("done", "diverged"):  # in an earlier launch
-        return
+        return None
+    engines.enter(str(hydra_config.launcher._target_), sweep, config.train.device)
+    if record.row(folder, sweep)["state"] not in ("done", "diverged"):  # in an earlier launch
+        _job_of_sweep(cfg, config, folder, sweep)
+    return record.objective(folder)
+
+
+def _job_of_sweep(cfg: DictConfig, config: RunConfig, folder: Path, sweep: Path) -> None:
+    hydra_config = HydraConfig.get()
+    isolate = config.sweep.isolate and not signals.requeued_by()  # submitit gives a job its own process already
     try:
-        with _record_kept(), contextlib.nullcontext() if config.sweep.isolate else owner.held(folder):
+        with _record_kept(), contextlib.nullcontext() if isolate else owner.held(folder):
             plan.describe(folder, cfg, hydra_config.overrides.task, cast("DictConfig", HydraConfig.instance().cfg))
             if config.sweep.fail_fast and _failed_before(sweep):
                 return
-            if config.sweep.isolate:
+            if isolate:
                 _in_own_process(folder)
             else:
                 run(folder, BEGAN if hydra_config.job.num == 0 else time.monotonic())
@@ -446,9 +492,10 @@ def _steps(
     every = config.checkpoint.every
     for metrics in job.fit():
         done, last = job.steps_done, job.steps_done == config.train.steps
-        asked, peak = parallel.largest(stop.asked is not None, runtime.peak_memory(job.device))
+        asked, warned, peak = parallel.largest(stop.asked is not None, stop.warned, runtime.peak_memory(job.device))
         keep(metrics, peak)
-        if (every and done % every == 0) or (config.checkpoint.save_last if last else asked):
+        if warned or (every and done % every == 0) or (config.checkpoint.save_last if last else asked):
+            stop.warned = False
             save(*job.state())
         if asked and not last:
             raise stop.asked or KeyboardInterrupt
@@ -540,12 +587,12 @@ def _for_wandb(values: dict[str, Any]) -> dict[str, Any]:
 def _outcome(request: plan.Plan) -> int:
     """What a sweep came to, if it was one, and the exit code, both from what the folders say."""
     rows = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
-    done = sum(row["state"] == "done" for row in rows)
+    done, jobs = sum(row["state"] == "done" for row in rows), len(request.names) or len(rows)
     if request.multirun:
         from gpt2exp import report
 
         console, place = view.terminal(), view.short(request.folder.absolute())
-        title = f"{done} of {len(request.jobs)} runs done in {place}"
+        title = f"{done} of {jobs} runs done in {place}"
         console.print(view.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
         report.conclude(request.folder, console)
         for row in rows:
@@ -554,8 +601,10 @@ def _outcome(request: plan.Plan) -> int:
         offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
         if found := [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]:
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
-    return 0 if rows and done == len(rows) else 1
+    return 0 if rows and done == max(jobs, len(rows)) else 1
 
 
 if __name__ == "__main__":
-    main()
+    from gpt2exp import train  # under its own name, by which a launcher's workers find `job`
+
+    train.main()
