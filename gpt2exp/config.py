@@ -78,6 +78,7 @@ class InitScheme(Enum):
     openai = "openai"  # the same with position embeddings at 0.01, as OpenAI's code
     xavier = "xavier"  # N(0, 1/sqrt(fan_in)) for every matrix
     torch = "torch"  # what nn.Linear and nn.Embedding do when left alone
+    pretrained = "pretrained"  # the weights at init.path
 
 
 class PrecisionName(Enum):
@@ -225,6 +226,9 @@ class InitConfig:
     """Standard deviation of `wpe`; null for the scheme's own."""
     residual_scaling: bool = True
     """Multiply the std of both `c_proj` of a block by (2·n_layer)^-0.5 (GPT-2 paper, section 2.3)."""
+    path: str | None = None
+    """For `init=pretrained`: a folder, or a hub id, of Hugging Face GPT-2 weights. In a sweep over `init` the other
+    arms have it too, unused; `gpt2exp.plan` refuses it where no arm uses it."""
 
     def __post_init__(self) -> None:
         for name in ("std", "position_std"):
@@ -232,7 +236,13 @@ class InitConfig:
             ok = value is None or (math.isfinite(value) and value > 0)
             require(ok, f"init.{name}", value, "must be a finite number above 0", f"try init.{name}=0.02")
         scheme = self.scheme.value
-        if self.scheme in (InitScheme.gpt2, InitScheme.openai):
+        if self.scheme is InitScheme.pretrained:
+            remedy = "try init=pretrained init.path=FOLDER, or a hub id such as gpt2"
+            require(bool(self.path), "init.path", self.path, "init=pretrained needs to know where they are", remedy)
+            for name, none in (("std", None), ("position_std", None), ("residual_scaling", False)):
+                value, why = getattr(self, name), "init=pretrained draws nothing"
+                require(value is none, f"init.{name}", value, why, "leave it out, or use init=gpt2")
+        elif self.scheme in (InitScheme.gpt2, InitScheme.openai):
             for name in ("std", "position_std"):
                 value = getattr(self, name)
                 remedy = f"try init.{name}=0.02"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2exp import owner
+from gpt2exp.config import BadRequest
 from gpt2exp.files import replacing, write_json
 
 SWEEP = "sweep.json"
@@ -56,6 +58,7 @@ class Record:
         self.metrics = list(metrics)
         self._parts = list(parts)
         self._part: dict[str, Any] = {"from_step": len(self.metrics), "started": _now()}
+        self._opened = time.time()
         self._training_began: float | None = None
         for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
             left.unlink(missing_ok=True)
@@ -72,11 +75,14 @@ class Record:
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """Parts so far, this one last: `from_step`, `started`, seconds of `startup` and of `train`, hardware, wandb."""
+        """Parts so far, this one last: `from_step`, `started`, seconds of `startup` and of `train`, hardware, wandb.
+
+        `span` is when it was at work, from its record's opening to now, in seconds since 1970.
+        """
         now = time.monotonic()
         trained_from = now if self._training_began is None else self._training_began
         times = {"startup": round(trained_from - self.began, 3), "train": round(now - trained_from, 3)}
-        return [*self._parts, self._part | times]
+        return [*self._parts, self._part | times | {"span": [round(self._opened, 3), round(time.time(), 3)]}]
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Append one step's metrics; ValueError if one of them is no finite number, and then none is kept."""
@@ -164,6 +170,30 @@ def saved(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
+def check_run(folder: Path) -> None:
+    """Refuse a folder that is not a run's with a checkpoint, and name the one that was probably meant.
+
+    Raises:
+        BadRequest: it is not there, is a sweep's, a checkpoint's or another one, or the run saved nothing.
+    """
+    such = "name a run's folder, such as runs/DAY/TIME-ID"
+    if not folder.is_dir():
+        raise BadRequest(f"{folder}: no such folder; {such}")
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        place = folder.resolve()
+        for above in (place.parent, place.parent.parent):  # checkpoints, checkpoints/step_N
+            if CHECKPOINTS in (place.name, place.parent.name) and (above / ".hydra").is_dir():
+                raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {above}")
+        if below := runs_below(folder):
+            newest = max(below, key=lambda run: (bool(saved(run)), run.stat().st_mtime))
+            what = "a sweep" if _is_sweep(folder / SWEEP) else "a folder above runs"
+            raise BadRequest(f"{folder}: {what}; name one run of it, such as {newest}")
+        raise BadRequest(f"{folder}: no run's folder; {such}")
+    if not saved(folder):
+        remedy = "train with checkpoint.save_last=true (a run that was interrupted has one)"
+        raise BadRequest(f"{folder}: this run saved no checkpoint; {remedy}")
+
+
 def text_of(folder: Path) -> str | None:
     """The sha256 of the text that a run folder's newest checkpoint was trained on; None without one that says so."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
@@ -228,13 +258,25 @@ def _is_sweep(path: Path) -> bool:
 
 
 def progress(sweep: Path, folder: Path) -> str:
-    """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the finished jobs' own times."""
+    """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the pace so far, however many run at once."""
     request = json.loads((sweep / SWEEP).read_text(encoding="utf-8"))
-    jobs, folders = len(request["jobs"]), request.get("folders", [])
-    others = [row(other, sweep) for other in runs_below(sweep) if other != folder]
-    done = [other["wall_seconds"]["total"] for other in others if "wall_seconds" in other]
+    folders = request.get("folders", [])  # none where a sweeper makes up the jobs as it goes
+    others = [other for other in runs_below(sweep) if other != folder]
     number = folders.index(folder.name) if folder.name in folders else len(others)
-    text = f"job {number + 1} of {jobs}"
-    if done:
-        text += f", about {statistics.fmean(done) * (jobs - len(done)):.0f} s left"
+    if not folders:
+        return f"job {number + 1}"
+    text = f"job {number + 1} of {len(folders)}"
+    ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
+    now = [status for status in ended if status["updated"] > request["launched"]]
+    if now:
+        pace = (time.time() - request["launched"]) / len(now)
+        text += f", about {pace * (len(folders) - len(ended)):.0f} s left"
     return text
+
+
+def objective(folder: Path) -> float:
+    """The loss by which a sweeper may judge a run: validation's, else the last steps' mean; infinite if not done."""
+    found = row(folder, folder)
+    if found["state"] != "done":
+        return math.inf
+    return float(found["loss_mean_last10"] if found["val_loss"] is None else found["val_loss"])

@@ -163,6 +163,23 @@ REQUESTS = [
         ("init=xavier init.std=0.02", "init.std=0.02: init=xavier derives it", "leave it out, or use init=gpt2"),
         ("init=torch init.std=0.02", "init.std=0.02: init=torch derives it", "leave it out, or use init=gpt2"),
         ("init=torch init.position_std=0.02", "init.position_std=0.02: init=torch is PyTorch's own", "leave it out"),
+        ("init=pretrained", "init.path=null: init=pretrained needs to know where they are", "init.path=FOLDER"),
+        ("init=pretrained init.path=x init.std=0.02", "init.std=0.02: init=pretrained draws nothing", "use init=gpt2"),
+        (
+            "init=pretrained init.path=x init.position_std=1",
+            "init.position_std=1.0: init=pretrained draws",
+            "leave it out",
+        ),
+        (
+            "init=pretrained init.path=x init.residual_scaling=true",
+            "init.residual_scaling=true: init=pretrained draws nothing",
+            "leave it out",
+        ),
+        ("init.path=folder", "init.path=folder: init=gpt2 draws its weights", "add init=pretrained"),
+        ("-m init=gpt2,torch init.path=folder", "init.path=folder: init=gpt2 draws its weights", "add init=pretrained"),
+        ("init=pretrained init.path=./nowhere", "init.path=./nowhere: no such folder", "config.json and model.safe"),
+        ("init=pretrained init.path=book.txt", "init.path=book.txt: a file", "name the folder that it lies in"),
+        ("-m seed=1,2 init=pretrained init.path=./nowhere", "init.path=./nowhere: no such folder", "a hub id such as"),
         ("init.scheme=xavier", "init.std=0.02: init=xavier derives it", "leave it out, or use init=gpt2"),
         (
             "data=text",
