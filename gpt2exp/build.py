@@ -112,12 +112,12 @@ def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[
     """
     from gpt2exp import checkpoint, diagnostics, model
 
+    if not parallel.first():
+        return {}  # it takes them from the first
     origin: dict[str, Any] = {"source": None, "files": [], "sha256": None}
     if saved is not None:
         checkpoint.load_weights(gpt, saved.weights())
         origin = saved.state.get("init", origin)
-    elif not parallel.first():
-        pass  # it takes them from the first
     elif config.init.scheme is InitScheme.pretrained:
         origin = hub.load(gpt, config.init)
     else:

@@ -574,7 +574,8 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Pair], contended: set[st
     runs = [row for pair in both for row in pair]
     if metric is SPEED and any(map(_emulated, pairs)):
         return "emulated precision: its speed is not a hardware speed"
-    if any(one["device"] != other["device"] or one["threads"] != other["threads"] for one, other in both):
+    hardware = [tuple((row["device"], row["threads"], row.get("processes", 1)) for row in pair) for pair in both]
+    if any(one != other for one, other in hardware):
         return "the arms ran on different hardware"
     # a GPU's name says what it is, a processor's does not
     if metric is SPEED and any(
@@ -595,8 +596,8 @@ def _arithmetic(row: Row) -> tuple[str, str | None]:
 def _contended(rows: Sequence[Row]) -> set[str]:
     """Folders of runs that overlapped in time with another run on the same machine, finished or not.
 
-    A run counts from its `started` for as long as it trained, each part of one that was stopped and went on by itself:
-    what its start-up took before that moment is unknown.
+    Each part of a run that was stopped and went on counts by itself: for the `span` it has recorded, of older records
+    from `started`, kept to the second, for as long as it trained, since what its start-up took before is unknown.
     """
     spans: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:
@@ -604,12 +605,13 @@ def _contended(rows: Sequence[Row]) -> set[str]:
             whole = [{"started": row["started"], "train": row["wall_seconds"]["train"]}]
             for part in row.get("parts", whole):
                 begin = datetime.fromisoformat(part["started"]).timestamp()
-                spans[part.get("machine", row.get("machine"))].append((begin, begin + part["train"], row["folder"]))
+                begin, end = part.get("span", (begin, begin + part["train"] - 1))
+                spans[part.get("machine", row.get("machine"))].append((begin, end, row["folder"]))
     found: set[str] = set()
     for on_machine in spans.values():
         longest = (-math.inf, -math.inf, "")
         for span in sorted(on_machine):
-            if span[0] < longest[1] - 1:  # starts are kept to the second
+            if span[0] < longest[1]:
                 found |= {longest[2], span[2]}
             longest = max(longest, span, key=lambda one: one[1])
     return found

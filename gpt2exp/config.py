@@ -111,6 +111,7 @@ class DataName(Enum):
 
     tinyshakespeare = "tinyshakespeare"
     text = "text"
+    hub = "hub"
 
 
 class DataOrder(Enum):
@@ -273,7 +274,18 @@ class DataConfig:
     name: DataName = DataName.tinyshakespeare
     """Chosen by `data=NAME`."""
     path: str | None = None
-    """For `data=text`: a UTF-8 file, or a folder of them."""
+    """For `data=text`: a UTF-8 text, JSONL or Parquet file, or a folder of them. For `data=hub`: a dataset of the
+    Hugging Face Hub, OWNER/NAME, or a folder that the `datasets` library can load."""
+    field: str = "text"
+    """The field of a JSONL or Parquet file, or of a dataset's rows, that holds a document."""
+    subset: str | None = None
+    """For `data=hub`: the dataset's configuration, where it has several."""
+    split: str = "train"
+    """For `data=hub`: the split to read."""
+    revision: str | None = None
+    """For `data=hub`: a branch, tag or commit, looked up once; null for its main branch."""
+    max_tokens: int | None = None
+    """Read no more than so many tokens; null for all."""
     val_fraction: float = 0.0
     """Share of the tokens, taken from the end, kept for validation; 0 trains on all, as the tutorial."""
     order: DataOrder = DataOrder.sequential
@@ -282,12 +294,30 @@ class DataConfig:
     def __post_init__(self) -> None:
         value = self.val_fraction
         require(0 <= value < 1, "data.val_fraction", value, "must lie in [0, 1)", "try data.val_fraction=0.1")
+        if self.max_tokens is not None:
+            why = "a target needs at least 2 tokens"
+            require(self.max_tokens >= 2, "data.max_tokens", self.max_tokens, why, "try data.max_tokens=1000000")
+        require(bool(self.field), "data.field", "''", "must not be empty", "try data.field=text")
+        if self.name is not DataName.hub:
+            for key, usual in (("subset", None), ("split", "train"), ("revision", None)):
+                value = getattr(self, key)
+                why = f"data={self.name.value} has none"
+                require(value == usual, f"data.{key}", value, why, "leave it out, or try data=hub data.path=OWNER/NAME")
         if self.name is DataName.text:
             remedy = "try data=text data.path=FILE_OR_FOLDER"
             require(bool(self.path), "data.path", self.path, "data=text needs to know where the text is", remedy)
+        elif self.name is DataName.hub:
+            remedy = "try data=hub data.path=OWNER/NAME"
+            require(bool(self.path), "data.path", self.path, "data=hub needs to know which dataset", remedy)
         else:
             why = f"data={self.name.value} has a text of its own"
             require(self.path is None, "data.path", self.path, why, f"try data=text data.path={self.path}")
+            require(self.field == "text", "data.field", self.field, why, "leave it out")
+
+    @property
+    def text(self) -> tuple[Any, ...]:
+        """What decides which tokens there are: alike in jobs that share a text."""
+        return self.name, self.path, self.field, self.subset, self.split, self.revision, self.max_tokens
 
 
 @dataclass(kw_only=True, slots=True)

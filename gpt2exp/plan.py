@@ -36,13 +36,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import owner, secret
+from gpt2exp import engines, owner, secret
 from gpt2exp.config import (
     BadRequest,
     InitConfig,
@@ -62,7 +62,6 @@ CONF = "gpt2exp.conf"
 SECTIONS = [field.name for field in dataclasses.fields(RunConfig)]
 SUBDIR = "${job_folder:${hydra.sweep.dir},${hydra.job.num},${hydra.job.override_dirname}}"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 def register() -> None:
@@ -70,6 +69,8 @@ def register() -> None:
     ConfigStore.instance().store("schema", node=RunConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+    for name, share in engines.shares().items():
+        OmegaConf.register_new_resolver(name, share, replace=True)
 
 
 def folder_name() -> str:
@@ -78,10 +79,14 @@ def folder_name() -> str:
 
 
 def job_folder(sweep: str, number: int, overrides: str) -> str:
-    """The folder of a job in its sweep: the one its `sweep.json` names, else by number and overrides."""
+    """The folder of a job in its sweep: the one its `sweep.json` names, else by number and what the sweeper chose."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-        return str(json.loads((Path(sweep) / SWEEP).read_text(encoding="utf-8"))["folders"][int(number)])
-    return numbered(int(number), overrides)
+        request = json.loads((Path(sweep) / SWEEP).read_text(encoding="utf-8"))
+        if "folders" in request:
+            return str(request["folders"][int(number)])
+        for text in request["jobs"][0]:  # the same in every job
+            overrides = overrides.replace(text, "")
+    return numbered(int(number), re.sub(",,+", ",", overrides).strip(","))
 
 
 def numbered(number: int, overrides: str) -> str:
@@ -124,6 +129,8 @@ class Plan:
     """The `--config-dir` that the request was first made with."""
     notes: tuple[str, ...] = ()
     """What the user should know before it begins."""
+    launcher: DictConfig | None = None
+    """Of a sweep: what starts its jobs, and the settings of it."""
 
     @property
     def names(self) -> list[str]:
@@ -134,7 +141,8 @@ class Plan:
     def pins(self) -> list[str]:
         """Overrides for Hydra's command line: the folders, which it would draw anew, and that we write `.hydra`."""
         # in Hydra's grammar a backslash escapes only before a quote, and is itself there
-        quoted = re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", str(self.folder)))
+        folder = self.folder if self.local else self.folder.absolute()  # a worker may start elsewhere
+        quoted = re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", str(folder)))
         pins = [f"hydra.{'sweep' if self.multirun else 'run'}.dir='{quoted}'", "hydra.output_subdir=null"]
         if self.resumed:  # its jobs have their names from us
             pins.append(f"hydra.sweep.subdir='{SUBDIR}'")
@@ -154,6 +162,9 @@ def composing(args: argparse.Namespace) -> Iterator[ConfigLoaderImpl]:
                 path.prepend("command-line", f"file://{Path(args.config_dir).absolute()}", anchor="schema")
             yield ConfigLoaderImpl(path)
     except (HydraException, OmegaConfBaseException) as error:
+        choice = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+        if remedy := engines.missing(choice or ""):
+            raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
         raise BadRequest(explain(error)) from error
     except (YAMLError, UnicodeDecodeError) as error:  # a file of the user's own
         where = f"--config-dir {args.config_dir}" if args.config_dir else "hydra.searchpath"
@@ -289,8 +300,12 @@ def compose(loader: ConfigLoaderImpl, name: str, texts: Sequence[str], *, multir
         jobs = (Job(tuple(texts), _run_config(composed)),)
     if not multirun or jobs[0].folder:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
-    local = not multirun or master.hydra.launcher._target_ == BASIC_LAUNCHER
-    return Plan(jobs, multirun, folder, local, tuple(texts), composed)
+    if not multirun:
+        return Plan(jobs, multirun, folder, True, tuple(texts), composed)
+    launcher = master.hydra.launcher
+    for job in jobs:
+        engines.check(launcher, job.config.train.device)
+    return Plan(jobs, multirun, folder, launcher._target_ == engines.BASIC, tuple(texts), launcher=launcher)
 
 
 def _check_path_used(inits: Sequence[InitConfig]) -> None:

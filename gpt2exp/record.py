@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -57,6 +58,7 @@ class Record:
         self.metrics = list(metrics)
         self._parts = list(parts)
         self._part: dict[str, Any] = {"from_step": len(self.metrics), "started": _now()}
+        self._opened = time.time()
         self._training_began: float | None = None
         for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
             left.unlink(missing_ok=True)
@@ -73,11 +75,14 @@ class Record:
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """Parts so far, this one last: `from_step`, `started`, seconds of `startup` and of `train`, hardware, wandb."""
+        """Parts so far, this one last: `from_step`, `started`, seconds of `startup` and of `train`, hardware, wandb.
+
+        `span` is when it was at work, from its record's opening to now, in seconds since 1970.
+        """
         now = time.monotonic()
         trained_from = now if self._training_began is None else self._training_began
         times = {"startup": round(trained_from - self.began, 3), "train": round(now - trained_from, 3)}
-        return [*self._parts, self._part | times]
+        return [*self._parts, self._part | times | {"span": [round(self._opened, 3), round(time.time(), 3)]}]
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Append one step's metrics; ValueError if one of them is no finite number, and then none is kept."""
@@ -253,13 +258,25 @@ def _is_sweep(path: Path) -> bool:
 
 
 def progress(sweep: Path, folder: Path) -> str:
-    """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the finished jobs' own times."""
+    """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the pace so far, however many run at once."""
     request = json.loads((sweep / SWEEP).read_text(encoding="utf-8"))
-    jobs, folders = len(request["jobs"]), request.get("folders", [])
-    others = [row(other, sweep) for other in runs_below(sweep) if other != folder]
-    done = [other["wall_seconds"]["total"] for other in others if "wall_seconds" in other]
+    folders = request.get("folders", [])  # none where a sweeper makes up the jobs as it goes
+    others = [other for other in runs_below(sweep) if other != folder]
     number = folders.index(folder.name) if folder.name in folders else len(others)
-    text = f"job {number + 1} of {jobs}"
-    if done:
-        text += f", about {statistics.fmean(done) * (jobs - len(done)):.0f} s left"
+    if not folders:
+        return f"job {number + 1}"
+    text = f"job {number + 1} of {len(folders)}"
+    ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
+    now = [status for status in ended if status["updated"] > request["launched"]]
+    if now:
+        pace = (time.time() - request["launched"]) / len(now)
+        text += f", about {pace * (len(folders) - len(ended)):.0f} s left"
     return text
+
+
+def objective(folder: Path) -> float:
+    """The loss by which a sweeper may judge a run: validation's, else the last steps' mean; infinite if not done."""
+    found = row(folder, folder)
+    if found["state"] != "done":
+        return math.inf
+    return float(found["loss_mean_last10"] if found["val_loss"] is None else found["val_loss"])

@@ -26,9 +26,33 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp import build, estimate, help, owner, parallel, plan, record, resume, secret, signals, tokens, view
+from gpt2exp import (
+    build,
+    engines,
+    estimate,
+    help,
+    owner,
+    parallel,
+    plan,
+    record,
+    resume,
+    secret,
+    signals,
+    tokens,
+    view,
+)
 from gpt2exp.assets import AssetError
-from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
+from gpt2exp.config import (
+    AUTO,
+    BadRequest,
+    DeviceName,
+    Distributed,
+    Fallback,
+    PrecisionName,
+    RunConfig,
+    parse,
+    plain,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -125,22 +149,47 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         if to_do:
             view.terminal().print(view.plan_table([_dry_row(job) for job in to_do]))
         return 0
-    for note in request.notes:
+    notes = list(request.notes)
+    if parallel.size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
+        notes.append("distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun")
+    for note in notes:
         view.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
     if not to_do and not request.multirun:
         return 0
-    with plan.claimed(request, words):
-        if request.resumed and not request.multirun:
-            run(request.folder)
-        elif to_do:
-            try:
-                _hydra([*words, *request.pins])
-            except KeyboardInterrupt:
-                if request.multirun:
-                    place = view.short(request.folder.absolute())
-                    view.terminal().print(f"to go on: gpt2exp resume={place}", markup=False, soft_wrap=True)
-                raise
-        return _outcome(request)
+    with contextlib.ExitStack() as engine:
+        if request.launcher is not None:
+            engine.enter_context(engines.running(request.launcher, request.folder))
+        with plan.claimed(request, words):
+            if request.resumed and not request.multirun:
+                run(request.folder)
+            elif to_do:
+                _launch(request, words)
+            engine.close()
+            return _outcome(request)
+
+
+def _launch(request: plan.Plan, words: list[str]) -> None:
+    try:
+        _hydra([*words, *request.pins])
+    except KeyboardInterrupt:
+        if request.multirun:
+            _say_how_to_go_on(request)
+        raise
+    except Exception as problem:
+        if request.local and request.names:  # Hydra's own launcher and sweeper raise nothing of a job's
+            raise
+        text = str(problem).strip() or type(problem).__name__
+        view.refuse(f"the sweep ended early: {text.splitlines()[0]}", trace=view.wants_traces())
+        _say_how_to_go_on(request)
+
+
+def _say_how_to_go_on(request: plan.Plan) -> None:
+    if request.launcher is not None and request.launcher._target_ == engines.SLURM:
+        text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
+        view.terminal().print(text, markup=False)
+    if request.names:
+        place = view.short(request.folder.absolute())
+        view.terminal().print(f"to go on: gpt2exp resume={place}", markup=False, soft_wrap=True)
 
 
 def _hydra(argv: list[str]) -> None:
@@ -158,12 +207,12 @@ def _hydra(argv: list[str]) -> None:
 
 def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
     """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine."""
-    sources: dict[tuple[DataName, str | None], tokens.TokenFile] = {}  # jobs that share a text read it once
+    sources: dict[tuple[Any, ...], tokens.TokenFile] = {}  # jobs that share a text read it once
     checked: list[object] = []  # and those that share weights look at them once
     for job in to_do:
         config = job.config
         parallel.check(config)
-        text = config.data.name, config.data.path
+        text = config.data.text
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         build.check_text(build.smallest(config), sources[text])
@@ -208,8 +257,11 @@ def _dry_row(job: plan.Job) -> dict[str, str]:
     }
 
 
-def job(cfg: DictConfig) -> None:
-    """Hydra's task: one run, in the folder Hydra made. Records every outcome; raises only what should end a sweep."""
+def job(cfg: DictConfig) -> float | None:
+    """Hydra's task: one run, in the folder Hydra made. Records every outcome; raises only what should end a sweep.
+
+    Of a sweep's job it returns the loss that a sweeper is to minimise, infinite if the run diverged or failed.
+    """
     view.show_warnings()  # in a process that another launcher started
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -218,15 +270,22 @@ def job(cfg: DictConfig) -> None:
     if sweep is None:
         with _record_kept():
             run(folder)
-        return
-    if record.row(folder, sweep)["state"] in ("done", "diverged"):  # in an earlier launch
-        return
+        return None
+    engines.enter(str(hydra_config.launcher._target_), sweep, config.train.device)
+    if record.row(folder, sweep)["state"] not in ("done", "diverged"):  # in an earlier launch
+        _job_of_sweep(cfg, config, folder, sweep)
+    return record.objective(folder)
+
+
+def _job_of_sweep(cfg: DictConfig, config: RunConfig, folder: Path, sweep: Path) -> None:
+    hydra_config = HydraConfig.get()
+    isolate = config.sweep.isolate and not signals.requeued_by()  # submitit gives a job its own process already
     try:
-        with _record_kept(), contextlib.nullcontext() if config.sweep.isolate else owner.held(folder):
+        with _record_kept(), contextlib.nullcontext() if isolate else owner.held(folder):
             plan.describe(folder, cfg, hydra_config.overrides.task, cast("DictConfig", HydraConfig.instance().cfg))
             if config.sweep.fail_fast and _failed_before(sweep):
                 return
-            if config.sweep.isolate:
+            if isolate:
                 _in_own_process(folder)
             else:
                 run(folder, BEGAN if hydra_config.job.num == 0 else time.monotonic())
@@ -361,8 +420,9 @@ def _train(
             "flops_per_token": config.model.flops_per_token(config.train.seq_len),
             "precision": got.as_dict(),
             "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
-            "device": f"{device.type}: {runtime.device_name(device)}{parallel.times()}",
+            "device": f"{device.type}: {runtime.device_name(device)}",
             "processes": parallel.size(),
+            "distributed": config.distributed.value if parallel.size() > 1 else None,
             "threads": torch.get_num_threads(),
             "estimated_memory_bytes": need,
             "settled": {key: getattr(config.train, key) for key in estimate.SETTLED},
@@ -376,14 +436,14 @@ def _train(
         files.facts["init"] = job.origin
         shown.rows({"weights  ": view.origin_line(files.facts["init"]), "wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
-        here = {key: files.facts[key] for key in ("device", "threads", "machine")}
+        here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
         peak = 0
         if saved is not None:
             job.restore(saved.training(), saved.state)
             runtime.reset_peak_memory(device)  # the file read is none of training's memory
             peak = saved.state["peak_memory_bytes"]
             shown.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {config.train.steps} steps done"})
-            if all(part[key] == here[key] for part in saved.state["parts"] for key in here):
+            if all(part.get(key, 1) == here[key] for part in saved.state["parts"] for key in here):
                 job.step_seconds = [row["step_ms"] / 1e3 for row in files.metrics]
                 job.began_at = [part["from_step"] for part in files.parts]
             else:
@@ -432,9 +492,10 @@ def _steps(
     every = config.checkpoint.every
     for metrics in job.fit():
         done, last = job.steps_done, job.steps_done == config.train.steps
-        asked, peak = parallel.largest(stop.asked is not None, runtime.peak_memory(job.device))
+        asked, warned, peak = parallel.largest(stop.asked is not None, stop.warned, runtime.peak_memory(job.device))
         keep(metrics, peak)
-        if (every and done % every == 0) or (config.checkpoint.save_last if last else asked):
+        if warned or (every and done % every == 0) or (config.checkpoint.save_last if last else asked):
+            stop.warned = False
             save(*job.state())
         if asked and not last:
             raise stop.asked or KeyboardInterrupt
@@ -505,6 +566,8 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
     line = text[0] if text else type(problem).__name__
     if isinstance(problem, Diverged):
         return "diverged", line
+    if parallel.lost(problem):
+        return "failed", f"one of the run's {parallel.size()} processes ended, or can no longer be reached"
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
         smaller = AUTO if config.train.batch_size == AUTO else config.train.sequences // 2
         hint = f"try train.batch_size={smaller}" if smaller else "try a smaller model or a shorter train.seq_len"
@@ -524,12 +587,12 @@ def _for_wandb(values: dict[str, Any]) -> dict[str, Any]:
 def _outcome(request: plan.Plan) -> int:
     """What a sweep came to, if it was one, and the exit code, both from what the folders say."""
     rows = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
-    done = sum(row["state"] == "done" for row in rows)
+    done, jobs = sum(row["state"] == "done" for row in rows), len(request.names) or len(rows)
     if request.multirun:
         from gpt2exp import report
 
         console, place = view.terminal(), view.short(request.folder.absolute())
-        title = f"{done} of {len(request.jobs)} runs done in {place}"
+        title = f"{done} of {jobs} runs done in {place}"
         console.print(view.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
         report.conclude(request.folder, console)
         for row in rows:
@@ -538,8 +601,10 @@ def _outcome(request: plan.Plan) -> int:
         offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
         if found := [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]:
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
-    return 0 if rows and done == len(rows) else 1
+    return 0 if rows and done == max(jobs, len(rows)) else 1
 
 
 if __name__ == "__main__":
-    main()
+    from gpt2exp import train  # under its own name, by which a launcher's workers find `job`
+
+    train.main()

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt2exp import data, diagnostics, optim, parallel, precision, runtime
 from gpt2exp.config import Distributed, OptimizerConfig, TrainConfig
 from gpt2exp.model import GPT
-from gpt2exp.tokens import Tokens
+from gpt2exp.shards import Tokens
 
 
 class Diverged(RuntimeError):
@@ -148,6 +148,7 @@ class Trainer:
                 if len(y):
                     total += float(loss) * y.numel()
                     count += y.numel()
+        parallel.reshard(self.model)
         sums = parallel.total(torch.tensor([total, count], dtype=torch.float64))
         return float(sums[0] / sums[1])
 

@@ -9,17 +9,27 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from gpt2exp import parallel
 from gpt2exp.config import InitConfig, InitScheme, RunConfig
 
 log = logging.getLogger("gpt2exp")
@@ -159,12 +169,13 @@ class View:
         if train.sequences % 2 and train.sequences > 1:
             batch += "; an even batch, best a power of two, suits most hardware better"
         per_epoch = data["train_tokens"] // train.step_tokens
+        shared = f"; {facts['processes']} processes by {facts['distributed']}" if facts["distributed"] else ""
         rows = {
             "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
             f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {_init(config.init)}, "
             f"seed {config.seed}",
-            "device": f"{facts['device']}, {facts['threads']} threads; "
-            f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed",
+            "device": f"{facts['device']}, {facts['threads']} threads{shared}; "
+            f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed{' by each' if shared else ''}",
             "precision": f"{precision['requested']} requested, {precision['effective']}{emulated}: "
             f"a matrix product is off by {precision['matmul_relative_error']:.1e}",
             "data": f"{data['name']}: {data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} to validate, "
@@ -172,7 +183,7 @@ class View:
             "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
             "folder": short(folder),
         }
-        self._print(" ".join(["gpt2exp", *self.overrides]), *self._consoles, style="bold")
+        self._print(" ".join([parallel.program(), *self.overrides]), *self._consoles, style="bold")
         if self.progress:
             self._print(f"{self.progress}: {' '.join(self.overrides)}", self.console)
         self.rows(rows)
@@ -238,8 +249,10 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
         data = summary["data"]
         rows["for scale"] = (
             f"guessing among the {data['distinct_tokens']:,} ids that occur {math.log(data['distinct_tokens']):.3f}, "
-            f"by frequency {data['unigram_entropy']:.3f}, by the token before {data['bigram_entropy']:.3f}"
+            f"by frequency {data['unigram_entropy']:.3f}"
         )
+        if data["bigram_entropy"] is not None:  # of a long text it is not counted
+            rows["for scale"] += f", by the token before {data['bigram_entropy']:.3f}"
     if summary["val_loss"] is not None:
         rows["validation loss"] = f"{summary['val_loss']:.4f}"
     if summary["loss_unseen_first"] is not None:
@@ -263,7 +276,7 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
     wall = summary["wall_seconds"]
     rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
     if summary["state"] in ("interrupted", "failed"):
-        rows["to go on"] = f"gpt2exp resume={short(folder)}"
+        rows["to go on"] = f"{parallel.program()} resume={short(folder)}"
     rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
     return rows
 
@@ -316,6 +329,35 @@ def _grid(rows: dict[str, str]) -> Table:
     for label, text in rows.items():
         table.add_row(label, Text(text))
     return table
+
+
+PATIENCE = 3
+"""Seconds that something may take before a bar says how far it is."""
+
+
+@contextlib.contextmanager
+def reading(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
+    """A block that reads `size` bytes (None: nobody knows how many) and tells the function it gets of each part.
+
+    Where that takes long, a bar with rate and time left stands on a terminal's standard error meanwhile.
+    """
+    console, began = terminal(stderr=True), time.monotonic()
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
+    task = bar.add_task(what, total=size)
+
+    def advance(part: int) -> None:
+        bar.advance(task, part)
+        if time.monotonic() - began > PATIENCE:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 def wants_traces() -> bool:

@@ -268,6 +268,13 @@ TEXTS = [
 ] + [
     Bad("data=text \"data.path='~nobody_/x'\"", "data.path=~nobody_/x: no such file or folder", "name a UTF-8 text"),
     Bad("data=text data.path=/proc/self/mem", "data.path=/proc/self/mem: cannot be read", "a readable UTF-8 text file"),
+    Bad("data=text data.path=rows.jsonl", "data.field=text: rows.jsonl line 1 has no", "try data.field=body"),
+    Bad("data=text data.path=rows.jsonl data.field=", "data.field='': must not be empty", "try data.field=text"),
+    Bad("data=text data.path=book.txt data.split=dev", "data.split=dev: data=text has none", "try data=hub"),
+    Bad("data.field=body", "data.field=body: data=tinyshakespeare has a text of its own", "leave it out"),
+    Bad("data.max_tokens=1", "data.max_tokens=1: a target needs at least 2", "try data.max_tokens=1000000"),
+    Bad("data=hub", "data.path=null: data=hub needs to know which dataset", "try data=hub data.path=OWNER/NAME"),
+    Bad("data=hub data.path=mixed data.revision=v1", "data.revision=v1: mixed is a folder here", "leave it out"),
     Bad("data=text data.path=short.txt", "train.batch_size=4: a batch of 4 x 32", "try train.seq_len=1"),
     Bad("train.seq_len=256 train.batch_size=9999", "train.batch_size=9999: a batch of", "try train.batch_size=1320"),
     Bad("data.val_fraction=1e-5", "data.val_fraction=1e-05: leaves 3 tokens", "or 0"),
@@ -312,6 +319,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts: dict[str, bytes] = {
         "book.txt": b"It was the best of times, it was the worst of times. " * 40,
         "empty.txt": b"",
+        "rows.jsonl": b'{"body": "To be"}',
         "letter.txt": b"a",
         "short.txt": b"To be",
         "latin.txt": b"caf\xe9 au lait",

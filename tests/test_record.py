@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -166,9 +166,24 @@ def test_sweep_of(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> None
 
 
 def test_progress(sweep: Path) -> None:
+    """By the jobs that ended since the launch, however many run at once: two in 40 s, so two more in another 40."""
     folders = record.runs_below(sweep)
-    summary = read(folders[0] / "summary.json")
-    summary["wall_seconds"]["total"] = 20.0
-    (folders[0] / "summary.json").write_text(json.dumps(summary))
-    assert record.progress(sweep, folders[3]) == "job 4 of 4, about 60 s left"
-    assert record.progress(sweep, folders[0]) == "job 4 of 4", "none of the others has a time to go by"
+    request = read(sweep / record.SWEEP)
+    assert record.progress(sweep, folders[3]) == "job 4", "its sweeper makes up the jobs as it goes"
+    request["folders"] = [folder.name for folder in folders]
+    launched = time.time() - 40
+    files.write_json(sweep / record.SWEEP, request | {"launched": launched})
+    assert record.progress(sweep, folders[3]) == "job 4 of 4, about 40 s left"
+    assert record.progress(sweep, folders[1]) == "job 2 of 4, about 120 s left", "one in 40 s, three to go"
+    files.write_json(sweep / record.SWEEP, request | {"launched": launched + 50})
+    assert record.progress(sweep, folders[3]) == "job 4 of 4", "what ended in an earlier launch tells no pace"
+
+
+def test_objective(sweep: Path) -> None:
+    """Validation's loss where there is one; a run that is not done is as bad as can be."""
+    done, *others = record.runs_below(sweep)
+    assert record.objective(done) == 10.0
+    summary = read(done / "summary.json")
+    files.write_json(done / "summary.json", summary | {"val_loss": 7.5})
+    assert record.objective(done) == 7.5
+    assert [record.objective(folder) for folder in others] == [math.inf] * 3
