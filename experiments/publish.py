@@ -279,9 +279,9 @@ EXTRAS: dict[str, list[Callable[[Sequence[Run]], str]]] = {
 # --- the findings to an index ----------------------------------------------------------------------------------------
 
 
-def runs_of(name: str) -> list[Run]:
-    """Rows of a finding's `runs.csv`."""
-    with (HERE / name / "runs.csv").open(newline="") as file:
+def runs_of(name: str, table: str = "runs") -> list[Run]:
+    """Rows of a finding's `runs.csv`, or of another of its tables."""
+    with (HERE / name / f"{table}.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

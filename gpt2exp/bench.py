@@ -63,6 +63,7 @@ def command(argv: Sequence[str]) -> int:
     try:
         config = _compose(args.overrides)
         tokens.prepare(config.data)
+        build.check_weights(config.init, config.model)
         if args.child:
             print(json.dumps(CHILDREN[args.child](config, args.steps, args.compile)))
             return 0

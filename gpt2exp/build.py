@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gpt2exp import estimate, heap, parallel, tokens
-from gpt2exp.config import AUTO, BadRequest, RunConfig
+from gpt2exp import estimate, heap, hub, parallel, tokens
+from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     import torch
 
     from gpt2exp.checkpoint import Checkpoint
+    from gpt2exp.model import GPT
     from gpt2exp.precision import Precision
     from gpt2exp.trainer import Trainer
 
@@ -46,6 +47,12 @@ def check_text(config: RunConfig, source: tokens.TokenFile) -> None:
         raise BadRequest(f"model.vocab_size={config.model.vocab_size}: {why}; try model.vocab_size=50257")
 
 
+def check_weights(init: InitConfig, model: ModelConfig) -> None:
+    """Raise `BadRequest` if `init` names weights that are not there, or not this model's."""
+    if init.scheme is InitScheme.pretrained:
+        hub.check(hub.find(str(init.path)), model)
+
+
 def settled(
     config: RunConfig, device: torch.device, got: Precision, source: tokens.TokenFile, free: int | None
 ) -> tuple[RunConfig, int]:
@@ -72,7 +79,7 @@ def trainer(
     """
     import torch
 
-    from gpt2exp import checkpoint, data, diagnostics, model, runtime
+    from gpt2exp import data, model, runtime
     from gpt2exp.trainer import Trainer
 
     train_tokens, val_tokens = data.split(source.map(), config.data.val_fraction)
@@ -80,11 +87,7 @@ def trainer(
         gpt = model.GPT(config.model).to(got.weights)
     if runtime.pads_vocabulary(config.model.pad_vocab, device) and not parallel.shards(config.distributed):
         gpt.pad_vocabulary()
-    if saved is not None:
-        checkpoint.load_weights(gpt, saved.weights())
-    elif parallel.first():  # where the others take theirs from
-        model.initialise(gpt, config.init, config.seed)
-        diagnostics.check_init(gpt, config.init)
+    origin = start(gpt, config, saved)
     return Trainer(
         gpt,
         data.Batches(
@@ -95,5 +98,29 @@ def trainer(
         seen=torch.from_numpy(source.seen()).to(device),
         validation=val_tokens if len(val_tokens) else None,
         autocast=got.autocast,
+        origin=origin,
         distributed=config.distributed,
     )
+
+
+def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:
+    """Give the model its first weights, or a checkpoint's; where they came from and how they are tied, for the record.
+
+    Raises:
+        BadRequest: `init.path` holds no weights of this model, or the checkpoint's are of another.
+        diagnostics.InitError: the weights are not what the configuration says.
+    """
+    from gpt2exp import checkpoint, diagnostics, model
+
+    if not parallel.first():
+        return {}  # it takes them from the first
+    origin: dict[str, Any] = {"source": None, "files": [], "sha256": None}
+    if saved is not None:
+        checkpoint.load_weights(gpt, saved.weights())
+        origin = saved.state.get("init", origin)
+    elif config.init.scheme is InitScheme.pretrained:
+        origin = hub.load(gpt, config.init)
+    else:
+        model.initialise(gpt, config.init, config.seed)
+        diagnostics.check_init(gpt, config.init)
+    return {"scheme": config.init.scheme.value, **origin, "tying": diagnostics.check_tying(gpt)}

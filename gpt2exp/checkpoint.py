@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gpt2exp import runtime
-from gpt2exp.config import BadRequest, CheckpointConfig
+from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig
 from gpt2exp.files import beside, write_json
 from gpt2exp.record import CHECKPOINTS, saved
 
@@ -75,6 +75,18 @@ def newest(run: Path, *, at_most: int | None = None) -> Checkpoint | None:
         except Damaged as error:
             log.warning("%s is damaged (%s); trying the one before", folder.name, error)
     return None
+
+
+def of_run(run: Path) -> tuple[ModelConfig, Checkpoint]:
+    """The model of a run (`record.check_run`) and its newest whole checkpoint.
+
+    Raises:
+        BadRequest: no checkpoint of it is whole.
+    """
+    found = newest(run)
+    if found is None:
+        raise BadRequest(f"{run}: every checkpoint of it is damaged; copy the folder again, or name another run")
+    return ModelConfig(**found.state["config"]["model"]), found
 
 
 def read(folder: Path) -> Checkpoint:

@@ -302,6 +302,10 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
         inside = {key for flat in flats for key in flat if key.startswith(f"{group}.")} - set(axes)
         if inside and all(len({repr(flat.get(key)) for flat in flats}) == 1 for key in inside):
             del axes[group]  # one choice, typed in some runs and made by a preset in the others
+    for key in [key for key in axes if key in usual and key.split(".")[0] in axes]:
+        together = set(zip(arms[key.split(".")[0]], arms[key], strict=True))
+        if _default(key, usual) == "null" and len(together) == len(axes[key.split(".")[0]]):
+            del axes[key]  # belongs to one choice, such as data.path to data=text: no difference of its own
     following = {key for key in arms if key not in axes and "${" in arms[key][0]}
     differing = []
     for key in sorted({key for flat in flats for key in flat} - {"seed", *axes, *following}):
@@ -592,7 +596,8 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Pair], contended: set[st
     runs = [row for pair in both for row in pair]
     if metric is SPEED and any(map(_emulated, pairs)):
         return "emulated precision: its speed is not a hardware speed"
-    if any(one["device"] != other["device"] or one["threads"] != other["threads"] for one, other in both):
+    hardware = [tuple((row["device"], row["threads"], row.get("processes", 1)) for row in pair) for pair in both]
+    if any(one != other for one, other in hardware):
         return "the arms ran on different hardware"
     # a GPU's name says what it is, a processor's does not
     if metric is SPEED and any(

@@ -78,6 +78,7 @@ class InitScheme(Enum):
     openai = "openai"  # the same with position embeddings at 0.01, as OpenAI's code
     xavier = "xavier"  # N(0, 1/sqrt(fan_in)) for every matrix
     torch = "torch"  # what nn.Linear and nn.Embedding do when left alone
+    pretrained = "pretrained"  # the weights at init.path
 
 
 class PrecisionName(Enum):
@@ -110,6 +111,7 @@ class DataName(Enum):
 
     tinyshakespeare = "tinyshakespeare"
     text = "text"
+    hub = "hub"
 
 
 class DataOrder(Enum):
@@ -224,6 +226,9 @@ class InitConfig:
     """Standard deviation of `wpe`; null for the scheme's own."""
     residual_scaling: bool = True
     """Multiply the std of both `c_proj` of a block by (2·n_layer)^-0.5 (GPT-2 paper, section 2.3)."""
+    path: str | None = None
+    """For `init=pretrained`: a folder, or a hub id, of Hugging Face GPT-2 weights. In a sweep over `init` the other
+    arms have it too, unused; `gpt2exp.plan` refuses it where no arm uses it."""
 
     def __post_init__(self) -> None:
         for name in ("std", "position_std"):
@@ -231,7 +236,13 @@ class InitConfig:
             ok = value is None or (math.isfinite(value) and value > 0)
             require(ok, f"init.{name}", value, "must be a finite number above 0", f"try init.{name}=0.02")
         scheme = self.scheme.value
-        if self.scheme in (InitScheme.gpt2, InitScheme.openai):
+        if self.scheme is InitScheme.pretrained:
+            remedy = "try init=pretrained init.path=FOLDER, or a hub id such as gpt2"
+            require(bool(self.path), "init.path", self.path, "init=pretrained needs to know where they are", remedy)
+            for name, none in (("std", None), ("position_std", None), ("residual_scaling", False)):
+                value, why = getattr(self, name), "init=pretrained draws nothing"
+                require(value is none, f"init.{name}", value, why, "leave it out, or use init=gpt2")
+        elif self.scheme in (InitScheme.gpt2, InitScheme.openai):
             for name in ("std", "position_std"):
                 value = getattr(self, name)
                 remedy = f"try init.{name}=0.02"
@@ -263,7 +274,18 @@ class DataConfig:
     name: DataName = DataName.tinyshakespeare
     """Chosen by `data=NAME`."""
     path: str | None = None
-    """For `data=text`: a UTF-8 file, or a folder of them."""
+    """For `data=text`: a UTF-8 text, JSONL or Parquet file, or a folder of them. For `data=hub`: a dataset of the
+    Hugging Face Hub, OWNER/NAME, or a folder that the `datasets` library can load."""
+    field: str = "text"
+    """The field of a JSONL or Parquet file, or of a dataset's rows, that holds a document."""
+    subset: str | None = None
+    """For `data=hub`: the dataset's configuration, where it has several."""
+    split: str = "train"
+    """For `data=hub`: the split to read."""
+    revision: str | None = None
+    """For `data=hub`: a branch, tag or commit, looked up once; null for its main branch."""
+    max_tokens: int | None = None
+    """Read no more than so many tokens; null for all."""
     val_fraction: float = 0.0
     """Share of the tokens, taken from the end, kept for validation; 0 trains on all, as the tutorial."""
     order: DataOrder = DataOrder.sequential
@@ -272,12 +294,30 @@ class DataConfig:
     def __post_init__(self) -> None:
         value = self.val_fraction
         require(0 <= value < 1, "data.val_fraction", value, "must lie in [0, 1)", "try data.val_fraction=0.1")
+        if self.max_tokens is not None:
+            why = "a target needs at least 2 tokens"
+            require(self.max_tokens >= 2, "data.max_tokens", self.max_tokens, why, "try data.max_tokens=1000000")
+        require(bool(self.field), "data.field", "''", "must not be empty", "try data.field=text")
+        if self.name is not DataName.hub:
+            for key, usual in (("subset", None), ("split", "train"), ("revision", None)):
+                value = getattr(self, key)
+                why = f"data={self.name.value} has none"
+                require(value == usual, f"data.{key}", value, why, "leave it out, or try data=hub data.path=OWNER/NAME")
         if self.name is DataName.text:
             remedy = "try data=text data.path=FILE_OR_FOLDER"
             require(bool(self.path), "data.path", self.path, "data=text needs to know where the text is", remedy)
+        elif self.name is DataName.hub:
+            remedy = "try data=hub data.path=OWNER/NAME"
+            require(bool(self.path), "data.path", self.path, "data=hub needs to know which dataset", remedy)
         else:
             why = f"data={self.name.value} has a text of its own"
             require(self.path is None, "data.path", self.path, why, f"try data=text data.path={self.path}")
+            require(self.field == "text", "data.field", self.field, why, "leave it out")
+
+    @property
+    def text(self) -> tuple[Any, ...]:
+        """What decides which tokens there are: alike in jobs that share a text."""
+        return self.name, self.path, self.field, self.subset, self.split, self.revision, self.max_tokens
 
 
 @dataclass(kw_only=True, slots=True)

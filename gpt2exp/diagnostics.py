@@ -89,6 +89,22 @@ def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:
     }
 
 
+def check_tying(model: GPT) -> dict[str, bool]:
+    """Whether `lm_head.weight` and `wte.weight` are one tensor (`same_pointer`) and `all_equal`.
+
+    Raises:
+        InitError: they are not one where the model ties them, or one where it does not.
+    """
+    head, wte = model.lm_head.weight, model.transformer.wte.weight
+    one = head.data_ptr() == wte.data_ptr()
+    if one != model.config.tie_weights:
+        must = "be one tensor" if model.config.tie_weights else "be two tensors"
+        raise InitError(
+            f"initialisation: lm_head.weight and wte.weight must {must}; a weight was put in another's place"
+        )
+    return {"same_pointer": one, "all_equal": head.equal(wte)}
+
+
 def check_init(model: GPT, init: InitConfig) -> dict[str, float]:
     """Measured std of each kind of weight, held against `expected_std`; biases and LayerNorms against their constants.
 

@@ -34,14 +34,16 @@ def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
     the activations are whole, the head's gradient is there (`gpt2exp.loss`) and the others are still to come: per
     layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value, attention's output
     twice, and the MLP's hidden layer before and after GELU), or, computed again in backward, 1·n_embd and one layer's
-    17. Unfused attention keeps scores and probabilities as well. The peak is the larger of that and the moment when
-    all gradients are there. Sharded (FSDP), a process holds its part of the parameters, gradients and moments, and
-    whole only the embeddings, the head's gradient and a block.
+    17. Under autocast on a GPU all but LayerNorms' inputs are halves, which makes 10 of 17, and the weights' copies
+    come on top; a CPU's peak showed nothing of it. Unfused attention keeps scores and probabilities as well. The peak
+    is the larger of that and the moment when all gradients are there. Sharded (FSDP), a process holds its part of the
+    parameters, gradients and moments, and whole only the embeddings, the head's gradient and a block.
     """
     model, train = config.model, config.train
     size = 8 if config.precision.name is PrecisionName.fp64 else 4
     width, tokens = model.n_embd, train.micro_batch_tokens // parallel.size()
-    layer = 17 * width
+    halves = not on_cpu and config.precision.name in (PrecisionName.bf16, PrecisionName.fp16)
+    layer = (10 if halves else 17) * width
     if unfused_attention:
         layer += 3 * model.n_head * train.seq_len + 4 * width
     kept = model.n_layer * width + layer if train.activation_checkpointing is True else model.n_layer * layer
@@ -52,9 +54,10 @@ def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
     if config.precision.name is PrecisionName.fp16:  # takes the plain way: logits, log-softmax and its gradient
         logits = 3 * tokens * model.vocab_size
     backward = tokens * (kept + 3 * width) + head + logits + (head if unfused_attention else 0)
-    parameters, extra = model.parameters["total"], 0
+    parameters = model.parameters["total"]
+    extra = parameters // 2 if halves else 0
     if parallel.shards(config.distributed):
-        extra = parameters - model.parameters["blocks"] + 2 * model.parameters["blocks"] // model.n_layer
+        extra += parameters - model.parameters["blocks"] + 2 * model.parameters["blocks"] // model.n_layer
         parameters //= parallel.size()
     peak = size * (3 * parameters + extra + max(parameters + head // 2, backward))
     return peak + (PROCESS_BYTES if on_cpu else 0)

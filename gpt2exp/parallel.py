@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: as long as the first may take to tokenise a large text. One that dies is
 noticed in a moment, by its closed connections and by torchrun."""
-AGAIN = "torchrun --nproc-per-node {} -m gpt2exp.train resume={}"
-"""How a run in several processes goes on."""
 
 T = TypeVar("T")
 _sent = False
@@ -55,9 +53,16 @@ def first() -> bool:
     return rank() == 0
 
 
-def times() -> str:
-    """` x 8`, where the run has that many devices."""
-    return f" x {size()}" if size() > 1 else ""
+def program() -> str:
+    """How this run was started, its overrides left out."""
+    return "gpt2exp" if size() == 1 else f"torchrun --nproc-per-node {local_size()} -m gpt2exp.train"
+
+
+def lost(problem: Exception) -> bool:
+    """Whether an exception says that another process of the run is gone."""
+    import torch.distributed as dist
+
+    return size() > 1 and (isinstance(problem, dist.DistError) or "/gloo/" in str(problem))
 
 
 def shards(how: Distributed) -> bool:
@@ -184,6 +189,12 @@ def reducing(module: nn.Module, on: bool) -> Iterator[None]:
     if size() > 1:
         module.set_requires_gradient_sync(on)  # type: ignore[operator]
     yield
+
+
+def reshard(model: nn.Module) -> None:
+    """Have a sharded model give back what a forward pass without a backward pass left whole."""
+    if hasattr(model, "reshard"):
+        model.reshard()  # type: ignore[operator]
 
 
 def whole(tensor: Tensor) -> Tensor:

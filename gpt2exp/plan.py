@@ -43,7 +43,18 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import engines, owner, secret
-from gpt2exp.config import BadRequest, RunConfig, check_key, explain, parse, plain, require, show
+from gpt2exp.config import (
+    BadRequest,
+    InitConfig,
+    InitScheme,
+    RunConfig,
+    check_key,
+    explain,
+    parse,
+    plain,
+    require,
+    show,
+)
 from gpt2exp.files import beside, replacing, write_json
 from gpt2exp.record import SWEEP
 
@@ -287,12 +298,28 @@ def compose(loader: ConfigLoaderImpl, name: str, texts: Sequence[str], *, multir
         kept = [override.input_line or "" for override in read(loader, texts) if not override.is_sweep_override()]
         composed = loader.load_configuration(name, kept, run_mode=RunMode.RUN)
         jobs = (Job(tuple(texts), _run_config(composed)),)
+    if not multirun or jobs[0].folder:  # all the jobs are known
+        _check_path_used([job.config.init for job in jobs])
     if not multirun:
         return Plan(jobs, multirun, folder, True, tuple(texts), composed)
     launcher = master.hydra.launcher
     for job in jobs:
         engines.check(launcher, job.config.train.device)
     return Plan(jobs, multirun, folder, launcher._target_ == engines.BASIC, tuple(texts), launcher=launcher)
+
+
+def _check_path_used(inits: Sequence[InitConfig]) -> None:
+    """Refuse an `init.path` that no job reads; in a sweep over `init` it is for the arm that does."""
+    if any(init.scheme is InitScheme.pretrained for init in inits):
+        return
+    for init in inits:
+        require(
+            init.path is None,
+            "init.path",
+            init.path,
+            f"init={show(init.scheme)} draws its weights",
+            "add init=pretrained",
+        )
 
 
 def _check_hydra(settings: DictConfig) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2exp import owner
+from gpt2exp.config import BadRequest
 from gpt2exp.files import replacing, write_json
 
 SWEEP = "sweep.json"
@@ -167,6 +168,30 @@ def saved(folder: Path) -> dict[int, Path]:
     """The checkpoints in a run folder, whole or damaged, by the steps done at each, newest first."""
     found = {int(path.name[5:]): path for path in folder.glob(f"{CHECKPOINTS}/step_*") if path.name[5:].isdigit()}
     return dict(sorted(found.items(), reverse=True))
+
+
+def check_run(folder: Path) -> None:
+    """Refuse a folder that is not a run's with a checkpoint, and name the one that was probably meant.
+
+    Raises:
+        BadRequest: it is not there, is a sweep's, a checkpoint's or another one, or the run saved nothing.
+    """
+    such = "name a run's folder, such as runs/DAY/TIME-ID"
+    if not folder.is_dir():
+        raise BadRequest(f"{folder}: no such folder; {such}")
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        place = folder.resolve()
+        for above in (place.parent, place.parent.parent):  # checkpoints, checkpoints/step_N
+            if CHECKPOINTS in (place.name, place.parent.name) and (above / ".hydra").is_dir():
+                raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {above}")
+        if below := runs_below(folder):
+            newest = max(below, key=lambda run: (bool(saved(run)), run.stat().st_mtime))
+            what = "a sweep" if _is_sweep(folder / SWEEP) else "a folder above runs"
+            raise BadRequest(f"{folder}: {what}; name one run of it, such as {newest}")
+        raise BadRequest(f"{folder}: no run's folder; {such}")
+    if not saved(folder):
+        remedy = "train with checkpoint.save_last=true (a run that was interrupted has one)"
+        raise BadRequest(f"{folder}: this run saved no checkpoint; {remedy}")
 
 
 def text_of(folder: Path) -> str | None:

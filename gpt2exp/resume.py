@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import config, plan, record, view
-from gpt2exp.config import HOUSEKEEPING, BadRequest, RunConfig, Schedule, show
+from gpt2exp.config import HOUSEKEEPING, BadRequest, DataName, RunConfig, Schedule, show
 
 MAY_CHANGE = (*HOUSEKEEPING, "train.steps", "train.device", "distributed", "data.path")
 """Keys, or whole sections, that a run may go on with another value of; the text at `data.path` must be the same."""
@@ -108,7 +108,8 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> plan.
         why = f"{view.short(folder)} began with {now}"
         raise BadRequest(f"{what}: {why}; leave it out to go on, or start a new run without resume")
     for key, value in changed.items():
-        if key == "data.path" and value is not None:
+        on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
+        if key == "data.path" and value is not None and not on_hub:
             value = str(Path(value).expanduser().absolute())  # as typed it starts here, and the run's others there
         OmegaConf.update(recorded, key, value.value if isinstance(value, Enum) else value)
         overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != key]

@@ -1,84 +1,100 @@
-"""Text to a token file, once: little-endian uint16 GPT-2 tokens, memory-mapped ever after.
+"""Text to tokens, once: GPT-2's, by tiktoken on every core, into shards that are memory-mapped ever after.
 
-The only place that imports tiktoken. Files live in the cache under the sha256 of the text, so an edited text is a
-new file and the same text is never tokenised twice.
+The only place that imports tiktoken. A tokenised text is a folder of the cache, under the text's hash, so an edited
+text is a new folder and the same text is never tokenised twice. The folder is written beside its place and moved there:
+it is whole or absent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 
-from gpt2exp import assets
-from gpt2exp.config import BadRequest, DataConfig, DataName, TrainConfig
-from gpt2exp.files import replacing, write_json
+from gpt2exp import assets, documents, shards, texts, view
+from gpt2exp.config import BadRequest, DataConfig, TrainConfig
+from gpt2exp.files import beside, replacing, write_json
+from gpt2exp.shards import Tokens
+from gpt2exp.texts import Text
 
 if TYPE_CHECKING:
     import tiktoken
 
-Tokens = npt.NDArray[np.uint16]
 END_OF_TEXT = 50256
-"""`<|endoftext|>`: placed between the files of a folder."""
+"""`<|endoftext|>`: placed between documents."""
+FORMAT = "gpt2-v1"
+"""The tokenizer, and the version of what lies in a folder: another one, another folder."""
+BIGRAM_TOKENS = 10_000_000
+"""The longest text whose pairs of tokens are counted: that takes some 30 bytes a token, 0.3 GB here."""
+
+T = TypeVar("T")
+Ids: TypeAlias = npt.NDArray[np.uint16]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenFile:
     """A tokenised text: where it lies and what is known of it."""
 
-    path: Path
+    folder: Path
     name: str
     sha256: str
-    """Of the text."""
+    """Of the text; see `texts.Text`."""
     tokens: int
     distinct_tokens: int
     max_token: int
     unigram_entropy: float
     """Of the tokens, in nats: the loss of always guessing by frequency."""
-    bigram_entropy: float
-    """Of a token given the one before, in nats, both counted in this text."""
+    bigram_entropy: float | None
+    """Of a token given the one before, in nats, both counted in this text; None if longer than `BIGRAM_TOKENS`."""
+    shards: list[dict[str, Any]]
+    """See `shards.Writer`."""
+    revision: str | None = None
+    """The commit, of a dataset on the Hub."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """For the record."""
         known: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
         known |= {"tokens": self.tokens, "distinct_tokens": self.distinct_tokens}
+        known |= {"revision": self.revision} if self.revision else {}
         return known | {"unigram_entropy": self.unigram_entropy, "bigram_entropy": self.bigram_entropy}
 
     def map(self) -> Tokens:
         """The tokens, (tokens,), memory-mapped read-only."""
-        return np.memmap(self.path, dtype="<u2", mode="r")
+        return shards.mapped(self.folder, self.shards)
 
     def seen(self) -> npt.NDArray[np.int64]:
         """The ids that occur, sorted, (distinct_tokens,)."""
-        counts = np.bincount(self.map(), minlength=self.max_token + 1)
-        return np.flatnonzero(counts)
+        return np.flatnonzero(np.load(self.folder / COUNTS))
+
+
+COUNTS, FACTS = "counts.npy", "facts.json"
 
 
 def prepare(config: DataConfig) -> TokenFile:
-    """The token file of a data section, tokenised if the cache has none.
+    """The tokens of a data section, made if the cache has none.
 
     Raises:
-        BadRequest: `data.path` cannot be read, is no UTF-8 text, or holds less than two tokens.
+        BadRequest: `data.path` cannot be read, is not of the form its name says, or holds less than two tokens.
         assets.AssetError: the text or the BPE files could not be fetched, or the cache cannot be written.
     """
-    if config.name is DataName.tinyshakespeare:
-        asset = assets.TINY_SHAKESPEARE
-        # the hash is known beforehand: with a warm cache the text itself is not read again
-        found = _cached(asset.sha256, config.name.value)
-        return found or _tokenise([assets.fetch(asset).read_bytes()], config.name.value, asset.sha256)
-    documents = _read(Path(str(config.path)))
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(hashlib.sha256(document).digest() if len(documents) > 1 else document)
-    name = Path(str(config.path)).name
-    return _cached(digest.hexdigest(), name) or _tokenise(documents, name, digest.hexdigest())
+    text = texts.find(config)
+    return _cached(text) or _made(text, config)
 
 
 def held_out(tokens: int, val_fraction: float) -> int:
@@ -101,91 +117,171 @@ def check_fits(tokens: int, data: DataConfig, train: TrainConfig) -> None:
         raise BadRequest(f"data.val_fraction={data.val_fraction}: {why}; try data.val_fraction={enough} or 0")
 
 
-def _read(path: Path) -> list[bytes]:
-    """The file, or every file below the folder that is not hidden, in the order of their paths."""
-    key = f"data.path={path}"
+def _folder(text: Text) -> Path:
+    return assets.cache_folder() / "tokens" / f"{text.sha256}.{FORMAT}"
+
+
+def _cached(text: Text) -> TokenFile | None:
+    folder = _folder(text)
     try:
-        path = path.expanduser()
-        if path.is_dir():
-            files = [item for item in sorted(path.rglob("*")) if item.is_file()]
-            files = [item for item in files if not any(part.startswith(".") for part in item.relative_to(path).parts)]
-            if not files:
-                raise BadRequest(f"{key}: the folder holds no files; name one with UTF-8 text files in it")
-        elif path.exists() and not path.is_file():  # a pipe or a device: reading might never end
-            raise BadRequest(f"{key}: neither a file nor a folder; name a UTF-8 text file or a folder of them")
-        else:
-            files = [path]
-        documents = [item.read_bytes() for item in files]
-    except (FileNotFoundError, RuntimeError) as error:  # RuntimeError: the home of no user here
-        raise BadRequest(f"{key}: no such file or folder; name a UTF-8 text file or a folder of them") from error
-    except OSError as error:
-        raise BadRequest(f"{key}: cannot be read ({error.strerror}); name a readable UTF-8 text file") from error
-    for item, document in zip(files, documents, strict=True):
-        try:
-            text = document.decode("utf-8")
-        except UnicodeDecodeError as error:
-            where = f"{item.name} is not UTF-8 at byte {error.start}"
-            raise BadRequest(f"{key}: {where}; convert it: iconv -f LATIN1 -t UTF-8 IN > OUT") from error
-        if "\x00" in text:
-            raise BadRequest(f"{key}: {item.name} holds zero bytes, so it is not text; name UTF-8 text files")
-    return documents
-
-
-def _target(sha256: str) -> tuple[Path, Path]:
-    folder = assets.cache_folder() / "tokens"
-    return folder / f"{sha256}.gpt2.u16", folder / f"{sha256}.gpt2.json"
-
-
-def _cached(sha256: str, name: str) -> TokenFile | None:
-    path, facts = _target(sha256)
-    try:
-        known = json.loads(facts.read_text())
-        if path.stat().st_size == 2 * known["tokens"]:
-            return TokenFile(path=path, name=name, **known)
+        known = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        found = TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
+        if (folder / COUNTS).is_file() and shards.whole(folder, found.shards):
+            return found
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or damaged: made again
     return None
 
 
-def _tokenise(documents: list[bytes], name: str, sha256: str) -> TokenFile:
+def _made(text: Text, config: DataConfig) -> TokenFile:
+    """Tokenise a text, or wait for the process that already does."""
+    folder = _folder(text)
+    with assets.writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(folder.parent)
+        lock = FileLock(_lock(folder))
+        try:
+            lock.acquire(timeout=5)
+        except Timeout:
+            log.warning("%s: another process is tokenising it; waiting until it has", text.name)
+            lock.acquire()
+        except NotImplementedError:  # a file system without locks: both tokenise, and the last one's stays
+            pass
+    try:
+        return _cached(text) or _tokenise(text, config, folder)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # who waits looks again at which file it has locked
+        lock.release()
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _clear_leftovers(place: Path) -> None:
+    """Remove what processes left that were killed: theirs are the unfinished folders that nobody holds the lock of."""
+    for part in place.glob(f".*.{FORMAT}.*.part"):
+        name = part.name[1:].partition(f".{FORMAT}.")[0]
+        lock = FileLock(_lock(place / f"{name}.{FORMAT}"), timeout=0)
+        with contextlib.suppress(Timeout, NotImplementedError), lock:
+            shutil.rmtree(part, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
+    part = beside(folder)
+    writer = shards.Writer(part)
+    try:
+        with view.reading(f"tokenising {text.name}", text.size) as advance:
+            for tokens in encoded(text.read(advance)):
+                room = None if config.max_tokens is None else config.max_tokens - writer.tokens
+                with assets.writing(folder.parent):
+                    part.mkdir(exist_ok=True)
+                    writer.append(tokens[:room])
+                if writer.tokens == config.max_tokens:
+                    break
+        if writer.tokens < 2:
+            what = f"{writer.tokens} token{'s' if writer.tokens != 1 else ''}"
+            raise BadRequest(
+                f"data.path={text.name}: the text has {what}; a target needs at least 2, give a longer text"
+            )
+        with assets.writing(folder.parent):
+            writer.close()
+            counts = writer.counts
+            short = writer.tokens <= BIGRAM_TOKENS
+            known: dict[str, Any] = {
+                "sha256": text.sha256,
+                "tokens": writer.tokens,
+                "distinct_tokens": int(np.count_nonzero(counts)),
+                "max_token": int(np.flatnonzero(counts)[-1]),
+                "unigram_entropy": _entropy(counts),
+                "bigram_entropy": _bigram_entropy(shards.mapped(part, writer.shards)) if short else None,
+                "shards": writer.shards,
+            }
+            np.save(part / COUNTS, counts)
+            write_json(part / FACTS, known)
+            _put_in_place(part, folder)
+    finally:
+        writer.abandon()
+        shutil.rmtree(part, ignore_errors=True)
+    return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    if folder.exists():  # damaged, or it would have been used
+        damaged = beside(folder)
+        folder.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    part.rename(folder)
+
+
+def encoded(pieces: documents.Pieces) -> Iterator[Ids]:
+    """The tokens of a stream of documents, `<|endoftext|>` between them, in order and in parts of about a piece.
+
+    Threads are enough: tiktoken leaves the interpreter to the others while it works. No more than a few pieces for each
+    are held at a time.
+    """
     encoding = gpt2_encoding()
-    parts: list[Tokens] = []
-    for document in documents:
-        if parts:
-            parts.append(np.array([END_OF_TEXT], dtype="<u2"))
-        parts.append(np.array(encoding.encode_ordinary(document.decode("utf-8")), dtype="<u2"))
-    tokens = np.concatenate(parts)
-    if len(tokens) < 2:
-        what = f"{len(tokens)} token{'s' if len(tokens) != 1 else ''}"
-        raise BadRequest(f"data.path={name}: the text has {what}; a target needs at least 2, give a longer text")
-    path, facts = _target(sha256)
-    unigram, bigram = entropies(tokens)
-    known: dict[str, Any] = {
-        "tokens": len(tokens),
-        "distinct_tokens": len(np.unique(tokens)),
-        "max_token": int(tokens.max()),
-        "unigram_entropy": unigram,
-        "bigram_entropy": bigram,
-    }
-    result = TokenFile(path=path, name=name, sha256=sha256, **known)
-    with assets.writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            tokens.tofile(part)
-        write_json(facts, {"sha256": sha256, **known})  # last: its presence says the tokens are complete
-    return result
+
+    def encode(pieces: list[str | None]) -> Ids:
+        parts = []
+        for piece in pieces:
+            if piece is None:
+                parts.append(np.array([END_OF_TEXT], dtype="<u2"))
+                continue
+            try:  # no id of the text's own is a control token: "<|endoftext|>" in it is letters
+                ids = encoding.encode_to_numpy(piece, disallowed_special=())
+            except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold: tiktoken puts U+FFFD there
+                ids = np.array(encoding.encode_ordinary(piece))
+            parts.append(ids.astype("<u2"))
+        return np.concatenate(parts)
+
+    next(pieces, None)  # the None before the first document: nothing to end there
+    # what this process may run on, where the system can tell
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(cores)
+    try:
+        yield from _in_order(pool, encode, _batched(pieces), ahead=2 * cores)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def entropies(tokens: Tokens) -> tuple[float, float]:
-    """Entropy of a token, and of a token given the one before it, in nats, by the counts in `tokens`."""
+def _batched(pieces: documents.Pieces) -> Iterator[list[str | None]]:
+    """Short documents together, so that each task is worth its while."""
+    batch: list[str | None] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece or "")
+        if size >= documents.BLOCK // 2:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
-    def entropy(values: npt.NDArray[np.int64]) -> float:
-        share = np.unique(values, return_counts=True)[1] / len(values)
-        return float(-(share * np.log(share)).sum())
 
-    wide = tokens.astype(np.int64)
-    # the chain rule: H(a, b) = H(a) + H(b | a)
-    return entropy(wide), entropy(wide[:-1] * 2**16 + wide[1:]) - entropy(wide[:-1])
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], Ids], items: Iterator[T], ahead: int) -> Iterator[Ids]:
+    """`map` of a pool that takes no more than `ahead` items before their results are asked for."""
+    waiting: deque[Future[Ids]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _entropy(counts: npt.NDArray[np.int64]) -> float:
+    """Of a draw by these counts, in nats."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def _bigram_entropy(tokens: Tokens) -> float:
+    """Of a token given the one before it, in nats: by the chain rule H(b | a) = H(a, b) - H(a)."""
+    wide = tokens[np.arange(len(tokens))].astype(np.int64)
+    pairs = np.unique(wide[:-1] * shards.IDS + wide[1:], return_counts=True)[1]
+    return _entropy(pairs) - _entropy(np.bincount(wide[:-1]))
 
 
 def gpt2_encoding() -> tiktoken.Encoding:

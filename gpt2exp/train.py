@@ -42,7 +42,17 @@ from gpt2exp import (
     view,
 )
 from gpt2exp.assets import AssetError
-from gpt2exp.config import AUTO, BadRequest, DataName, DeviceName, Fallback, PrecisionName, RunConfig, parse, plain
+from gpt2exp.config import (
+    AUTO,
+    BadRequest,
+    DeviceName,
+    Distributed,
+    Fallback,
+    PrecisionName,
+    RunConfig,
+    parse,
+    plain,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +149,10 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         if to_do:
             view.terminal().print(view.plan_table([_dry_row(job) for job in to_do]))
         return 0
-    for note in request.notes:
+    notes = list(request.notes)
+    if parallel.size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
+        notes.append("distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun")
+    for note in notes:
         view.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
     if not to_do and not request.multirun:
         return 0
@@ -193,15 +206,21 @@ def _hydra(argv: list[str]) -> None:
 
 
 def _make_ready(request: plan.Plan, to_do: list[plan.Job]) -> None:
-    """Fetch and tokenise every text of the jobs to do, and refuse what does not fit it or this machine."""
-    sources: dict[tuple[DataName, str | None], tokens.TokenFile] = {}  # jobs that share a text read it once
+    """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine."""
+    sources: dict[tuple[Any, ...], tokens.TokenFile] = {}  # jobs that share a text read it once
+    checked: list[object] = []  # and those that share weights look at them once
     for job in to_do:
         config = job.config
         parallel.check(config)
-        text = config.data.name, config.data.path
+        text = config.data.text
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         build.check_text(build.smallest(config), sources[text])
+        weights = config.init, config.model
+        # what goes on has its weights in a checkpoint
+        if weights not in checked and not record.saved(request.folder / job.folder):
+            build.check_weights(config.init, config.model)
+            checked.append(weights)
         if request.resumed:
             _check_same_text(config, sources[text], record.text_of(request.folder / job.folder))
         named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
@@ -401,8 +420,9 @@ def _train(
             "flops_per_token": config.model.flops_per_token(config.train.seq_len),
             "precision": got.as_dict(),
             "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
-            "device": f"{device.type}: {runtime.device_name(device)}{parallel.times()}",
+            "device": f"{device.type}: {runtime.device_name(device)}",
             "processes": parallel.size(),
+            "distributed": config.distributed.value if parallel.size() > 1 else None,
             "threads": torch.get_num_threads(),
             "estimated_memory_bytes": need,
             "settled": {key: getattr(config.train, key) for key in estimate.SETTLED},
@@ -413,16 +433,17 @@ def _train(
         _check_memory(config, need, free, got, device)
         parallel.from_first((config, source.sha256, saved is not None, Path.cwd()))
         job = build.trainer(config, device, got, source, saved)
-        shown.rows({"wandb    ": wandb.ready()})
+        files.facts["init"] = job.origin
+        shown.rows({"weights  ": view.origin_line(files.facts["init"]), "wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
-        here = {key: files.facts[key] for key in ("device", "threads", "machine")}
+        here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
         peak = 0
         if saved is not None:
             job.restore(saved.training(), saved.state)
             runtime.reset_peak_memory(device)  # the file read is none of training's memory
             peak = saved.state["peak_memory_bytes"]
             shown.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {config.train.steps} steps done"})
-            if all(part[key] == here[key] for part in saved.state["parts"] for key in here):
+            if all(part.get(key, 1) == here[key] for part in saved.state["parts"] for key in here):
                 job.step_seconds = [row["step_ms"] / 1e3 for row in files.metrics]
                 job.began_at = [part["from_step"] for part in files.parts]
             else:
@@ -442,7 +463,7 @@ def _train(
 
         def save(weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
             files.sync()
-            kept = ("config", "settled", "versions", "data", "precision", "device", "threads", "machine")
+            kept = ("config", "init", "settled", "versions", "data", "precision", "device", "threads", "machine")
             state = {**numbers, **{key: files.facts[key] for key in kept}}
             saver.save(weights, tensors, state | {"parts": files.parts, "peak_memory_bytes": peak})
 
@@ -545,6 +566,8 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
     line = text[0] if text else type(problem).__name__
     if isinstance(problem, Diverged):
         return "diverged", line
+    if parallel.lost(problem):
+        return "failed", f"one of the run's {parallel.size()} processes ended, or can no longer be reached"
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
         smaller = AUTO if config.train.batch_size == AUTO else config.train.sequences // 2
         hint = f"try train.batch_size={smaller}" if smaller else "try a smaller model or a shorter train.seq_len"

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt2exp import data, diagnostics, optim, parallel, precision, runtime
 from gpt2exp.config import Distributed, OptimizerConfig, TrainConfig
 from gpt2exp.model import GPT
-from gpt2exp.tokens import Tokens
+from gpt2exp.shards import Tokens
 
 
 class Diverged(RuntimeError):
@@ -41,12 +41,14 @@ class Trainer:
         seen: Tensor | None = None,
         validation: Tokens | None = None,
         autocast: torch.dtype | None = None,
+        origin: dict[str, Any] | None = None,
         distributed: Distributed = Distributed.ddp,
     ) -> None:
         """`seen` (S,): ids that occur in the data, for `loss_unseen`; `validation`: tokens held out, if any.
 
         `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
         (Micikevicius et al. 2018). `distributed`: how the model is spread, where the run has several processes.
+        `origin`: where the weights came from, for the record.
         """
         self.model, self.batches, self.config, self.optimizer_config = model, batches, train, optimizer
         # several processes exchange gradients as autograd reports them, which this one would not be
@@ -61,7 +63,7 @@ class Trainer:
         """`model`, or what stands around it to train it together with other processes."""
         self.optimizer = optim.build(model, optimizer)
         self.seen, self.validation = seen, validation
-        self.autocast = autocast
+        self.autocast, self.origin = autocast, origin
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.steps_done = 0
         self._unclipped: Tensor | None = None
@@ -146,6 +148,7 @@ class Trainer:
                 if len(y):
                     total += float(loss) * y.numel()
                     count += y.numel()
+        parallel.reshard(self.model)
         sums = parallel.total(torch.tensor([total, count], dtype=torch.float64))
         return float(sums[0] / sums[1])
 

@@ -9,18 +9,28 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from gpt2exp.config import RunConfig
+from gpt2exp import parallel
+from gpt2exp.config import InitConfig, InitScheme, RunConfig
 
 log = logging.getLogger("gpt2exp")
 
@@ -39,11 +49,13 @@ class _Lines(logging.Handler):
             self.console.print(Text(logging.Formatter().formatException(record.exc_info)), soft_wrap=True)
 
 
-class _Patient:
-    """A text stream that goes quiet, instead of ending the program, once nobody reads it or its disk is full."""
+class Patient:
+    """A text stream that goes quiet, instead of ending the program, once it is `gone`: nobody reads it, or its disk is
+    full.
+    """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream, self.gone = stream, False
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without our characters gets `?` for them
 
@@ -64,6 +76,7 @@ class _Patient:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+            self.gone = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -71,7 +84,7 @@ class _Patient:
 
 def terminal(*, stderr: bool = False) -> Console:
     """The console of this process; piped, it has no colour and room for every line of ours."""
-    stream = _Patient(sys.stderr if stderr else sys.stdout)
+    stream = Patient(sys.stderr if stderr else sys.stdout)
     console = Console(file=cast(TextIO, stream), stderr=stderr, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console.width = max(console.width, 110)
@@ -96,7 +109,7 @@ class View:
         """`progress`: where the job stands in its sweep; None for a run alone."""
         self.config, self.overrides, self.progress = config, overrides, progress
         self.console = terminal()
-        self._file = cast(TextIO, _Patient((folder / "run.log").open("a", encoding="utf-8")))
+        self._file = cast(TextIO, Patient((folder / "run.log").open("a", encoding="utf-8")))
         self._log = Console(file=self._file, width=110, highlight=False)
         self._handler = _Lines(self._log, traces=True)
         self._bar: Progress | None = None
@@ -156,12 +169,13 @@ class View:
         if train.sequences % 2 and train.sequences > 1:
             batch += "; an even batch, best a power of two, suits most hardware better"
         per_epoch = data["train_tokens"] // train.step_tokens
+        shared = f"; {facts['processes']} processes by {facts['distributed']}" if facts["distributed"] else ""
         rows = {
             "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
-            f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {config.init.scheme.value}, "
-            f"residual scaling {'on' if config.init.residual_scaling else 'off'}, seed {config.seed}",
-            "device": f"{facts['device']}, {facts['threads']} threads; "
-            f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed",
+            f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {_init(config.init)}, "
+            f"seed {config.seed}",
+            "device": f"{facts['device']}, {facts['threads']} threads{shared}; "
+            f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed{' by each' if shared else ''}",
             "precision": f"{precision['requested']} requested, {precision['effective']}{emulated}: "
             f"a matrix product is off by {precision['matmul_relative_error']:.1e}",
             "data": f"{data['name']}: {data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} to validate, "
@@ -169,7 +183,7 @@ class View:
             "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
             "folder": short(folder),
         }
-        self._print(" ".join(["gpt2exp", *self.overrides]), *self._consoles, style="bold")
+        self._print(" ".join([parallel.program(), *self.overrides]), *self._consoles, style="bold")
         if self.progress:
             self._print(f"{self.progress}: {' '.join(self.overrides)}", self.console)
         self.rows(rows)
@@ -190,6 +204,20 @@ class View:
             self._print(f"  {closing_line(summary)}", self.console)
         if sync is not None:  # one unbroken line, to be copied
             self._print(f"to upload: wandb sync {short(sync)}", *self._consoles)
+
+
+def _init(init: InitConfig) -> str:
+    if init.scheme is InitScheme.pretrained:
+        return f"pretrained from {init.path}"
+    return f"{init.scheme.value}, residual scaling {'on' if init.residual_scaling else 'off'}"
+
+
+def origin_line(init: dict[str, Any]) -> str:
+    """Where a model's weights came from, and whether head and embedding are one."""
+    came = "drawn" if init["source"] is None else f"{init['source']} (sha256 {init['sha256'][:8]})"
+    equal = "all elements equal" if init["tying"]["all_equal"] else "their elements differ"
+    one = "one tensor (same data pointer)" if init["tying"]["same_pointer"] else "two tensors"
+    return f"{came}; lm_head.weight and wte.weight: {one}, {equal}"
 
 
 def short(path: Path) -> str:
@@ -221,8 +249,10 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
         data = summary["data"]
         rows["for scale"] = (
             f"guessing among the {data['distinct_tokens']:,} ids that occur {math.log(data['distinct_tokens']):.3f}, "
-            f"by frequency {data['unigram_entropy']:.3f}, by the token before {data['bigram_entropy']:.3f}"
+            f"by frequency {data['unigram_entropy']:.3f}"
         )
+        if data["bigram_entropy"] is not None:  # of a long text it is not counted
+            rows["for scale"] += f", by the token before {data['bigram_entropy']:.3f}"
     if summary["val_loss"] is not None:
         rows["validation loss"] = f"{summary['val_loss']:.4f}"
     if summary["loss_unseen_first"] is not None:
@@ -246,7 +276,7 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
     wall = summary["wall_seconds"]
     rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
     if summary["state"] in ("interrupted", "failed"):
-        rows["to go on"] = f"gpt2exp resume={short(folder)}"
+        rows["to go on"] = f"{parallel.program()} resume={short(folder)}"
     rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
     return rows
 
@@ -299,6 +329,35 @@ def _grid(rows: dict[str, str]) -> Table:
     for label, text in rows.items():
         table.add_row(label, Text(text))
     return table
+
+
+PATIENCE = 3
+"""Seconds that something may take before a bar says how far it is."""
+
+
+@contextlib.contextmanager
+def reading(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
+    """A block that reads `size` bytes (None: nobody knows how many) and tells the function it gets of each part.
+
+    Where that takes long, a bar with rate and time left stands on a terminal's standard error meanwhile.
+    """
+    console, began = terminal(stderr=True), time.monotonic()
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
+    task = bar.add_task(what, total=size)
+
+    def advance(part: int) -> None:
+        bar.advance(task, part)
+        if time.monotonic() - began > PATIENCE:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 def wants_traces() -> bool:

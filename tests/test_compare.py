@@ -683,6 +683,15 @@ def test_group_and_key_of_its_section_are_two_axes() -> None:
     assert effect(comparison, SCALING).mean_difference == pytest.approx(1)
 
 
+def test_what_only_one_choice_has_is_no_axis() -> None:
+    """A pretrained run names its weights, and one from scratch beside it cannot: they differ in `init` alone."""
+    rows = [run("init=gpt2", seed=0), run("init=pretrained", "init.path=a", seed=0)]
+    assert compare.compare(rows).swept == {"init": ["gpt2", "pretrained"]}
+    assert effect(rows, "init").n_pairs == 1
+    rows.append(run("init=pretrained", "init.path=b", seed=0))
+    assert set(compare.compare(rows).swept) == {"init", "init.path"}
+
+
 def test_axes_that_only_vary_together_have_no_pairs() -> None:
     rows = [run("model=gpt2"), run("model=nano", "model.n_layer=6")]
     for key in ("model", "model.n_layer"):

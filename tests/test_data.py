@@ -6,6 +6,7 @@ cache would not stop a run; it would train on something else.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -253,7 +254,7 @@ class TestOwnText:
         path = tmp_path / "poem.txt"
         path.write_text("Où sont les neiges d'antan ? <|endoftext|> 雪\n", encoding="utf-8")
         source = tokens.prepare(text(path))
-        assert source.path.is_relative_to(cold)
+        assert source.folder.is_relative_to(cold)
         assert source.name == "poem.txt"
         assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         encoding = tokens.gpt2_encoding()
@@ -289,26 +290,42 @@ class TestOwnText:
         with pytest.raises(AssertionError, match="tokenised again"):
             tokens.prepare(text(path))
 
-    @pytest.mark.parametrize("damage", ["short", "gone", "facts gone", "facts damaged", "facts of another shape"])
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            "short",
+            "another token",
+            "header",
+            "gone",
+            "counts gone",
+            "facts gone",
+            "facts damaged",
+            "facts of another shape",
+        ],
+    )
     def test_a_damaged_token_file_is_made_again(self, damage: str, tmp_path: Path, cold: Path) -> None:
         path = tmp_path / "a.txt"
         path.write_text("to be or not to be")
         first = tokens.prepare(text(path))
         expected = first.map().tolist()
-        facts = first.path.with_suffix(".json")
-        assert facts.exists()
+        shard, facts = first.folder / "tokens_000000.bin", first.folder / "facts.json"
+        content = shard.read_bytes()
         if damage == "short":
-            first.path.write_bytes(first.path.read_bytes()[:-1])
-        elif damage == "gone":
-            first.path.unlink()
-        elif damage == "facts gone":
-            facts.unlink()
+            shard.write_bytes(content[:-1])
+        elif damage == "another token":
+            shard.write_bytes(content[:-2] + b"\x01\x00")
+        elif damage == "header":
+            shard.write_bytes(bytes(4) + content[4:])
+        elif damage.endswith("gone"):
+            {"gone": shard, "facts gone": facts, "counts gone": first.folder / "counts.npy"}[damage].unlink()
         else:
             facts.write_text('{"tokens": 6' if damage == "facts damaged" else '{"tokens": 6, "colour": "red"}')
         again = tokens.prepare(text(path))
-        assert again == first
+        assert dataclasses.replace(again, shards=[]) == dataclasses.replace(first, shards=[])  # dated anew
         assert again.map().tolist() == expected
-        assert sorted(item.name for item in first.path.parent.iterdir()) == sorted([first.path.name, facts.name])
+        assert shard.read_bytes() == content
+        assert sorted(item.name for item in first.folder.iterdir()) == ["counts.npy", "facts.json", "tokens_000000.bin"]
+        assert list(first.folder.parent.iterdir()) == [first.folder]
 
     @pytest.mark.parametrize(
         ("content", "complaint"),
@@ -333,7 +350,7 @@ class TestOwnText:
         with pytest.raises(BadRequest, match=rf"data\.path=.*{complaint}") as refusal:
             tokens.prepare(text(path))
         assert "\n" not in str(refusal.value)
-        assert not (cold / "tokens").exists()
+        assert not list(cold.glob("tokens/*"))
 
 
 class TestTiktoken:
@@ -476,5 +493,5 @@ class TestAssets:
         expected = f"338025 {int(tokens.prepare(DataConfig()).map()[-1])}\n"
         assert outputs == [(expected, ""), (expected, "")]
         left = [item.name for item in (tmp_path / "cache").rglob("*") if item.is_file()]
-        assert len(left) == 7  # three assets, tiktoken's two, the tokens and their facts; nothing half-written
-        assert not any(name.endswith(".part") or name.startswith("tmp") for name in left)
+        assert len(left) == 8  # three assets, tiktoken's two, the tokens, their counts and facts; nothing half-written
+        assert not any(name.endswith((".part", ".lock")) or name.startswith("tmp") for name in left)

@@ -290,7 +290,7 @@ def test_two_runs_and_a_parallel_sweep_begin_with_a_cold_cache(tmp_path: Path) -
     alike = [losses(folder) for folder in found if "shuffled" not in folder.name]
     assert len(alike) == 3
     assert alike[0] == alike[1] == alike[2]
-    assert len(contents(cache)) == 7  # three assets, tiktoken's two, the tokens and their facts
+    assert len(contents(cache)) == 8  # three assets, tiktoken's two, the tokens, their counts and facts
     pids = {read(folder / "status.json")["pid"] for folder in found}
     assert len(pids) == 4
     assert not pids & {begun[2].pid}

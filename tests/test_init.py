@@ -20,7 +20,7 @@ from gpt2exp.config import InitConfig, InitScheme, ModelConfig
 from gpt2exp.diagnostics import InitError, check_init, expected_std, first_look
 from gpt2exp.model import GPT, initialise
 
-SCHEMES = [scheme.value for scheme in InitScheme]
+SCHEMES = [scheme.value for scheme in InitScheme if scheme is not InitScheme.pretrained]  # which draws nothing
 
 
 def of_scheme(name: str, **changes: object) -> InitConfig:

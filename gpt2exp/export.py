@@ -1,0 +1,177 @@
+"""The command `gpt2exp-export`: a run's newest checkpoint as a folder that transformers loads as it is."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2exp import assets, hub, record, view
+from gpt2exp import command as commands
+from gpt2exp.config import HOUSEKEEPING, BadRequest, ModelConfig
+from gpt2exp.files import beside, write_json
+from gpt2exp.tokens import END_OF_TEXT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WORDS = END_OF_TEXT + 1
+"""What GPT-2's tokenizer knows; `<|endoftext|>` is the last."""
+
+
+def write(run: Path, out: Path) -> int:
+    """Export a run to `out`, a new or empty folder, and return the steps behind its weights.
+
+    Weights are float32 whatever the precision, as transformers' GPT-2 is trained. Rows of a vocabulary padded beyond
+    the tokenizer's are left out: no text has those ids. Dropout is 0 in the configuration, as it was in training.
+
+    Raises:
+        BadRequest: `run` is no run with a whole checkpoint, its vocabulary is smaller than the tokenizer's, or `out`
+            holds something.
+        assets.AssetError: the tokenizer's files could not be fetched.
+        OSError: `out` cannot be written; what lay there before is as it was.
+    """
+    record.check_run(run)
+    _check_free(out)
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from gpt2exp import checkpoint
+
+    model, saved = checkpoint.of_run(run)
+    if model.vocab_size < WORDS:
+        why = f"model.vocab_size={model.vocab_size} is less than the {WORDS} ids that GPT-2's tokenizer writes"
+        raise BadRequest(f"{run}: {why}; train with model.vocab_size={WORDS}")
+    vocabulary, merges = assets.fetch(assets.ENCODER_JSON), assets.fetch(assets.VOCAB_BPE)
+    part = beside(out.absolute())
+    try:
+        part.mkdir(parents=True)
+        save_file(_theirs(saved.weights()), part / hub.WEIGHTS[0], metadata={"format": "pt"})
+        write_json(part / hub.CONFIG, architecture(model))
+        write_json(part / "generation_config.json", {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT})
+        shutil.copyfile(vocabulary, part / "vocab.json")
+        shutil.copyfile(merges, part / "merges.txt")
+        write_json(
+            part / "tokenizer_config.json",
+            {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.block_size, "add_prefix_space": False},
+        )
+        (part / "README.md").write_text(card(record.row(run, run), model, saved.state), encoding="utf-8")
+        shutil.copymode(part / hub.CONFIG, part / hub.WEIGHTS[0])  # its library makes it its owner's alone to read
+        if out.exists():
+            out.rmdir()  # empty, or this fails
+        part.rename(out.absolute())
+    except SafetensorError as error:  # how its library puts what the system said
+        raise OSError(errno.EIO, str(error), str(out)) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return saved.step
+
+
+def _check_free(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        raise BadRequest(f"{out}: already holds files, and nothing is overwritten; name a new folder")
+    if out.exists() and not out.is_dir():
+        raise BadRequest(f"{out}: a file; name a new folder")
+
+
+def _theirs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our parameters in Hugging Face's layout."""
+    found = {}
+    for name, tensor in weights.items():
+        words = tensor[:WORDS] if name in (hub.WTE, hub.HEAD) else tensor
+        found[name] = hub.transposed(name, words).float().contiguous()
+    return found
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """`config.json`: what transformers' GPT2Config needs to build this model, without dropout."""
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **{theirs: getattr(model, ours) for ours, theirs in hub.SHAPE.items()},
+        "vocab_size": WORDS,
+        **{key: known[0] for key, known in hub.GPT2.items()},
+        "n_inner": None,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        "tie_word_embeddings": model.tie_weights,
+        "bos_token_id": END_OF_TEXT,
+        "eos_token_id": END_OF_TEXT,
+        "dtype": "float32",
+    }
+
+
+def card(row: Mapping[str, Any], model: ModelConfig, state: Mapping[str, Any]) -> str:
+    """A model card from a run's summary and the checkpoint's state: what it is, how it was made, how to use it."""
+    config, data, got = state["config"], state["data"], state["precision"]
+    losses = {"validation loss": row.get("val_loss"), "mean loss of the last ten steps": row.get("loss_mean_last10")}
+    known = row.get("state") == "done" and row.get("steps") == state["step"]  # else the losses are another step's
+    reached = [f"{label} {value:.4f} nats" for label, value in losses.items() if known and value is not None]
+    private = (*HOUSEKEEPING, "hydra", "data.path", "init.path")  # places on the machine that trained it
+    told = [text for text in row.get("overrides", []) if not text.lstrip("+").partition("=")[0].startswith(private)]
+    rows = {
+        "shape": f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, {model.block_size} positions, "
+        f"{model.parameters['total']:,} parameters",
+        "embedding and head": "one tensor" if model.tie_weights else "two tensors",
+        "text": f"{data['name']}, {data['tokens']:,} tokens, sha256 `{data['sha256']}`",
+        "trained": f"{state['step']:,} steps, seed {config['seed']}, precision {got['effective']}"
+        + (" (emulated)" if got["emulated"] else ""),
+        "reached": "; ".join(reached) or "not measured at this step",
+        "request": f"`gpt2exp {' '.join(told)}`",
+        "versions": ", ".join(f"{name} {version}" for name, version in state["versions"].items()),
+    }
+    table = "\n".join(f"| {label} | {text} |" for label, text in rows.items())
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, gpt2exp]
+---
+
+# GPT-2, trained with gpt2exp on {data["name"]}
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", model="THIS_FOLDER")("Once upon a time", max_new_tokens=40)[0]["generated_text"])
+```
+"""
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """The console script `gpt2exp-export`."""
+    sys.exit(command(sys.argv[1:]))
+
+
+def command(argv: list[str]) -> int:
+    """Carry out a command line; for the exit code see `gpt2exp.command.carry_out`."""
+    parser = commands.parser(
+        "gpt2exp-export",
+        "Write the newest checkpoint of a run as a Hugging Face folder: config.json, model.safetensors, the "
+        "tokenizer's files and a model card. transformers' from_pretrained and pipeline load it as it is, and so "
+        "does init=pretrained here.",
+        "runs/2026-01-31/12-00-00-abcd my-gpt2",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's folder that holds a checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="a folder that is new or empty")
+
+    def export() -> None:
+        args = parser.parse_args(argv)
+        step = write(args.run, args.out)
+        text = f"{args.out}: the weights after step {step}, for transformers' from_pretrained, pipeline, or init.path"
+        view.terminal().print(text, markup=False, soft_wrap=True)
+
+    return commands.carry_out("gpt2exp-export", export)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The command `gpt2exp-sample`: text from a run's newest checkpoint, or from a Hugging Face folder, as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import itertools
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2exp import command as commands
+from gpt2exp import hub, record, tokens, view
+from gpt2exp.config import BadRequest, DeviceName, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from gpt2exp.model import GPT
+
+
+def load(folder: Path) -> GPT:
+    """The model of a run at its newest whole checkpoint, or of a folder with `config.json` and weights, in float32.
+
+    Raises:
+        BadRequest: it is neither, or cannot be read.
+    """
+    if (folder / hub.CONFIG).is_file():
+        found = hub.find(str(folder), key="")
+        config = ModelConfig(**found.shape, tie_weights=False)  # a head that the files leave out is `wte` again
+        hub.check(found, config)
+    else:
+        record.check_run(folder)
+    import torch
+
+    from gpt2exp import checkpoint, model, runtime
+
+    if (folder / hub.CONFIG).is_file():
+        weights = hub.read(found, config)
+    else:
+        config, saved = checkpoint.of_run(folder)
+        weights = saved.weights()
+    with torch.device(runtime.resolve_device(DeviceName.auto)):
+        gpt = model.GPT(config)
+    checkpoint.load_weights(gpt, weights)
+    return gpt
+
+
+def generate(
+    model: GPT, prompt: Sequence[int], *, temperature: float = 1.0, top_k: int | None = None, seed: int = 1337
+) -> Iterator[int]:
+    """Ids that follow `prompt`, one by one without end, each drawn given the `block_size` before it.
+
+    Ids beyond the tokenizer's, which a padded vocabulary has, are never drawn. Draws are made on the CPU by a generator
+    of their own: the same weights, prompt and seed give the same ids.
+
+    Raises:
+        BadRequest: the model's logits are no finite numbers.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([prompt], device=model.lm_head.weight.device)
+    while True:
+        with torch.no_grad():
+            x = model.transformer(ids[:, -model.config.block_size :])
+            logits = model.lm_head(x[0, -1])[: tokens.END_OF_TEXT + 1].float().cpu()
+        if not bool(logits.isfinite().all()):
+            raise BadRequest("the model's logits are not finite: it has diverged; name an earlier run of it")
+        number = pick(logits, temperature, top_k, generator)
+        yield number
+        ids = torch.cat([ids, ids.new_tensor([[number]])], dim=1)
+
+
+def pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    """An id by its logits (V,): the likeliest at temperature 0, else drawn, among the `top_k` likeliest if given."""
+    if temperature == 0:
+        return int(logits.argmax())
+    values, ids = logits.double().topk(min(top_k or len(logits), len(logits)))  # sorted
+    shares = ((values - values[0]) / temperature).softmax(-1)
+    return int(ids[shares.multinomial(1, generator=generator)])
+
+
+def text_of(ids: Iterable[int]) -> Iterator[str]:
+    """The text of each id as soon as its characters are whole: a character may take several tokens.
+
+    Ends at `<|endoftext|>`. Bytes that are no UTF-8, and control characters that a terminal would obey, become `�`.
+    """
+    encoding = tokens.gpt2_encoding()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    parts = (encoding.decode_single_token_bytes(number) for number in itertools.takewhile(_goes_on, ids))
+    for part in parts:
+        yield _harmless(decoder.decode(part))
+    yield _harmless(decoder.decode(b"", final=True))
+
+
+def _goes_on(number: int) -> bool:
+    return number != tokens.END_OF_TEXT
+
+
+def _harmless(text: str) -> str:
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "�", text)
+
+
+def _prompt(text: str, config: ModelConfig) -> list[int]:
+    """The ids of a prompt; of an empty one `<|endoftext|>`, after which GPT-2 begins a text."""
+    ids = tokens.gpt2_encoding().encode(text, allowed_special="all") or [tokens.END_OF_TEXT]
+    if max(ids) >= config.vocab_size:
+        why = f"has token {max(ids)}, and the model knows {config.vocab_size:,}"
+        raise BadRequest(f"--prompt {text!r}: {why}; try other words")
+    return ids
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """The console script `gpt2exp-sample`."""
+    sys.exit(command(sys.argv[1:]))
+
+
+def command(argv: list[str]) -> int:
+    """Carry out a command line; for the exit code see `gpt2exp.command.carry_out`."""
+    parser = _parser()
+
+    def sample() -> None:
+        args = parser.parse_args(argv)
+        _check(args)
+        model = load(args.run)
+        ids = generate(
+            model, _prompt(args.prompt, model.config), temperature=args.temperature, top_k=args.top_k, seed=args.seed
+        )
+        out = view.Patient(sys.stdout)
+        for part in itertools.chain([_harmless(args.prompt)], text_of(itertools.islice(ids, args.tokens)), ["\n"]):
+            out.write(part)
+            out.flush()
+            if out.gone:  # nobody reads on
+                break
+
+    return commands.carry_out("gpt2exp-sample", sample)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = commands.parser(
+        "gpt2exp-sample",
+        "Generate text from the newest checkpoint of a run, or from a Hugging Face folder of GPT-2 weights; it streams "
+        "to the terminal.",
+        'runs/2026-01-31/12-00-00-abcd --prompt "To be" --tokens 200 --temperature 0.8',
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's folder, or one with config.json and weights")
+    parser.add_argument("--prompt", default="\n", help="what the text begins with (a new line); '' for <|endoftext|>")
+    parser.add_argument(
+        "--tokens", type=int, default=100, metavar="N", help="tokens at most; ends at <|endoftext|> (100)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest token (1)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens alone (all)")
+    parser.add_argument("--seed", type=int, default=1337, metavar="S", help="the same seed gives the same text (1337)")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.tokens < 1:
+        raise BadRequest(f"--tokens {args.tokens}: must be at least 1; try --tokens 100")
+    if not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise BadRequest(f"--temperature {args.temperature}: must be a number of 0 or more; try --temperature 0.8")
+    if args.top_k is not None and args.top_k < 1:
+        raise BadRequest(f"--top-k {args.top_k}: must be at least 1; try --top-k 50")
+    if not 0 <= args.seed < 2**63:
+        raise BadRequest(f"--seed {args.seed}: must lie in [0, 2^63); try --seed 1337")
+
+
+if __name__ == "__main__":
+    main()

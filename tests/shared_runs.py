@@ -1,0 +1,87 @@
+"""Small trainings that a lone process and several must agree on; run by torchrun, this file is the several."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt2exp import build, config, parallel, precision, tokens
+
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64}
+TRAIN = {
+    "batch_size": 8,
+    "seq_len": 16,
+    "steps": 3,
+    "eval_every": 3,
+    "device": "cpu",
+    "activation_checkpointing": False,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"model": {"tie_weights": False}},
+    "accumulated": {"train": {"grad_accum_steps": 2}},
+    "shuffled": {"data": {"order": "shuffled"}},
+    "clipped": {"optimizer": {"grad_clip": 0.5}},
+    "recomputed": {"train": {"activation_checkpointing": True}},
+    "tf32": {"precision": {"name": "tf32"}, "train": {"grad_accum_steps": 2}},
+    "tf32_untied": {"precision": {"name": "tf32"}, "model": {"tie_weights": False}},
+    "bf16": {"precision": {"name": "bf16"}},
+    "fp16": {"precision": {"name": "fp16"}},
+    "fp64": {"precision": {"name": "fp64"}},
+}
+
+
+def train(case: str, distributed: str) -> dict[str, Tensor]:
+    """`losses` (steps,), `norms`, `val_loss`, `loss_unseen`, and under `grad.NAME` and `weight.NAME` the last step's.
+
+    In several processes, what the first has of it.
+    """
+    asked: dict[str, Any] = {
+        "model": SMALL,
+        "train": TRAIN,
+        "data": {"val_fraction": 0.002},
+        "distributed": distributed,
+    }
+    for section, values in CASES[case].items():
+        asked[section] = {**asked.get(section, {}), **values}
+    run = config.parse(asked)
+    device = torch.device("cpu")
+    with precision.applied(run.precision, device) as got:
+        source = tokens.prepare(run.data)
+        run, _need = build.settled(run, device, got, source, None)
+        job = build.trainer(run, device, got, source)
+        rows = list(job.fit())
+        gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
+        gradients = parallel.gathered(gradients)
+        weights, _tensors, _numbers = job.state()
+    found = {
+        key: torch.tensor([row[key] for row in rows if key in row]) for key in ("loss", "grad_norm", "loss_unseen")
+    }
+    found["val_loss"] = torch.tensor(rows[-1]["val_loss"])
+    if "wte_grad_head" in rows[0]:
+        found["residual_rms"] = torch.tensor(rows[0]["residual_rms"])
+        found["wte_grads"] = torch.tensor([rows[0]["wte_grad_lookup"], rows[0]["wte_grad_head"]])
+    found |= {f"grad.{name}": gradient for name, gradient in gradients.items()}
+    return found | {f"weight.{name}": weight.detach().clone() for name, weight in weights.items()}
+
+
+def main() -> None:
+    """Every case under DDP and FSDP; the first process writes them all to one safetensors file."""
+    torch.set_num_threads(1)
+    found: dict[str, Tensor] = {}
+    with parallel.joined():
+        for distributed in ("ddp", "fsdp"):
+            for case in CASES:
+                result = train(case, distributed)
+                found |= {f"{distributed}/{case}/{name}": tensor.contiguous() for name, tensor in result.items()}
+    if parallel.first():
+        save_file(found, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
