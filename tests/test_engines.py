@@ -11,6 +11,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,10 +27,12 @@ import psutil
 import pytest
 import yaml
 from filelock import FileLock
+from hydra._internal.utils import get_args_parser
 from support import SMALL, OfflineRun, losses, read, run, run_folders, surroundings, the_run
 
-from gpt2exp import compare, engines, record, signals, train
+from gpt2exp import compare, engines, plan, record, signals, train
 
+ROOT = Path(__file__).parent.parent
 QUIET = "wandb.mode=disabled"
 AXES = ["optimizer.lr=1e-3,3e-3", "seed=1,2"]
 SHORT = [*SMALL, "train.steps=12", QUIET]
@@ -349,7 +352,7 @@ def test_wandb_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What wandb's agent makes of the shipped file is a run of ours, which joins the agent's run in the sweep."""
     from wandb import wandb_agent
 
-    file = yaml.safe_load((Path(__file__).parent.parent / "experiments" / "lr_search" / "sweep.yaml").read_text())
+    file = yaml.safe_load((ROOT / "experiments" / "lr_search" / "sweep.yaml").read_text())
     least, most = (file["parameters"]["optimizer.lr"][end] for end in ("min", "max"))
     assert isinstance(least, float)
     small = [*SMALL, "data.val_fraction=0.001", "train.steps=3"]
@@ -372,6 +375,25 @@ def test_wandb_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (mirrored.run.sweep_id, mirrored.run.run_id) == ("abcd1234", "run00001")
     assert mirrored.summary[file["metric"]["name"]] == summary["val_loss"]
     assert mirrored.config["optimizer"]["lr"] == summary["config"]["optimizer"]["lr"]
+
+
+# --- what is said of them ---------------------------------------------------------------------------------------------
+
+
+def test_the_commands_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each line of the README's section is a request; every preset is in one, and in the map of groups."""
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Sweeps on engines") :].split("\n## ")[0]
+    lines = re.findall(r"^gpt2exp (-m .+?) {3,}", section, re.MULTILINE)
+    for line in lines:
+        assert plan.make(get_args_parser().parse_args(line.split())).jobs
+    presets = [path for kind in ("launcher", "sweeper") for path in (ROOT / "conf" / "hydra" / kind).glob("*.yaml")]
+    shown = {re.findall(r"hydra/(\w+)=(\w+)", line)[0] for line in lines}
+    assert shown == {(path.parent.name, path.stem) for path in presets}
+    for path in presets:
+        assert f"`{path.stem}`" in readme
 
 
 # --- plugins that are not there --------------------------------------------------------------------------------------
