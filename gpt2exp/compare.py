@@ -134,8 +134,6 @@ class Comparison:
     interactions: list[Interaction]
     distances: list[Distance]
     """Of each precision from fp64, where that is an arm."""
-    optima: list[Optimum]
-    """Of the axes that were searched rather than compared."""
     failed: list[Row]
     swept: dict[str, list[str]]
     """Arms of each axis, the baseline first."""
@@ -143,6 +141,8 @@ class Comparison:
     metric: str
     """The loss compared."""
     notes: list[str]
+    optima: list[Optimum] = field(default_factory=list)
+    """Of an axis that was searched rather than compared."""
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON's own types."""

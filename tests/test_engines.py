@@ -143,26 +143,38 @@ def test_a_joblib_sweep_gains_a_seed(parallel: tuple[Path, Path], tmp_path: Path
     assert read(sweep / "comparison.json")["seeds"] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_sweep_leaves_no_worker_at_work(
-    parallel: tuple[Path, Path], tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_a_stopped_sweep_leaves_no_worker_at_work(parallel: tuple[Path, Path], tmp_path: Path) -> None:
     """Told to the launching process alone: every job finishes its step and saves itself before its worker ends."""
     pids: list[int] = []
 
     def tell() -> None:
         pids.extend(running(tmp_path, 2))
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGINT)
 
     with meanwhile(tell):
         ended, out, _ = here(tmp_path, "-m", "hydra/launcher=workers", "seed=1,2", *SHORT, "train.steps=1000000")
-    assert ended == code
+    assert ended == 130
     assert f"to go on: gpt2exp resume={the_sweep(tmp_path).relative_to(tmp_path)}" in out
     for folder in run_folders(tmp_path):
         summary = read(folder / "summary.json")
         assert summary["state"] == read(folder / "status.json")["state"] == "interrupted"
         assert list(record.saved(folder)) == [summary["steps"]]
     assert psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)[1] == []
+
+
+def test_a_signal_is_heralded_once() -> None:
+    """And comes out as what it was, whatever a launcher makes of the interruption on the way."""
+    told: list[int] = []
+
+    def launch() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray does
+
+    with pytest.raises(signals.Terminated), signals.heralded(lambda: told.append(1)):
+        launch()
+    assert told == [1]
 
 
 def test_more_jobs_than_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -191,7 +203,8 @@ def test_ray(basic: Path, tmp_path: Path) -> None:
     """Two workers of a cluster that is gone with the sweep."""
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as place:  # sockets have short names
         own = f"++hydra.launcher.ray.init._temp_dir={place}"
-        done = run(tmp_path / "here", "-m", "hydra/launcher=ray_local", own, *AXES, *SHORT, RAY_AUTH_MODE="disabled")
+        more = {"RAY_AUTH_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
+        done = run(tmp_path / "here", "-m", "hydra/launcher=ray_local", own, *AXES, *SHORT, **more)
         assert done.returncode == 0, done.stderr
         assert "4 of 4 runs done" in done.stdout
         left = [process for process in psutil.process_iter(["cmdline"]) if place in str(process.info["cmdline"])]
@@ -211,7 +224,7 @@ def test_no_ray_there(tmp_path: Path) -> None:
 
 def test_a_preempted_job_goes_on(tmp_path: Path) -> None:
     """The launcher's signal finishes the step and saves; its handler has the job started again, to the same losses."""
-    request = [*SMALL, "train.steps=150", "seed=1", QUIET]
+    request = [*SMALL, "train.steps=100", "seed=1", QUIET]
     pids: list[int] = []
 
     def preempt() -> None:
@@ -226,7 +239,7 @@ def test_a_preempted_job_goes_on(tmp_path: Path) -> None:
     folder = the_run(tmp_path / "here")
     summary = read(folder / "summary.json")
     assert len(summary["parts"]) == 2
-    assert 5 <= summary["parts"][1]["from_step"] < 150
+    assert 5 <= summary["parts"][1]["from_step"] < 100
     assert read(folder / "status.json")["pid"] != pids[0]
     assert losses(folder) == losses(the_run(tmp_path / "whole"))
 
@@ -298,10 +311,10 @@ def test_the_script_that_slurm_gets(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[int, str, str]]:
-    """Eight rates by Optuna, between what hardly learns and what cannot."""
+    """Seven rates by Optuna, between what hardly learns and what cannot."""
     folder = tmp_path_factory.mktemp("search")
     rates = "optimizer.lr=tag(log,interval(1e-3,1e6))"
-    more = ["data.val_fraction=0.001", "train.steps=6", "hydra.sweeper.n_trials=8"]
+    more = ["data.val_fraction=0.001", "train.steps=6", "hydra.sweeper.n_trials=7"]
     done = here(folder, "-m", "hydra/sweeper=lr_search", rates, *SHORT, *more)
     return the_sweep(folder), done
 
@@ -312,7 +325,7 @@ def test_search(search: tuple[Path, tuple[int, str, str]]) -> None:
     summaries = [read(folder / "summary.json") for folder in run_folders(sweep)]
     states = [summary["state"] for summary in summaries]
     assert set(states) == {"done", "diverged"}
-    assert len(states) == 8
+    assert len(states) == 7
     assert code == 1, "a run diverged"
     best = min((summary for summary in summaries if summary["state"] == "done"), key=lambda one: one["val_loss"])
     found = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
@@ -388,7 +401,7 @@ def test_the_commands_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     section = readme[readme.index("## Sweeps on engines") :].split("\n## ")[0]
     lines = re.findall(r"^gpt2exp (-m .+?) {3,}", section, re.MULTILINE)
     for line in lines:
-        assert plan.make(get_args_parser().parse_args(line.split())).jobs
+        assert plan.make(get_args_parser().parse_args(line.replace("1,2,3,4", "1").split())).jobs
     presets = [path for kind in ("launcher", "sweeper") for path in (ROOT / "conf" / "hydra" / kind).glob("*.yaml")]
     shown = {re.findall(r"hydra/(\w+)=(\w+)", line)[0] for line in lines}
     assert shown == {(path.parent.name, path.stem) for path in presets}
