@@ -71,6 +71,7 @@ def shares() -> dict[str, Any]:
     """What the presets in `conf/hydra/launcher` ask this machine, by the name of the resolver."""
     return {
         "cores_here": cores,
+        "gpus_here": lambda: len(gpus()),
         "jobs_at_once": workers,
         "cores_a_job": lambda: max(1, cores() // workers()),
         "gpus_a_job": lambda: min(1, len(gpus())),

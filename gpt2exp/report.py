@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gpt2exp import record, view
-from gpt2exp.compare import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Row, compare, read
+from gpt2exp.compare import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Optimum, Row, compare, read
 from gpt2exp.config import BadRequest, WandbConfig, parse
 from gpt2exp.files import replacing, write_json
 
@@ -155,6 +155,8 @@ class Sentence:
 def sentences(comparison: Comparison) -> list[Sentence]:
     """A sentence an arm: the loss first, then what it costs. One for all runs where there are no arms."""
     by_arm: dict[tuple[str, str], dict[str, Effect]] = {}
+    if comparison.optima:
+        return [Sentence("", optimum_sentence(item, comparison)) for item in comparison.optima]
     for effect in comparison.axes:
         by_arm.setdefault((effect.key, effect.arm), {})[effect.metric] = effect
     if not by_arm:
@@ -234,6 +236,25 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
     )
 
 
+def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
+    """What a search found, how sure that is, and the sweep that makes it surer."""
+    best, loss = f"{float(item.best):.3g}", LOSS[comparison.metric]
+    text = f"of {item.n} values tried, {subject(item.key, best)} ended with the least {loss}, {spell(item.loss, 0.001)}"
+    if item.at is None or item.ci95 is None:
+        text += "; the least is not between the values around it: search beyond them"
+        return f"{text}."
+    low, at, high = (f"{value:.3g}" for value in (item.ci95[0], item.at, item.ci95[1]))
+    text += f"; a parabola in its logarithm through the {item.fitted} values nearest to it is least at {at} "
+    text += f"(95 % interval {low} to {high})"
+    if item.n_seeds > 1:
+        return f"{text}, {_plain_count(item.n_seeds, 'seed')}."
+    (row,) = [row for row in comparison.runs if row["state"] == "done" and row[comparison.metric] == item.loss][:1]
+    kept = [word for word in row["overrides"] if word.partition("=")[0] not in (item.key, "seed")]
+    arms = ",".join(dict.fromkeys((low, at, high)))
+    surer = shlex.join(map(clean, ["gpt2exp", "-m", "seed=1,2,3,4,5", f"{item.key}={arms}", *kept]))
+    return f"{text}, all by one seed; to be surer: {surer}"
+
+
 def distance_sentence(item: Distance) -> str:
     """How far a precision strays from fp64, in plain words."""
     std = "" if item.seed_std is None else f"; between seeds fp64's own losses have a std of {spell(item.seed_std)}"
@@ -294,7 +315,7 @@ class Line:
 def lines(comparison: Comparison) -> list[Line]:
     """The comparison table, a row an axis, arm and metric."""
     rows = []
-    for effect in comparison.axes:
+    for effect in comparison.axes if not comparison.optima else ():  # a value tried once differs from another by chance
         said = words(effect)
         rows.append(
             Line(
@@ -325,7 +346,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     """Table, sentences, failed runs unless told elsewhere, and notes; `out`: where the report was written."""
     from rich.text import Text
 
-    if comparison.axes:
+    if comparison.axes and not comparison.optima:
         overview, reasons = _rich_table(comparison)
         console.print(overview)
         for number, reason in enumerate(reasons):
@@ -574,7 +595,7 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
     text += [f"- interaction: {_md(interaction_sentence(x, comparison))}" for x in comparison.interactions if x.large]
     text += [f"- {_md(distance_sentence(item))}" for item in comparison.distances]
     text += [f"- note: {_md(note)}" for note in comparison.notes]
-    if comparison.axes:
+    if comparison.axes and not comparison.optima:
         rows = [[_md(cell) for cell in (*line.cells, name_of(line.verdict), line.reason)] for line in lines(comparison)]
         text += ["", "## Comparison", "", *_md_table([*COLUMNS, "reason"], rows, RIGHT)]
     if comparison.failed:

@@ -194,6 +194,8 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> pla
         flags = get_args_parser().parse_args([str(word) for word in known["argv"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadRequest(f"resume={folder}: its {record.SWEEP} cannot be read; put it back") from error
+    if "folders" not in known:
+        raise BadRequest(f"resume={folder}: its sweeper made up the jobs as it went; only sweeps of lists can go on")
     began_in = Path(known.get("cwd", "."))
     if args.config_dir:
         flags.config_dir = str(Path(args.config_dir).absolute())
@@ -203,8 +205,6 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> pla
         name = flags.config_name or "config"
         texts = _merged(loader, name, flags.overrides, typed, folder)
         asked = plan.compose(loader, name, texts, multirun=True)
-    if not asked.names:
-        raise BadRequest(f"resume={folder}: its sweeper made up the jobs as it went; only sweeps of lists can go on")
     return dataclasses.replace(
         asked,
         jobs=tuple(_placed(folder, asked.jobs)),

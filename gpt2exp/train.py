@@ -157,7 +157,7 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
     if not to_do and not request.multirun:
         return 0
     with contextlib.ExitStack() as engine:
-        if request.launcher is not None:
+        if request.launcher is not None and to_do:
             engine.enter_context(engines.running(request.launcher, request.folder))
         with plan.claimed(request, words):
             if request.resumed and not request.multirun:

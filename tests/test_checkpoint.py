@@ -100,8 +100,7 @@ class TestWhatIsWritten:
     @pytest.mark.parametrize("tie", [True, False])
     def test_names_are_hugging_faces_and_a_tied_tensor_comes_once(self, tmp_path: Path, tie: bool) -> None:
         trainer = trained(1, tie=tie)
-        training, numbers = trainer.state()
-        folder = checkpoint.write(tmp_path, dict(trainer.model.named_parameters()), training, numbers)
+        folder = checkpoint.write(tmp_path, *trainer.state())
         with safe_open(folder / "model.safetensors", "pt") as file:
             found = set(file.keys())
         assert "transformer.wte.weight" in found
@@ -317,9 +316,9 @@ class TestRestore:
     @pytest.mark.parametrize("tie", [True, False])
     def test_bit_for_bit(self, tmp_path: Path, tie: bool, autocast: torch.dtype | None) -> None:
         whole, first = trained(9, tie=tie, autocast=autocast), trained(4, tie=tie, autocast=autocast)
-        training, numbers = first.state()
+        weights, training, numbers = first.state()
         assert numbers["micro_batches"] == 8
-        checkpoint.write(tmp_path, dict(first.model.named_parameters()), training, json.loads(json.dumps(numbers)))
+        checkpoint.write(tmp_path, weights, training, json.loads(json.dumps(numbers)))
         found = checkpoint.newest(tmp_path)
         assert found is not None
         second = trained(0, tie=tie, autocast=autocast)
