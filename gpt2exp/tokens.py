@@ -80,7 +80,7 @@ class TokenFile:
 
     def seen(self) -> npt.NDArray[np.int64]:
         """The ids that occur, sorted, (distinct_tokens,)."""
-        return np.flatnonzero(np.load(self.folder / COUNTS))
+        return np.flatnonzero(np.load(self.folder / COUNTS, allow_pickle=False))
 
 
 COUNTS, FACTS = "counts.npy", "facts.json"
