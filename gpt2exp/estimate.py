@@ -59,6 +59,8 @@ def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
     if parallel.shards(config.distributed):
         extra += parameters - model.parameters["blocks"] + 2 * model.parameters["blocks"] // model.n_layer
         parameters //= parallel.size()
+    elif parallel.size() > 1:  # DDP keeps every gradient's memory, whole and filled or not
+        backward += parameters
     peak = size * (3 * parameters + extra + max(parameters + head // 2, backward))
     return peak + (PROCESS_BYTES if on_cpu else 0)
 

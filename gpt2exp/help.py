@@ -43,6 +43,7 @@ examples:
 flags: -m, --multirun  run every combination of comma-separated values
        dry_run=true    print the runs and train nothing
        resume=FOLDER   go on with a run or a sweep that was stopped; what is done is kept
+       torchrun --nproc-per-node 8 -m gpt2exp.train ...   one run on 8 GPUs, shared out by distributed=ddp or fsdp
        --cfg job       print the configuration
        --hydra-help    Hydra's own flags
 

@@ -74,6 +74,16 @@ def test_every_command_is_a_request(line: str) -> None:
         assert compose(words).jobs
 
 
+TORCHRUN = re.findall(r"`torchrun [^`]+ -m gpt2exp\.train ([^`]+)`", README)
+
+
+@pytest.mark.parametrize("words", TORCHRUN)
+def test_every_shared_run_is_a_request(words: str) -> None:
+    """They run on SMALL in test_parallel.py."""
+    (job,) = compose(shlex.split(words)).jobs
+    assert job.config.train.sequences % 8 == 0
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_run(line: str, tmp_path: Path) -> None:
     folder = tmp_path / "here"
