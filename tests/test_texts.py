@@ -288,7 +288,11 @@ def test_max_tokens(most: int, tmp_path: Path, cold: Path) -> None:
         ("a.jsonl", b"[1, 2]", r"data\.field=text: a\.jsonl line 1 is no row of named fields; name the field"),
         ("a.jsonl", b'{"text": "\xe9"}', r"data\.path=.*: a\.jsonl line 1 is no JSON .*utf-8"),
         ("a.jsonl", b"\n", r"the text has 0 tokens"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], r"data\.path=.*: a\.jsonl\.gz cannot be read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}' * 9, mtime=0)[:-9],
+            r"data\.path=.*: a\.jsonl\.gz cannot be read",
+        ),
         ("a.jsonl.gz", b'{"text": "x"}\n', r"data\.path=.*: a\.jsonl\.gz cannot be read \(Not a gzipped file"),
         ("a.parquet", b"PAR1 no", r"data\.path=.*: a\.parquet is no whole Parquet file"),
         ("a.parquet", {"n": [1], "body": ["x"]}, r"data\.field=text: a\.parquet has .* n, body; try data\.field=body"),
