@@ -7,7 +7,6 @@ becomes of the jobs when the sweep is told to stop.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -40,9 +39,7 @@ _gpu: FileLock | None = None
 def missing(choice: str) -> str:
     """What to install for a choice of Hydra's groups, such as `hydra/launcher/joblib`; empty if that is not it."""
     plugin = choice.rpartition("/")[2].partition("_")[0]
-    if plugin not in EXTRAS or importlib.util.find_spec("hydra_plugins") is None:
-        return ""
-    return f"pip install 'gpt2exp[{EXTRAS[plugin]}]'"
+    return f"pip install 'gpt2exp[{EXTRAS[plugin]}]'" if plugin in EXTRAS else ""
 
 
 # --- how many side by side -------------------------------------------------------------------------------------------
