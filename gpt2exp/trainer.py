@@ -131,7 +131,8 @@ class Trainer:
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Go on from what `state` said in the first process; the weights are the caller's."""
         numbers = parallel.from_first(numbers)
-        runtime.restore_random_state(self.device, tensors)
+        if parallel.first():  # the others have none, and nothing is drawn from it
+            runtime.restore_random_state(self.device, tensors)
         optim.restore(self.model, self.optimizer, tensors)
         self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
         self.steps_done = numbers["step"]

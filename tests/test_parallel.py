@@ -44,8 +44,8 @@ def test_several_equal_one(tmp_path: Path, processes: int) -> None:
                     assert off < 1e-5, f"{how} {case}: the losses are off by {off:.1e}"
 
 
-def test_a_killed_process_is_named_and_the_run_goes_on_alone(tmp_path: Path) -> None:
-    args = [*support.SMALL, "train.steps=60", "checkpoint.every=5", "distributed=fsdp", "hydra.run.dir=run"]
+def test_a_killed_process_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+    args = [*support.SMALL, "train.steps=400", "checkpoint.every=5", "distributed=fsdp", "hydra.run.dir=run"]
     program = [*TORCHRUN, "2", "-m", "gpt2exp.train"]
     process = support.start(tmp_path / "work", *args, program=program)
     folder = tmp_path / "work" / "run"
@@ -57,9 +57,15 @@ def test_a_killed_process_is_named_and_the_run_goes_on_alone(tmp_path: Path) -> 
     status = support.read(folder / "status.json")
     assert status["state"] == "failed", status
     assert "one of the run's 2 processes ended" in status["error"]
-    done = support.run(tmp_path / "work", "resume=run")
+    more = support.run(tmp_path / "work", "resume=run", "train.steps=50", "checkpoint.save_last=true", program=program)
+    assert more.returncode == 0, more.stderr
+    four = [*TORCHRUN, "4", "-m", "gpt2exp.train"]
+    args_four = ("resume=run", "train.steps=55", "distributed=ddp", "checkpoint.save_last=true")
+    again = support.run(tmp_path / "work", *args_four, program=four)
+    assert again.returncode == 0, again.stderr
+    done = support.run(tmp_path / "work", "resume=run", "train.steps=60")
     assert done.returncode == 0, done.stderr
-    whole = support.run(tmp_path / "work", *args[:-1], "hydra.run.dir=whole")
+    whole = support.run(tmp_path / "work", *args[:-1], "train.steps=60", "hydra.run.dir=whole")
     assert whole.returncode == 0, whole.stderr
     together, alone = (torch.tensor(support.losses(tmp_path / "work" / name)) for name in ("run", "whole"))
     assert len(together) == 60
