@@ -35,7 +35,7 @@ def test_several_equal_one(tmp_path: Path, processes: int) -> None:
             for name, expected in alone.items():
                 if how == "fsdp" and name in ("residual_rms", "wte_grads"):
                     continue  # not measured there
-                if name.startswith("weight."):
+                if name.startswith("weight.") and case != "fp64":
                     continue  # AdamW's first steps make a sign of a gradient of any size: rounding shows
                 got, expected = found[f"{how}/{case}/{name}"].double(), expected.double()
                 off = float((got - expected).norm() / expected.norm())
