@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gpt2exp import runtime
 from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig
-from gpt2exp.files import beside, write_json
+from gpt2exp.files import beside, sha256, write_json
 from gpt2exp.record import CHECKPOINTS, saved
 
 SPARE = 2**20
@@ -99,7 +99,7 @@ def read(folder: Path) -> Checkpoint:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         hashes = state.pop("sha256")
         for name in (WEIGHTS, TRAINING):
-            if _sha256(folder / name) != hashes[name]:
+            if sha256(folder / name) != hashes[name]:
                 raise Damaged(f"{name} is not what was written")
         if _sha256_of(state) != hashes[STATE]:
             raise Damaged(f"{STATE} is not what was written")
@@ -108,11 +108,6 @@ def read(folder: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise error if isinstance(error, Damaged) else Damaged(f"{STATE} cannot be read") from error
     return Checkpoint(folder, state)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _sha256_of(state: Mapping[str, Any]) -> str:
@@ -134,7 +129,7 @@ def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tenso
             raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB are needed and not free", str(target))
         save_file(dict(weights), part / WEIGHTS)
         save_file(dict(training), part / TRAINING)
-        hashes = {name: _sha256(part / name) for name in (WEIGHTS, TRAINING)}
+        hashes = {name: sha256(part / name) for name in (WEIGHTS, TRAINING)}
         write_json(part / STATE, {**state, "sha256": {**hashes, STATE: _sha256_of(state)}})
         for path in (part / WEIGHTS, part / TRAINING, part / STATE, part):
             if path.suffix == ".safetensors":

@@ -8,7 +8,6 @@ their seed's noise, and the interval is taken over seeds. No torch.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gpt2exp import record, secret
 from gpt2exp.config import HOUSEKEEPING, BadRequest, RunConfig, flatten, parse, plain, show
@@ -766,22 +765,19 @@ def main() -> None:
 
 def command(argv: list[str]) -> int:
     """Compare the runs under the folders named; exit code 0, or 2 for a bad request."""
+    from gpt2exp import command as commands
     from gpt2exp import report, view
 
-    parser = argparse.ArgumentParser(
-        prog="gpt2exp-compare",
-        description="Compare the runs under one or more run or sweep folders, finished or not, and write "
-        "comparison.json, comparison.csv, report.md and report.html.",
-        epilog="example: gpt2exp-compare sweeps/2026-01-31/12-00-00-abcd --margin 0.01",
+    parser = commands.parser(
+        "gpt2exp-compare",
+        "Compare the runs under one or more run or sweep folders, finished or not, and write comparison.json, "
+        "comparison.csv, report.md and report.html.",
+        "sweeps/2026-01-31/12-00-00-abcd --margin 0.01",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run or sweep folder, or one above")
     parser.add_argument("--margin", type=float, help="loss differences inside ±MARGIN nats count as none")
     parser.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
 
-    def error(message: str) -> NoReturn:
-        raise BadRequest(f"{message}; gpt2exp-compare --help shows what can be typed")
-
-    parser.error = error  # type: ignore[method-assign]
     full_error = view.wants_traces()
     try:
         args = parser.parse_args(argv)

@@ -1,8 +1,9 @@
-"""How a file is written whole: beside its place, then moved there, so that no reader ever sees half of it."""
+"""How a file is written whole, beside its place and then moved there, so that no reader sees half of it; its hash."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -25,6 +26,12 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2exp.assets import TIMEOUT
 from gpt2exp.config import BadRequest, InitConfig, ModelConfig, show
+from gpt2exp.files import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,15 +75,8 @@ class Weights:
     @property
     def sha256(self) -> str:
         """Of the file, or of the shards' hashes in order."""
-        hashes = []
-        for file in self.files:
-            with file.open("rb") as opened:
-                hashes.append(hashlib.file_digest(opened, "sha256"))
-        return (
-            hashes[0].hexdigest()
-            if len(hashes) == 1
-            else hashlib.sha256(b"".join(h.digest() for h in hashes)).hexdigest()
-        )
+        hashes = [sha256(file) for file in self.files]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
 
     @property
     def shape(self) -> dict[str, Any]:

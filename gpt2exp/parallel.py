@@ -180,15 +180,14 @@ def spread(model: nn.Module, how: Distributed, device: torch.device) -> nn.Modul
 @contextlib.contextmanager
 def reducing(module: nn.Module, on: bool) -> Iterator[None]:
     """Backward passes inside the block take the mean over the processes, or with `on` false add up where they are."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    if isinstance(module, DistributedDataParallel):
-        with contextlib.nullcontext() if on else module.no_sync():
+    if size() == 1:
+        yield
+    elif hasattr(module, "no_sync"):  # DDP
+        with contextlib.nullcontext() if on else module.no_sync():  # type: ignore[operator]
             yield
-        return
-    if size() > 1:
+    else:
         module.set_requires_gradient_sync(on)  # type: ignore[operator]
-    yield
+        yield
 
 
 def reshard(model: nn.Module) -> None:

@@ -313,13 +313,8 @@ def _check_path_used(inits: Sequence[InitConfig]) -> None:
     if any(init.scheme is InitScheme.pretrained for init in inits):
         return
     for init in inits:
-        require(
-            init.path is None,
-            "init.path",
-            init.path,
-            f"init={show(init.scheme)} draws its weights",
-            "add init=pretrained",
-        )
+        why = f"init={show(init.scheme)} draws its weights"
+        require(init.path is None, "init.path", init.path, why, "add init=pretrained")
 
 
 def _check_hydra(settings: DictConfig) -> None:

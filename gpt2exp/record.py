@@ -170,6 +170,14 @@ def saved(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
+def run_around(folder: Path) -> Path | None:
+    """The run whose `checkpoints`, or one of them, a folder is."""
+    place = folder.resolve()
+    if CHECKPOINTS not in (place.name, place.parent.name):
+        return None
+    return next((above for above in (place.parent, place.parent.parent) if (above / ".hydra").is_dir()), None)
+
+
 def check_run(folder: Path) -> None:
     """Refuse a folder that is not a run's with a checkpoint, and name the one that was probably meant.
 
@@ -180,10 +188,8 @@ def check_run(folder: Path) -> None:
     if not folder.is_dir():
         raise BadRequest(f"{folder}: no such folder; {such}")
     if not (folder / ".hydra" / "config.yaml").is_file():
-        place = folder.resolve()
-        for above in (place.parent, place.parent.parent):  # checkpoints, checkpoints/step_N
-            if CHECKPOINTS in (place.name, place.parent.name) and (above / ".hydra").is_dir():
-                raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {above}")
+        if above := run_around(folder):
+            raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {above}")
         if below := runs_below(folder):
             newest = max(below, key=lambda run: (bool(saved(run)), run.stat().st_mtime))
             what = "a sweep" if _is_sweep(folder / SWEEP) else "a folder above runs"

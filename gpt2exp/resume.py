@@ -64,10 +64,8 @@ def _check_folder(folder: Path) -> None:
         raise BadRequest(f"resume={folder}: no such folder; {such}")
     if (folder / record.SWEEP).is_file() or (folder / ".hydra" / "config.yaml").is_file():
         return
-    above = folder.resolve()
-    for inside in (above.parent, above.parent.parent):  # checkpoints, checkpoints/step_N
-        if record.CHECKPOINTS in (above.name, above.parent.name) and (inside / ".hydra").is_dir():
-            raise BadRequest(f"resume={folder}: holds checkpoints of a run; name the run: resume={inside}")
+    if above := record.run_around(folder):
+        raise BadRequest(f"resume={folder}: holds checkpoints of a run; name the run: resume={above}")
     below = [path.parent for path in folder.glob(f"**/{record.SWEEP}")]
     below += [run for run in record.runs_below(folder) if record.sweep_of(run) is None]
     if below:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from gpt2exp import assets, documents, shards, texts, view
+from gpt2exp import assets, documents, engines, shards, texts, view
 from gpt2exp.config import BadRequest, DataConfig, TrainConfig
 from gpt2exp.files import beside, replacing, write_json
 from gpt2exp.shards import Tokens
@@ -237,8 +237,7 @@ def encoded(pieces: documents.Pieces) -> Iterator[Ids]:
         return np.concatenate(parts)
 
     next(pieces, None)  # the None before the first document: nothing to end there
-    # what this process may run on, where the system can tell
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = engines.cores()
     pool = ThreadPoolExecutor(cores)
     try:
         yield from _in_order(pool, encode, _batched(pieces), ahead=2 * cores)

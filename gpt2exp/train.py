@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -41,6 +41,7 @@ from gpt2exp import (
     tokens,
     view,
 )
+from gpt2exp import command as commands
 from gpt2exp.assets import AssetError
 from gpt2exp.config import (
     AUTO,
@@ -80,46 +81,28 @@ def main() -> None:
 
 def command(argv: list[str]) -> int:
     """Carry out a command line; the exit code: 0 done, 1 a run failed, 2 a bad request, 130/143 interrupted."""
-    full_error = view.wants_traces()
-    view.show_warnings(traces=full_error)
     argv = sorted(argv, key=lambda text: text not in ("-m", "--multirun"))  # argparse wants flags before overrides
-    try:
-        secret.check_typed(argv)
-        args = _parser().parse_args(argv)
-        if args.help:
-            view.terminal().print(help.text(), markup=False)
-            return 0
-        with signals.terminable(), parallel.joined():
-            if not parallel.first():
-                return _follow()
-            try:
-                return _carry_out(args, argv)
-            finally:
-                parallel.dismiss()
-    except (BadRequest, AssetError) as error:
-        view.refuse(str(error), trace=full_error)
-        return 2 if isinstance(error, BadRequest) else 1
-    except OSError as error:  # a disk that filled up, a folder that was taken away
-        view.refuse(unwritable(error), trace=full_error)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        return signals.code(interrupt)
+    return commands.carry_out("gpt2exp", lambda: _understand(argv), unwritable)
 
 
 def unwritable(error: OSError) -> str:
     """The line for a disk that filled up or a folder that was taken away."""
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-    return f"{what}; make room, or name another folder: hydra.run.dir=FOLDER, or hydra.sweep.dir for a sweep"
+    return f"{commands.unwritable(error)}: hydra.run.dir=FOLDER, or hydra.sweep.dir for a sweep"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = get_args_parser()
-
-    def error(message: str) -> NoReturn:
-        raise BadRequest(f"{message}; gpt2exp --help shows what can be typed")
-
-    parser.error = error  # type: ignore[method-assign]
-    return parser
+def _understand(argv: list[str]) -> int:
+    secret.check_typed(argv)
+    args = commands.strict(get_args_parser(), "gpt2exp").parse_args(argv)
+    if args.help:
+        view.terminal().print(help.text(), markup=False)
+        return 0
+    with parallel.joined():
+        if not parallel.first():
+            return _follow()
+        try:
+            return _carry_out(args, argv)
+        finally:
+            parallel.dismiss()
 
 
 def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:

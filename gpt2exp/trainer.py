@@ -142,7 +142,7 @@ class Trainer:
         assert self.validation is not None
         total, count = 0.0, 0
         config = self.config
-        share = parallel.rank(), parallel.size()
+        share = self.batches.rank, self.batches.processes
         with torch.no_grad(), precision.cast(self.device, self.autocast):
             for x, y in data.validation_windows(self.validation, config.seq_len, config.sequences, self.device, *share):
                 loss = self.model(x, y)  # also of no rows at all, since a sharded model needs every process

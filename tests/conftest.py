@@ -37,6 +37,17 @@ def cache() -> Path:
     return folder
 
 
+@pytest.fixture
+def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+    """An empty cache that holds the BPE files alone, so that texts are tokenised without a fetch."""
+    folder = tmp_path / "cache"
+    (folder / "assets").mkdir(parents=True)
+    for asset in (assets.VOCAB_BPE, assets.ENCODER_JSON):
+        (folder / "assets" / asset.name).write_bytes((cache / "assets" / asset.name).read_bytes())
+    monkeypatch.setenv("GPT2EXP_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def quiet_logger() -> Iterator[None]:
     """What a command called in this process did to the package's logger is undone: its stream is closed by then."""

@@ -50,17 +50,6 @@ def epoch_of(source: data.Batches, number: int) -> list[int]:
     return [int(row[0]) for n in range(first, first + source.per_epoch) for row in source.at(n)[0]]
 
 
-@pytest.fixture
-def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
-    """An empty cache that holds the BPE files alone, so that texts are tokenised without a fetch."""
-    folder = tmp_path / "cache"
-    (folder / "assets").mkdir(parents=True)
-    for asset in (assets.VOCAB_BPE, assets.ENCODER_JSON):
-        (folder / "assets" / asset.name).write_bytes((cache / "assets" / asset.name).read_bytes())
-    monkeypatch.setenv("GPT2EXP_CACHE", str(folder))
-    return folder
-
-
 class TestTinyShakespeare:
     """DESIGN.md's numbers, on the real text."""
 

@@ -66,17 +66,6 @@ def ids(source: tokens.TokenFile) -> list[int]:
     return mapped[np.arange(len(mapped))].tolist()
 
 
-@pytest.fixture
-def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
-    """An empty cache that holds the BPE files alone."""
-    folder = tmp_path / "cache"
-    (folder / "assets").mkdir(parents=True)
-    for asset in (assets.VOCAB_BPE, assets.ENCODER_JSON):
-        (folder / "assets" / asset.name).write_bytes((cache / "assets" / asset.name).read_bytes())
-    monkeypatch.setenv("GPT2EXP_CACHE", str(folder))
-    return folder
-
-
 # --- cutting ---------------------------------------------------------------------------------------------------------
 
 ODD = st.sampled_from(" \n\t\r\x0b\x0c\x1c\x85\xa0\u2003\u2028\u3000'sdtlve.!?_-019aZé雪½٣\u0301\u200b😀")
