@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compose(overrides: Sequence[str]) -> RunConfig:
-    request = plan.make(get_args_parser().parse_args(list(overrides)))
+    request = plan.make(get_args_parser().parse_args([plan.as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
     return request.jobs[0].config

@@ -92,6 +92,7 @@ def unwritable(error: OSError) -> str:
 
 def _understand(argv: list[str]) -> int:
     secret.check_typed(argv)
+    argv = [plan.as_meant(word) for word in argv]
     args = commands.strict(get_args_parser(), "gpt2exp").parse_args(argv)
     if args.help:
         view.terminal().print(help.text(), markup=False)
