@@ -388,7 +388,8 @@ class OptimizerConfig(Section):
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
 
     def agree(self) -> None:
-        require(len(self.betas) == 2, "optimizer.betas", self.betas, "must be two numbers", "try [0.9,0.95]")
+        remedy = "try optimizer.betas=[0.9,0.95]"
+        require(len(self.betas) == 2, "optimizer.betas", self.betas, "must be two numbers", remedy)
         if self.schedule is Schedule.constant:
             for name in ("warmup_steps", "min_lr"):
                 value = getattr(self, name)

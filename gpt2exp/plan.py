@@ -306,12 +306,10 @@ def _check(loader: ConfigLoader, override: Override) -> None:
 
 
 def _check_choice(group: str, value: Any, choices: list[str]) -> None:
-    if value is None and group == "experiment":
-        return
     if isinstance(value, (dict, list)) or str(value) not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"did you mean {group}={near[0]}? Choices: " if near else "choose one of "
-        raise BadRequest(f"{group}={value}: no such choice; {hint}{', '.join(choices)}")
+        raise BadRequest(f"{group}={show(value)}: no such choice; {hint}{', '.join(choices)}")
 
 
 def _check_type(key: str, value: Any) -> None:

@@ -130,7 +130,7 @@ def test_every_key_is_in_the_map() -> None:
 def test_help_says_what_the_schema_says() -> None:
     """Every key with the default that it has, and its choices; the groups with all members, the default first."""
     page = help.text()
-    for key in config.keys():
+    for key in list(config.keys()):
         assert f"\n  {key}={config.show(operator.attrgetter(key)(config.RunConfig()))} " in page
     assert "(auto, cpu, cuda, mps)" in " ".join(page.split())
     for group, first in (("model", "gpt2"), ("init", "gpt2"), ("precision", "fp32"), ("data", "tinyshakespeare")):
