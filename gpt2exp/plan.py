@@ -157,6 +157,7 @@ def composing(args: argparse.Namespace) -> Iterator[ConfigLoaderImpl]:
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
     try:
+        # Hydra 1.3 takes a missing version_base for 1.1's ways; 1.4 wants it gone: then delete it here and in train
         with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
             path = create_config_search_path(f"pkg://{CONF}")
             if args.config_dir:  # as Hydra's main does, after ours, so that its groups add choices
