@@ -235,7 +235,7 @@ UNUSED = {
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig(Section):
-    """How matrix products are computed; see `gpt2exp.precision` for what the hardware made of it."""
+    """How matrix products are computed; see `gpt2exp.training.precision` for what the hardware made of it."""
 
     name: PrecisionName = option(PrecisionName.fp32, "how matrix products are computed; chosen by precision=NAME")
     fallback: Fallback = option(Fallback.emulate, "what tf32 does where the hardware has none")
@@ -349,7 +349,7 @@ class TrainConfig(Section):
 
     @property
     def sequences(self) -> int:
-        """`batch_size` as the number it is, or has become (`gpt2exp.estimate.fit`)."""
+        """`batch_size` as the number it is, or has become (`gpt2exp.training.setup.fit`)."""
         assert isinstance(self.batch_size, int), "train.batch_size=auto was not made a number"
         return self.batch_size
 

@@ -17,15 +17,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from support import SMALL, read, run
 
-from gpt2exp import config, plan
+from gpt2exp import config
 from gpt2exp.config import BadRequest, InitScheme, ModelConfig, RunConfig, Section, option
+from gpt2exp.sweep import request as requests
 
-CONF = Path(plan.__file__).parent.parent / "conf"
+CONF = Path(requests.__file__).parents[2] / "conf"
 
 
-def make(*args: str) -> plan.Plan:
+def make(*args: str) -> requests.Plan:
     """The plan of a command line; flags first, as the program puts them."""
-    return plan.make(get_args_parser().parse_args(args))
+    return requests.make(get_args_parser().parse_args(args))
 
 
 def only(*args: str) -> RunConfig:
@@ -130,7 +131,7 @@ class TestBounds:
 
     def test_the_sections_have_them(self) -> None:
         """Every number of the schema is bounded, and every key has a help text."""
-        for section in (RunConfig(), *(getattr(RunConfig(), name) for name in plan.SECTIONS)):
+        for section in (RunConfig(), *(getattr(RunConfig(), name) for name in requests.SECTIONS)):
             if not isinstance(section, Section):
                 continue
             for item in dataclasses.fields(section):
@@ -154,22 +155,22 @@ class TestAsMeant:
     )
     def test_a_name_stays(self, key: str, value: str) -> None:
         given = {"data.path": "x", key: value}
-        got = only("data=hub", *(plan.as_meant(f"{name}={text}") for name, text in given.items()))
+        got = only("data=hub", *(requests.as_meant(f"{name}={text}") for name, text in given.items()))
         assert config.plain(got)[key.partition(".")[0]][key.partition(".")[2]] == value
 
     def test_in_lists_and_sweeps(self) -> None:
-        assert only(plan.as_meant("wandb.tags=[2024_01_15,b,1e3,'1_0']")).wandb.tags == [
+        assert only(requests.as_meant("wandb.tags=[2024_01_15,b,1e3,'1_0']")).wandb.tags == [
             "2024_01_15",
             "b",
             "1e3",
             "1_0",
         ]
-        names = [job.config.wandb.name for job in make("-m", plan.as_meant("wandb.name=1_0,b,None")).jobs]
+        names = [job.config.wandb.name for job in make("-m", requests.as_meant("wandb.name=1_0,b,None")).jobs]
         assert names == ["1_0", "b", None]
 
     @pytest.mark.parametrize("key", ["wandb.name", "resume", "init.path", "data.max_tokens", "train.tokens_per_step"])
     def test_none_is_null(self, key: str) -> None:
-        assert operator.attrgetter(key)(only(plan.as_meant(f"{key}=None"))) is None
+        assert operator.attrgetter(key)(only(requests.as_meant(f"{key}=None"))) is None
 
     @pytest.mark.parametrize(
         "text",
@@ -180,7 +181,7 @@ class TestAsMeant:
         ],
     )
     def test_the_rest_is_left_alone(self, text: str) -> None:
-        assert plan.as_meant(text) == text
+        assert requests.as_meant(text) == text
 
     def test_a_file_that_is_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The name of a file or folder is its name, whatever is in it, also under `~`; null stays null."""
@@ -189,15 +190,15 @@ class TestAsMeant:
         for name in ("a,b.txt", "[x].txt", "null"):
             (tmp_path / name).write_text("text")
             for key in ("data.path", "init.path", "resume", "wandb.dir"):
-                (override,) = OverridesParser.create().parse_overrides([plan.as_meant(f"{key}={name}")])
+                (override,) = OverridesParser.create().parse_overrides([requests.as_meant(f"{key}={name}")])
                 assert override.value() == (None if name == "null" else name)
-        assert only("data=text", plan.as_meant("data.path=~/a,b.txt")).data.path == "~/a,b.txt"
+        assert only("data=text", requests.as_meant("data.path=~/a,b.txt")).data.path == "~/a,b.txt"
 
     def test_output_folders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
         for name, folder in (("~/out", tmp_path / "out"), ("2024_01", Path("2024_01")), ("a,b", Path("a,b"))):
-            assert make(plan.as_meant(f"hydra.run.dir={name}")).folder == folder
-            assert make("-m", "seed=1,2", plan.as_meant(f"hydra.sweep.dir={name}")).folder == folder
+            assert make(requests.as_meant(f"hydra.run.dir={name}")).folder == folder
+            assert make("-m", "seed=1,2", requests.as_meant(f"hydra.sweep.dir={name}")).folder == folder
         assert only("wandb.dir='~/w'").wandb.dir == str(tmp_path / "w")
 
     def test_the_command_reads_so(self, tmp_path: Path) -> None:
@@ -323,10 +324,10 @@ class TestSweep:
         first, second = make("-m", "seed=1,2", "model=nano"), make("-m", "seed=1,2", "model=nano")
         assert first.folder != second.folder
         assert first.names == ["000_seed=1", "001_seed=2"]
-        assert plan.numbered(3, "precision=tf32,seed=2") == "003_precision=tf32,seed=2"
-        assert plan.numbered(0, "") == "000"
-        assert plan.numbered(12, "data.path=../a b/c") == "012_data.path=.._a_b_c"
-        assert len(plan.numbered(0, "x" * 500)) <= 110
+        assert requests.numbered(3, "precision=tf32,seed=2") == "003_precision=tf32,seed=2"
+        assert requests.numbered(0, "") == "000"
+        assert requests.numbered(12, "data.path=../a b/c") == "012_data.path=.._a_b_c"
+        assert len(requests.numbered(0, "x" * 500)) <= 110
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -336,18 +337,18 @@ def test_claimed(tmp_path: Path, there: bool) -> None:
     if there:
         folder.mkdir(parents=True)
     request = make(f"hydra.run.dir={folder}", "model=nano", "seed=5")
-    with plan.claimed(request, []):
+    with requests.claimed(request, []):
         recorded = config.parse(OmegaConf.load(folder / ".hydra" / "config.yaml"))
         assert recorded == request.jobs[0].config
         assert "seed=5" in OmegaConf.load(folder / ".hydra" / "overrides.yaml")
         assert OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.cwd == str(Path.cwd())
     before = sorted(tmp_path.rglob("*"))
     (folder / "summary.json").write_text("{}")
-    with pytest.raises(BadRequest, match=r"^hydra\.run\.dir=.*: already holds files"), plan.claimed(request, []):
+    with pytest.raises(BadRequest, match=r"^hydra\.run\.dir=.*: already holds files"), requests.claimed(request, []):
         pass
     beneath = make(f"hydra.run.dir={folder}/summary.json/x")
     refused = r"^hydra\.run\.dir=.*choose a folder that can be written"
-    with pytest.raises(BadRequest, match=refused), plan.claimed(beneath, []):
+    with pytest.raises(BadRequest, match=refused), requests.claimed(beneath, []):
         pass
     assert sorted(tmp_path.rglob("*")) == sorted([*before, folder / "summary.json"])
 
@@ -364,10 +365,10 @@ def test_show_is_what_is_typed(value: object, typed: str) -> None:
 
 
 def test_estimate_grows_with_the_request() -> None:
-    from gpt2exp import estimate
+    from gpt2exp.training import setup
 
     def need(*args: str) -> int:
-        return estimate.memory(only(*args), on_cpu=True, unfused_attention=False)
+        return setup.memory(only(*args), on_cpu=True, unfused_attention=False)
 
     assert need() > 16 * 124_439_808
     assert need("train.batch_size=64") > need("train.batch_size=8") > 0

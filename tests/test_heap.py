@@ -1,4 +1,4 @@
-"""What `gpt2exp.heap` asks of glibc really happens: a long run's memory is there before it is asked for, and is usable.
+"""What `hardware` asks of glibc really happens: a long run's memory is there before it is asked for, and is usable.
 
 In a process of its own, since these settings are the process's. No time is asserted.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gpt2exp import heap
+from gpt2exp.training import hardware
 
 CODE = """
 import json, re, sys, threading
@@ -46,23 +46,23 @@ def measured(steps: int, tight: bool) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.skipif(heap._libc() is None or sys.platform != "linux", reason="there is no glibc here")
+@pytest.mark.skipif(hardware._libc() is None or sys.platform != "linux", reason="there is no glibc here")
 class TestPrepare:
     """MiB of resident memory."""
 
     def test_a_long_run_finds_its_memory_touched(self) -> None:
-        found = measured(heap.LONG, tight=False)
+        found = measured(hardware.LONG, tight=False)
         assert found["whole"]  # what was written meanwhile is unharmed
         assert found["touched"] == pytest.approx(256, abs=16)  # the 64 MiB lie inside it
         assert found["more"] < 8  # and so do 64 more
         assert found["freed"] < 8  # kept
 
     def test_a_short_run_takes_what_it_asks_for(self) -> None:
-        found = measured(heap.LONG - 1, tight=False)
+        found = measured(hardware.LONG - 1, tight=False)
         assert found["touched"] == pytest.approx(64, abs=8)
         assert found["more"] == pytest.approx(64, abs=8)
         assert found["freed"] < 8
 
     def test_where_memory_is_short_large_blocks_are_given_back(self) -> None:
-        found = measured(heap.LONG - 1, tight=True)
+        found = measured(hardware.LONG - 1, tight=True)
         assert found["freed"] == pytest.approx(128, abs=8)
