@@ -47,6 +47,7 @@ def home(path: str) -> str:
 AUTO = "auto"
 """What the program is to choose for itself."""
 SWITCH = (AUTO, True, False)
+"""Choices of a switch that may be left to the program."""
 LOSS_ROWS = 1024
 """`train.loss_chunk=auto`: 512 rows at a time cost 4 % of the head's time at GPT-2's size, 256 cost 10 %."""
 
@@ -72,6 +73,7 @@ def option(
 
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
+"""`option`'s limits, each with what a value has to be to it."""
 
 
 def check(section: Section) -> None:

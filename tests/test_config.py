@@ -177,7 +177,15 @@ class TestAsMeant:
         [
             *("train.steps=1_000", "optimizer.lr=1e-3", "seed=1,2", "train.compile=true", "model.tie_weights=false"),
             *("wandb.name='None'", "wandb.name=${seed}", "wandb.tags=[a,b]", "data.path=a,b", "--config-dir=1_0", "-m"),
-            *("model=nano", "+study=mine", "wandb.name=null", "train.steps=None", "hydra.job.name=1_0"),
+            *(
+                "hydra.run.dir=out/1-a",
+                "data.path=.",
+                "model=nano",
+                "+study=mine",
+                "wandb.name=null",
+                "train.steps=None",
+                "hydra.job.name=1_0",
+            ),
         ],
     )
     def test_the_rest_is_left_alone(self, text: str) -> None:

@@ -226,20 +226,24 @@ def as_meant(text: str) -> str:
     bare = key.lstrip("+")
     if not value or "${" in value or value[0] in "'\"" or bare not in (*OUTPUT, *keys()):
         return text
+    parser = OverridesParser.create()
     if bare in OUTPUT or (bare in PLACES and value != "null" and os.path.exists(home(value))):  # noqa: PTH110
+        with contextlib.suppress(HydraException):
+            read = parser.parse_override(text)
+            if not read.is_sweep_override() and read.value() == value:
+                return text
         return f"{key}={quoted(value)}"
     expected = kinds(bare)
-    parser = OverridesParser.create()
 
     def name(found: re.Match[str]) -> str:
         part = found[0].strip()
         if part == "None" and type(None) in expected:
             return "null"
         try:
-            read = parser.parse_rule(part, "primitive")
+            number = parser.parse_rule(part, "primitive")
         except HydraException:
             return found[0]
-        otherwise = isinstance(read, int | float) and str(read) != part and is_text(expected)
+        otherwise = isinstance(number, int | float) and str(number) != part and is_text(expected)
         return quoted(part) if otherwise else found[0]
 
     value = ELEMENT.sub(name, value)
