@@ -26,7 +26,7 @@ from gpt2exp.config import BadRequest, RunConfig, plain
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.run import terminal
-from gpt2exp.sweep.request import make
+from gpt2exp.sweep.request import as_meant, make
 from gpt2exp.training import setup
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compose(overrides: Sequence[str]) -> RunConfig:
-    request = make(get_args_parser().parse_args(list(overrides)))
+    request = make(get_args_parser().parse_args([as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
     return request.jobs[0].config

@@ -14,10 +14,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 from support import SMALL, read, run, run_folders
 
 from gpt2exp import config
@@ -152,7 +155,47 @@ FORBIDDEN_CALLS = {
 }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "gpt2exp").glob("*.py")), ids=lambda path: path.name)
+FIXED = {
+    "hydra-core": "1.3.7",  # CVE-2026-68508, CVE-2026-106439
+    "jinja2": "3.1.6",  # CVE-2025-27516, CVE-2024-56326
+    "filelock": "4.2.1",  # CVE-2025-68146, CVE-2026-22701, CVE-2026-112906, -112914, -112934
+    "torch": "2.11",  # CVE-2025-32434, CVE-2026-24747, CVE-2026-4538
+    "wandb": "0.28.2",  # of what its binary is built with: CVE-2026-71556, CVE-2026-56852
+    "scipy": "1.10",  # CVE-2023-25399
+    "transformers": "5.10",  # CVE-2026-1839, CVE-2026-4372, CVE-2026-5241, CVE-2026-9856
+    "joblib": "1.5",  # CVE-2022-21797, CVE-2024-34997
+    "ray": "2.54",  # CVE-2025-62593, CVE-2026-27482
+    "pytest": "9.0.3",  # CVE-2025-71176
+    "setuptools": "78.1.1",  # CVE-2025-47273
+}
+"""The first version of a dependency without a vulnerability that was published by November 2026."""
+
+
+def test_no_dependency_may_be_a_vulnerable_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
+    asked = [Requirement(text) for group in [*groups, project["build-system"]["requires"]] for text in group]
+    floors = {}
+    for requirement in asked:
+        if requirement.name in FIXED:
+            (floor,) = (bound.version for bound in requirement.specifier if bound.operator == ">=")
+            floors[requirement.name] = floor
+            assert Version(floor) >= Version(FIXED[requirement.name]), requirement
+    assert floors.keys() == FIXED.keys()
+
+
+SOURCES = sorted((ROOT / "gpt2exp").rglob("*.py"))
+
+
+def test_every_source_file_is_read() -> None:
+    """Whatever folders the package is sorted into: none that git knows is left out below."""
+    listed = ["git", "ls-files", "--", "gpt2exp/*.py"]  # git's * goes into folders
+    there = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert len(there) > 20
+    assert {ROOT / name for name in there} <= set(SOURCES)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_neither_unpickles_nor_evaluates(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -39,7 +39,7 @@ from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal
 from gpt2exp.run.job import BEGAN, _check_same_text, _follow, run
 from gpt2exp.sweep import engines, help, resume
-from gpt2exp.sweep.request import CONF, Job, Plan, claimed, describe, make
+from gpt2exp.sweep.request import CONF, Job, Plan, as_meant, claimed, describe, make
 from gpt2exp.training import distributed, setup
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def unwritable(error: OSError) -> str:
 
 def _understand(argv: list[str]) -> int:
     secret.check_typed(argv)
+    argv = [as_meant(word) for word in argv]
     args = processes.strict(get_args_parser(), "gpt2exp").parse_args(argv)
     if args.help:
         terminal.terminal().print(help.text(), markup=False)

@@ -14,9 +14,11 @@ import difflib
 import errno
 import itertools
 import json
+import operator
 import os
 import re
 import secrets
+import shlex
 import shutil
 import time
 import types
@@ -49,6 +51,8 @@ from gpt2exp.config import (
     RunConfig,
     check_key,
     explain,
+    home,
+    keys,
     parse,
     plain,
     require,
@@ -60,11 +64,8 @@ from gpt2exp.run.record import SWEEP
 from gpt2exp.sweep import engines
 
 CONF = "gpt2exp.conf"
-
 SECTIONS = [field.name for field in dataclasses.fields(RunConfig)]
-
-SUBDIR = "${job_folder:${hydra.sweep.dir},${hydra.job.num},${hydra.job.override_dirname}}"
-
+SUBDIR = "${job_folder:${hydra.sweep.dir},${hydra.job.num},${hydra.overrides.task}}"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
@@ -82,15 +83,14 @@ def folder_name() -> str:
     return f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{secrets.token_hex(2)}"
 
 
-def job_folder(sweep: str, number: int, overrides: str) -> str:
+def job_folder(sweep: str, number: int, overrides: Sequence[str]) -> str:
     """The folder of a job in its sweep: the one its `sweep.json` names, else by number and what the sweeper chose."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
         request = json.loads((Path(sweep) / SWEEP).read_text(encoding="utf-8"))
         if "folders" in request:
             return str(request["folders"][int(number)])
-        for text in request["jobs"][0]:  # the same in every job
-            overrides = overrides.replace(text, "")
-    return numbered(int(number), re.sub(",,+", ",", overrides).strip(","))
+        overrides = [text for text in overrides if text not in request["jobs"][0]]  # those are the same in every job
+    return numbered(int(number), ",".join(sorted(overrides)))
 
 
 def numbered(number: int, overrides: str) -> str:
@@ -144,10 +144,8 @@ class Plan:
     @property
     def pins(self) -> list[str]:
         """Overrides for Hydra's command line: the folders, which it would draw anew, and that we write `.hydra`."""
-        # in Hydra's grammar a backslash escapes only before a quote, and is itself there
         folder = self.folder if self.local else self.folder.absolute()  # a worker may start elsewhere
-        quoted = re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", str(folder)))
-        pins = [f"hydra.{'sweep' if self.multirun else 'run'}.dir='{quoted}'", "hydra.output_subdir=null"]
+        pins = [f"hydra.{'sweep' if self.multirun else 'run'}.dir={quoted(str(folder))}", "hydra.output_subdir=null"]
         if self.resumed:  # its jobs have their names from us
             pins.append(f"hydra.sweep.subdir='{SUBDIR}'")
         return pins
@@ -160,6 +158,7 @@ def composing(args: argparse.Namespace) -> Iterator[ConfigLoaderImpl]:
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
     try:
+        # Hydra 1.3 takes a missing version_base for 1.1's ways; 1.4 wants it gone: then delete it here and in launch
         with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
             path = create_config_search_path(f"pkg://{CONF}")
             if args.config_dir:  # as Hydra's main does, after ours, so that its groups add choices
@@ -169,7 +168,12 @@ def composing(args: argparse.Namespace) -> Iterator[ConfigLoaderImpl]:
         choice = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
         if remedy := engines.missing(choice or ""):
             raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
-        raise BadRequest(explain(error)) from error
+        text = explain(error)
+        found = re.match(r"In '((\w+)/[^']+)': .*Key '(\w+)' not in '\w+'", text)
+        if found and found[3] in ("hydra", found[2], *SECTIONS):
+            why = f"its keys land in {found[2]}, which has no {found[3]}"
+            text = f"{found[1]}.yaml: {why}; begin the file of a study with the line # @package _global_"
+        raise BadRequest(text) from error
     except (YAMLError, UnicodeDecodeError) as error:  # a file of the user's own
         where = f"--config-dir {args.config_dir}" if args.config_dir else "hydra.searchpath"
         why = " ".join(str(error).split())
@@ -202,6 +206,54 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise BadRequest(f"{flag}: shapes what --cfg prints; add --cfg job")
 
 
+def quoted(text: str) -> str:
+    """A text as Hydra's grammar reads it back, whatever is in it: a backslash escapes only before a quote."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+
+
+OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
+PLACES = ("data.path", "init.path", "resume", "wandb.dir")
+ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
+
+
+def as_meant(text: str) -> str:
+    """An argument of the command line in Hydra's grammar, where that would read a name as something else.
+
+    `wandb.name=2024_01_15` would be the number 20240115, `resume=None` a folder called None, `hydra.run.dir=~/x` an
+    error, and a comma in the name of a file that is there would part it in two. What is quoted stays as it is.
+    """
+    key, _, value = text.partition("=")
+    bare = key.lstrip("+")
+    if not value or "${" in value or value[0] in "'\"" or bare not in (*OUTPUT, *keys()):
+        return text
+    parser = OverridesParser.create()
+    if bare in OUTPUT or (bare in PLACES and value != "null" and os.path.exists(home(value))):  # noqa: PTH110
+        with contextlib.suppress(HydraException):
+            read = parser.parse_override(text)
+            if not read.is_sweep_override() and read.value() == value:
+                return text
+        return f"{key}={quoted(value)}"
+    expected = kinds(bare)
+
+    def name(found: re.Match[str]) -> str:
+        part = found[0].strip()
+        if part == "None" and type(None) in expected:
+            return "null"
+        try:
+            number = parser.parse_rule(part, "primitive")
+        except HydraException:
+            return found[0]
+        otherwise = isinstance(number, int | float) and str(number) != part and is_text(expected)
+        return quoted(part) if otherwise else found[0]
+
+    value = ELEMENT.sub(name, value)
+    try:
+        parser.parse_override(f"{key}={value}")
+    except HydraException:  # a character that the grammar does not know
+        return f"{key}={quoted(value)}" if is_text(expected) and not set(value) & set(",[{") else text
+    return f"{key}={value}"
+
+
 def check(loader: ConfigLoader, overrides: Sequence[Override]) -> None:
     """Refuse an override that cannot be right; BadRequest."""
     for override in overrides:
@@ -219,9 +271,17 @@ def read(loader: ConfigLoader, texts: Sequence[str]) -> list[Override]:
                 raise HydraException("no key")
             overrides += parsed
         except HydraException as error:
-            hint = "write KEY=VALUE, and quote values with special characters: 'data.path=\"my file.txt\"'"
+            hint = f"write KEY=VALUE, and quote values with special characters: {example(text)}"
             raise BadRequest(f"{text}: cannot be read as an override; {hint}") from error
     return overrides
+
+
+def example(text: str) -> str:
+    """An override with its value quoted, to be pasted into a shell."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        key, value = "data.path", "my file.txt"
+    return shlex.quote(f"{key}={quoted(value)}" if set(value) & set('"\\') else f'{key}="{value}"')
 
 
 def values(override: Override) -> list[Any]:
@@ -233,6 +293,8 @@ def _check(loader: ConfigLoader, override: Override) -> None:
     """Refuse an override whose key, choice or type is wrong, with a line better than the composer's."""
     key = override.key_or_group
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        if override.is_choice_sweep():
+            raise BadRequest(f"{override.input_line}: a sweep has one {key}; name one, quoted if it holds a comma")
         return
     choices = loader.get_group_options(key)
     if override.type is OverrideType.DEL:
@@ -245,7 +307,7 @@ def _check(loader: ConfigLoader, override: Override) -> None:
         else:
             check_key(key, value)
             _check_type(key, value)
-        if override.is_add() and (not choices or key in SECTIONS):
+        if override.is_add() and (not choices or key in (*SECTIONS, "experiment")):
             raise BadRequest(f"+{key}={show(value)}: the key is there already; leave out the +: {key}={show(value)}")
 
 
@@ -253,32 +315,40 @@ def _check_choice(group: str, value: Any, choices: list[str]) -> None:
     if isinstance(value, (dict, list)) or str(value) not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"did you mean {group}={near[0]}? Choices: " if near else "choose one of "
-        raise BadRequest(f"{group}={value}: no such choice; {hint}{', '.join(choices)}")
+        raise BadRequest(f"{group}={show(value)}: no such choice; {hint}{', '.join(choices)}")
 
 
 def _check_type(key: str, value: Any) -> None:
     if isinstance(value, str) and "${" in value:
         return  # an interpolation: its type shows once composed
-    section, _, name = key.rpartition(".")
-    owner = type(getattr(RunConfig(), section)) if section else RunConfig
-    hint = typing.get_type_hints(owner)[name]
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    expected = kinds(key)
     schema = OmegaConf.structured(RunConfig)
     try:
-        if isinstance(value, bool) and not {bool, str} & set(kinds):
+        if isinstance(value, bool) and not {bool, str} & set(expected):
             raise ValueError("a bool is no number")
-        if isinstance(value, (int, float)) and kinds == (bool,) and value not in (0, 1):
+        if isinstance(value, (int, float)) and expected == (bool,) and value not in (0, 1):
             raise ValueError("a number is no bool")
         OmegaConf.update(schema, key, value)
     except (OmegaConfBaseException, ValueError) as error:
-        shown = show(OmegaConf.select(OmegaConf.structured(RunConfig), key)).replace(" ", "")
-        for kind in kinds:
+        shown = show(operator.attrgetter(key)(RunConfig()))
+        for kind in expected:
             if isinstance(kind, type) and issubclass(kind, Enum):
-                members = ", ".join(member.value for member in kind)
-                raise BadRequest(f"{key}={show(value)}: no such value; choose one of {members}") from error
+                raise BadRequest(f"{key}={show(value)}: no such value; choose one of {', '.join(kind)}") from error
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        expected = names.get(kinds[0], f"a list, such as {key}={shown}") + (" or auto" if kinds[1:] == (str,) else "")
-        raise BadRequest(f"{key}={show(value)}: must be {expected}; the default is {shown}") from error
+        wanted = names.get(expected[0], f"a list, such as {key}={shown}") + " or auto" * (expected[1:] == (str,))
+        raise BadRequest(f"{key}={show(value)}: must be {wanted}; the default is {shown}") from error
+
+
+def kinds(key: str) -> tuple[Any, ...]:
+    """The types that a key of the schema takes, None's among them where it may be null."""
+    section, _, name = key.rpartition(".")
+    hint = typing.get_type_hints(type(getattr(RunConfig(), section)) if section else RunConfig)[name]
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def is_text(kinds: tuple[Any, ...]) -> bool:
+    """Whether a key of these types holds a text of the user's, or several; `auto` beside a number is none."""
+    return list[str] in kinds or (str in kinds and not {int, bool} & set(kinds))
 
 
 def compose(loader: ConfigLoaderImpl, name: str, texts: Sequence[str], *, multirun: bool) -> Plan:
@@ -286,15 +356,15 @@ def compose(loader: ConfigLoaderImpl, name: str, texts: Sequence[str], *, multir
     texts = list(texts)
     master = loader.load_configuration(name, texts, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
-    if not multirun:
-        for override in read(loader, texts):
-            if override.is_sweep_override():
-                text = override.input_line
-                raise BadRequest(f"{text}: several values make a sweep; add -m to run every one of them")
+    for override in read(loader, texts):
+        if override.is_sweep_override():
+            _check_several(loader, name, override, multirun=multirun)
+    if not multirun and (brought := preset(master)):
+        raise BadRequest(f"{' '.join(brought)}: the axes of a study or a sweeper make a sweep; add -m")
     secret.check_values(OmegaConf.to_container(master.hydra, resolve=False), "hydra")
     _check_hydra(master.hydra)
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
-    folder = Path(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir))
+    folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
     composed = None
     if multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
         jobs = tuple(_jobs(loader, master, axes(loader, [*preset(master), *texts])))
@@ -312,6 +382,21 @@ def compose(loader: ConfigLoaderImpl, name: str, texts: Sequence[str], *, multir
     return Plan(jobs, multirun, folder, launcher._target_ == engines.BASIC, tuple(texts), launcher=launcher)
 
 
+def _check_several(loader: ConfigLoaderImpl, name: str, override: Override, *, multirun: bool) -> None:
+    """Refuse several values of a key that has one, and of a group whose files are sweeps: a job takes no axes along."""
+    key, text = override.key_or_group, str(override.input_line)
+    group = not key.startswith("hydra/") and key not in SECTIONS and loader.get_group_options(key)
+    for value in values(override) if group and override.is_discrete_sweep() else ():
+        one = f"{override.get_key_element()}={value}"
+        if preset(loader.load_configuration(name, [one], run_mode=RunMode.MULTIRUN)):
+            raise BadRequest(f"{text}: each is a sweep of its own; start one at a time, such as gpt2exp {one}")
+    if not multirun:
+        remedy = "add -m to run every one of them"
+        if key in keys() and is_text(kinds(key)):
+            remedy += f", or quote a comma that is part of it: {example(text)}"
+        raise BadRequest(f"{text}: several values make a sweep; {remedy}")
+
+
 def _check_path_used(inits: Sequence[InitConfig]) -> None:
     """Refuse an `init.path` that no job reads; in a sweep over `init` it is for the arm that does."""
     if any(init.scheme is InitScheme.pretrained for init in inits):
@@ -325,6 +410,8 @@ def _check_hydra(settings: DictConfig) -> None:
     """Refuse settings of Hydra's own under which no run could be kept or begun."""
     place = settings.output_subdir
     require(place == ".hydra", "hydra.output_subdir", place, "a run is known by its folder .hydra", "leave it out")
+    why, remedy = "relative paths would start in the run's folder", "leave it out, and set hydra.run.dir"
+    require(not settings.job.chdir, "hydra.job.chdir", settings.job.chdir, why, remedy)
     known = sorted(Plugins.instance().class_name_to_class)
     for part in ("launcher", "sweeper"):
         target = settings[part]._target_
