@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gpt2exp import runtime
-from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig
+from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig, first_line
 from gpt2exp.files import beside, sha256, write_json
 from gpt2exp.record import CHECKPOINTS, saved
 
@@ -219,7 +219,7 @@ class Saver:
                 _remove(folder)
         except (OSError, SafetensorError) as error:
             if not self._failed:
-                why = getattr(error, "strerror", None) or str(error)
+                why = getattr(error, "strerror", None) or first_line(error)
                 log.warning("no checkpoint at step %d (%s); training goes on", state["step"], why)
             self._failed = True
 

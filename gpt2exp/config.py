@@ -31,6 +31,12 @@ def show(value: object) -> str:
     return str(value.value if isinstance(value, Enum) else value)
 
 
+def first_line(error: object) -> str:
+    """An exception's first line that is not blank, or its type's name where it has no text."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 def require(ok: bool, key: str, value: object, reason: str, remedy: str) -> None:
     """Raise `BadRequest` naming key, value, reason and remedy unless `ok`."""
     if not ok:
@@ -343,7 +349,7 @@ class TrainConfig:
     activation_checkpointing: bool | str = AUTO
     """Compute a block's activations again in backward instead of keeping them; auto: where the run fits only so."""
     log_every: int = 1
-    """Steps between printed lines and wandb points; `metrics.jsonl` has every step."""
+    """Steps between printed lines and wandb points, beside those with a measure; `metrics.jsonl` has every step."""
     eval_every: int = 0
     """Steps between validations; 0: only after the last step. Needs `data.val_fraction` above 0."""
     measure_every: int = 10
@@ -591,7 +597,7 @@ def parse(plain: Any) -> RunConfig:
 
 
 def explain(error: Exception) -> str:
-    """OmegaConf's and Hydra's several lines as one."""
+    """The several lines of an error of OmegaConf's, Hydra's or datasets' as one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type")))
     key = getattr(error, "full_key", None)

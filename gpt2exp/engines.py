@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from gpt2exp import owner, record, signals
-from gpt2exp.config import BadRequest, DeviceName, require
+from gpt2exp.config import BadRequest, DeviceName, first_line, require
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
@@ -119,8 +119,9 @@ def _ray(settings: DictConfig) -> Iterator[None]:
     try:
         ray.init(**cast("dict[str, Any]", OmegaConf.to_container(settings, resolve=True)))
     except (ValueError, TypeError, RuntimeError, ConnectionError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise BadRequest(f"hydra.launcher.ray.init: {why}; these are the arguments of ray.init") from error
+        raise BadRequest(
+            f"hydra.launcher.ray.init: {first_line(error)}; these are the arguments of ray.init"
+        ) from error
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray's own would end its workers in the middle of a step
     try:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.config import WandbConfig, WandbMode
+from gpt2exp.config import WandbConfig, WandbMode, first_line
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""
@@ -66,7 +66,7 @@ class Mirror:
                 return
             except Exception as error:  # wandb raises its own kinds and the network's
                 then = "going on offline" if mode == "online" else "going on without it"
-                log.warning("wandb could not start %s (%s); %s", mode, _line(error), then)
+                log.warning("wandb could not start %s (%s); %s", mode, first_line(error), then)
         self.mode = "disabled"
 
     def _open(self, config: WandbConfig, folder: Path, run: dict[str, Any], job_type: str, mode: Any) -> Any:
@@ -140,7 +140,7 @@ class Mirror:
         try:
             call()
         except Exception as error:  # as above: nothing of wandb's may reach the training loop
-            log.warning("wandb stopped (%s); the local record goes on", _line(error))
+            log.warning("wandb stopped (%s); the local record goes on", first_line(error))
             self._run = None
             if isinstance(error, ConnectionError):
                 _forget_process()
@@ -152,8 +152,3 @@ def _forget_process() -> None:
 
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

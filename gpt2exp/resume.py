@@ -90,7 +90,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> plan.
         overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
         before = config.parse(dict(recorded))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        why = f"its .hydra/config.yaml or overrides.yaml cannot be read ({str(error).splitlines()[0]})"
+        why = f"its .hydra/config.yaml or overrides.yaml cannot be read ({config.first_line(error)})"
         raise BadRequest(f"resume={folder}: {why}; put the files back, or start a new run") from error
     assert isinstance(recorded, DictConfig)
     began_in, config_dir = _surroundings(folder)

@@ -51,6 +51,7 @@ from gpt2exp.config import (
     Fallback,
     PrecisionName,
     RunConfig,
+    first_line,
     parse,
     plain,
 )
@@ -161,8 +162,7 @@ def _launch(request: plan.Plan, words: list[str]) -> None:
     except Exception as problem:
         if request.local and request.names:  # Hydra's own launcher and sweeper raise nothing of a job's
             raise
-        text = str(problem).strip() or type(problem).__name__
-        view.refuse(f"the sweep ended early: {text.splitlines()[0]}", trace=view.wants_traces())
+        view.refuse(f"the sweep ended early: {first_line(problem)}", trace=view.wants_traces())
         _say_how_to_go_on(request)
 
 
@@ -441,7 +441,7 @@ def _train(
             peak = max(peak, peak_now)
             files.step(metrics)
             shown.step(metrics)
-            if metrics["step"] % config.train.log_every == 0 or job.steps_done == config.train.steps:
+            if view.due(metrics, config.train):
                 wandb.log(metrics)
 
         def save(weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
@@ -545,8 +545,7 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
 
     from gpt2exp.trainer import Diverged
 
-    text = str(problem).strip().splitlines()
-    line = text[0] if text else type(problem).__name__
+    line = first_line(problem)
     if isinstance(problem, Diverged):
         return "diverged", line
     if parallel.lost(problem):

@@ -7,10 +7,10 @@ import io
 import logging
 import math
 import os
-import re
 import sys
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2exp import parallel
-from gpt2exp.config import InitConfig, InitScheme, RunConfig
+from gpt2exp.config import InitConfig, InitScheme, RunConfig, TrainConfig
 
 log = logging.getLogger("gpt2exp")
 
@@ -44,7 +44,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = f"{record.levelname.lower()}: {record.getMessage()}"
-        self.console.print(Text(line, style="yellow"), soft_wrap=True)
+        self.console.print(Text(printable(line), style="yellow"), soft_wrap=True)
         if self.traces and record.exc_info:
             self.console.print(Text(logging.Formatter().formatException(record.exc_info)), soft_wrap=True)
 
@@ -192,8 +192,7 @@ class View:
         """Count a step; print its line if one is due."""
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics["step"] + 1, visible=True)
-        last = metrics["step"] + 1 == self.config.train.steps
-        if metrics["step"] % self.config.train.log_every == 0 or last or "val_loss" in metrics:
+        if due(metrics, self.config.train):
             self._print(step_line(metrics), *self._consoles)
 
     def close(self, summary: dict[str, Any], folder: Path, sync: Path | None) -> None:
@@ -223,6 +222,16 @@ def origin_line(init: dict[str, Any]) -> str:
 def short(path: Path) -> str:
     """A path as seen from the current folder where it lies below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second"}
+"""The figures that every step has; all others are measured at some of them."""
+
+
+def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
+    """Whether a step goes to the terminal and to wandb: each `log_every`-th, the last, each with something measured."""
+    number = metrics["step"]
+    return number % train.log_every == 0 or number + 1 == train.steps or not metrics.keys() <= STEP
 
 
 def step_line(metrics: dict[str, Any]) -> str:
@@ -365,12 +374,17 @@ def wants_traces() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def refuse(message: str, *, program: str = "gpt2exp", trace: bool = False) -> None:
-    """One line on standard error; a control character in it, which a terminal would obey, is shown as �.
+def printable(text: object, keep: str = "") -> str:
+    """Text whose control characters, which a terminal would obey, are shown as � and whose broken Unicode as ?.
 
-    `trace`: after the traceback of what is being handled.
+    `keep`: control characters that are left, such as the line break.
     """
+    whole = str(text).encode("utf-8", "replace").decode("utf-8")
+    return "".join("�" if unicodedata.category(char) == "Cc" and char not in keep else char for char in whole)
+
+
+def refuse(message: str, *, program: str = "gpt2exp", trace: bool = False) -> None:
+    """One line on standard error; `trace`: after the traceback of what is being handled."""
     if trace:
         traceback.print_exc()
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", f"{program}: {message}")
-    print(line, file=sys.stderr)
+    print(printable(f"{program}: {message}"), file=sys.stderr)

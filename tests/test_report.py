@@ -27,7 +27,7 @@ import pytest
 from rich.console import Console
 from support import SMALL, OfflineRun, read, run, run_folders
 
-from gpt2exp import compare, figures, record, report
+from gpt2exp import compare, figures, record, report, view
 from gpt2exp.compare import Comparison, Distance, Effect
 from gpt2exp.config import RunConfig, plain
 
@@ -232,7 +232,7 @@ class TestWords:
         assert "at 1.50 times the speed, with 100 MiB (9.8%) less memory, with 3,000 more parameters" in text
 
     def test_no_control_character_reaches_a_terminal(self) -> None:
-        assert report.clean("a\x1b[31m\nb\x07\x9b\udc80") == "a�[31m�b��?"
+        assert view.printable("a\x1b[31m\nb\x07\x9b\udc80") == "a�[31m�b��?"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -446,7 +446,7 @@ class TestEscaping:
             assert not [name for name in attributes if name.startswith("on")]
         text = "".join(page.text)
         for arm in HOSTILE:
-            assert report.clean(arm) in text
+            assert view.printable(arm) in text
 
     def test_identifiers_are_unique(self, hostile: Path) -> None:
         page = _parsed((hostile / "report.html").read_text())
