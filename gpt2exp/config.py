@@ -13,6 +13,8 @@ import difflib
 import hashlib
 import json
 import math
+import re
+import shlex
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +31,17 @@ def show(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value.value if isinstance(value, Enum) else value)
+
+
+def typed(key: str, value: object) -> str:
+    """`key=value` in Hydra's grammar, quoted where the plain text would be read as something else."""
+    text = show(value)
+    plain = re.fullmatch(r"\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
+    if not plain or text.lower() in ("null", "true", "false", "nan", "inf"):
+        # a backslash is literal unless it stands before a quote, so double only those
+        text = re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", text))
+        text = f"'{text}'"
+    return f"{key}={text}"
 
 
 def first_line(error: object) -> str:
@@ -317,7 +330,13 @@ class DataConfig:
             require(bool(self.path), "data.path", self.path, "data=hub needs to know which dataset", remedy)
         else:
             why = f"data={self.name.value} has a text of its own"
-            require(self.path is None, "data.path", self.path, why, f"try data=text data.path={self.path}")
+            require(
+                self.path is None,
+                "data.path",
+                self.path,
+                why,
+                f"try data=text {shlex.quote(typed('data.path', self.path))}",
+            )
             require(self.field == "text", "data.field", self.field, why, "leave it out")
 
     @property

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import time
 import types
@@ -54,6 +55,7 @@ from gpt2exp.config import (
     plain,
     require,
     show,
+    typed,
 )
 from gpt2exp.files import beside, replacing, write_json
 from gpt2exp.record import SWEEP
@@ -140,10 +142,8 @@ class Plan:
     @property
     def pins(self) -> list[str]:
         """Overrides for Hydra's command line: the folders, which it would draw anew, and that we write `.hydra`."""
-        # in Hydra's grammar a backslash escapes only before a quote, and is itself there
         folder = self.folder if self.local else self.folder.absolute()  # a worker may start elsewhere
-        quoted = re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", str(folder)))
-        pins = [f"hydra.{'sweep' if self.multirun else 'run'}.dir='{quoted}'", "hydra.output_subdir=null"]
+        pins = [typed(f"hydra.{'sweep' if self.multirun else 'run'}.dir", folder), "hydra.output_subdir=null"]
         if self.resumed:  # its jobs have their names from us
             pins.append(f"hydra.sweep.subdir='{SUBDIR}'")
         return pins
@@ -242,7 +242,8 @@ def _check(loader: ConfigLoader, override: Override) -> None:
             check_key(key, value)
             _check_type(key, value)
         if override.is_add() and (not choices or key in SECTIONS):
-            raise BadRequest(f"+{key}={show(value)}: the key is there already; leave out the +: {key}={show(value)}")
+            again = shlex.quote((override.input_line or "").lstrip("+"))
+            raise BadRequest(f"+{key}={show(value)}: the key is there already; leave out the +: {again}")
 
 
 def _check_choice(group: str, value: Any, choices: list[str]) -> None:

@@ -673,7 +673,7 @@ def conclude(sweep: Path, console: Console) -> None:
     The runs are done and recorded by then, so no failure here may change what the sweep's command says of them; it
     says itself which runs failed.
     """
-    again = f"gpt2exp-compare {shlex.quote(view.short(sweep.absolute()))} tries again"
+    again = f"{view.pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
         from gpt2exp import figures
 

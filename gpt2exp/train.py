@@ -171,8 +171,8 @@ def _say_how_to_go_on(request: plan.Plan) -> None:
         text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
         view.terminal().print(text, markup=False)
     if request.names:
-        place = view.short(request.folder.absolute())
-        view.terminal().print(f"to go on: gpt2exp resume={place}", markup=False, soft_wrap=True)
+        line = f"to go on: {view.to_go_on(request.folder.absolute())}"
+        view.terminal().print(line, markup=False, soft_wrap=True)
 
 
 def _hydra(argv: list[str]) -> None:

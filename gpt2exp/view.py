@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -30,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2exp import parallel
-from gpt2exp.config import InitConfig, InitScheme, RunConfig, TrainConfig
+from gpt2exp.config import InitConfig, InitScheme, RunConfig, TrainConfig, typed
 
 log = logging.getLogger("gpt2exp")
 
@@ -183,7 +184,7 @@ class View:
             "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
             "folder": short(folder),
         }
-        self._print(" ".join([parallel.program(), *self.overrides]), *self._consoles, style="bold")
+        self._print(f"{parallel.program()} {pasted(*self.overrides)}".rstrip(), *self._consoles, style="bold")
         if self.progress:
             self._print(f"{self.progress}: {' '.join(self.overrides)}", self.console)
         self.rows(rows)
@@ -201,8 +202,11 @@ class View:
         self.rows(closing_rows(summary, self.config, folder))
         if self.progress:
             self._print(f"  {closing_line(summary)}", self.console)
-        if sync is not None:  # one unbroken line, to be copied
-            self._print(f"to upload: wandb sync {short(sync)}", *self._consoles)
+        # unbroken lines, to be copied
+        if summary["state"] in ("interrupted", "failed"):
+            self._print(f"to go on: {to_go_on(folder)}", *self._consoles)
+        if sync is not None:
+            self._print(f"to upload: {pasted('wandb', 'sync', sync)}", *self._consoles)
 
 
 def _init(init: InitConfig) -> str:
@@ -232,6 +236,22 @@ def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
     """Whether a step goes to the terminal and to wandb: each `log_every`-th, the last, each with something measured."""
     number = metrics["step"]
     return number % train.log_every == 0 or number + 1 == train.steps or not metrics.keys() <= STEP
+
+
+def place(path: Path) -> str:
+    """A path as an argument: `short`, and never taken for a flag or a home folder."""
+    text = short(path)
+    return f"./{text}" if text.startswith(("-", "~")) else text
+
+
+def pasted(*words: str | Path) -> str:
+    """A command to be pasted into a shell: each word quoted as far as it needs to be."""
+    return shlex.join(place(word) if isinstance(word, Path) else word for word in words)
+
+
+def to_go_on(folder: Path) -> str:
+    """The command that goes on with a run or a sweep."""
+    return f"{parallel.program()} {pasted(typed('resume', place(folder)))}"
 
 
 def step_line(metrics: dict[str, Any]) -> str:
@@ -284,8 +304,6 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
         rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
     wall = summary["wall_seconds"]
     rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
-    if summary["state"] in ("interrupted", "failed"):
-        rows["to go on"] = f"{parallel.program()} resume={short(folder)}"
     rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
     return rows
 
