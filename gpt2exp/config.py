@@ -481,7 +481,10 @@ class WandbConfig:
     """Where the run is mirrored; the local files are the record."""
 
     mode: WandbMode = WandbMode.auto
-    """`auto`: online with credentials, else offline. A WANDB_MODE in the environment wins over `auto`."""
+    """`auto`: online with credentials, else offline. A WANDB_MODE in the environment wins over `auto`.
+
+    Likewise wandb's other variables give the keys below that are not typed (gpt2exp.mirror.KEYS).
+    """
     project: str = "gpt2exp"
     """Project on the server."""
     group: str | None = None

@@ -43,7 +43,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import engines, owner, secret
+from gpt2exp import engines, mirror, owner, secret
 from gpt2exp.config import (
     BadRequest,
     InitConfig,
@@ -68,7 +68,9 @@ BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 def register() -> None:
     """Make the schema and the folder names known to Hydra; every process that runs a job calls this."""
-    ConfigStore.instance().store("schema", node=RunConfig)
+    schema = OmegaConf.structured(RunConfig)
+    schema.wandb.update(mirror.defaults())
+    ConfigStore.instance().store("schema", node=schema)
     OmegaConf.register_new_resolver("folder_name", folder_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     for name, share in engines.shares().items():
@@ -153,6 +155,7 @@ class Plan:
 def composing(args: argparse.Namespace) -> Iterator[ConfigLoaderImpl]:
     """Hydra's loader over the packaged configuration and `--config-dir`; its errors become a `BadRequest`."""
     _check_flags(args)
+    register()  # the environment may have changed since
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
     try:

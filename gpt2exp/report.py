@@ -667,11 +667,11 @@ def page(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
 # --- the end of a sweep ----------------------------------------------------------------------------------------------
 
 
-def conclude(sweep: Path, console: Console) -> None:
+def conclude(sweep: Path, console: Console) -> Path | None:
     """Compare a sweep's runs, write, show and mirror the report; after a line of warning instead, if that fails.
 
     The runs are done and recorded by then, so no failure here may change what the sweep's command says of them; it
-    says itself which runs failed.
+    says itself which runs failed. Returns wandb's folder to upload, as `mirror`.
     """
     again = f"{view.pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
@@ -681,11 +681,12 @@ def conclude(sweep: Path, console: Console) -> None:
         sections = figures.draw(comparison)
         _write(comparison, sweep, sections)
         show(comparison, console, sweep, failed=False)
-        mirror(comparison, sweep, sections)
+        return mirror(comparison, sweep, sections)
     except (BadRequest, OSError) as error:
         log.warning("no comparison: %s; %s", printable(error), again)
     except Exception as error:
         log.warning("no comparison: %s: %s; %s", type(error).__name__, printable(error), again, exc_info=True)
+    return None
 
 
 def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> Path | None:
@@ -704,7 +705,7 @@ def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> 
         "tags": config.tags,
         "config": {"swept": comparison.swept, "seeds": comparison.seeds, "metric": comparison.metric},
     }
-    wandb = Mirror(config, sweep, about, job_type="comparison")
+    wandb = Mirror(config, sweep, about, job_type="comparison", own=True)
     wandb.show(lambda: _for_wandb(comparison, sweep, sections))
     found = {
         "runs": len(comparison.runs),

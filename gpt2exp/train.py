@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from gpt2exp import (
     engines,
     estimate,
     help,
+    mirror,
     owner,
     parallel,
     plan,
@@ -134,6 +137,8 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
             view.terminal().print(view.plan_table([_dry_row(job) for job in to_do]))
         return 0
     notes = list(request.notes)
+    ignored = (mirror.ignored(job.config.wandb, sweep=request.multirun, resumed=request.resumed) for job in to_do)
+    notes += dict.fromkeys(itertools.chain.from_iterable(ignored))
     if parallel.size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
         notes.append("distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun")
     for note in notes:
@@ -327,13 +332,12 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
     overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
     sweep = record.sweep_of(folder)
     free = build.prepare_heap(config)
-    from gpt2exp import mirror
-
     with signals.deferred() as stop:
         facts: dict[str, Any] = {"overrides": overrides, "config": plain(config), "seed": config.seed}
         name = config.wandb.name or ",".join(overrides) or "defaults"
         about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
         saved = _newest_checkpoint(folder)
+        again = (folder / "status.json").is_file() and not os.environ.get("WANDB_RESUME")
         told = {"config": facts["config"]}
         if saved is None:
             files = record.Record(folder, facts, began=began)
@@ -343,7 +347,7 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
             files = record.Record(folder, facts, began=began, metrics=metrics, parts=parts)
             about["notes"] = f"goes on at step {saved.step} from {parts[0]['wandb']}"
             told["config"] = facts["config"] | {"goes_on_from": parts[0]["wandb"], "goes_on_at_step": saved.step}
-        wandb = mirror.Mirror(config.wandb, folder, about | told)
+        wandb = mirror.Mirror(config.wandb, folder, about | told, own=again or sweep is not None)
         progress = record.progress(sweep, folder) if sweep else None
         with view.View(folder, config, overrides, progress) as shown:
             try:
@@ -576,12 +580,20 @@ def _outcome(request: plan.Plan) -> int:
         console, place = view.terminal(), view.short(request.folder.absolute())
         title = f"{done} of {jobs} runs done in {place}"
         console.print(view.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
-        report.conclude(request.folder, console)
+        kept = report.conclude(request.folder, console)
         for row in rows:
             if row["state"] != "done":
                 view.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
         offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
-        if found := [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]:
+        place = shlex.quote(view.place(request.folder.absolute()))
+        found = [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]
+        for row in rows:
+            if elsewhere := row.get("config", {}).get("wandb", {}).get("dir"):
+                pattern = f"wandb/offline-run-*-{row['parts'][-1]['wandb']}"
+                found += map(view.pasted, Path(elsewhere).absolute().glob(pattern))
+        if kept is not None and not kept.is_relative_to(request.folder.absolute()):
+            found.append(view.pasted(kept))
+        if found:
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
     return 0 if rows and done == max(jobs, len(rows)) else 1
 
