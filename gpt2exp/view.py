@@ -241,7 +241,7 @@ def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
 def place(path: Path) -> str:
     """A path as an argument: `short`, and never taken for a flag or a home folder."""
     text = short(path)
-    return f"./{text}" if text.startswith(("-", "~")) else text
+    return str(path.absolute()) if text.startswith(("-", "~")) else text
 
 
 def pasted(*words: str | Path) -> str:

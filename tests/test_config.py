@@ -9,7 +9,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from gpt2exp import config, plan
+from gpt2exp import config, parallel, plan, resume
 from gpt2exp.config import BadRequest, InitScheme, ModelConfig, RunConfig
 
 CONF = Path(plan.__file__).parent.parent / "conf"
@@ -201,6 +201,43 @@ def test_claimed(tmp_path: Path, there: bool) -> None:
 def test_show_is_what_is_typed(value: object) -> None:
     typed = {None: "null", True: "true", False: "false", InitScheme.xavier: "xavier"}
     assert config.show(value) == typed.get(value, str(value))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n \n  two\n"), "two"),
+        (ValueError(), "ValueError"),
+        (OSError(" \n"), "OSError"),
+        (KeyError("key"), "'key'"),
+    ],
+)
+def test_first_line_of_any_error(error: Exception, line: str) -> None:
+    assert config.first_line(error) == line
+
+
+def test_only_first_line_takes_the_first_line() -> None:
+    """An exception without text has no first line: `splitlines()[0]` of one would end in an IndexError."""
+    for path in Path(config.__file__).parent.rglob("*.py"):
+        assert "splitlines()[0]" not in path.read_text(encoding="utf-8"), path
+
+
+def test_errors_without_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What cannot be read or met is named by its kind where it says nothing."""
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text("seed: 1")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError
+
+    with monkeypatch.context() as patch, pytest.raises(BadRequest, match=r"cannot be read \(ValueError\)"):
+        patch.setattr(resume.OmegaConf, "load", fail)
+        resume.make(get_args_parser().parse_args([f"resume={tmp_path}"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.init_process_group", fail)
+    with pytest.raises(BadRequest, match=r"do not meet \(ValueError\)"), parallel.joined():
+        pass
 
 
 def test_estimate_grows_with_the_request() -> None:
