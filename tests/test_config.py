@@ -231,9 +231,11 @@ def test_errors_without_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     def fail(*_: object, **__: object) -> None:
         raise ValueError
 
-    with monkeypatch.context() as patch, pytest.raises(BadRequest, match=r"cannot be read \(ValueError\)"):
-        patch.setattr(resume.OmegaConf, "load", fail)
-        resume.make(get_args_parser().parse_args([f"resume={tmp_path}"]))
+    args = get_args_parser().parse_args([f"resume={tmp_path}"])
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt2exp.resume.OmegaConf.load", fail)
+        with pytest.raises(BadRequest, match=r"cannot be read \(ValueError\)"):
+            resume.make(args)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.init_process_group", fail)
     with pytest.raises(BadRequest, match=r"do not meet \(ValueError\)"), parallel.joined():

@@ -131,7 +131,7 @@ class TestOfflineFile:
 
 
 def test_what_a_step_measured_always_arrives(tmp_path: Path) -> None:
-    """With `log_every` above 1 wandb and the terminal get the same steps: its multiples, the last, all with a measure."""
+    """With `log_every` above 1 wandb and the terminal get the same steps: its multiples and those with a measure."""
     often = ["train.steps=24", "train.log_every=10", "train.measure_every=9", "train.eval_every=7"]
     done = run(tmp_path / "here", *SMALL, *often, "data.val_fraction=0.01")
     assert (done.returncode, done.stderr) == (0, "")
@@ -284,7 +284,7 @@ print(codes)
 
 
 def test_from_a_thread(tmp_path: Path) -> None:
-    """A run and a sweep from a function in a thread, as `wandb.agent(function=...)` calls it: the run is the agent's."""
+    """A run and a sweep in a thread, as `wandb.agent(function=...)` calls a function: the run is the agent's."""
     program = [sys.executable, "-c", AGENT]
     done = run(tmp_path / "here", *SMALL, "train.steps=2", "wandb.mode=offline", program=program)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["[0, 0]"]), done.stderr
