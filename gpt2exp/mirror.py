@@ -229,7 +229,8 @@ def _no_identity() -> Iterator[None]:
     # not by wandb.init's arguments: in a sweep of wandb's it passes over them
     shared = wandb.setup().settings
     before = {field: getattr(shared, field) for field in IDENTITY}
-    shared.update_from_dict(dict.fromkeys(IDENTITY) | {"launch": False})
+    for field in IDENTITY:
+        setattr(shared, field, False if field == "launch" else None)
     try:
         yield
     finally:

@@ -190,7 +190,7 @@ class TestVariables:
         more = ["-m", "seed=1,2", *SMALL, "train.steps=2", f"sweep.isolate={isolate}"]
         done = run(tmp_path / "here", *more, **around)
         assert (done.returncode, done.stderr) == (0, "")
-        (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+        (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: WANDB")]
         assert note.startswith("note: WANDB_RUN_ID, WANDB_RESUME, WANDB_SWEEP_ID: not used in a sweep; ")
         kept = sorted((tmp_path / "wandb").glob("offline-run-*"))
         entries = [
