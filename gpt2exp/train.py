@@ -182,12 +182,13 @@ def _say_how_to_go_on(request: plan.Plan) -> None:
 
 def _hydra(argv: list[str]) -> None:
     """Hydra's own main over `job`, its exceptions let through to us instead of ending the process."""
-    sys.argv[1:] = argv
+    typed, sys.argv[1:] = sys.argv[1:], argv
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(config_path=f"pkg://{plan.CONF}", config_name="config", version_base="1.3")(job)()
     finally:
+        sys.argv[1:] = typed
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
