@@ -12,8 +12,11 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from support import SMALL, read, run, surroundings, the_run
 
-from gpt2exp import plan, report, resume, view
+from gpt2exp.compare import report
 from gpt2exp.config import BadRequest, DataConfig, typed
+from gpt2exp.run import terminal
+from gpt2exp.sweep import request as requests
+from gpt2exp.sweep import resume
 
 NAMES = [
     "plain",
@@ -77,7 +80,7 @@ def said(request: list[str]) -> str:
 
 
 def test_a_plain_command_stays_plain() -> None:
-    assert view.to_go_on(Path("runs/2026-11-27/09-05-20-ab12").absolute()) == (
+    assert terminal.to_go_on(Path("runs/2026-11-27/09-05-20-ab12").absolute()) == (
         "gpt2exp resume=runs/2026-11-27/09-05-20-ab12"
     )
 
@@ -91,7 +94,7 @@ def test_resume(name: str, here: Path) -> None:
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "config.yaml").write_text("seed: [")
     (folder / ".hydra" / "overrides.yaml").write_text("[]")
-    program, *words = bash(view.to_go_on(folder))
+    program, *words = bash(terminal.to_go_on(folder))
     assert program == "gpt2exp"
     assert f"{folder}: its .hydra/config.yaml" in said(words)
     hint = said([f"resume={here}"])
@@ -102,7 +105,7 @@ def test_resume(name: str, here: Path) -> None:
 def test_commands_of_other_programs(name: str, here: Path) -> None:
     """`wandb sync` and `gpt2exp-compare` get the folder as one argument that is no flag."""
     (here / name).mkdir()
-    program, argument = bash(view.pasted("gpt2exp-compare", here / name))
+    program, argument = bash(terminal.pasted("gpt2exp-compare", here / name))
     assert program == "gpt2exp-compare"
     assert Path(argument).samefile(here / name)
     assert not argument.startswith(("-", "~"))
@@ -110,14 +113,14 @@ def test_commands_of_other_programs(name: str, here: Path) -> None:
 
 def test_an_override() -> None:
     """`typed` is read back by Hydra as the same text, one value of no sweep; so is a hint that holds one."""
-    with plan.composing(get_args_parser().parse_args([])) as loader:
+    with requests.composing(get_args_parser().parse_args([])) as loader:
         for name in NAMES:
             with pytest.raises(BadRequest) as refused:
                 DataConfig(path=name)
             section, hint = bash(str(refused.value).partition("; try ")[2])
             assert section == "data=text"
             for text in (typed("data.path", name), hint):
-                (override,) = plan.read(loader, [text])
+                (override,) = requests.read(loader, [text])
                 assert (override.key_or_group, override.value()) == ("data.path", name)
                 assert not override.is_sweep_override()
 
@@ -141,7 +144,7 @@ def test_the_printed_lines_of_a_run_and_a_sweep(here: Path) -> None:
     *program, uploaded = bash(sync.removeprefix("to upload: "))
     assert program == ["wandb", "sync"]
     assert (here / uploaded).samefile(next(place.glob("wandb/offline-run-*")))
-    line = view.to_go_on(place).replace("gpt2exp", f"{shlex.quote(sys.executable)} -m gpt2exp.train", 1)
+    line = terminal.to_go_on(place).replace("gpt2exp", f"{shlex.quote(sys.executable)} -m gpt2exp.train", 1)
     again = subprocess.run(
         ["bash", "-c", f"{line} train.steps=3"],
         cwd=here,

@@ -30,8 +30,8 @@ from support import (
     wait_for_step,
 )
 
-from gpt2exp import mirror
 from gpt2exp.config import RunConfig, WandbConfig, WandbMode, plain
+from gpt2exp.run import tracking
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -227,10 +227,10 @@ class TestVariables:
         monkeypatch.setattr(
             wandb, "init", lambda **words: given.update(words) or (_ for _ in ()).throw(OSError("stop"))
         )
-        mirror.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x") | {"notes": "x"}).ready()
+        tracking.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x") | {"notes": "x"}).ready()
         fields = given.pop("settings").model_fields_set | given.keys() - {"config"}
         fields = {{"x_": "_"}.get(field[:2], field[:2]) + field[2:] for field in fields}
-        known = {name for names in mirror.KEYS.values() for name in names} | mirror.FIXED.keys()
+        known = {name for names in tracking.KEYS.values() for name in names} | tracking.FIXED.keys()
         taken = {"WANDB_MODE", "WANDB_JOB_TYPE", "WANDB_NOTES", "WANDB_INIT_TIMEOUT", "WANDB_SILENT", "WANDB_HOST"}
         assert {f"WANDB_{field.upper()}".replace("_GROUP", "_RUN_GROUP") for field in fields} <= known | taken
 
@@ -247,8 +247,8 @@ class TestVariables:
     )
     def test_lines(self, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str | None) -> None:
         monkeypatch.setenv(name, value)
-        assert mirror.ignored(WandbConfig(), sweep=False, resumed=False) == ([said] if said else [])
-        assert mirror.ignored(WandbConfig(mode=WandbMode.disabled), sweep=True, resumed=False) == []
+        assert tracking.ignored(WandbConfig(), sweep=False, resumed=False) == ([said] if said else [])
+        assert tracking.ignored(WandbConfig(mode=WandbMode.disabled), sweep=True, resumed=False) == []
 
     def test_a_value_that_wandb_refuses(self, tmp_path: Path) -> None:
         """One line that names it, and the run goes on."""
@@ -315,7 +315,7 @@ def test_several_runs_in_one_process(tmp_path: Path) -> None:
     for number, failed in enumerate((False, True, False)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), folder, about(f"run {number}"))
+        files = tracking.Mirror(WandbConfig(mode=WandbMode.offline), folder, about(f"run {number}"))
         assert files.ready() == "offline"
         files.log({"step": 0, "tokens": 128, "loss": float(number)})
         kept.append(files.finish({"state": "done"}, failed=failed))
@@ -331,33 +331,33 @@ class TestMode:
     """`auto` is online with credentials, else offline; a mode typed is obeyed."""
 
     def test_without_credentials(self) -> None:
-        assert mirror.resolve_mode(WandbConfig()) == "offline"
+        assert tracking.resolve_mode(WandbConfig()) == "offline"
 
     def test_with_a_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        assert mirror.resolve_mode(WandbConfig()) == "online"
+        assert tracking.resolve_mode(WandbConfig()) == "online"
 
     def test_with_netrc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
         (tmp_path / ".netrc").chmod(0o600)
-        assert mirror.resolve_mode(WandbConfig()) == "online"
+        assert tracking.resolve_mode(WandbConfig()) == "online"
         monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-        assert mirror.resolve_mode(WandbConfig()) == "offline", "the key is another server's"
+        assert tracking.resolve_mode(WandbConfig()) == "offline", "the key is another server's"
 
     @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
     def test_environment_wins_over_auto_alone(self, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
         monkeypatch.setenv("WANDB_MODE", mode)
-        assert mirror.resolve_mode(WandbConfig()) == mode
+        assert tracking.resolve_mode(WandbConfig()) == mode
         for typed in (WandbMode.online, WandbMode.offline, WandbMode.disabled):
-            assert mirror.resolve_mode(WandbConfig(mode=typed)) == typed.value
+            assert tracking.resolve_mode(WandbConfig(mode=typed)) == typed.value
 
     def test_an_unknown_mode_in_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_MODE", "nonsense")
-        assert mirror.resolve_mode(WandbConfig()) == "offline"
+        assert tracking.resolve_mode(WandbConfig()) == "offline"
 
 
 def test_disabled_writes_nothing(tmp_path: Path, warnings: list[str]) -> None:
-    files = mirror.Mirror(WandbConfig(mode=WandbMode.disabled), tmp_path, about("quiet"))
+    files = tracking.Mirror(WandbConfig(mode=WandbMode.disabled), tmp_path, about("quiet"))
     assert files.ready() == "disabled"
     files.log({"step": 0, "loss": 1.0})
     assert files.finish({}, failed=False) is None
@@ -374,7 +374,7 @@ class TestFailingWandb:
             raise RuntimeError("no wandb today\nat all")
 
         monkeypatch.setattr(wandb, "init", fail)
-        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
+        files = tracking.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
         assert files.ready() == "disabled"
         files.describe({"a": 1})
         files.log({"step": 0, "loss": 1.0})
@@ -383,7 +383,7 @@ class TestFailingWandb:
 
     @pytest.mark.parametrize("method", ["log", "finish"])
     def test_later(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str], method: str) -> None:
-        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
+        files = tracking.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
         files.ready()
         real = files._run
 
