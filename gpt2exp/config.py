@@ -15,6 +15,8 @@ import json
 import math
 import operator
 import os
+import re
+import shlex
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +33,26 @@ def show(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"[{','.join(map(show, value))}]" if isinstance(value, list) else str(value)
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra's grammar reads it back, whatever is in it: a backslash escapes only before a quote."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+
+
+def typed(key: str, value: object) -> str:
+    """`key=value` in Hydra's grammar, quoted where the plain text would be read as something else."""
+    text = show(value)
+    plain = re.fullmatch(r"\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
+    if not plain or text.lower() in ("null", "true", "false", "nan", "inf"):
+        text = quoted(text)
+    return f"{key}={text}"
+
+
+def first_line(error: object) -> str:
+    """An exception's first line that is not blank, or its type's name where it has no text."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def require(ok: bool, key: str, value: object, reason: str, remedy: str) -> None:
@@ -285,7 +307,8 @@ class DataConfig(Section):
             require(bool(self.path), "data.path", self.path, "data=hub needs to know which dataset", remedy)
         else:
             why = f"data={self.name} has a text of its own"
-            require(self.path is None, "data.path", self.path, why, f"try data=text data.path={self.path}")
+            remedy = f"try data=text {shlex.quote(typed('data.path', self.path))}"
+            require(self.path is None, "data.path", self.path, why, remedy)
             require(self.field == "text", "data.field", self.field, why, "leave it out")
 
     @property
@@ -322,7 +345,11 @@ class TrainConfig(Section):
     activation_checkpointing: bool | str = option(
         AUTO, "compute a block's activations again in backward; auto: where the run fits only so", choices=SWITCH
     )
-    log_every: int = option(1, "steps between printed lines and wandb points; metrics.jsonl has every step", at_least=1)
+    log_every: int = option(
+        1,
+        "steps between printed lines and wandb points; metrics.jsonl has every step",
+        at_least=1,
+    )
     eval_every: int = option(
         0, "steps between validations; 0: only after the last; needs data.val_fraction", at_least=0
     )
@@ -548,7 +575,7 @@ def parse(plain: Any) -> RunConfig:
 
 
 def explain(error: Exception) -> str:
-    """OmegaConf's and Hydra's several lines as one."""
+    """The several lines of an error of OmegaConf's, Hydra's or datasets' as one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type")))
     key = getattr(error, "full_key", None)

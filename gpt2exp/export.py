@@ -122,7 +122,7 @@ def card(row: Mapping[str, Any], model: ModelConfig, state: Mapping[str, Any]) -
         "trained": f"{state['step']:,} steps, seed {config['seed']}, precision {got['effective']}"
         + (" (emulated)" if got["emulated"] else ""),
         "reached": "; ".join(reached) or "not measured at this step",
-        "request": f"`gpt2exp {' '.join(told)}`",
+        "request": f"`{terminal.pasted('gpt2exp', *told)}`",
         "versions": ", ".join(f"{name} {version}" for name, version in state["versions"].items()),
     }
     table = "\n".join(f"| {label} | {text} |" for label, text in rows.items())

@@ -6,7 +6,6 @@ import argparse
 import codecs
 import itertools
 import math
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -98,16 +97,12 @@ def text_of(ids: Iterable[int]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     parts = (encoding.decode_single_token_bytes(number) for number in itertools.takewhile(_goes_on, ids))
     for part in parts:
-        yield _harmless(decoder.decode(part))
-    yield _harmless(decoder.decode(b"", final=True))
+        yield terminal.printable(decoder.decode(part), "\t\n")
+    yield terminal.printable(decoder.decode(b"", final=True), "\t\n")
 
 
 def _goes_on(number: int) -> bool:
     return number != tokens.END_OF_TEXT
-
-
-def _harmless(text: str) -> str:
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "�", text)
 
 
 def _prompt(text: str, config: ModelConfig) -> list[int]:
@@ -139,7 +134,8 @@ def command(argv: list[str]) -> int:
             model, _prompt(args.prompt, model.config), temperature=args.temperature, top_k=args.top_k, seed=args.seed
         )
         out = terminal.Patient(sys.stdout)
-        for part in itertools.chain([_harmless(args.prompt)], text_of(itertools.islice(ids, args.tokens)), ["\n"]):
+        prompt = terminal.printable(args.prompt, "\t\n")
+        for part in itertools.chain([prompt], text_of(itertools.islice(ids, args.tokens)), ["\n"]):
             out.write(part)
             out.flush()
             if out.gone:  # nobody reads on

@@ -20,6 +20,8 @@ from support import SMALL, read, run
 from gpt2exp import config
 from gpt2exp.config import BadRequest, InitScheme, ModelConfig, RunConfig, Section, option
 from gpt2exp.sweep import request as requests
+from gpt2exp.sweep import resume
+from gpt2exp.training import distributed
 
 CONF = Path(requests.__file__).parents[2] / "conf"
 
@@ -370,6 +372,45 @@ def test_claimed(tmp_path: Path, there: bool) -> None:
 )
 def test_show_is_what_is_typed(value: object, typed: str) -> None:
     assert config.show(value) == typed
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n \n  two\n"), "two"),
+        (ValueError(), "ValueError"),
+        (OSError(" \n"), "OSError"),
+        (KeyError("key"), "'key'"),
+    ],
+)
+def test_first_line_of_any_error(error: Exception, line: str) -> None:
+    assert config.first_line(error) == line
+
+
+def test_only_first_line_takes_the_first_line() -> None:
+    """An exception without text has no first line: `splitlines()[0]` of one would end in an IndexError."""
+    for path in Path(config.__file__).parent.rglob("*.py"):
+        assert "splitlines()[0]" not in path.read_text(encoding="utf-8"), path
+
+
+def test_errors_without_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What cannot be read or met is named by its kind where it says nothing."""
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text("seed: 1")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError
+
+    args = get_args_parser().parse_args([f"resume={tmp_path}"])
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt2exp.sweep.resume.OmegaConf.load", fail)
+        with pytest.raises(BadRequest, match=r"cannot be read \(ValueError\)"):
+            resume.make(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.init_process_group", fail)
+    with pytest.raises(BadRequest, match=r"do not meet \(ValueError\)"), distributed.joined():
+        pass
 
 
 def test_estimate_grows_with_the_request() -> None:

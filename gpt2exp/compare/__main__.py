@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from gpt2exp.compare.comparison import (
 from gpt2exp.compare.report import _write, mirror, show
 from gpt2exp.config import BadRequest
 from gpt2exp.run import terminal
-from gpt2exp.run.terminal import clean
+from gpt2exp.run.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,13 +80,13 @@ def write(comparison: Comparison, out: Path) -> None:
 # --- the end of a sweep ----------------------------------------------------------------------------------------------
 
 
-def conclude(sweep: Path, console: Console) -> None:
+def conclude(sweep: Path, console: Console) -> Path | None:
     """Compare a sweep's runs, write, show and mirror the report; after a line of warning instead, if that fails.
 
     The runs are done and recorded by then, so no failure here may change what the sweep's command says of them; it
-    says itself which runs failed.
+    says itself which runs failed. Returns wandb's folder to upload, as `mirror`.
     """
-    again = f"gpt2exp-compare {shlex.quote(terminal.short(sweep.absolute()))} tries again"
+    again = f"{terminal.pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
         from gpt2exp.compare import figures
 
@@ -95,11 +94,12 @@ def conclude(sweep: Path, console: Console) -> None:
         sections = figures.draw(comparison)
         _write(comparison, sweep, sections)
         show(comparison, console, sweep, failed=False)
-        mirror(comparison, sweep, sections)
+        return mirror(comparison, sweep, sections)
     except (BadRequest, OSError) as error:
-        log.warning("no comparison: %s; %s", clean(error), again)
+        log.warning("no comparison: %s; %s", printable(error), again)
     except Exception as error:
-        log.warning("no comparison: %s: %s; %s", type(error).__name__, clean(error), again, exc_info=True)
+        log.warning("no comparison: %s: %s; %s", type(error).__name__, printable(error), again, exc_info=True)
+    return None
 
 
 if __name__ == "__main__":

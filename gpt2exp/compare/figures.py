@@ -30,7 +30,7 @@ from scipy.special import stdtrit
 
 from gpt2exp.compare.comparison import ALPHA, MEMORY, SPEED, Comparison, Effect, Grid, Row
 from gpt2exp.run import record
-from gpt2exp.run.terminal import clean
+from gpt2exp.run.terminal import printable
 
 Array = npt.NDArray[np.float64]
 
@@ -146,7 +146,7 @@ class Axis:
 
 def shorten(text: str, most: int) -> str:
     """The two ends of a long text, without what an SVG cannot hold."""
-    text, half = clean(text), (most - 1) // 2
+    text, half = printable(text), (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
@@ -504,7 +504,7 @@ def _bars(ax: Axes, axis: Axis, metric: str, form: Callable[[float], str]) -> st
         ax.spines[side].set_visible(False)
     if not refused:
         return " "
-    return f" Hatched, not to be compared: {'; '.join(map(clean, dict.fromkeys(refused.values())))}."
+    return f" Hatched, not to be compared: {'; '.join(map(printable, dict.fromkeys(refused.values())))}."
 
 
 def _speed(ax: Axes, axis: Axis) -> str:

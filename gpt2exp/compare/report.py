@@ -38,7 +38,7 @@ from gpt2exp.compare.comparison import (
 from gpt2exp.config import WandbConfig, parse
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import record, terminal
-from gpt2exp.run.terminal import clean
+from gpt2exp.run.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,7 @@ def probability(value: float) -> str:
 
 def subject(key: str, arm: str) -> str:
     """`key=arm`."""
-    return f"{clean(key)}={clean(arm)}"
+    return f"{printable(key)}={printable(arm)}"
 
 
 @dataclass
@@ -188,8 +188,8 @@ def _seeds_only(comparison: Comparison) -> Iterable[Sentence]:
 
 def _sentence(effects: dict[str, Effect], metric: str) -> str:
     loss = effects[metric]
-    name, base, said = subject(loss.key, loss.arm), clean(loss.baseline), words(loss)
-    reason = clean(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {said.std}".strip(), 1)
+    name, base, said = subject(loss.key, loss.arm), printable(loss.baseline), words(loss)
+    reason = printable(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {said.std}".strip(), 1)
     tested = f"{_count(loss.n_seeds, 'seed')}, p{probability(1.0 if loss.p_holm is None else loss.p_holm)})"
     costs = "".join(_costs(effects, loss))
     if loss.verdict in ("better", "worse"):
@@ -236,7 +236,7 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
     """What one axis does to the effect of another, in plain words."""
     (a, b), (arm_a, arm_b) = item.keys, item.arms
     said = words(item)
-    base = clean(comparison.swept[b][0])
+    base = printable(comparison.swept[b][0])
     how = f"{said.size} nats {'higher' if item.mean_difference > 0 else 'lower'}"
     sure = f"95 % interval {said.interval}, " if said.interval else ""
     p_value = f", p{probability(item.p_value)}, uncorrected" if item.p_value is not None else ""
@@ -261,7 +261,7 @@ def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
     (row,) = [row for row in comparison.runs if row["state"] == "done" and row[comparison.metric] == item.loss][:1]
     kept = [word for word in row["overrides"] if word.partition("=")[0] not in (item.key, "seed")]
     arms = ",".join(dict.fromkeys((low, at, high)))
-    surer = shlex.join(map(clean, ["gpt2exp", "-m", "seed=1,2,3,4,5", f"{item.key}={arms}", *kept]))
+    surer = shlex.join(map(printable, ["gpt2exp", "-m", "seed=1,2,3,4,5", f"{item.key}={arms}", *kept]))
     return f"{text}, all by one seed; to be surer: {surer}"
 
 
@@ -278,10 +278,10 @@ def failures(comparison: Comparison) -> list[tuple[str, str]]:
     """Name and fate of every run that did not finish."""
     told = []
     for row in comparison.failed:
-        fate = clean(row["state"])
+        fate = printable(row["state"])
         if row["state"] != "not run":
             fate += f" {'at' if row['state'] == 'running' else 'after'} step {row['step'] or 0}"
-        told.append((clean(row["name"]), f"{fate}: {clean(row['error'])}" if row["error"] else fate))
+        told.append((printable(row["name"]), f"{fate}: {printable(row['error'])}" if row["error"] else fate))
     return told
 
 
@@ -330,8 +330,8 @@ def lines(comparison: Comparison) -> list[Line]:
         said = words(effect)
         rows.append(
             Line(
-                clean(effect.key),
-                f"{clean(effect.arm)} against {clean(effect.baseline)}",
+                printable(effect.key),
+                f"{printable(effect.arm)} against {printable(effect.baseline)}",
                 METRICS[effect.metric],
                 str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
                 said.mean,
@@ -375,7 +375,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     for note in comparison.notes:
         console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
     if out is not None:
-        console.print(Text(f"report: {clean(terminal.short((out / 'report.html').absolute()))}"), soft_wrap=True)
+        console.print(Text(f"report: {printable(terminal.short((out / 'report.html').absolute()))}"), soft_wrap=True)
 
 
 def _rich_table(comparison: Comparison) -> tuple[Table, list[str]]:
@@ -451,7 +451,7 @@ def table(comparison: Comparison) -> str:
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     for row in records(comparison):
-        writer.writerow({key: clean(value) if isinstance(value, str) else value for key, value in row.items()})
+        writer.writerow({key: printable(value) if isinstance(value, str) else value for key, value in row.items()})
     return buffer.getvalue()
 
 
@@ -473,7 +473,7 @@ def common(rows: Sequence[Row], get: Callable[[Row], Any]) -> str:
         except (KeyError, TypeError, ValueError):
             continue
         if value not in (None, "", {}):
-            found[clean(value)] += 1
+            found[printable(value)] += 1
     if len(found) <= 1:
         return next(iter(found), "")
     return "; ".join(f"{value} ({_plain_count(count, 'run')})" for value, count in found.items())
@@ -490,7 +490,7 @@ def commands(rows: Sequence[Row]) -> list[str]:
                 argv = json.loads((sweep / record.SWEEP).read_text(encoding="utf-8"))["argv"]
             except (OSError, ValueError, KeyError):
                 continue
-        found[shlex.join(["gpt2exp", *(clean(word) for word in argv)])] = None
+        found[shlex.join(["gpt2exp", *(printable(word) for word in argv)])] = None
     return list(found)
 
 
@@ -529,7 +529,7 @@ def provenance(rows: Sequence[Row]) -> list[tuple[str, str]]:
     known = [(label, text) for label, get in facts.items() if (text := common(rows, get))]
     days = sorted(str(row["started"]) for row in rows if row.get("started"))
     if days:
-        known.append(("started", clean(days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}")))
+        known.append(("started", printable(days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}")))
     return known
 
 
@@ -547,19 +547,19 @@ def runs_table(comparison: Comparison) -> tuple[list[str], list[tuple[Row, list[
     for row in comparison.runs:
         known = "config" in row
         seed, arms = Grid([row], comparison.swept).planned[0] if known else ("", [""] * len(keys))
-        cells = [clean(row["state"]), *map(clean, arms), str(seed)]
+        cells = [printable(row["state"]), *map(printable, arms), str(seed)]
         for form in forms.values():
             try:
                 cells.append(form(row))
             except (KeyError, TypeError, ValueError):
                 cells.append("")
         rows.append((row, cells))
-    return ["run", "state", *map(clean, keys), "seed", *forms], rows
+    return ["run", "state", *map(printable, keys), "seed", *forms], rows
 
 
 def title(comparison: Comparison) -> str:
     """What was asked."""
-    return " × ".join(map(clean, comparison.swept)) or "One setting, several seeds"
+    return " × ".join(map(printable, comparison.swept)) or "One setting, several seeds"
 
 
 def summary(comparison: Comparison) -> str:
@@ -603,7 +603,7 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
         text += ["", "## Not finished", ""]
         text += [f"- {_md(name)}: {_md(fate)}" for name, fate in failures(comparison)]
     for section in sections:
-        text += ["", f"## {_md(clean(section.key or 'Figures'))}"]
+        text += ["", f"## {_md(printable(section.key or 'Figures'))}"]
         for item in section.drawings:
             text += ["", f"![{_md(item.title)}](figures/{item.name}.png)", "", f"*{item.title}.* {_md(item.caption)}"]
     if comparison.interactions:
@@ -611,7 +611,7 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
         text += [f"- {_md(interaction_sentence(item, comparison))}" for item in comparison.interactions]
     head, runs = runs_table(comparison)
     linked = [
-        [f"[{_md(clean(row['name']))}]({link(row['folder'], out)})", *(_md(cell) for cell in cells)]
+        [f"[{_md(printable(row['name']))}]({link(row['folder'], out)})", *(_md(cell) for cell in cells)]
         for row, cells in runs
     ]
     text += ["", "## Runs", "", *_md_table(head, linked, head[-6:])]
@@ -638,14 +638,14 @@ def page(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
     kinds = Counter(item.verdict for item in sentences(comparison))
     return environment.from_string(source).render(
         title=title(comparison),
-        folder=clean(terminal.short(out.absolute())),
+        folder=printable(terminal.short(out.absolute())),
         summary=summary(comparison),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         sentences=sentences(comparison),
         kinds=kinds,
         signs=SIGNS,
         name_of=name_of,
-        notes=[clean(note) for note in comparison.notes],
+        notes=[printable(note) for note in comparison.notes],
         failures=failures(comparison),
         lines=lines(comparison),
         large=[interaction_sentence(item, comparison) for item in comparison.interactions if item.large],
@@ -655,14 +655,14 @@ def page(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
         probability=probability,
         sections=[
             {
-                "key": None if section.key is None else clean(section.key),
-                "arms": [clean(arm) for arm in comparison.swept.get(section.key or "", [])],
+                "key": None if section.key is None else printable(section.key),
+                "arms": [printable(arm) for arm in comparison.swept.get(section.key or "", [])],
                 "figures": [(item, Markup(item.svg)) for item in section.drawings],  # not user text
             }
             for section in sections
         ],
         head=head,
-        runs=[(clean(row["name"]), link(row["folder"], out), cells) for row, cells in runs],
+        runs=[(printable(row["name"]), link(row["folder"], out), cells) for row, cells in runs],
         commands=commands(comparison.runs),
         setting=setting(comparison.runs),
         provenance=provenance(comparison.runs),
@@ -686,7 +686,7 @@ def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> 
         "tags": config.tags,
         "config": {"swept": comparison.swept, "seeds": comparison.seeds, "metric": comparison.metric},
     }
-    wandb = Mirror(config, sweep, about, job_type="comparison")
+    wandb = Mirror(config, sweep, about, job_type="comparison", own=True)
     wandb.show(lambda: _for_wandb(comparison, sweep, sections))
     found = {
         "runs": len(comparison.runs),
@@ -707,7 +707,7 @@ def _for_wandb(comparison: Comparison, sweep: Path, sections: Sequence[Section])
     head, runs = runs_table(comparison)
     effects = records(comparison)
     shown: dict[str, Any] = {
-        "runs": wandb.Table(columns=[*head], data=[[clean(row["name"]), *cells] for row, cells in runs]),
+        "runs": wandb.Table(columns=[*head], data=[[printable(row["name"]), *cells] for row, cells in runs]),
         "verdicts": wandb.Table(
             columns=["verdict", "sentence"], data=[[name_of(item.verdict), item.text] for item in sentences(comparison)]
         ),

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pooch
 
+from gpt2exp.config import first_line
 from gpt2exp.files import TIMEOUT
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -132,7 +133,7 @@ def _download(asset: Asset, target: Path) -> None:
         except (OSError, ValueError, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
-            failures.append(f"{source}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            failures.append(f"{source}: {first_line(error)}")
             continue
         if pooch.file_hash(str(target)) == asset.sha256:
             return

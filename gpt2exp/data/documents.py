@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from gpt2exp.config import BadRequest
+from gpt2exp.config import BadRequest, first_line
 
 Pieces: TypeAlias = Iterator[str | None]
 
@@ -188,5 +188,5 @@ def _parquet(file: File, field: str, advance: Advance) -> Pieces:
                     yield from in_row({field: document}, field, f"{file.name} row {number}")
                 advance(file.stamp[0] * batch.num_rows // table.metadata.num_rows)
     except arrow.ArrowException as error:
-        why = f"{file.name} is no whole Parquet file ({str(error).splitlines()[0]})"
+        why = f"{file.name} is no whole Parquet file ({first_line(error)})"
         raise BadRequest(f"data.path={file.named}: {why}; fetch it again") from error

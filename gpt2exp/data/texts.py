@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.config import BadRequest, DataConfig, DataName, require, show
+from gpt2exp.config import BadRequest, DataConfig, DataName, explain, first_line, require, show
 from gpt2exp.data import assets, documents, progress
 from gpt2exp.data.documents import Advance, File, Pieces
 from gpt2exp.files import write_json
@@ -215,7 +215,7 @@ def _commit(config: DataConfig) -> str:
         raise BadRequest(f"{key}: {why}; {remedy}") from error
     except Exception as error:  # the library lets its HTTP client's own kinds through
         raise assets.AssetError(
-            f"{key}: the Hub cannot be reached ({_line(error)}); try again with a network"
+            f"{key}: the Hub cannot be reached ({first_line(error)}); try again with a network"
         ) from error
     assert commit is not None, "the Hub names the commit of every dataset"
     with assets.writing(memory.parent):
@@ -235,16 +235,16 @@ def _streamed(config: DataConfig, commit: str | None, advance: Advance) -> Piece
     except (ValueError, FileNotFoundError) as error:  # no such split or subset: which there are, it says
         key = "subset" if "onfig" in str(error) else "split" if "split" in str(error).lower() else "path"
         value = getattr(config, key)
-        raise BadRequest(f"data.{key}={show(value)}: {_line(error)}; name one that {config.path} has") from error
+        raise BadRequest(f"data.{key}={show(value)}: {explain(error)}; name one that {config.path} has") from error
     except Exception as error:
-        raise assets.AssetError(f"data.path={config.path}: cannot be loaded ({_line(error)})") from error
+        raise assets.AssetError(f"data.path={config.path}: cannot be loaded ({first_line(error)})") from error
     number = 0
     stream = iter(rows)
     while True:
         try:
             row = next(stream, None)
         except Exception as error:
-            why = f"broke off after row {number} ({_line(error)})"
+            why = f"broke off after row {number} ({first_line(error)})"
             raise assets.AssetError(f"data.path={config.path}: {why}; start it again") from error
         if row is None:
             return
@@ -252,9 +252,3 @@ def _streamed(config: DataConfig, commit: str | None, advance: Advance) -> Piece
         for piece in documents.in_row(row, config.field, f"{config.path} row {number}"):
             advance(len(piece or ""))
             yield piece
-
-
-def _line(error: Exception) -> str:
-    """An exception of another library as a part of a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300] or type(error).__name__

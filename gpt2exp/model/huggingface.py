@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import BadRequest, InitConfig, ModelConfig, show
+from gpt2exp.config import BadRequest, InitConfig, ModelConfig, first_line, show
 from gpt2exp.files import TIMEOUT, sha256
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def _ours(name: str) -> str:
 
 
 def _damaged(found: Weights, file: Path, error: Exception) -> BadRequest:
-    why = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    why = first_line(error)[:120]
     return BadRequest(f"{found.said}: {file.name} is damaged or holds no weights ({why}); copy or download it again")
 
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig
+from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig, first_line
 from gpt2exp.files import beside, sha256, write_json
 from gpt2exp.run.record import CHECKPOINTS, saved
 from gpt2exp.training import hardware
@@ -220,6 +220,6 @@ class Saver:
                 _remove(folder)
         except (OSError, SafetensorError) as error:
             if not self._failed:
-                why = getattr(error, "strerror", None) or str(error)
+                why = getattr(error, "strerror", None) or first_line(error)
                 log.warning("no checkpoint at step %d (%s); training goes on", state["step"], why)
             self._failed = True

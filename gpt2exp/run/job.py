@@ -17,13 +17,14 @@ from gpt2exp.config import (
     AUTO,
     BadRequest,
     RunConfig,
+    first_line,
     parse,
     plain,
 )
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.run import process as processes
-from gpt2exp.run import record, terminal
+from gpt2exp.run import record, terminal, tracking
 from gpt2exp.training import distributed, setup
 
 if TYPE_CHECKING:
@@ -61,13 +62,12 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
     overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
     sweep = record.sweep_of(folder)
     free = setup.prepare_heap(config)
-    from gpt2exp.run import tracking
-
     with processes.deferred() as stop:
         facts: dict[str, Any] = {"overrides": overrides, "config": plain(config), "seed": config.seed}
         name = config.wandb.name or ",".join(overrides) or "defaults"
         about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
         saved = _newest_checkpoint(folder)
+        again = (folder / "status.json").is_file() and not os.environ.get("WANDB_RESUME")
         told = {"config": facts["config"]}
         if saved is None:
             files = record.Record(folder, facts, began=began)
@@ -77,7 +77,7 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
             files = record.Record(folder, facts, began=began, metrics=metrics, parts=parts)
             about["notes"] = f"goes on at step {saved.step} from {parts[0]['wandb']}"
             told["config"] = facts["config"] | {"goes_on_from": parts[0]["wandb"], "goes_on_at_step": saved.step}
-        wandb = tracking.Mirror(config.wandb, folder, about | told)
+        wandb = tracking.Mirror(config.wandb, folder, about | told, own=again or sweep is not None)
         progress = record.progress(sweep, folder) if sweep else None
         with terminal.View(folder, config, overrides, progress) as shown:
             try:
@@ -176,7 +176,7 @@ def _train(
             peak = max(peak, peak_now)
             files.step(metrics)
             shown.step(metrics)
-            if metrics["step"] % config.train.log_every == 0 or job.steps_done == config.train.steps:
+            if terminal.due(metrics, config.train):
                 wandb.log(metrics)
 
         def save(weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
@@ -282,8 +282,7 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
 
     from gpt2exp.training.trainer import Diverged
 
-    text = str(problem).strip().splitlines()
-    line = text[0] if text else type(problem).__name__
+    line = first_line(problem)
     if isinstance(problem, Diverged):
         return "diverged", line
     if distributed.lost(problem):

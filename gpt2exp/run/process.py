@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
@@ -102,6 +103,22 @@ def code(interrupt: KeyboardInterrupt) -> int:
     return 143 if isinstance(interrupt, Terminated) else 130
 
 
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+@contextlib.contextmanager
+def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
+    """These handlers inside the block, by signal; in a thread, where Python lets none be set, those there are."""
+    before: dict[int, Handler] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM raises `Terminated` inside the block."""
@@ -109,11 +126,8 @@ def terminable() -> Iterator[None]:
     def raise_it(*_: object) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, raise_it)
-    try:
+    with handling({signal.SIGTERM: raise_it}):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -128,14 +142,11 @@ def heralded(herald: Callable[[], object]) -> Iterator[None]:
             herald()
         raise asked
 
-    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        raise asked or interrupt from None  # what interrupts Ray comes out as a KeyboardInterrupt of its own
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling({signal.SIGINT: tell, signal.SIGTERM: tell}):
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            raise asked or interrupt from None  # what interrupts Ray comes out as a KeyboardInterrupt of its own
 
 
 def requeued_by() -> list[int]:
@@ -182,17 +193,12 @@ def deferred() -> Iterator[Stop]:
         if not stop.waiting:
             raise stop.asked
 
-    before = {}
-    # some launchers run jobs in other threads, where Python has no signals
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, *requeuing):
-            if signal.getsignal(number) != signal.SIG_IGN:  # a shell's background ignores Ctrl-C, and so do we
-                before[number] = signal.signal(number, note)
+    told = (signal.SIGINT, signal.SIGTERM, *requeuing)
     try:
-        yield stop
+        # a shell's background ignores Ctrl-C, and so do we
+        with handling({number: note for number in told if signal.getsignal(number) != signal.SIG_IGN}):
+            yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if isinstance(stop.asked, Preempted):
             signal.raise_signal(stop.asked.args[0])
 

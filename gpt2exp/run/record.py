@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import time
@@ -236,11 +237,11 @@ def check_run(folder: Path) -> None:
         raise BadRequest(f"{folder}: no such folder; {such}")
     if not (folder / ".hydra" / "config.yaml").is_file():
         if above := run_around(folder):
-            raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {above}")
+            raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {shlex.quote(str(above))}")
         if below := runs_below(folder):
             newest = max(below, key=lambda run: (bool(saved(run)), run.stat().st_mtime))
             what = "a sweep" if _is_sweep(folder / SWEEP) else "a folder above runs"
-            raise BadRequest(f"{folder}: {what}; name one run of it, such as {newest}")
+            raise BadRequest(f"{folder}: {what}; name one run of it, such as {shlex.quote(str(newest))}")
         raise BadRequest(f"{folder}: no run's folder; {such}")
     if not saved(folder):
         remedy = "train with checkpoint.save_last=true (a run that was interrupted has one)"

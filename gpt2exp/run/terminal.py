@@ -7,9 +7,10 @@ import io
 import logging
 import math
 import os
-import re
+import shlex
 import sys
 import traceback
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,18 +27,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gpt2exp.config import InitConfig, InitScheme, RunConfig
+from gpt2exp.config import InitConfig, InitScheme, RunConfig, TrainConfig, typed
 from gpt2exp.training import distributed
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-
-def clean(text: object) -> str:
-    """User text on one line: control characters, which a terminal would obey, and broken Unicode made visible."""
-    whole = str(text).encode("utf-8", "replace").decode("utf-8")
-    return "".join("�" if ord(char) < 32 or 127 <= ord(char) < 160 else char for char in whole)
 
 
 log = logging.getLogger("gpt2exp")
@@ -52,7 +47,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = f"{record.levelname.lower()}: {record.getMessage()}"
-        self.console.print(Text(line, style="yellow"), soft_wrap=True)
+        self.console.print(Text(printable(line), style="yellow"), soft_wrap=True)
         if self.traces and record.exc_info:
             self.console.print(Text(logging.Formatter().formatException(record.exc_info)), soft_wrap=True)
 
@@ -191,7 +186,7 @@ class View:
             "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
             "folder": short(folder),
         }
-        self._print(" ".join([distributed.program(), *self.overrides]), *self._consoles, style="bold")
+        self._print(f"{distributed.program()} {pasted(*self.overrides)}".rstrip(), *self._consoles, style="bold")
         if self.progress:
             self._print(f"{self.progress}: {' '.join(self.overrides)}", self.console)
         self.rows(rows)
@@ -200,8 +195,7 @@ class View:
         """Count a step; print its line if one is due."""
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics["step"] + 1, visible=True)
-        last = metrics["step"] + 1 == self.config.train.steps
-        if metrics["step"] % self.config.train.log_every == 0 or last or "val_loss" in metrics:
+        if due(metrics, self.config.train):
             self._print(step_line(metrics), *self._consoles)
 
     def close(self, summary: dict[str, Any], folder: Path, sync: Path | None) -> None:
@@ -210,8 +204,11 @@ class View:
         self.rows(closing_rows(summary, self.config, folder))
         if self.progress:
             self._print(f"  {closing_line(summary)}", self.console)
-        if sync is not None:  # one unbroken line, to be copied
-            self._print(f"to upload: wandb sync {short(sync)}", *self._consoles)
+        # unbroken lines, to be copied
+        if summary["state"] in ("interrupted", "failed"):
+            self._print(f"to go on: {to_go_on(folder)}", *self._consoles)
+        if sync is not None:
+            self._print(f"to upload: {pasted('wandb', 'sync', sync)}", *self._consoles)
 
 
 def _init(init: InitConfig) -> str:
@@ -231,6 +228,32 @@ def origin_line(init: dict[str, Any]) -> str:
 def short(path: Path) -> str:
     """A path as seen from the current folder where it lies below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second"}
+"""The figures that every step has; all others are measured at some of them."""
+
+
+def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
+    """Whether a step goes to the terminal and to wandb: each `log_every`-th, the last, each with something measured."""
+    number = metrics["step"]
+    return number % train.log_every == 0 or number + 1 == train.steps or not metrics.keys() <= STEP
+
+
+def place(path: Path) -> str:
+    """A path as an argument: `short`, and never taken for a flag or a home folder."""
+    text = short(path)
+    return str(path.absolute()) if text.startswith(("-", "~")) else text
+
+
+def pasted(*words: str | Path) -> str:
+    """A command to be pasted into a shell: each word quoted as far as it needs to be."""
+    return shlex.join(place(word) if isinstance(word, Path) else word for word in words)
+
+
+def to_go_on(folder: Path) -> str:
+    """The command that goes on with a run or a sweep."""
+    return f"{distributed.program()} {pasted(typed('resume', place(folder)))}"
 
 
 def step_line(metrics: dict[str, Any]) -> str:
@@ -283,8 +306,6 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
         rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
     wall = summary["wall_seconds"]
     rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
-    if summary["state"] in ("interrupted", "failed"):
-        rows["to go on"] = f"{distributed.program()} resume={short(folder)}"
     rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
     return rows
 
@@ -344,12 +365,17 @@ def wants_traces() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def refuse(message: str, *, program: str = "gpt2exp", trace: bool = False) -> None:
-    """One line on standard error; a control character in it, which a terminal would obey, is shown as �.
+def printable(text: object, keep: str = "") -> str:
+    """Text whose control characters, which a terminal would obey, are shown as � and whose broken Unicode as ?.
 
-    `trace`: after the traceback of what is being handled.
+    `keep`: control characters that are left, such as the line break.
     """
+    whole = str(text).encode("utf-8", "replace").decode("utf-8")
+    return "".join("�" if unicodedata.category(char) == "Cc" and char not in keep else char for char in whole)
+
+
+def refuse(message: str, *, program: str = "gpt2exp", trace: bool = False) -> None:
+    """One line on standard error; `trace`: after the traceback of what is being handled."""
     if trace:
         traceback.print_exc()
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", f"{program}: {message}")
-    print(line, file=sys.stderr)
+    print(printable(f"{program}: {message}"), file=sys.stderr)

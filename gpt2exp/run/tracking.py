@@ -10,11 +10,11 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.config import WandbConfig, WandbMode
+from gpt2exp.config import WandbConfig, WandbMode, first_line
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""
@@ -22,17 +22,83 @@ INIT_TIMEOUT = 15
 NO_ROOM = 2**16
 """Free bytes below which wandb's own writes, in blocks of 32 KiB, cannot be relied on."""
 
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+"""What WANDB_MODE may be, and its meaning."""
+
+KEYS = {
+    "project": ("WANDB_PROJECT",),
+    "entity": ("WANDB_ENTITY",),
+    "group": ("WANDB_RUN_GROUP",),
+    "name": ("WANDB_NAME", "WANDB_RUN_NAME"),
+    "tags": ("WANDB_TAGS", "WANDB_RUN_TAGS"),
+    "dir": ("WANDB_DIR", "WANDB_ROOT_DIR"),
+}
+"""The variables that hold where a key of the section is not typed; of two the first."""
+
+IDENTITY = ("run_id", "resume", "resume_from", "fork_from", "sweep_id", "sweep_param_path", "launch")
+"""wandb's settings that say which run of wandb's this is; their variables are WANDB_ and the name."""
+
+FIXED = {
+    "WANDB_CONSOLE": "off",
+    "WANDB_DISABLED": "false",  # this one and the next two are of Hugging Face's trainer
+    "WANDB_LOG_MODEL": "false",
+    "WANDB_WATCH": "false",
+    "WANDB_DISABLE_CODE": "true",
+    "WANDB_DISABLE_GIT": "true",
+    "WANDB_REINIT": "finish_previous",
+    "WANDB_SAVE_CODE": "false",
+    "WANDB__DISABLE_META": "true",
+    "WANDB__DISABLE_STATS": "true",
+    "WANDB_X_DISABLE_META": "true",
+    "WANDB_X_DISABLE_STATS": "true",
+}
+"""Variables that do not hold, and what does instead. What is not named here wandb reads by itself."""
+
 log = logging.getLogger("gpt2exp")
+
+
+def defaults() -> dict[str, Any]:
+    """The section's defaults that the environment gives, by key."""
+    found: dict[str, Any] = {}
+    for key, names in KEYS.items():
+        if value := next(filter(None, map(os.environ.get, names)), None):
+            tags = [tag.strip() for tag in value.split(",") if tag.strip()]
+            found[key] = tags if key == "tags" else value
+    return found
+
+
+def ignored(config: WandbConfig, *, sweep: bool, resumed: bool) -> list[str]:
+    """A line for each of wandb's variables that is set and does not hold, beside those whose key was typed."""
+    lines = []
+    mode = os.environ.get("WANDB_MODE")
+    if mode and config.mode is WandbMode.auto and mode not in MODES:
+        lines.append(f"WANDB_MODE={mode}: not used; choose online, offline or disabled")
+    if resolve_mode(config) == "disabled":
+        return lines
+    truth = {"1": "true", "yes": "true", "on": "true", "0": "false", "no": "false"}
+    for name, value in FIXED.items():
+        there = os.environ.get(name, "").lower()
+        if there and truth.get(there, there) != value:
+            lines.append(f"{name}={os.environ[name]}: not used; in gpt2exp it is {value}")
+    there = ", ".join(name for name in (f"WANDB_{field.upper()}" for field in IDENTITY) if os.environ.get(name))
+    if sweep and there:
+        lines.append(f"{there}: not used in a sweep; its jobs and its comparison are each a run of their own in wandb")
+    elif resumed:
+        if os.environ.get("WANDB_RUN_ID") and not os.environ.get("WANDB_RESUME"):
+            lines.append(
+                "WANDB_RUN_ID: not used by a run that goes on, unless WANDB_RESUME=allow lets it join that run"
+            )
+        for key, value in defaults().items():
+            if getattr(config, key) != value:
+                lines.append(f"{KEYS[key][0]}: not used by a run that goes on; wandb.{key}=VALUE changes it")
+    return lines
 
 
 def resolve_mode(config: WandbConfig) -> str:
     """online, offline or disabled: the configuration's, with `auto` decided by WANDB_MODE, then by credentials."""
     if config.mode is not WandbMode.auto:
         return str(config.mode.value)
-    wanted = os.environ.get("WANDB_MODE", "")
-    if wanted in ("online", "offline", "disabled"):
-        return wanted
-    return "online" if _has_credentials() else "offline"
+    return MODES.get(os.environ.get("WANDB_MODE", "")) or ("online" if _has_credentials() else "offline")
 
 
 def _has_credentials() -> bool:
@@ -50,8 +116,17 @@ def _has_credentials() -> bool:
 class Mirror:
     """One wandb run. It opens in a thread of its own, since wandb mostly waits for another process; no call raises."""
 
-    def __init__(self, config: WandbConfig, folder: Path, run: dict[str, Any], *, job_type: str = "train") -> None:
-        """`run`: wandb.init's `config`, `name`, `group`, `tags`, and `notes` if any."""
+    def __init__(
+        self, config: WandbConfig, folder: Path, run: dict[str, Any], *, job_type: str | None = None, own: bool = False
+    ) -> None:
+        """`run`: wandb.init's `config`, `name`, `group`, `tags`, and `notes` if any.
+
+        `own`: a new run in wandb, whichever the environment names; `job_type`: WANDB_JOB_TYPE or `train` if None.
+        """
+        job_type = job_type or os.environ.get("WANDB_JOB_TYPE") or os.environ.get("WANDB_RUN_JOB_TYPE") or "train"
+        if "notes" in run:
+            run = run | {"notes": "\n".join(filter(None, (os.environ.get("WANDB_NOTES"), run["notes"])))}
+        self._own = own
         self.mode: str = resolve_mode(config)
         self._run: Any = None
         self._opening = threading.Thread(target=self._start, args=(config, folder, run, job_type), daemon=True)
@@ -67,32 +142,35 @@ class Mirror:
                 return
             except Exception as error:  # wandb raises its own kinds and the network's
                 then = "going on offline" if mode == "online" else "going on without it"
-                log.warning("wandb could not start %s (%s); %s", mode, _line(error), then)
+                log.warning("wandb could not start %s (%s); %s", mode, _why(error), then)
         self.mode = "disabled"
 
     def _open(self, config: WandbConfig, folder: Path, run: dict[str, Any], job_type: str, mode: Any) -> Any:
         import wandb
 
         settings = wandb.Settings(
-            init_timeout=INIT_TIMEOUT,
+            # text is read as wandb reads its variables
+            init_timeout=os.environ.get("WANDB_INIT_TIMEOUT") or INIT_TIMEOUT,  # type: ignore[arg-type]
             console="off",
-            silent=True,
+            silent=os.environ.get("WANDB_SILENT") or True,  # type: ignore[arg-type]
+            host=os.environ.get("WANDB_HOST") or "",
             # the record has its own allow-list of facts: no host name, user, arguments or environment from here
             x_disable_meta=True,
             x_disable_stats=True,
             disable_git=True,
             save_code=False,
         )
-        opened = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            dir=config.dir or str(folder),
-            job_type=job_type,
-            mode=mode,
-            reinit="finish_previous",  # the default would hand a sweep's next job the run before
-            settings=settings,
-            **run,
-        )
+        with _no_identity() if self._own else contextlib.nullcontext():
+            opened = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                dir=config.dir or str(folder),
+                job_type=job_type,
+                mode=mode,
+                reinit="finish_previous",  # the default would hand a sweep's next job the run before
+                settings=settings,
+                **run,
+            )
         opened.define_metric("tokens", hidden=True)
         opened.define_metric("step", hidden=True)
         opened.define_metric("*", step_metric="tokens", step_sync=True)
@@ -141,10 +219,35 @@ class Mirror:
         try:
             call()
         except Exception as error:  # as above: nothing of wandb's may reach the training loop
-            log.warning("wandb stopped (%s); the local record goes on", _line(error))
+            log.warning("wandb stopped (%s); the local record goes on", first_line(error))
             self._run = None
             if isinstance(error, ConnectionError):
                 _forget_process()
+
+
+@contextlib.contextmanager
+def _no_identity() -> Iterator[None]:
+    """Inside the block wandb.init begins a new run, whichever the environment names, and not as a part of a sweep."""
+    import wandb
+
+    # not by wandb.init's arguments: in a sweep of wandb's it passes over them
+    shared = wandb.setup().settings
+    before = {field: getattr(shared, field) for field in IDENTITY}
+    for field in IDENTITY:
+        setattr(shared, field, False if field == "launch" else None)
+    try:
+        yield
+    finally:
+        for field, value in before.items():
+            setattr(shared, field, value)
+
+
+def _why(error: Exception) -> str:
+    """An error's first line; of settings that wandb refuses, which and why."""
+    wrong = getattr(error, "errors", None)
+    if not callable(wrong):
+        return first_line(error)
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in wrong())
 
 
 def _forget_process() -> None:
@@ -153,8 +256,3 @@ def _forget_process() -> None:
 
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp.config import BadRequest, DeviceName, require
+from gpt2exp.config import BadRequest, DeviceName, first_line, require
 from gpt2exp.machine import cores
 from gpt2exp.run import process, record
 
@@ -115,14 +116,13 @@ def _ray(settings: DictConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # a job's lines are all of interest, like though they are
     import ray
 
-    before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**cast("dict[str, Any]", OmegaConf.to_container(settings, resolve=True)))
+        # Ray's own handler would end its workers in the middle of a step
+        with process.handling({signal.SIGTERM: signal.getsignal(signal.SIGTERM)}):
+            ray.init(**cast("dict[str, Any]", OmegaConf.to_container(settings, resolve=True)))
     except (ValueError, TypeError, RuntimeError, ConnectionError) as error:
-        why = str(error).strip().splitlines()[0]
+        why = first_line(error)
         raise BadRequest(f"hydra.launcher.ray.init: {why}; these are the arguments of ray.init") from error
-    finally:
-        signal.signal(signal.SIGTERM, before)  # Ray's own would end its workers in the middle of a step
     try:
         yield
     finally:
@@ -152,7 +152,10 @@ def enter(launcher: str, sweep: Path, device: DeviceName) -> None:
     """Settle this process, if a launcher started it for a job of the sweep; before torch is imported."""
     if _launching or launcher == BASIC:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launching process, which tells us
+    if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a terminal's Ctrl-C reaches the launching process, which tells us
     with contextlib.suppress(OSError):  # relative paths are as typed
         os.chdir(json.loads((sweep / record.SWEEP).read_text(encoding="utf-8"))["cwd"])
     if launcher == JOBLIB and device is not DeviceName.cpu:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,11 +34,12 @@ from gpt2exp.config import (
     Fallback,
     PrecisionName,
     RunConfig,
+    first_line,
     parse,
 )
 from gpt2exp.data import tokens
 from gpt2exp.run import process as processes
-from gpt2exp.run import record, secret, terminal
+from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, _check_same_text, _follow, run
 from gpt2exp.sweep import engines, help, resume
 from gpt2exp.sweep.request import CONF, Job, Plan, as_meant, claimed, describe, make
@@ -114,6 +117,8 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
             terminal.terminal().print(terminal.plan_table([_dry_row(job) for job in to_do]))
         return 0
     notes = list(request.notes)
+    ignored = (tracking.ignored(job.config.wandb, sweep=request.multirun, resumed=request.resumed) for job in to_do)
+    notes += dict.fromkeys(itertools.chain.from_iterable(ignored))
     if distributed.size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
         notes.append("distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun")
     for note in notes:
@@ -142,8 +147,7 @@ def _launch(request: Plan, words: list[str]) -> None:
     except Exception as problem:
         if request.local and request.names:  # Hydra's own launcher and sweeper raise nothing of a job's
             raise
-        text = str(problem).strip() or type(problem).__name__
-        terminal.refuse(f"the sweep ended early: {text.splitlines()[0]}", trace=terminal.wants_traces())
+        terminal.refuse(f"the sweep ended early: {first_line(problem)}", trace=terminal.wants_traces())
         _say_how_to_go_on(request)
 
 
@@ -152,18 +156,19 @@ def _say_how_to_go_on(request: Plan) -> None:
         text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
         terminal.terminal().print(text, markup=False)
     if request.names:
-        place = terminal.short(request.folder.absolute())
-        terminal.terminal().print(f"to go on: gpt2exp resume={place}", markup=False, soft_wrap=True)
+        line = f"to go on: {terminal.to_go_on(request.folder.absolute())}"
+        terminal.terminal().print(line, markup=False, soft_wrap=True)
 
 
 def _hydra(argv: list[str]) -> None:
     """Hydra's own main over `job`, its exceptions let through to us instead of ending the process."""
-    sys.argv[1:] = argv
+    typed, sys.argv[1:] = sys.argv[1:], argv
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(job)()
     finally:
+        sys.argv[1:] = typed
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
@@ -298,11 +303,19 @@ def _outcome(request: Plan) -> int:
         console, place = terminal.terminal(), terminal.short(request.folder.absolute())
         title = f"{done} of {jobs} runs done in {place}"
         console.print(terminal.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
-        conclude.conclude(request.folder, console)
+        kept = conclude.conclude(request.folder, console)
         for row in rows:
             if row["state"] != "done":
                 terminal.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
         offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
-        if found := [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]:
+        place = shlex.quote(terminal.place(request.folder.absolute()))
+        found = [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]
+        for row in rows:
+            if elsewhere := row.get("config", {}).get("wandb", {}).get("dir"):
+                pattern = f"wandb/offline-run-*-{row['parts'][-1]['wandb']}"
+                found += map(terminal.pasted, Path(elsewhere).absolute().glob(pattern))
+        if kept is not None and not kept.is_relative_to(request.folder.absolute()):
+            found.append(terminal.pasted(kept))
+        if found:
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
     return 0 if rows and done == max(jobs, len(rows)) else 1

@@ -55,11 +55,13 @@ from gpt2exp.config import (
     keys,
     parse,
     plain,
+    quoted,
     require,
     show,
+    typed,
 )
 from gpt2exp.files import beside, replacing, write_json
-from gpt2exp.run import process, secret
+from gpt2exp.run import process, secret, tracking
 from gpt2exp.run.record import SWEEP
 from gpt2exp.sweep import engines
 
@@ -71,7 +73,9 @@ BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 def register() -> None:
     """Make the schema and the folder names known to Hydra; every process that runs a job calls this."""
-    ConfigStore.instance().store("schema", node=RunConfig)
+    schema = OmegaConf.structured(RunConfig)
+    schema.wandb.update(tracking.defaults())
+    ConfigStore.instance().store("schema", node=schema)
     OmegaConf.register_new_resolver("folder_name", folder_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     for name, share in engines.shares().items():
@@ -145,7 +149,7 @@ class Plan:
     def pins(self) -> list[str]:
         """Overrides for Hydra's command line: the folders, which it would draw anew, and that we write `.hydra`."""
         folder = self.folder if self.local else self.folder.absolute()  # a worker may start elsewhere
-        pins = [f"hydra.{'sweep' if self.multirun else 'run'}.dir={quoted(str(folder))}", "hydra.output_subdir=null"]
+        pins = [typed(f"hydra.{'sweep' if self.multirun else 'run'}.dir", folder), "hydra.output_subdir=null"]
         if self.resumed:  # its jobs have their names from us
             pins.append(f"hydra.sweep.subdir='{SUBDIR}'")
         return pins
@@ -155,6 +159,7 @@ class Plan:
 def composing(args: argparse.Namespace) -> Iterator[ConfigLoaderImpl]:
     """Hydra's loader over the packaged configuration and `--config-dir`; its errors become a `BadRequest`."""
     _check_flags(args)
+    register()  # the environment may have changed since
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
     try:
@@ -204,11 +209,6 @@ def _check_flags(args: argparse.Namespace) -> None:
     for flag, given in (("--package", args.package), ("--resolve", args.resolve)):
         if given and not args.cfg:
             raise BadRequest(f"{flag}: shapes what --cfg prints; add --cfg job")
-
-
-def quoted(text: str) -> str:
-    """A text as Hydra's grammar reads it back, whatever is in it: a backslash escapes only before a quote."""
-    return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
@@ -308,7 +308,8 @@ def _check(loader: ConfigLoader, override: Override) -> None:
             check_key(key, value)
             _check_type(key, value)
         if override.is_add() and (not choices or key in (*SECTIONS, "experiment")):
-            raise BadRequest(f"+{key}={show(value)}: the key is there already; leave out the +: {key}={show(value)}")
+            again = shlex.quote((override.input_line or "").lstrip("+"))
+            raise BadRequest(f"+{key}={show(value)}: the key is there already; leave out the +: {again}")
 
 
 def _check_choice(group: str, value: Any, choices: list[str]) -> None:

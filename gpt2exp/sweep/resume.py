@@ -67,16 +67,20 @@ def _check_folder(folder: Path) -> None:
     if (folder / record.SWEEP).is_file() or (folder / ".hydra" / "config.yaml").is_file():
         return
     if above := record.run_around(folder):
-        raise BadRequest(f"resume={folder}: holds checkpoints of a run; name the run: resume={above}")
+        raise BadRequest(f"resume={folder}: holds checkpoints of a run; name the run: {_typed(above)}")
     below = [path.parent for path in folder.glob(f"**/{record.SWEEP}")]
     below += [run for run in record.runs_below(folder) if record.sweep_of(run) is None]
     if below:
         newest = max(below, key=lambda path: path.stat().st_mtime)
         why = f"a folder above {len(below)} of runs and sweeps"
-        raise BadRequest(f"resume={folder}: {why}; name one, such as resume={newest}")
+        raise BadRequest(f"resume={folder}: {why}; name one, such as {_typed(newest)}")
     if (folder / "comparison.json").is_file():
         raise BadRequest(f"resume={folder}: holds a comparison, which gpt2exp-compare makes anew; {such}")
     raise BadRequest(f"resume={folder}: neither a run's folder nor a sweep's; {such}")
+
+
+def _typed(folder: Path) -> str:
+    return terminal.pasted(config.typed("resume", terminal.place(folder)))
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -92,7 +96,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
         before = config.parse(dict(recorded))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        why = f"its .hydra/config.yaml or overrides.yaml cannot be read ({str(error).splitlines()[0]})"
+        why = f"its .hydra/config.yaml or overrides.yaml cannot be read ({config.first_line(error)})"
         raise BadRequest(f"resume={folder}: {why}; put the files back, or start a new run") from error
     assert isinstance(recorded, DictConfig)
     began_in, config_dir = _surroundings(folder)

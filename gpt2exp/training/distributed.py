@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from gpt2exp.config import BadRequest, Distributed, RunConfig, require
+from gpt2exp.config import BadRequest, Distributed, RunConfig, first_line, require
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +101,8 @@ def joined() -> Iterator[None]:
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise BadRequest(f"WORLD_SIZE={size()}: the processes do not meet ({why}); start them by torchrun") from error
+        why = f"the processes do not meet ({first_line(error)})"
+        raise BadRequest(f"WORLD_SIZE={size()}: {why}; start them by torchrun") from error
     yield
     dist.destroy_process_group()  # not after an exception: a peer may be gone, and would be waited for
 
