@@ -1,4 +1,4 @@
-"""Text to tokens, once: GPT-2's, by tiktoken on every core, into shards that are memory-mapped ever after.
+"""Text to tokens, once: GPT-2's, by tiktoken on every core, into one `.npy` that is memory-mapped ever after.
 
 The only place that imports tiktoken. A tokenised text is a folder of the cache, under the text's hash, so an edited
 text is a new folder and the same text is never tokenised twice. The folder is written beside its place and moved there:
@@ -18,16 +18,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from gpt2exp import assets, documents, engines, shards, texts, view
+from gpt2exp import assets, documents, engines, texts, view
 from gpt2exp.config import BadRequest, DataConfig, TrainConfig
 from gpt2exp.files import beside, replacing, write_json
-from gpt2exp.shards import Tokens
 from gpt2exp.texts import Text
 
 if TYPE_CHECKING:
@@ -35,13 +34,13 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = 50256
 """`<|endoftext|>`: placed between documents."""
-FORMAT = "gpt2-v1"
+FORMAT = "gpt2-npy"
 """The tokenizer, and the version of what lies in a folder: another one, another folder."""
 BIGRAM_TOKENS = 10_000_000
 """The longest text whose pairs of tokens are counted: that takes some 30 bytes a token, 0.3 GB here."""
 
 T = TypeVar("T")
-Ids: TypeAlias = npt.NDArray[np.uint16]
+Tokens: TypeAlias = npt.NDArray[np.uint16]
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +60,8 @@ class TokenFile:
     """Of the tokens, in nats: the loss of always guessing by frequency."""
     bigram_entropy: float | None
     """Of a token given the one before, in nats, both counted in this text; None if longer than `BIGRAM_TOKENS`."""
-    shards: list[dict[str, Any]]
-    """See `shards.Writer`."""
+    tokens_sha256: str
+    """Of the tokens as little-endian uint16."""
     revision: str | None = None
     """The commit, of a dataset on the Hub."""
 
@@ -75,15 +74,45 @@ class TokenFile:
         return known | {"unigram_entropy": self.unigram_entropy, "bigram_entropy": self.bigram_entropy}
 
     def map(self) -> Tokens:
-        """The tokens, (tokens,), memory-mapped read-only."""
-        return shards.mapped(self.folder, self.shards)
+        """The tokens, (tokens,), memory-mapped read-only.
+
+        Raises:
+            OSError, ValueError: the file is gone, or not what was written.
+        """
+        found: Tokens = np.load(self.folder / TOKENS, mmap_mode="r", allow_pickle=False)
+        return found
+
+    @property
+    def whole(self) -> bool:
+        """Whether the files are as they were written.
+
+        The tokens are hashed, at a second or two a gigabyte, only if their file is dated after `facts.json`: it was
+        copied or touched, or something else wrote to it.
+        """
+        path = self.folder / TOKENS
+        try:
+            mapped, written, known = self.map(), path.stat().st_mtime_ns, (self.folder / FACTS).stat().st_mtime_ns
+            self.seen()
+        except (OSError, ValueError):
+            return False
+        if (mapped.dtype, mapped.shape) != (np.dtype("<u2"), (self.tokens,)):
+            return False
+        if written <= known:
+            return True
+        if hashlib.sha256(mapped.data).hexdigest() != self.tokens_sha256:
+            return False
+        with contextlib.suppress(OSError):  # of a cache that may only be read
+            os.utime(path, ns=(known, known))  # so that it is hashed once
+        return True
 
     def seen(self) -> npt.NDArray[np.int64]:
         """The ids that occur, sorted, (distinct_tokens,)."""
         return np.flatnonzero(np.load(self.folder / COUNTS, allow_pickle=False))
 
 
-COUNTS, FACTS = "counts.npy", "facts.json"
+TOKENS, COUNTS, FACTS = "tokens.npy", "counts.npy", "facts.json"
+IDS = 2**16
+"""Ids that a uint16 can name."""
 
 
 def prepare(config: DataConfig) -> TokenFile:
@@ -126,11 +155,9 @@ def _cached(text: Text) -> TokenFile | None:
     try:
         known = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         found = TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
-        if (folder / COUNTS).is_file() and shards.whole(folder, found.shards):
-            return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent or damaged: made again
-    return None
+    except (OSError, ValueError, TypeError):
+        return None  # absent or damaged: made again
+    return found if found.whole else None
 
 
 def _made(text: Text, config: DataConfig) -> TokenFile:
@@ -170,41 +197,54 @@ def _clear_leftovers(place: Path) -> None:
 
 def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
     part = beside(folder)
-    writer = shards.Writer(part)
-    try:
+    counts, digest, most = np.zeros(IDS, np.int64), hashlib.sha256(), config.max_tokens
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, part, ignore_errors=True)
+        with assets.writing(folder.parent):
+            part.mkdir()
+            file = cleanup.enter_context((part / TOKENS).open("wb"))
+            _write_header(file, 0)
         with view.reading(f"tokenising {text.name}", text.size) as advance:
             for tokens in encoded(text.read(advance)):
-                room = None if config.max_tokens is None else config.max_tokens - writer.tokens
+                tokens = tokens[: None if most is None else most - counts.sum()]
+                counts += np.bincount(tokens, minlength=IDS)
+                digest.update(tokens.data)
                 with assets.writing(folder.parent):
-                    part.mkdir(exist_ok=True)
-                    writer.append(tokens[:room])
-                if writer.tokens == config.max_tokens:
+                    file.write(tokens.data)
+                if counts.sum() == most:
                     break
-        if writer.tokens < 2:
-            what = f"{writer.tokens} token{'s' if writer.tokens != 1 else ''}"
+        total = int(counts.sum())
+        if total < 2:
+            what = f"{total} token{'s' if total != 1 else ''}"
             raise BadRequest(
                 f"data.path={text.name}: the text has {what}; a target needs at least 2, give a longer text"
             )
         with assets.writing(folder.parent):
-            writer.close()
-            counts = writer.counts
-            short = writer.tokens <= BIGRAM_TOKENS
+            file.seek(0)
+            _write_header(file, total)
+            file.close()
             known: dict[str, Any] = {
                 "sha256": text.sha256,
-                "tokens": writer.tokens,
+                "tokens": total,
                 "distinct_tokens": int(np.count_nonzero(counts)),
                 "max_token": int(np.flatnonzero(counts)[-1]),
                 "unigram_entropy": _entropy(counts),
-                "bigram_entropy": _bigram_entropy(shards.mapped(part, writer.shards)) if short else None,
-                "shards": writer.shards,
+                "bigram_entropy": _bigram_entropy(part) if total <= BIGRAM_TOKENS else None,
+                "tokens_sha256": digest.hexdigest(),
             }
             np.save(part / COUNTS, counts)
-            write_json(part / FACTS, known)
+            write_json(part / FACTS, known)  # after the tokens: `TokenFile.whole` looks at the dates
             _put_in_place(part, folder)
-    finally:
-        writer.abandon()
-        shutil.rmtree(part, ignore_errors=True)
     return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
+
+
+def _write_header(file: BinaryIO, tokens: int) -> None:
+    """Write the header of the `.npy`, for which numpy takes 128 bytes whatever the number.
+
+    How many tokens there will be is known only after the last, so it is written first with 0 and again with the
+    number; `open_memmap` would have to know it at once.
+    """
+    np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
 
 
 def _put_in_place(part: Path, folder: Path) -> None:
@@ -215,7 +255,7 @@ def _put_in_place(part: Path, folder: Path) -> None:
     part.rename(folder)
 
 
-def encoded(pieces: documents.Pieces) -> Iterator[Ids]:
+def encoded(pieces: documents.Pieces) -> Iterator[Tokens]:
     """The tokens of a stream of documents, `<|endoftext|>` between them, in order and in parts of about a piece.
 
     Threads are enough: tiktoken leaves the interpreter to the others while it works. No more than a few pieces for each
@@ -223,7 +263,7 @@ def encoded(pieces: documents.Pieces) -> Iterator[Ids]:
     """
     encoding = gpt2_encoding()
 
-    def encode(pieces: list[str | None]) -> Ids:
+    def encode(pieces: list[str | None]) -> Tokens:
         parts = []
         for piece in pieces:
             if piece is None:
@@ -259,9 +299,11 @@ def _batched(pieces: documents.Pieces) -> Iterator[list[str | None]]:
         yield batch
 
 
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], Ids], items: Iterator[T], ahead: int) -> Iterator[Ids]:
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[T], Tokens], items: Iterator[T], ahead: int
+) -> Iterator[Tokens]:
     """`map` of a pool that takes no more than `ahead` items before their results are asked for."""
-    waiting: deque[Future[Ids]] = deque()
+    waiting: deque[Future[Tokens]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
         if len(waiting) > ahead:
@@ -276,10 +318,10 @@ def _entropy(counts: npt.NDArray[np.int64]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _bigram_entropy(tokens: Tokens) -> float:
+def _bigram_entropy(folder: Path) -> float:
     """Of a token given the one before it, in nats: by the chain rule H(b | a) = H(a, b) - H(a)."""
-    wide = tokens[np.arange(len(tokens))].astype(np.int64)
-    pairs = np.unique(wide[:-1] * shards.IDS + wide[1:], return_counts=True)[1]
+    wide = np.load(folder / TOKENS, allow_pickle=False).astype(np.int64)
+    pairs = np.unique(wide[:-1] * IDS + wide[1:], return_counts=True)[1]
     return _entropy(pairs) - _entropy(np.bincount(wide[:-1]))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt2exp import data, diagnostics, optim, parallel, precision, runtime
 from gpt2exp.config import Distributed, OptimizerConfig, TrainConfig
 from gpt2exp.model import GPT
-from gpt2exp.shards import Tokens
+from gpt2exp.tokens import Tokens
 
 
 class Diverged(RuntimeError):

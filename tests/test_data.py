@@ -6,7 +6,6 @@ cache would not stop a run; it would train on something else.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -297,7 +296,7 @@ class TestOwnText:
         path.write_text("to be or not to be")
         first = tokens.prepare(text(path))
         expected = first.map().tolist()
-        shard, facts = first.folder / "tokens_000000.bin", first.folder / "facts.json"
+        shard, facts = first.folder / "tokens.npy", first.folder / "facts.json"
         content = shard.read_bytes()
         if damage == "short":
             shard.write_bytes(content[:-1])
@@ -310,10 +309,10 @@ class TestOwnText:
         else:
             facts.write_text('{"tokens": 6' if damage == "facts damaged" else '{"tokens": 6, "colour": "red"}')
         again = tokens.prepare(text(path))
-        assert dataclasses.replace(again, shards=[]) == dataclasses.replace(first, shards=[])  # dated anew
+        assert again == first
         assert again.map().tolist() == expected
         assert shard.read_bytes() == content
-        assert sorted(item.name for item in first.folder.iterdir()) == ["counts.npy", "facts.json", "tokens_000000.bin"]
+        assert sorted(item.name for item in first.folder.iterdir()) == ["counts.npy", "facts.json", "tokens.npy"]
         assert list(first.folder.parent.iterdir()) == [first.folder]
 
     @pytest.mark.parametrize(
@@ -481,7 +480,8 @@ class TestAssets:
         outputs = [process.communicate(timeout=300) for process in started]
         assert [process.returncode for process in started] == [0, 0], outputs
         expected = f"338025 {int(tokens.prepare(DataConfig()).map()[-1])}\n"
-        assert outputs == [(expected, ""), (expected, "")]
+        waits = "tinyshakespeare: another process is tokenising it; waiting until it has\n"  # on a slow machine
+        assert all(out == expected and err in ("", waits) for out, err in outputs), outputs
         left = [item.name for item in (tmp_path / "cache").rglob("*") if item.is_file()]
         assert len(left) == 8  # three assets, tiktoken's two, the tokens, their counts and facts; nothing half-written
         assert not any(name.endswith((".part", ".lock")) or name.startswith("tmp") for name in left)

@@ -1,11 +1,10 @@
-"""That a large text is the text it says: cut anywhere it may be cut, read from any form, kept in shards, it gives the
-tokens that tiktoken gives for the whole; more of it than memory holds is no matter; and whatever is wrong with it, or
-happens meanwhile, is one line and leaves no half of it behind.
+"""That a large text is the text it says: cut anywhere it may be cut, read from any form, it gives the tokens that
+tiktoken gives for the whole; more of it than memory holds is no matter; and whatever is wrong with it, or happens
+meanwhile, is one line and leaves no half of it behind.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -25,16 +24,14 @@ import numpy as np
 import pyarrow as arrow
 import pytest
 import tiktoken
-import torch
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from gpt2exp import assets, data, documents, shards, texts, tokens, train
-from gpt2exp.config import BadRequest, DataConfig, DataName, DataOrder, TrainConfig
+from gpt2exp import assets, documents, texts, tokens
+from gpt2exp.config import BadRequest, DataConfig, DataName
 
-CPU = torch.device("cpu")
 EOT = tokens.END_OF_TEXT
 FEW = settings(deadline=None, max_examples=150, derandomize=True)
 
@@ -61,9 +58,8 @@ def joined(*pieces: str) -> list[int]:
 
 
 def ids(source: tokens.TokenFile) -> list[int]:
-    """Every token, however many shards there are."""
-    mapped = source.map()
-    return mapped[np.arange(len(mapped))].tolist()
+    """Every token."""
+    return source.map().tolist()
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------
@@ -103,103 +99,39 @@ def test_a_stretch_without_white_space_is_kept_whole() -> None:
     assert list(documents.cut(["ab", "雪" * 5, "", "c d", " e"])) == ["ab" + "雪" * 5 + "c", " d", " e"]
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
+# --- the token file --------------------------------------------------------------------------------------------------
 
 
-def written(folder: Path, parts: list[list[int]], shard_tokens: int) -> shards.Writer:
-    """A folder of shards of these parts."""
-    folder.mkdir()
-    writer = shards.Writer(folder, shard_tokens)
-    for part in parts:
-        writer.append(np.array(part, dtype="<u2"))
-    writer.close()
-    return writer
+@pytest.mark.parametrize("piece", [7, 2**20])
+def test_the_token_file_is_numpys(piece: int, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One `.npy`, however many pieces it was written in; its hash and counts are of what it holds."""
+    monkeypatch.setattr(documents, "BLOCK", piece)
+    (tmp_path / "a.txt").write_text("Before we proceed any further, hear me speak.\n" * 50)
+    source = tokens.prepare(text(tmp_path / "a.txt"))
+    found = np.load(source.folder / "tokens.npy", allow_pickle=False)
+    assert found.dtype == np.dtype("<u2")
+    assert found.tolist() == encode("Before we proceed any further, hear me speak.\n" * 50)
+    assert source.tokens_sha256 == hashlib.sha256(found.tobytes()).hexdigest()
+    assert np.load(source.folder / "counts.npy").tolist() == np.bincount(found, minlength=2**16).tolist()
+    assert isinstance(source.map(), np.memmap)
 
 
-@settings(FEW, max_examples=60)
-@given(
-    parts=st.lists(st.lists(st.integers(0, 50256), max_size=9), min_size=1, max_size=8).filter(any),
-    size=st.integers(1, 12),
-    pick=st.data(),
-)
-def test_shards_are_one_sequence(
-    parts: list[list[int]], size: int, pick: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    expected = np.array([number for part in parts for number in part], dtype="<u2")
-    folder = tmp_path_factory.mktemp("shards") / "a"
-    writer = written(folder, parts, size)
-    assert shards.whole(folder, writer.shards)
-    assert [shard["tokens"] for shard in writer.shards][:-1] == [size] * (len(writer.shards) - 1)
-    assert np.array_equal(writer.counts, np.bincount(expected, minlength=2**16))
-    mapped = shards.mapped(folder, writer.shards)
-    assert len(mapped) == writer.tokens == len(expected)
-    first, last = sorted(pick.draw(st.tuples(*[st.integers(0, len(expected))] * 2)))
-    some, there = mapped[first:last], expected[first:last]
-    assert len(some) == len(there)
-    if len(there):
-        shape = pick.draw(st.sampled_from([(5,), (2, 3), (0, 4), ()]))
-        index = np.array(pick.draw(st.lists(st.integers(0, len(there) - 1), min_size=6, max_size=6)))
-        index = np.resize(index, shape).astype(np.int64)
-        found = some[index]
-        assert found.dtype == np.uint16
-        assert np.array_equal(found, there[index])
-        assert found.shape == shape
-
-
-@pytest.mark.parametrize("order", list(DataOrder))
-def test_batches_do_not_know_of_shards(order: DataOrder, tmp_path: Path) -> None:
-    """Training and validation, over borders that fall in windows: the same as from one array, bit for bit."""
-    whole = np.random.default_rng(0).integers(0, 50257, 1000).astype("<u2")
-    writer = written(tmp_path / "a", [whole.tolist()], 37)
-    mapped = shards.mapped(tmp_path / "a", writer.shards)
-    assert isinstance(mapped, shards.Shards)
-    for one, other in zip(data.split(whole, 0.2), data.split(mapped, 0.2), strict=True):
-        config = TrainConfig(batch_size=3, seq_len=16)
-        plain, sharded = (data.Batches(part, config, order, 5, CPU) for part in (one, other))
-        assert plain.per_epoch == sharded.per_epoch
-        for number in range(2 * plain.per_epoch):
-            assert all(map(torch.equal, plain.at(number), sharded.at(number)))
-        windows = [data.validation_windows(part, 16, 3, CPU) for part in (one, other)]
-        for expected, found in zip(*windows, strict=True):
-            assert all(map(torch.equal, expected, found))
-
-
-def test_a_number_outside_is_no_token(tmp_path: Path) -> None:
-    writer = written(tmp_path / "a", [[1, 2, 3]], 2)
-    mapped = shards.mapped(tmp_path / "a", writer.shards)
-    for index in (-1, 3):
-        with pytest.raises(IndexError, match="of 3 tokens"):
-            mapped[np.array([0, index])]
-
-
-def test_a_shard_is_llm_cs_file(tmp_path: Path) -> None:
-    """Read as llmc/dataloader.h and modded-nanogpt's `_load_data_shard` do."""
-    writer = written(tmp_path / "a", [[7, 50256, 40000, 1, 2]], 3)
-    found = []
-    for file in sorted((tmp_path / "a").glob("*.bin")):
-        header = np.fromfile(file, dtype="<i4", count=256)
-        assert (header[0], header[1]) == (20240520, 1)
-        assert file.stat().st_size == 256 * 4 + 2 * header[2]
-        part = np.fromfile(file, dtype="<u2", offset=256 * 4)
-        assert header[8:16].tobytes() == hashlib.sha256(part.tobytes()).digest()
-        assert not header[3:8].any()
-        assert not header[16:].any()
-        found += part.tolist()
-    assert found == [7, 50256, 40000, 1, 2]
-    assert len(writer.shards) == 2
-
-
-def test_a_copied_cache_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = written(tmp_path / "a", [[1, 2, 3]], 2)
-    for file in (tmp_path / "a").iterdir():
-        os.utime(file)
+def test_a_copied_cache_is_hashed_once(tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    source = tokens.prepare(text(tmp_path / "a.txt"))
+    os.utime(source.folder / "facts.json", (1e9, 1e9))
     hashed = []
-    real = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or real(file, name))
-    assert shards.whole(tmp_path / "a", writer.shards)
-    assert len(hashed) == 2
-    assert shards.whole(tmp_path / "a", writer.shards)
-    assert len(hashed) == 2
+
+    def sha256(content: Any = b"") -> Any:
+        hashed.extend([len(content)] if isinstance(content, memoryview) else [])
+        return real(content)
+
+    real = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", sha256)
+    assert source.whole
+    assert hashed == [source.tokens]
+    assert source.whole
+    assert len(hashed) == 1
 
 
 # --- forms -----------------------------------------------------------------------------------------------------------
@@ -412,7 +344,7 @@ def test_killed_while_it_tokenises(tmp_path: Path, cold: Path) -> None:
     code = "import sys; from gpt2exp import tokens; from gpt2exp.config import DataConfig, DataName; "
     code += "tokens.prepare(DataConfig(name=DataName.text, path=sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)])
-    while not (found := list(cold.glob("tokens/.*.part/*.bin"))) and process.poll() is None:
+    while not (found := list(cold.glob("tokens/.*.part/*.npy"))) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -596,37 +528,3 @@ for more in json.loads(sys.argv[1]):
     assert again == [facts, found]
     assert kind == "AssetError"
     assert line.startswith("data.path=me/other: the Hub cannot be reached (")
-
-
-# --- a run -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_on_many_shards(tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command, on JSON lines in shards of 100 tokens: the losses of the same text in one shard."""
-    path = tmp_path / "a.jsonl"
-    path.write_text(rows() * 60, encoding="utf-8")
-    losses = []
-    for size in (shards.SHARD_TOKENS, 100):
-        monkeypatch.setattr(shards.Writer.__init__, "__defaults__", (size,))
-        monkeypatch.setenv("GPT2EXP_CACHE", str(cold))
-        (tmp_path / str(size)).mkdir()
-        with contextlib.chdir(tmp_path / str(size)):
-            small = ["model=nano", "model.n_layer=1", "model.n_head=1", "model.n_embd=8", "train.steps=3"]
-            code = train.command(
-                [
-                    *small,
-                    "data=text",
-                    f"data.path={path}",
-                    "data.val_fraction=0.1",
-                    "data.order=shuffled",
-                    "wandb.mode=disabled",
-                ]
-            )
-        assert code == 0
-        (summary,) = (tmp_path / str(size)).glob("runs/*/*/summary.json")
-        facts = json.loads(summary.read_text())
-        losses.append((facts["loss_first"], facts["loss_last"], facts["val_loss"], facts["loss_unseen_last"]))
-        source = tokens.prepare(text(path))
-        assert len(source.shards) == -(-source.tokens // size)
-        source.folder.rename(tmp_path / f"tokens{size}")
-    assert losses[0] == losses[1]
