@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
+import io
 import json
 import re
 import zlib
@@ -16,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from gpt2exp import files
 from gpt2exp.config import BadRequest
 
 Pieces: TypeAlias = Iterator[str | None]
 Advance: TypeAlias = Callable[[int], None]
 """Told how many more bytes of input have been read."""
+Stream: TypeAlias = "io.BufferedReader[Any] | gzip.GzipFile"
 
 BLOCK = 2**20
 """Bytes, or characters, read at a time: about the length of a piece."""
@@ -30,7 +34,7 @@ ROWS = 256
 _LAST_CUT = re.compile(r"(?s:.*)\S(?=[ \t\n\r])")
 
 
-@dataclass(frozen=True)
+@dataclass
 class File:
     """A file of documents as it was found."""
 
@@ -39,8 +43,10 @@ class File:
     """As the user knows it: below the folder that was named."""
     named: str
     """`data.path` as typed."""
-    stamp: tuple[int, int, int]
-    """Size, time of change in ns, inode: with another one the content is another."""
+    size: int
+    mtime_ns: int
+    sha256: str | None = None
+    """Of its bytes, once all of them have been read through `_Bytes`."""
 
     @property
     def has_fields(self) -> bool:
@@ -51,11 +57,41 @@ class File:
         """Whether its name ends in one of these, in whatever case."""
         return self.path.name.lower().endswith(endings)
 
+    def digest(self) -> str:
+        """Its sha256; raises `BadRequest` if it cannot be read, or is no longer the file that was found."""
+        try:
+            sha256, stat = self.sha256 or files.sha256(self.path), self.path.stat()
+        except OSError as error:
+            raise self.unreadable(error) from error
+        if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):
+            why = f"{self.name} was changed while it was read"
+            raise BadRequest(f"data.path={self.named}: {why}; start again once it is written")
+        return sha256
 
-def stamp(path: Path) -> tuple[int, int, int]:
-    """What a file looks like without reading it; see `File`."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    def unreadable(self, error: Exception) -> BadRequest:
+        """The line about what went wrong in reading it."""
+        why = f"{self.name} cannot be read ({getattr(error, 'strerror', None) or error})"
+        return BadRequest(f"data.path={self.named}: {why}; name files that are whole and readable")
+
+
+class _Bytes(io.RawIOBase):
+    """The bytes of a file, hashed and counted as they are read."""
+
+    def __init__(self, raw: io.FileIO, file: File, advance: Advance) -> None:
+        super().__init__()
+        self._raw, self._file, self._advance, self._digest = raw, file, advance, hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._raw.readinto(buffer)
+        if count:
+            self._digest.update(memoryview(buffer)[:count])
+            self._advance(count)
+        else:
+            self._file.sha256 = self._digest.hexdigest()
+        return count
 
 
 def cut(blocks: Iterable[str]) -> Iterator[str]:
@@ -92,12 +128,18 @@ def in_file(file: File, field: str, advance: Advance) -> Pieces:
     Raises:
         BadRequest: it is not of the form that its ending says, or cannot be read; the text names line or row.
     """
-    reader = _jsonl if file.ends(".jsonl", ".jsonl.gz") else _parquet if file.ends(".parquet") else _plain
     try:
-        yield from reader(file, field, advance)
+        if file.ends(".parquet"):
+            yield from _parquet(file, field, advance)
+            return
+        with (
+            file.path.open("rb", buffering=0) as opened,
+            io.BufferedReader(_Bytes(opened, file, advance), BLOCK) as raw,
+        ):
+            stream = gzip.GzipFile(fileobj=raw) if file.ends(".gz") else raw
+            yield from _jsonl(file, stream, field) if file.has_fields else _plain(file, stream)
     except (OSError, EOFError, zlib.error) as error:
-        why = f"{file.name} cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise BadRequest(f"data.path={file.named}: {why}; name files that are whole and readable") from error
+        raise file.unreadable(error) from error
 
 
 def in_row(row: object, field: str, where: str) -> Pieces:
@@ -120,52 +162,45 @@ def in_row(row: object, field: str, where: str) -> Pieces:
     yield from cut(document[at : at + BLOCK] for at in range(0, len(document), BLOCK))
 
 
-def _plain(file: File, field: str, advance: Advance) -> Pieces:
+def _plain(file: File, stream: Stream) -> Pieces:
     yield None
-    yield from cut(_decoded(file, advance))
+    yield from cut(_decoded(file, stream))
 
 
-def _decoded(file: File, advance: Advance) -> Iterator[str]:
+def _decoded(file: File, stream: Stream) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = 0
-    with file.path.open("rb") as raw:
-        while True:
-            block = raw.read(BLOCK)
-            begun = len(decoder.getstate()[0])  # bytes of a character that the block before began
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                why = f"{file.name} is not UTF-8 at byte {at - begun + error.start}"
-                remedy = "convert it: iconv -f LATIN1 -t UTF-8 IN > OUT"
-                raise BadRequest(f"data.path={file.named}: {why}; {remedy}") from error
-            if "\x00" in text:
-                raise BadRequest(
-                    f"data.path={file.named}: {file.name} holds zero bytes, so it is not text; name UTF-8 text files"
-                )
-            if not block:
-                return
-            yield text
-            at += len(block)
-            advance(len(block))
+    while True:
+        block = stream.read(BLOCK)
+        begun = len(decoder.getstate()[0])  # bytes of a character that the block before began
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            why = f"{file.name} is not UTF-8 at byte {at - begun + error.start}"
+            remedy = "convert it: iconv -f LATIN1 -t UTF-8 IN > OUT"
+            raise BadRequest(f"data.path={file.named}: {why}; {remedy}") from error
+        if "\x00" in text:
+            raise BadRequest(
+                f"data.path={file.named}: {file.name} holds zero bytes, so it is not text; name UTF-8 text files"
+            )
+        if not block:
+            return
+        yield text
+        at += len(block)
 
 
-def _jsonl(file: File, field: str, advance: Advance) -> Pieces:
-    with file.path.open("rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if file.ends(".gz") else raw
-        at = 0
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # also of the decoding
-                why = f"{file.name} line {number} is no JSON ({error})"
-                raise BadRequest(
-                    f'data.path={file.named}: {why}; write an object a line, such as {{"text": "…"}}'
-                ) from error
-            yield from in_row(row, field, f"{file.name} line {number}")
-            advance(raw.tell() - at)
-            at = raw.tell()
+def _jsonl(file: File, stream: Stream, field: str) -> Pieces:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # also of the decoding
+            why = f"{file.name} line {number} is no JSON ({error})"
+            raise BadRequest(
+                f'data.path={file.named}: {why}; write an object a line, such as {{"text": "…"}}'
+            ) from error
+        yield from in_row(row, field, f"{file.name} line {number}")
 
 
 def _parquet(file: File, field: str, advance: Advance) -> Pieces:
@@ -184,7 +219,7 @@ def _parquet(file: File, field: str, advance: Advance) -> Pieces:
                 for document in batch.column(0).to_pylist():
                     number += 1
                     yield from in_row({field: document}, field, f"{file.name} row {number}")
-                advance(file.stamp[0] * batch.num_rows // table.metadata.num_rows)
+                advance(file.size * batch.num_rows // table.metadata.num_rows)
     except arrow.ArrowException as error:
         why = f"{file.name} is no whole Parquet file ({str(error).splitlines()[0]})"
         raise BadRequest(f"data.path={file.named}: {why}; fetch it again") from error

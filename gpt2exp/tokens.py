@@ -1,8 +1,7 @@
 """Text to tokens, once: GPT-2's, by tiktoken on every core, into one `.npy` that is memory-mapped ever after.
 
-The only place that imports tiktoken. A tokenised text is a folder of the cache, under the text's hash, so an edited
-text is a new folder and the same text is never tokenised twice. The folder is written beside its place and moved there:
-it is whole or absent.
+The only place that imports tiktoken. A tokenised text is a folder of the cache, under the text's key (`texts.Text`), so
+an edited text is a new folder. The folder is written beside its place and moved there: it is whole or absent.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ def check_fits(tokens: int, data: DataConfig, train: TrainConfig) -> None:
 
 
 def _folder(text: Text) -> Path:
-    return assets.cache_folder() / "tokens" / f"{text.sha256}.{FORMAT}"
+    return assets.cache_folder() / "tokens" / f"{text.key}.{FORMAT}"
 
 
 def _cached(text: Text) -> TokenFile | None:
@@ -219,12 +218,13 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
             raise BadRequest(
                 f"data.path={text.name}: the text has {what}; a target needs at least 2, give a longer text"
             )
+        sha256 = text.sha256()
         with assets.writing(folder.parent):
             file.seek(0)
             _write_header(file, total)
             file.close()
             known: dict[str, Any] = {
-                "sha256": text.sha256,
+                "sha256": sha256,
                 "tokens": total,
                 "distinct_tokens": int(np.count_nonzero(counts)),
                 "max_token": int(np.flatnonzero(counts)[-1]),

@@ -267,7 +267,7 @@ TEXTS = [
     )
 ] + [
     Bad("data=text \"data.path='~nobody_/x'\"", "data.path=~nobody_/x: no such file or folder", "name a UTF-8 text"),
-    Bad("data=text data.path=/proc/self/mem", "data.path=/proc/self/mem: cannot be read", "a readable UTF-8 text file"),
+    Bad("data=text data.path=/proc/self/mem", "data.path=/proc/self/mem: mem cannot be read", "files that are whole"),
     Bad("data=text data.path=rows.jsonl", "data.field=text: rows.jsonl line 1 has no", "try data.field=body"),
     Bad("data=text data.path=rows.jsonl data.field=", "data.field='': must not be empty", "try data.field=text"),
     Bad("data=text data.path=book.txt data.split=dev", "data.split=dev: data=text has none", "try data=hub"),
@@ -420,7 +420,7 @@ def test_a_text_without_permission(world: Path) -> None:
     (world / "private.txt").chmod(0)
     done = run(world, "data=text", "data.path=private.txt")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "data.path=private.txt: cannot be read (Permission denied)" in done.stderr
+    assert "data.path=private.txt: private.txt cannot be read (Permission denied)" in done.stderr
 
 
 COMPARE = [sys.executable, "-m", "gpt2exp.compare"]

@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from gpt2exp import assets, documents, texts, tokens
+from gpt2exp import assets, documents, tokens
 from gpt2exp.config import BadRequest, DataConfig, DataName
 
 EOT = tokens.END_OF_TEXT
@@ -251,60 +251,78 @@ def test_a_plain_texts_hash_is_what_it_always_was(tmp_path: Path, cold: Path) ->
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "b.txt").write_bytes(b"to be")
-    assert texts.find(text(folder / "b.txt")).sha256 == hashlib.sha256(b"to be").hexdigest()
-    assert texts.find(text(folder)).sha256 == hashlib.sha256(b"to be").hexdigest()
+    assert tokens.prepare(text(folder / "b.txt")).sha256 == hashlib.sha256(b"to be").hexdigest()
+    assert tokens.prepare(text(folder)).sha256 == hashlib.sha256(b"to be").hexdigest()
     (folder / "a.txt").write_bytes(b"or not")
     both = hashlib.sha256(hashlib.sha256(b"or not").digest() + hashlib.sha256(b"to be").digest())
-    assert texts.find(text(folder)).sha256 == both.hexdigest()
+    assert tokens.prepare(text(folder)).sha256 == both.hexdigest()
 
 
-def test_a_large_text_is_hashed_once_and_a_change_is_noticed(
+@pytest.mark.parametrize(
+    ("form", "more", "chosen"),
+    [
+        ("jsonl", {}, {"field": "text", "of": [True]}),
+        ("jsonl.gz", {}, {"field": "text", "of": [True]}),
+        ("parquet", {}, {"field": "text", "of": [True]}),
+        ("jsonl", {"max_tokens": 3}, {"field": "text", "of": [True], "max_tokens": 3}),
+        ("txt", {"max_tokens": 3}, {"max_tokens": 3}),
+    ],
+)
+def test_what_is_chosen_of_a_text_is_in_its_hash(
+    form: str, more: dict[str, int], chosen: dict[str, Any], tmp_path: Path, cold: Path
+) -> None:
+    """As before: of all the bytes, also where they were not read to the end, or not in their order."""
+    path = write(form, tmp_path) if form != "txt" else tmp_path / "a.txt"
+    if form == "txt":
+        path.write_text("to be or not to be " * 200_000)
+    known = json.dumps({"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **chosen}, sort_keys=True)
+    assert tokens.prepare(text(path, **more)).sha256 == hashlib.sha256(known.encode()).hexdigest()
+
+
+def test_a_text_is_read_once_and_a_change_is_noticed(
     tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "LARGE", 5)
+    """It is hashed while it is tokenised; a start that finds its tokens opens none of its files."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for name in "ab":
-        (folder / name).write_text("to be")
-        os.utime(folder / name, (1e9, 1e9))
-    hashed = []
-    real = texts._sha256
-    monkeypatch.setattr(texts, "_sha256", lambda item, advance: hashed.append(item.name) or real(item, advance))
-    first = texts.find(text(folder)).sha256
-    assert (texts.find(text(folder)).sha256, hashed) == (first, ["a", "b"])
-    (folder / "b").write_text("or is")  # as long, and the date says so
+        (folder / name).write_text("to be or not")
+    opened = []
+    real = Path.open
+
+    def counted(path: Path, *how: Any, **more: Any) -> Any:
+        opened.extend([path.name] if path.parent == folder else [])
+        return real(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", counted)
+    first = tokens.prepare(text(folder))
+    assert opened == ["a", "b"]
+    assert tokens.prepare(text(folder)) == first
+    assert opened == ["a", "b"]
+    (folder / "b").write_text("or is it bad")  # as long, and the date says so
     os.utime(folder / "b", (2e9, 2e9))
-    second = texts.find(text(folder)).sha256
-    assert (second != first, hashed) == (True, ["a", "b", "b"])
-    os.utime(folder / "b", (1e9, 1e9))
-    assert (texts.find(text(folder)).sha256, hashed) == (second, ["a", "b", "b", "b"])
-    (folder / "c").write_text("to be")
-    (folder / "c").replace(folder / "b")  # another file of the same length
-    os.utime(folder / "b", (1e9, 1e9))
-    assert texts.find(text(folder)).sha256 == first
+    second = tokens.prepare(text(folder))
+    assert second.sha256 != first.sha256
+    assert ids(second) == joined("to be or not", "or is it bad")
 
 
-def test_what_was_just_written_is_not_remembered(tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clocks tick: another content may follow with the same date."""
-    monkeypatch.setattr(texts, "LARGE", 5)
-    path = tmp_path / "a.txt"
-    path.write_text("to be")
-    stat = path.stat()
-    first = texts.find(text(path)).sha256
-    path.write_text("or is")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert texts.find(text(path)).sha256 != first
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_text_that_is_still_written_is_refused(
+    form: str, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(form, tmp_path)
+    real = documents.in_row
 
+    def meanwhile(*row: Any) -> Iterator[str | None]:
+        os.utime(path, (2e9, 2e9))
+        return real(*row)
 
-def test_a_text_that_is_still_written_is_refused(tmp_path: Path, cold: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("to be " * 100)
-    pieces = texts.find(text(path)).read(lambda _: None)
-    assert next(pieces) is None
-    with path.open("a") as file:
-        file.write("or not")
-    with pytest.raises(BadRequest, match=r"data\.path=.*a\.txt: a\.txt was changed while it was read; start again"):
-        list(pieces)
+    monkeypatch.setattr(documents, "in_row", meanwhile)
+    with pytest.raises(
+        BadRequest, match=rf"data\.path=.*a\.{form}: a\.{form} was changed while it was read; start again"
+    ):
+        tokens.prepare(text(path))
+    assert not list(cold.glob("tokens/*"))
 
 
 # --- size ------------------------------------------------------------------------------------------------------------
