@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,14 +111,16 @@ def _file(path: Path, name: str, named: str) -> File:
 
 
 def _files(path: Path) -> list[File]:
-    """The file, or every file below the folder that is not hidden, in the order of their paths."""
+    """The file, or every file below the folder and the folders linked there, in the order of their paths.
+
+    What is hidden is left out, and what several links lead to is read once.
+    """
     named = str(path)
     key = f"data.path={named}"
     try:
         path = path.expanduser()
         if path.is_dir():
-            found = [item for item in sorted(path.rglob("*")) if item.is_file()]
-            found = [item for item in found if not any(part.startswith(".") for part in item.relative_to(path).parts)]
+            found = _below(path)
             if not found:
                 raise BadRequest(
                     f"{key}: the folder holds no files; name one with UTF-8 text files, JSONL or Parquet in it"
@@ -130,6 +133,33 @@ def _files(path: Path) -> list[File]:
         raise BadRequest(f"{key}: no such file or folder; name a UTF-8 text file or a folder of them") from error
     except OSError as error:
         raise BadRequest(f"{key}: cannot be read ({error.strerror}); name a readable UTF-8 text file") from error
+
+
+def _below(folder: Path) -> list[Path]:
+    found, seen, places = [], set(), [folder]
+    for place in places:  # which grows: a linked folder comes last, so that a real one is known by its own name
+        for where, folders, names in os.walk(place, onerror=_raise):
+            here = Path(where)
+            if (real := here.resolve()) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            places += [here / name for name in sorted(folders) if (here / name).is_symlink()]
+            for name in names:
+                item = here / name
+                if name.startswith("."):
+                    continue
+                if item.is_symlink() and not item.exists():
+                    why = f"{item.relative_to(folder)} is a link that leads nowhere"
+                    raise BadRequest(f"data.path={folder}: {why}; remove it, or put back what it led to")
+                found += [item] if item.is_file() else []
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be read is not passed over, as `os.walk` would."""
+    raise error
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------

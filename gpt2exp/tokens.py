@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -264,17 +265,7 @@ def encoded(pieces: documents.Pieces) -> Iterator[Tokens]:
     encoding = gpt2_encoding()
 
     def encode(pieces: list[str | None]) -> Tokens:
-        parts = []
-        for piece in pieces:
-            if piece is None:
-                parts.append(np.array([END_OF_TEXT], dtype="<u2"))
-                continue
-            try:  # no id of the text's own is a control token: "<|endoftext|>" in it is letters
-                ids = encoding.encode_to_numpy(piece, disallowed_special=())
-            except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold: tiktoken puts U+FFFD there
-                ids = np.array(encoding.encode_ordinary(piece))
-            parts.append(ids.astype("<u2"))
-        return np.concatenate(parts)
+        return np.concatenate([END if piece is None else encode_piece(encoding, piece) for piece in pieces])
 
     next(pieces, None)  # the None before the first document: nothing to end there
     cores = engines.cores()
@@ -283,6 +274,31 @@ def encoded(pieces: documents.Pieces) -> Iterator[Tokens]:
         yield from _in_order(pool, encode, _batched(pieces), ahead=2 * cores)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+END = np.array([END_OF_TEXT], dtype="<u2")
+WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+LONG = 100_000
+"""Characters of white space in a row that tiktoken's regular expression still takes: by a million its stack is full."""
+_LONG_RUN = re.compile(rf"{WHITE}{{{LONG},}}(?:\Z|(?={WHITE}))")
+
+
+def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
+    """The tokens of a text, (tokens,): no id of its own is a control token, "<|endoftext|>" in it is letters.
+
+    A long run of white space goes to the byte pairs past the regular expression, whose stack it would overflow: all of
+    it where the text ends there, else all but its last character, which that leaves to what follows.
+    """
+    parts, at = [], 0
+    if any(piece[start : start + LONG // 2].isspace() for start in range(0, len(piece), LONG // 2)):
+        for run in _LONG_RUN.finditer(piece):
+            parts += [encode_piece(encoding, piece[at : run.start()]), np.array(encoding._encode_single_piece(run[0]))]
+            at = run.end()
+    try:
+        parts.append(encoding.encode_to_numpy(piece[at:], disallowed_special=()))
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold: tiktoken puts U+FFFD there
+        parts.append(np.array(encoding.encode_ordinary(piece[at:])))
+    return np.concatenate(parts).astype("<u2")
 
 
 def _batched(pieces: documents.Pieces) -> Iterator[list[str | None]]:

@@ -5,29 +5,39 @@ meanwhile, is one line and leaves no half of it behind.
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import functools
 import gzip
 import hashlib
 import http.server
+import io
+import itertools
 import json
+import lzma
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as arrow
 import pytest
+import safetensors.numpy
 import tiktoken
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
+from pyarrow import feather, orc, parquet
 
 from gpt2exp import assets, documents, tokens
 from gpt2exp.config import BadRequest, DataConfig, DataName
@@ -99,6 +109,30 @@ def test_a_stretch_without_white_space_is_kept_whole() -> None:
     assert list(documents.cut(["ab", "雪" * 5, "", "c d", " e"])) == ["ab" + "雪" * 5 + "c", " d", " e"]
 
 
+@pytest.mark.parametrize("unit", [" ", "\n", "\r\n", "\u3000\t", "\x1c"])
+def test_a_long_run_of_white_space(unit: str) -> None:
+    """Up to where tiktoken's regular expression gives up, what it makes of them; beyond, the same by the rule."""
+    for run in (tokens.LONG - 2, tokens.LONG, tokens.LONG + 2):
+        for before, after in (("x", "x"), ("", "'s"), ("x ", ".5  y"), ("x", "")):
+            whole = before + unit * (run // len(unit)) + after
+            assert tokens.encode_piece(encoding(), whole).tolist() == encode(whole)
+    beyond = tokens.encode_piece(encoding(), "we " + unit * 1_200_000 + "x\ud800").tolist()
+    assert encoding().decode(beyond) == "we " + unit * 1_200_000 + "x\ufffd"
+    last = encode(unit[-1] + "x\ud800")
+    assert beyond[-len(last) :] == last
+
+
+@pytest.mark.parametrize("character", ["a", "7", "-", "雪", "'", "\x00", "\u0301"])
+def test_a_long_run_of_anything_else(character: str) -> None:
+    found = tokens.encode_piece(encoding(), character * 1_200_000).tolist()
+    assert encoding().decode(found) == character * 1_200_000
+
+
+def test_a_text_with_a_million_blanks(tmp_path: Path, cold: Path) -> None:
+    (tmp_path / "a.txt").write_text("to be" + " " * 1_200_000 + "or not")
+    assert encoding().decode(ids(tokens.prepare(text(tmp_path / "a.txt")))) == (tmp_path / "a.txt").read_text()
+
+
 # --- the token file --------------------------------------------------------------------------------------------------
 
 
@@ -151,16 +185,18 @@ def table(**columns: list[Any]) -> arrow.Table:
 
 def write(form: str, path: Path, field: str = "text") -> Path:
     path = path / f"a.{form}"
-    if form == "jsonl":
-        path.write_text(rows(field), encoding="utf-8")
-    elif form == "jsonl.gz":
-        path.write_bytes(gzip.compress(rows(field).encode()))
+    if form != "parquet":
+        content = rows(field).encode()
+        path.write_bytes(gzip.compress(content) if form.lower().endswith(".gz") else content)
     else:
         parquet.write_table(table(id=[*range(4)], **{field: DOCUMENTS}), path, row_group_size=2)
     return path
 
 
-@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
+FORMS = ["jsonl", "jsonl.gz", "ndjson", "ndjson.gz", "json", "JSON.GZ", "parquet"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_rows_are_documents(form: str, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "BLOCK", 8)  # so that documents are cut, and batched, too
     monkeypatch.setattr(documents, "ROWS", 3)
@@ -180,6 +216,47 @@ def test_a_folder_may_mix_them(tmp_path: Path, cold: Path) -> None:
         write(form, folder)
     (folder / "z.TXT").write_text("last")
     assert ids(tokens.prepare(text(folder))) == joined("# plain", *DOCUMENTS, *DOCUMENTS, "last")
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.gz", "a.txt", "a"])
+def test_packed_text_is_read_as_plain(name: str, tmp_path: Path, cold: Path) -> None:
+    """Whatever its name, in several members too; its hash is that of the file."""
+    content = gzip.compress(b"to be or ") + gzip.compress(b"not to be")
+    (tmp_path / name).write_bytes(content)
+    source = tokens.prepare(text(tmp_path / name))
+    assert ids(source) == encode("to be or not to be")
+    assert source.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_byte_order_mark_is_no_text(pack: Callable[[bytes], bytes], tmp_path: Path, cold: Path) -> None:
+    """Of each file of a folder; one in the midst of a text stays."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, content in {"a.txt": "to\ufeff be", "b.txt": "or not", "c.jsonl": '{"text": "x"}'}.items():
+        (folder / name).write_bytes(pack(content.encode("utf-8-sig")))
+    if pack is gzip.compress:
+        (folder / "c.jsonl").rename(folder / "c.jsonl.gz")
+    assert ids(tokens.prepare(text(folder))) == joined("to\ufeff be", "or not", "x")
+    (tmp_path / "late.txt").write_bytes(codecs.BOM_UTF8 + b"x " * 600_000 + b"\xe9")
+    with pytest.raises(BadRequest, match=r"late\.txt is not UTF-8 at byte 1200003"):
+        tokens.prepare(text(tmp_path / "late.txt"))
+
+
+def test_linked_folders_are_read_once(tmp_path: Path, cold: Path) -> None:
+    """Without end where links go in a circle; a real folder is known by its own name."""
+    folder, other = tmp_path / "texts", tmp_path / "other"
+    for place, content in {folder / "m" / "a": "real", other / "b": "linked", other / ".git" / "c": "no"}.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(content)
+    for name, place in {"a_twin": folder / "m", "other": other, "zz": other, "self": folder, ".hidden": other}.items():
+        (folder / name).symlink_to(place)
+    (other / "back").symlink_to(folder)
+    (folder / "file").symlink_to(other / "b")
+    assert ids(tokens.prepare(text(folder))) == joined("linked", "real", "linked")
+    (folder / "m" / "gone").symlink_to("nowhere")
+    with pytest.raises(BadRequest, match=r"data\.path=.*texts: m/gone is a link that leads nowhere; remove it"):
+        tokens.prepare(text(folder))
 
 
 def test_half_a_surrogate_pair_is_what_tiktoken_makes_of_it(tmp_path: Path, cold: Path) -> None:
@@ -206,8 +283,19 @@ def test_max_tokens(most: int, tmp_path: Path, cold: Path) -> None:
             r"data\.field=text: a\.jsonl line 2 has .* body; try data\.field=body",
         ),
         ("a.jsonl", b'{"text": null}', r"data\.field=text: a\.jsonl line 1 holds null, no text; name"),
-        ("a.jsonl", b"[1, 2]", r"data\.field=text: a\.jsonl line 1 is no row of named fields; name the field"),
-        ("a.jsonl", b'{"text": "\xe9"}', r"data\.path=.*: a\.jsonl line 1 is no JSON .*utf-8"),
+        ("a.jsonl", b"1", r"data\.field=text: a\.jsonl line 1 is no row of named fields; name the field"),
+        (
+            "a.jsonl",
+            b'{"text": "\xe9"}',
+            r"data\.path=.*: a\.jsonl is not UTF-8 in line 1; convert it: iconv -f LATIN1",
+        ),
+        ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl is one JSON array, no JSON lines; convert it: jq -c"),
+        ("a.jsonl", b'{"a":' * 100_000 + b"\n", r"a\.jsonl line 1 is no JSON"),
+        ("a.json", b'[\n{"text": "x"}\n]', r"a\.json is one JSON array, .*: jq -c '\.\[\]' /.*a\.json > OUT\.jsonl$"),
+        ("a.json", b'{\n"text": "x"\n}', r"a\.json line 1 is no JSON .*; write an object a line.*, or name it \.txt"),
+        ("a.json", b'{"data": ["x"]}', r"data\.field=text: a\.json line 1 has no such field, only data"),
+        ("a.txt", b'\n{"text": "x"}\n', r"a\.txt holds JSON lines; let its name end in \.jsonl"),
+        ("a", b'{"body": "x"}\n{"body": "y"}\n', r"a holds JSON lines; let its name end in \.jsonl"),
         ("a.jsonl", b"\n", r"the text has 0 tokens"),
         (
             "a.jsonl.gz",
@@ -234,6 +322,89 @@ def test_what_is_no_text_is_refused(
         tokens.prepare(text(path))
     assert "\n" not in str(refusal.value)
     assert not list(cold.glob("tokens/*"))
+
+
+def packed_tar() -> bytes:
+    """A tar archive with a text in it."""
+    with io.BytesIO() as out:
+        with tarfile.open(fileobj=out, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo("a.txt"))
+        return out.getvalue()
+
+
+def packed_zip() -> bytes:
+    """A zip archive with a text in it."""
+    with io.BytesIO() as out:
+        with zipfile.ZipFile(out, "w") as archive:
+            archive.writestr("a.txt", "to be")
+        return out.getvalue()
+
+
+def saved(write: Callable[[Any], object]) -> bytes:
+    """What a library writes to a file."""
+    with io.BytesIO() as out:
+        write(out)
+        return out.getvalue()
+
+
+OTHERS = {
+    "UTF-16": ("to be".encode("utf-16"), "UTF-16; convert it: iconv -f UTF-16 -t UTF-8 "),
+    "UTF-16 be": (codecs.BOM_UTF16_BE + "to be".encode("utf-16-be"), "UTF-16; convert it: iconv -f UTF-16 -t UTF-8 "),
+    "UTF-16 bare": ("to be".encode("utf-16-le"), "UTF-16; convert it: iconv -f UTF-16LE -t UTF-8 "),
+    "UTF-16 bare be": ("to be".encode("utf-16-be"), "UTF-16; convert it: iconv -f UTF-16BE -t UTF-8 "),
+    "UTF-32": ("to be".encode("utf-32"), "UTF-32; convert it: iconv -f UTF-32 -t UTF-8 "),
+    "gzip twice": (
+        gzip.compress(gzip.compress(b"x")),
+        "gzip; gunzip < .*a.txt > IN, then unpack it: gunzip < IN > OUT",
+    ),
+    "tar.gz": (
+        gzip.compress(packed_tar()),
+        "a tar archive; gunzip < .*a.txt > IN, then unpack it: mkdir OUT && tar -xf IN",
+    ),
+    "bz2": (bz2.compress(b"x"), "bzip2; unpack it: bunzip2 < "),
+    "bz2 empty": (bz2.compress(b""), "bzip2; unpack it: bunzip2 < "),
+    "xz": (lzma.compress(b"x"), "xz; unpack it: xz -dc "),
+    "zstd": (arrow.compress(b"x" * 99, "zstd", asbytes=True), "zstd; unpack it: zstd -dc "),
+    "zip": (packed_zip(), "a zip archive .*; unpack it: unzip "),
+    "tar": (packed_tar(), "a tar archive; unpack it: mkdir OUT && tar -xf "),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "a PDF; convert it: pdftotext "),
+    "PNG": (b"\x89PNG\r\n\x1a\n\x00", "a picture; name text files"),
+    "JPEG": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "a picture; name text files"),
+    "Parquet": (
+        saved(lambda out: parquet.write_table(arrow.table({"text": ["x"]}), out)),
+        "Parquet; let its name end in",
+    ),
+    "Feather": (saved(lambda out: feather.write_feather(arrow.table({"text": ["x"]}), out)), "a table .*; write it as"),
+    "ORC": (saved(lambda out: orc.write_table(arrow.table({"text": ["x"]}), out)), "a table .*; write it as .parquet"),
+    "safetensors": (safetensors.numpy.save({"a": np.zeros(3)}), "weights .*; name text files; init.path=FOLDER"),
+    "npy": (saved(lambda out: np.save(out, np.zeros(3))), "arrays or a pickle"),
+    "pickle": (pickle.dumps(["x"]), "arrays or a pickle"),
+    "tokens": (np.array([20240520, 1, 5], "<i4").tobytes(), "tokens .*; name the text that they were made from"),
+    "SQLite": (b"SQLite format 3\x00", "an SQLite database"),
+    "Word": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a document of Microsoft Office; save it as plain text"),
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS .*; fetch it: git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_a_file_is_its_first_bytes_tell(kind: str, name: str, tmp_path: Path, cold: Path) -> None:
+    content, complaint = OTHERS[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadRequest, match=f"a.[a-z]+ is {complaint.replace('a.txt', name)}") as refusal:
+        tokens.prepare(text(tmp_path / name))
+    assert "\n" not in str(refusal.value)
+    assert not list(cold.glob("tokens/*"))
+
+
+@FEW
+@given(st.sampled_from([content for content, _ in OTHERS.values()]), st.text(min_size=1))
+def test_no_text_is_taken_for_something_else(begun: bytes, more: str) -> None:
+    """What begins with the letters of such a mark ("ORCHARD", "ID3 tags", "GGUF is") is still text."""
+    start = "".join(itertools.takewhile(str.isprintable, begun.decode("latin-1")))
+    for whole in (more, start + " " + more, start + "Z" + more):
+        if "\x00" not in whole and not whole.startswith(("%PDF-", "BZh91AY", "version https://git-lfs")):
+            assert not any(re.match(mark[0], whole.encode(errors="replace"), re.DOTALL) for mark in documents.NOT_TEXT)
 
 
 def test_parquet_without_its_library(tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
