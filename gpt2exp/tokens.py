@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = 50256
-"""`<|endoftext|>`: placed between documents."""
+"""`MARK`'s id: placed between documents."""
+MARK = "<|endoftext|>"
+"""What it is called; in a text these are letters."""
 FORMAT = "gpt2-npy"
 """The tokenizer, and the version of what lies in a folder: another one, another folder."""
 BIGRAM_TOKENS = 10_000_000
@@ -198,6 +201,7 @@ def _clear_leftovers(place: Path) -> None:
 def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
     part = beside(folder)
     counts, digest, most = np.zeros(IDS, np.int64), hashlib.sha256(), config.max_tokens
+    marks: Counter[str] = Counter()
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(shutil.rmtree, part, ignore_errors=True)
         with assets.writing(folder.parent):
@@ -205,7 +209,7 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
             file = cleanup.enter_context((part / TOKENS).open("wb"))
             _write_header(file, 0)
         with view.reading(f"tokenising {text.name}", text.size) as advance:
-            for tokens in encoded(text.read(advance)):
+            for tokens in encoded(_counted(text.read(advance), marks)):
                 tokens = tokens[: None if most is None else most - counts.sum()]
                 counts += np.bincount(tokens, minlength=IDS)
                 digest.update(tokens.data)
@@ -236,7 +240,29 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
             np.save(part / COUNTS, counts)
             write_json(part / FACTS, known)  # after the tokens: `TokenFile.whole` looks at the dates
             _put_in_place(part, folder)
+    if marks[MARK]:
+        log.warning("%s: %s", text.name, _how_to_part(marks[MARK], config))
     return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
+
+
+def _counted(pieces: documents.Pieces, marks: Counter[str]) -> documents.Pieces:
+    """The same pieces; adds to `marks` how often `MARK` stands in them (no cut goes through it)."""
+    for piece in pieces:
+        marks[MARK] += piece.count(MARK) if piece else 0
+        yield piece
+
+
+def _how_to_part(count: int, config: DataConfig) -> str:
+    """A note on a text that writes `MARK` itself, with the command that makes JSON lines of a single plain file."""
+    note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it parts no documents"
+    path = Path(str(config.path)).expanduser()
+    if not path.is_file() or path.suffix not in ("", ".txt", ".md"):
+        return f"{note}; to part them, make each a row, or a file, of its own"
+    code = (
+        f"import json, sys; [print(json.dumps({{'text': part}})) for part in sys.stdin.read().split('{MARK}') if part]"
+    )
+    place = shlex.quote(f"{path.with_suffix('')}.jsonl")
+    return f'{note}; to part them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
 
 
 def _write_header(file: BinaryIO, tokens: int) -> None:

@@ -18,6 +18,7 @@ import lzma
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -241,6 +242,33 @@ def test_a_byte_order_mark_is_no_text(pack: Callable[[bytes], bytes], tmp_path: 
     (tmp_path / "late.txt").write_bytes(codecs.BOM_UTF8 + b"x " * 600_000 + b"\xe9")
     with pytest.raises(BadRequest, match=r"late\.txt is not UTF-8 at byte 1200003"):
         tokens.prepare(text(tmp_path / "late.txt"))
+
+
+def test_a_literal_end_of_text_is_noted_with_how_to_part(
+    tmp_path: Path, cold: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with the count and a command that a shell takes; what that makes has the documents."""
+    path = tmp_path / "my stories.txt"
+    path.write_text("to be<|endoftext|>or not\n<|endoftext|>" + "naïve " * 300_000 + "<|endoftext|>")
+    source = tokens.prepare(text(path))
+    assert EOT not in ids(source)
+    tokens.prepare(text(path))
+    (note,) = [record.getMessage() for record in caplog.records]
+    assert note.startswith(
+        "my stories.txt: holds <|endoftext|> 3 times, as letters: it parts no documents; to part them: "
+    )
+    command, _, made = note.partition("to part them: ")[2].partition(", and data.path=")
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, executable="/bin/sh", env={**os.environ, "PYTHONUTF8": "1"})
+    (place,) = shlex.split(made)
+    assert ids(tokens.prepare(text(place))) == joined("to be", "or not\n", "naïve " * 300_000)
+    caplog.clear()
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "a<|endoftext|>"}) + "\n" + json.dumps({"text": "b"}))
+    tokens.prepare(text(tmp_path / "b.jsonl"))
+    (note,) = [record.getMessage() for record in caplog.records]
+    assert note.startswith(
+        "b.jsonl: holds <|endoftext|> 1 time, as letters: it parts no documents; to part them, make each"
+    )
 
 
 def test_linked_folders_are_read_once(tmp_path: Path, cold: Path) -> None:
