@@ -40,8 +40,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, orc, parquet
 
-from gpt2exp import assets, documents, tokens
 from gpt2exp.config import BadRequest, DataConfig, DataName
+from gpt2exp.data import assets, documents, tokens
 
 EOT = tokens.END_OF_TEXT
 FEW = settings(deadline=None, max_examples=150, derandomize=True)
