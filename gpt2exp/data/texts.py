@@ -1,27 +1,25 @@
-"""Which text is it: where its documents lie, and the hash it is known by, before anything of it is tokenised.
+"""Which text it is: where its documents lie, and what names its tokens in the cache.
 
-A text that is large is not read again to be known: what its files hashed to is remembered beside their size, date and
-inode. What a dataset on the Hub is known by is the commit; that is asked for once.
+A text on disk is known by its path and by the sizes and dates of its files: what it holds is hashed only while it is
+tokenised. A dataset on the Hub is known by its commit, which is asked for once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
-import time
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2exp.config import BadRequest, DataConfig, DataName, explain, first_line, require, show
-from gpt2exp.data import assets, documents, progress
+from gpt2exp.data import assets, documents
 from gpt2exp.data.documents import Advance, File, Pieces
 from gpt2exp.files import write_json
-
-LARGE = 2**26
-"""Bytes of a text from which on its files' hashes are remembered; less is hashed in a moment, whatever its date."""
 
 EXTRA = "pip install 'gpt2exp[datasets]'"
 
@@ -31,12 +29,15 @@ class Text:
     """A text that may not have been read yet."""
 
     name: str
-    sha256: str
-    """Of the bytes of a plain text; else of these, or the Hub's commit, together with what was chosen of them."""
+    key: str
+    """A hash that names its tokens: of where it lies, or the Hub's commit, and of what is chosen of it."""
     size: int | None
     """Bytes that reading it will count, where they are known."""
     read: Callable[[Advance], Pieces]
     """Its documents, with None before each."""
+    sha256: Callable[[], str]
+    """For the record, once it was read: of a plain text's bytes; for rows also of the field, subset, split and limit
+    chosen; of a dataset of its commit and these."""
     revision: str | None = None
     """The commit on the Hub."""
 
@@ -48,54 +49,78 @@ def find(config: DataConfig) -> Text:
         BadRequest: there is no such text, or it cannot be read.
         assets.AssetError: the Hub cannot be reached.
     """
+    limit = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
     if config.name is DataName.tinyshakespeare:
         asset = assets.TINY_SHAKESPEARE  # its hash is known: with a warm cache the text itself is not read again
 
         def read(advance: Advance) -> Pieces:
             return documents.in_file(_file(assets.fetch(asset), asset.name, asset.name), config.field, advance)
 
-        return Text(config.name.value, _known_by(config, asset.sha256), None, read)
+        known = _with(asset.sha256, limit)
+        return Text(config.name.value, known, None, read, lambda: known)
     path = Path(str(config.path))
-    if config.name is DataName.text or path.expanduser().exists():
-        files = _files(path)
-        sha256 = _hash(path, files)
-        if config.name is DataName.hub:
-            why = f"{path} is a folder here and has none"
-            require(config.revision is None, "data.revision", config.revision, why, "leave it out")
-            return _hub(config, sha256, None)
-        fields = [item.has_fields for item in files]
+    chosen: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split}
+    if config.name is DataName.hub and not path.expanduser().exists():
+        commit = _commit(config)
+        known = _with(commit, {**chosen, "path": config.path, **limit})
+        return Text(
+            str(config.path), known, None, lambda advance: _streamed(config, commit, advance), lambda: known, commit
+        )
+    found = _files(path)
+    if config.name is DataName.hub:
+        why = f"{path} is a folder here and has none"
+        require(config.revision is None, "data.revision", config.revision, why, "leave it out")
+    else:
+        fields = [item.has_fields for item in found]
         chosen = {"field": config.field, "of": fields} if any(fields) else {}
-        size = sum(item.stamp[0] for item in files)
-        return Text(path.name, _known_by(config, sha256, **chosen), size, lambda advance: _read(config, files, advance))
-    commit = _commit(config)
-    return _hub(config, commit, commit)
+    chosen |= limit
+    place = {
+        "path": str(path.expanduser().absolute()),
+        "files": [(item.name, item.size, item.mtime_ns) for item in found],
+    }
+    key = _with(hashlib.sha256(json.dumps(place).encode()).hexdigest(), {"name": config.name.value, **chosen})
+    size = None if config.name is DataName.hub else sum(item.size for item in found)
+
+    def documents_of(advance: Advance) -> Pieces:
+        if config.name is DataName.hub:
+            return _streamed(config, None, advance)
+        return itertools.chain.from_iterable(documents.in_file(item, config.field, advance) for item in found)
+
+    return Text(path.name, key, size, documents_of, lambda: _with(_digest(found), chosen))
 
 
-def _known_by(config: DataConfig, sha256: str, **chosen: Any) -> str:
-    """`sha256` where all of it is read, else a hash of it and of what is chosen."""
-    if config.max_tokens is not None:
-        chosen["max_tokens"] = config.max_tokens
+def _with(sha256: str, chosen: Mapping[str, Any]) -> str:
+    """`sha256` where nothing is chosen, else a hash of it and of what is."""
     if not chosen:
         return sha256
     return hashlib.sha256(json.dumps({"sha256": sha256, **chosen}, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(found: Sequence[File]) -> str:
+    """Of a file its sha256; of several the sha256 of theirs, one after the other."""
+    digests = [item.digest() for item in found]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def _file(path: Path, name: str, named: str) -> File:
-    return File(path, name, named, documents.stamp(path))
+    stat = path.stat()
+    return File(path, name, named, stat.st_size, stat.st_mtime_ns)
 
 
 def _files(path: Path) -> list[File]:
-    """The file, or every file below the folder that is not hidden, in the order of their paths."""
+    """The file, or every file below the folder and the folders linked there, in the order of their paths.
+
+    What is hidden is left out, and what several links lead to is read once.
+    """
     named = str(path)
     key = f"data.path={named}"
     try:
         path = path.expanduser()
         if path.is_dir():
-            found = [item for item in sorted(path.rglob("*")) if item.is_file()]
-            found = [item for item in found if not any(part.startswith(".") for part in item.relative_to(path).parts)]
+            found = _below(path)
             if not found:
                 raise BadRequest(
                     f"{key}: the folder holds no files; name one with UTF-8 text files, JSONL or Parquet in it"
@@ -110,94 +135,42 @@ def _files(path: Path) -> list[File]:
         raise BadRequest(f"{key}: cannot be read ({error.strerror}); name a readable UTF-8 text file") from error
 
 
-def _read(config: DataConfig, files: Sequence[File], advance: Advance) -> Pieces:
-    for item in files:
-        yield from documents.in_file(item, config.field, advance)
-        _check_unchanged(item)
+def _below(folder: Path) -> list[Path]:
+    found, seen, places = [], set(), [folder]
+    for place in places:  # which grows: a linked folder comes last, so that a real one is known by its own name
+        for where, folders, names in os.walk(place, onerror=_raise):
+            here = Path(where)
+            if (real := here.resolve()) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            places += [here / name for name in sorted(folders) if (here / name).is_symlink()]
+            for name in names:
+                item = here / name
+                if name.startswith("."):
+                    continue
+                if item.is_symlink() and not item.exists():
+                    why = f"{item.relative_to(folder)} is a link that leads nowhere"
+                    raise BadRequest(f"data.path={folder}: {why}; remove it, or put back what it led to")
+                found += [item] if item.is_file() else []
+    return sorted(found)
 
 
-def _check_unchanged(item: File) -> None:
-    if documents.stamp(item.path) != item.stamp:
-        why = f"{item.name} was changed while it was read"
-        raise BadRequest(f"data.path={item.named}: {why}; start again once it is written")
-
-
-def _hash(path: Path, files: Sequence[File]) -> str:
-    """Of a file its sha256; of several the sha256 of theirs, one after the other."""
-    size = sum(item.stamp[0] for item in files)
-    memory = _memory(f"files of {path.expanduser().absolute()}")
-    before = _recall(memory) if size >= LARGE else {}
-    digests: dict[str, str] = {}
-    with progress.reading(f"looking at {path.name}", size) as advance:
-        for item in files:
-            known = before.get(item.name, [])
-            if known[:-1] == [*item.stamp]:
-                digests[item.name] = known[-1]
-                advance(item.stamp[0])
-            else:
-                digests[item.name] = _sha256(item, advance)
-    # a file changed within its clock's tick would look as before, so what is that young is not remembered
-    settled = [item for item in files if time.time_ns() - item.stamp[1] > 2e9]
-    now = {item.name: [*item.stamp, digests[item.name]] for item in settled}
-    if size >= LARGE and now != before:
-        with contextlib.suppress(OSError):  # a cache that may only be read: hashed again the next time
-            _remember(memory, now)
-    if len(files) == 1:
-        return digests[files[0].name]
-    return hashlib.sha256(b"".join(bytes.fromhex(digests[item.name]) for item in files)).hexdigest()
-
-
-def _sha256(item: File, advance: Advance) -> str:
-    digest = hashlib.sha256()
-    try:
-        with item.path.open("rb") as file:
-            while block := file.read(documents.BLOCK):
-                digest.update(block)
-                advance(len(block))
-    except OSError as error:
-        why = f"cannot be read ({error.strerror})"
-        raise BadRequest(f"data.path={item.named}: {why}; name a readable UTF-8 text file") from error
-    _check_unchanged(item)
-    return digest.hexdigest()
-
-
-# --- what is remembered ----------------------------------------------------------------------------------------------
-
-
-def _memory(about: str) -> Path:
-    return assets.cache_folder() / "texts" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
-
-
-def _recall(memory: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _remember(memory: Path, known: Mapping[str, Any]) -> None:
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    write_json(memory, known)
+def _raise(error: OSError) -> None:
+    """A folder that cannot be read is not passed over, as `os.walk` would."""
+    raise error
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def _hub(config: DataConfig, sha256: str, commit: str | None) -> Text:
-    chosen = {"field": config.field, "subset": config.subset, "split": config.split, "path": config.path}
-    if commit is None:  # a local folder: its files say enough
-        del chosen["path"]
-    name = Path(str(config.path)).name if commit is None else str(config.path)
-    sha256 = _known_by(config, sha256, **chosen)
-    return Text(name, sha256, None, lambda advance: _streamed(config, commit, advance), commit)
-
-
 def _commit(config: DataConfig) -> str:
     """What `data.revision` of a dataset on the Hub points to: asked once, and the same ever after."""
-    memory = _memory(f"dataset {config.path} at {config.revision}")
-    if commit := _recall(memory).get("commit"):
-        return str(commit)
+    asked = hashlib.sha256(f"dataset {config.path} at {config.revision}".encode()).hexdigest()[:32]
+    memory = assets.cache_folder() / "texts" / f"{asked}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not asked yet, or the answer is damaged
+        return str(json.loads(memory.read_text(encoding="utf-8"))["commit"])
     key = f"data.path={config.path}"
     try:
         from huggingface_hub import HfApi
@@ -219,7 +192,8 @@ def _commit(config: DataConfig) -> str:
         ) from error
     assert commit is not None, "the Hub names the commit of every dataset"
     with assets.writing(memory.parent):
-        _remember(memory, {"dataset": config.path, "revision": config.revision, "commit": commit})
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, {"dataset": config.path, "revision": config.revision, "commit": commit})
     return commit
 
 

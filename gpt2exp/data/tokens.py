@@ -1,8 +1,7 @@
-"""Text to tokens, once: GPT-2's, by tiktoken on every core, into shards that are memory-mapped ever after.
+"""Text to tokens, once: GPT-2's, by tiktoken on every core, into one `.npy` that is memory-mapped ever after.
 
-The only place that imports tiktoken. A tokenised text is a folder of the cache, under the text's hash, so an edited
-text is a new folder and the same text is never tokenised twice. The folder is written beside its place and moved there:
-it is whole or absent.
+The only place that imports tiktoken. A tokenised text is a folder of the cache, under the text's key (`texts.Text`), so
+an edited text is a new folder. The folder is written beside its place and moved there: it is whole or absent.
 """
 
 from __future__ import annotations
@@ -12,13 +11,15 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,6 @@ from filelock import FileLock, Timeout
 from gpt2exp import machine
 from gpt2exp.config import BadRequest, DataConfig, TrainConfig
 from gpt2exp.data import assets, documents, progress, texts
-from gpt2exp.data import shards as shard_files
-from gpt2exp.data.shards import Tokens
 from gpt2exp.data.texts import Text
 from gpt2exp.files import beside, replacing, write_json
 
@@ -37,9 +36,12 @@ if TYPE_CHECKING:
 
 
 END_OF_TEXT = 50256
-"""`<|endoftext|>`: placed between documents."""
+"""`MARK`'s id: placed between documents."""
 
-FORMAT = "gpt2-v1"
+MARK = "<|endoftext|>"
+"""What it is called; in a text these are letters."""
+
+FORMAT = "gpt2-npy"
 """The tokenizer, and the version of what lies in a folder: another one, another folder."""
 
 BIGRAM_TOKENS = 10_000_000
@@ -47,7 +49,7 @@ BIGRAM_TOKENS = 10_000_000
 
 T = TypeVar("T")
 
-Ids: TypeAlias = npt.NDArray[np.uint16]
+Tokens: TypeAlias = npt.NDArray[np.uint16]
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +69,8 @@ class TokenFile:
     """Of the tokens, in nats: the loss of always guessing by frequency."""
     bigram_entropy: float | None
     """Of a token given the one before, in nats, both counted in this text; None if longer than `BIGRAM_TOKENS`."""
-    shards: list[dict[str, Any]]
-    """See `shards.Writer`."""
+    tokens_sha256: str
+    """Of the tokens as little-endian uint16."""
     revision: str | None = None
     """The commit, of a dataset on the Hub."""
 
@@ -81,15 +83,46 @@ class TokenFile:
         return known | {"unigram_entropy": self.unigram_entropy, "bigram_entropy": self.bigram_entropy}
 
     def map(self) -> Tokens:
-        """The tokens, (tokens,), memory-mapped read-only."""
-        return shard_files.mapped(self.folder, self.shards)
+        """The tokens, (tokens,), memory-mapped read-only.
+
+        Raises:
+            OSError, ValueError: the file is gone, or not what was written.
+        """
+        found: Tokens = np.load(self.folder / TOKENS, mmap_mode="r", allow_pickle=False)
+        return found
+
+    @property
+    def whole(self) -> bool:
+        """Whether the files are as they were written.
+
+        The tokens are hashed, at a second or two a gigabyte, only if their file is dated after `facts.json`: it was
+        copied or touched, or something else wrote to it.
+        """
+        path = self.folder / TOKENS
+        try:
+            mapped, written, known = self.map(), path.stat().st_mtime_ns, (self.folder / FACTS).stat().st_mtime_ns
+            self.seen()
+        except (OSError, ValueError):
+            return False
+        if (mapped.dtype, mapped.shape) != (np.dtype("<u2"), (self.tokens,)):
+            return False
+        if written <= known:
+            return True
+        if hashlib.sha256(mapped.data).hexdigest() != self.tokens_sha256:
+            return False
+        with contextlib.suppress(OSError):  # of a cache that may only be read
+            os.utime(path, ns=(known, known))  # so that it is hashed once
+        return True
 
     def seen(self) -> npt.NDArray[np.int64]:
         """The ids that occur, sorted, (distinct_tokens,)."""
         return np.flatnonzero(np.load(self.folder / COUNTS, allow_pickle=False))
 
 
-COUNTS, FACTS = "counts.npy", "facts.json"
+TOKENS, COUNTS, FACTS = "tokens.npy", "counts.npy", "facts.json"
+
+IDS = 2**16
+"""Ids that a uint16 can name."""
 
 
 def prepare(config: DataConfig) -> TokenFile:
@@ -124,7 +157,7 @@ def check_fits(tokens: int, data: DataConfig, train: TrainConfig) -> None:
 
 
 def _folder(text: Text) -> Path:
-    return assets.cache_folder() / "tokens" / f"{text.sha256}.{FORMAT}"
+    return assets.cache_folder() / "tokens" / f"{text.key}.{FORMAT}"
 
 
 def _cached(text: Text) -> TokenFile | None:
@@ -132,11 +165,9 @@ def _cached(text: Text) -> TokenFile | None:
     try:
         known = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         found = TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
-        if (folder / COUNTS).is_file() and shard_files.whole(folder, found.shards):
-            return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent or damaged: made again
-    return None
+    except (OSError, ValueError, TypeError):
+        return None  # absent or damaged: made again
+    return found if found.whole else None
 
 
 def _made(text: Text, config: DataConfig) -> TokenFile:
@@ -176,41 +207,78 @@ def _clear_leftovers(place: Path) -> None:
 
 def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
     part = beside(folder)
-    writer = shard_files.Writer(part)
-    try:
+    counts, digest, most = np.zeros(IDS, np.int64), hashlib.sha256(), config.max_tokens
+    marks: Counter[str] = Counter()
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, part, ignore_errors=True)
+        with assets.writing(folder.parent):
+            part.mkdir()
+            file = cleanup.enter_context((part / TOKENS).open("wb"))
+            _write_header(file, 0)
         with progress.reading(f"tokenising {text.name}", text.size) as advance:
-            for tokens in encoded(text.read(advance)):
-                room = None if config.max_tokens is None else config.max_tokens - writer.tokens
+            for tokens in encoded(_counted(text.read(advance), marks)):
+                tokens = tokens[: None if most is None else most - counts.sum()]
+                counts += np.bincount(tokens, minlength=IDS)
+                digest.update(tokens.data)
                 with assets.writing(folder.parent):
-                    part.mkdir(exist_ok=True)
-                    writer.append(tokens[:room])
-                if writer.tokens == config.max_tokens:
+                    file.write(tokens.data)
+                if counts.sum() == most:
                     break
-        if writer.tokens < 2:
-            what = f"{writer.tokens} token{'s' if writer.tokens != 1 else ''}"
+        total = int(counts.sum())
+        if total < 2:
+            what = f"{total} token{'s' if total != 1 else ''}"
             raise BadRequest(
                 f"data.path={text.name}: the text has {what}; a target needs at least 2, give a longer text"
             )
+        sha256 = text.sha256()
         with assets.writing(folder.parent):
-            writer.close()
-            counts = writer.counts
-            short = writer.tokens <= BIGRAM_TOKENS
+            file.seek(0)
+            _write_header(file, total)
+            file.close()
             known: dict[str, Any] = {
-                "sha256": text.sha256,
-                "tokens": writer.tokens,
+                "sha256": sha256,
+                "tokens": total,
                 "distinct_tokens": int(np.count_nonzero(counts)),
                 "max_token": int(np.flatnonzero(counts)[-1]),
                 "unigram_entropy": _entropy(counts),
-                "bigram_entropy": _bigram_entropy(shard_files.mapped(part, writer.shards)) if short else None,
-                "shards": writer.shards,
+                "bigram_entropy": _bigram_entropy(part) if total <= BIGRAM_TOKENS else None,
+                "tokens_sha256": digest.hexdigest(),
             }
             np.save(part / COUNTS, counts)
-            write_json(part / FACTS, known)
+            write_json(part / FACTS, known)  # after the tokens: `TokenFile.whole` looks at the dates
             _put_in_place(part, folder)
-    finally:
-        writer.abandon()
-        shutil.rmtree(part, ignore_errors=True)
+    if marks[MARK]:
+        log.warning("%s: %s", text.name, _how_to_part(marks[MARK], config))
     return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
+
+
+def _counted(pieces: documents.Pieces, marks: Counter[str]) -> documents.Pieces:
+    """The same pieces; adds to `marks` how often `MARK` stands in them (no cut goes through it)."""
+    for piece in pieces:
+        marks[MARK] += piece.count(MARK) if piece else 0
+        yield piece
+
+
+def _how_to_part(count: int, config: DataConfig) -> str:
+    """A note on a text that writes `MARK` itself, with the command that makes JSON lines of a single plain file."""
+    note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it parts no documents"
+    path = Path(str(config.path)).expanduser()
+    if not path.is_file() or path.suffix not in ("", ".txt", ".md"):
+        return f"{note}; to part them, make each a row, or a file, of its own"
+    code = (
+        f"import json, sys; [print(json.dumps({{'text': part}})) for part in sys.stdin.read().split('{MARK}') if part]"
+    )
+    place = shlex.quote(f"{path.with_suffix('')}.jsonl")
+    return f'{note}; to part them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
+
+
+def _write_header(file: BinaryIO, tokens: int) -> None:
+    """Write the header of the `.npy`, for which numpy takes 128 bytes whatever the number.
+
+    How many tokens there will be is known only after the last, so it is written first with 0 and again with the
+    number; `open_memmap` would have to know it at once.
+    """
+    np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
 
 
 def _put_in_place(part: Path, folder: Path) -> None:
@@ -221,7 +289,7 @@ def _put_in_place(part: Path, folder: Path) -> None:
     part.rename(folder)
 
 
-def encoded(pieces: documents.Pieces) -> Iterator[Ids]:
+def encoded(pieces: documents.Pieces) -> Iterator[Tokens]:
     """The tokens of a stream of documents, `<|endoftext|>` between them, in order and in parts of about a piece.
 
     Threads are enough: tiktoken leaves the interpreter to the others while it works. No more than a few pieces for each
@@ -229,18 +297,8 @@ def encoded(pieces: documents.Pieces) -> Iterator[Ids]:
     """
     encoding = gpt2_encoding()
 
-    def encode(pieces: list[str | None]) -> Ids:
-        parts = []
-        for piece in pieces:
-            if piece is None:
-                parts.append(np.array([END_OF_TEXT], dtype="<u2"))
-                continue
-            try:  # no id of the text's own is a control token: "<|endoftext|>" in it is letters
-                ids = encoding.encode_to_numpy(piece, disallowed_special=())
-            except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold: tiktoken puts U+FFFD there
-                ids = np.array(encoding.encode_ordinary(piece))
-            parts.append(ids.astype("<u2"))
-        return np.concatenate(parts)
+    def encode(pieces: list[str | None]) -> Tokens:
+        return np.concatenate([END if piece is None else encode_piece(encoding, piece) for piece in pieces])
 
     next(pieces, None)  # the None before the first document: nothing to end there
     cores = machine.cores()
@@ -249,6 +307,34 @@ def encoded(pieces: documents.Pieces) -> Iterator[Ids]:
         yield from _in_order(pool, encode, _batched(pieces), ahead=2 * cores)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+END = np.array([END_OF_TEXT], dtype="<u2")
+
+WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+
+LONG = 100_000
+"""Characters of white space in a row that tiktoken's regular expression still takes: by a million its stack is full."""
+
+_LONG_RUN = re.compile(rf"{WHITE}{{{LONG},}}(?:\Z|(?={WHITE}))")
+
+
+def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
+    """The tokens of a text, (tokens,): no id of its own is a control token, "<|endoftext|>" in it is letters.
+
+    A long run of white space goes to the byte pairs past the regular expression, whose stack it would overflow: all of
+    it where the text ends there, else all but its last character, which that leaves to what follows.
+    """
+    parts, at = [], 0
+    if any(piece[start : start + LONG // 2].isspace() for start in range(0, len(piece), LONG // 2)):
+        for run in _LONG_RUN.finditer(piece):
+            parts += [encode_piece(encoding, piece[at : run.start()]), np.array(encoding._encode_single_piece(run[0]))]
+            at = run.end()
+    try:
+        parts.append(encoding.encode_to_numpy(piece[at:], disallowed_special=()))
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold: tiktoken puts U+FFFD there
+        parts.append(np.array(encoding.encode_ordinary(piece[at:])))
+    return np.concatenate(parts).astype("<u2")
 
 
 def _batched(pieces: documents.Pieces) -> Iterator[list[str | None]]:
@@ -265,9 +351,11 @@ def _batched(pieces: documents.Pieces) -> Iterator[list[str | None]]:
         yield batch
 
 
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], Ids], items: Iterator[T], ahead: int) -> Iterator[Ids]:
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[T], Tokens], items: Iterator[T], ahead: int
+) -> Iterator[Tokens]:
     """`map` of a pool that takes no more than `ahead` items before their results are asked for."""
-    waiting: deque[Future[Ids]] = deque()
+    waiting: deque[Future[Tokens]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
         if len(waiting) > ahead:
@@ -282,10 +370,10 @@ def _entropy(counts: npt.NDArray[np.int64]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _bigram_entropy(tokens: Tokens) -> float:
+def _bigram_entropy(folder: Path) -> float:
     """Of a token given the one before it, in nats: by the chain rule H(b | a) = H(a, b) - H(a)."""
-    wide = tokens[np.arange(len(tokens))].astype(np.int64)
-    pairs = np.unique(wide[:-1] * shard_files.IDS + wide[1:], return_counts=True)[1]
+    wide = np.load(folder / TOKENS, allow_pickle=False).astype(np.int64)
+    pairs = np.unique(wide[:-1] * IDS + wide[1:], return_counts=True)[1]
     return _entropy(pairs) - _entropy(np.bincount(wide[:-1]))
 
 

@@ -3,7 +3,8 @@
 A folder, or a hub id, holds `config.json` and the weights: `model.safetensors`, or `pytorch_model.bin` (read with
 `weights_only=True`: a pickle could otherwise run code), either one also in shards with an index. Hugging Face keeps
 four matrices of a block as Conv1D, (in, out), which is the transpose of ours; OpenAI's own upload lacks the
-`transformer.` prefix. Finding and checking need no torch: a wrong folder is answered before anything is written.
+`transformer.` prefix, and a model saved inside a wrapper has the wrapper's. Finding and checking need no torch: a wrong
+folder is answered before anything is written.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -37,6 +38,12 @@ WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Names, by their ends, of the matrices that Hugging Face keeps as (in, out)."""
+
+WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|model|gpt"
+    r"|base_model|state_dict)\."
+)
+"""What wrappers put into names: DDP, torch.compile, FSDP, activation checkpoints, Fabric, Lightning, PEFT."""
 
 MASKS = (".attn.bias", ".attn.masked_bias")
 """Constants that older files hold beside the weights."""
@@ -206,8 +213,8 @@ def check(found: Weights, model: ModelConfig) -> None:
     for file in found.files:
         try:
             with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 - no dict
-                    shapes[_ours(name)] = tuple(opened.get_slice(name).get_shape())
+                for ours, name in _renamed(found, opened.keys()).items():
+                    shapes[ours] = tuple(opened.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise _damaged(found, file, error) from error
     _check_shapes(found, shapes, model)
@@ -263,8 +270,13 @@ def _check_shapes(found: Weights, shapes: Mapping[str, Sequence[int]], model: Mo
     if HEAD in shapes or found.config.get("tie_word_embeddings", True) is False:
         expected[HEAD] = (v, c)
     named = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(MASKS)}
-    for name in sorted(expected.keys() | named.keys()):
+    for name in (*sorted(expected.keys() - named.keys()), *sorted(named)):
         if name not in named:
+            short = name.removeprefix("transformer.")
+            if wrapped := next((other for other in sorted(named) if other.endswith(f".{short}")), None):
+                prefix = wrapped.removeprefix("transformer.").removesuffix(short)
+                why = f"its names begin with {prefix}, which no known wrapper puts there"
+                raise BadRequest(f"{found.said}: {why}; take it off and save the weights again")
             raise BadRequest(f"{found.said}: {name} is missing from its weights; copy or download them again")
         if name not in expected:
             raise BadRequest(
@@ -276,8 +288,22 @@ def _check_shapes(found: Weights, shapes: Mapping[str, Sequence[int]], model: Mo
 
 
 def _ours(name: str) -> str:
-    """A name in a file as this package has it."""
+    """A name in a file as this package has it, the parts that wrappers put into it taken out."""
+    name = WRAPPERS.sub("", name)
     return name if name.startswith("transformer.") or name == HEAD else f"transformer.{name}"
+
+
+def _renamed(found: Weights, names: Iterable[str]) -> dict[str, str]:
+    """Names in a file by ours.
+
+    Raises:
+        BadRequest: two of them are the same tensor's, one of them wrapped.
+    """
+    renamed: dict[str, str] = {}
+    for name in names:
+        if (other := renamed.setdefault(_ours(name), name)) != name:
+            raise BadRequest(f"{found.said}: holds both {other} and {name}; save the weights of one model")
+    return renamed
 
 
 def _damaged(found: Weights, file: Path, error: Exception) -> BadRequest:
@@ -299,7 +325,8 @@ def read(found: Weights, model: ModelConfig) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in found.files:
-        tensors |= {_ours(name): tensor for name, tensor in _load(found, file).items()}
+        held = _load(found, file)
+        tensors |= {ours: held[name] for ours, name in _renamed(found, held).items()}
     _check_shapes(found, {name: tensor.shape for name, tensor in tensors.items()}, model)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASKS)}
     head = tensors.pop(HEAD, tensors[WTE])

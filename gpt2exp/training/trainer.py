@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gpt2exp.config import Distributed, OptimizerConfig, TrainConfig
 from gpt2exp.data.batches import Batches, validation_windows
-from gpt2exp.data.shards import Tokens
+from gpt2exp.data.tokens import Tokens
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import norm
 from gpt2exp.training import distributed, hardware, optimizers, precision
