@@ -28,7 +28,15 @@ CHECKPOINTS = "checkpoints"
 """In a run's folder: its checkpoints (`gpt2exp.checkpoint`)."""
 LAST = 10
 """Steps behind `loss_mean_last10`."""
-MEASURED = ("step_ms", "first_step_ms", "tokens_per_second", "timed_steps", "mfu", "peak_memory_bytes")
+MEASURED = (
+    "step_ms",
+    "first_step_ms",
+    "tokens_per_second",
+    "timed_steps",
+    "speed_disturbed",
+    "mfu",
+    "peak_memory_bytes",
+)
 """The summary's fields about speed and memory, null until measured."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gpt2exp import heap, owner, parallel
+from gpt2exp import heap, load, owner, parallel
 from gpt2exp.config import AUTO, BadRequest, DeviceName, TrainConfig, require
 
 PEAK_TFLOPS = {
@@ -190,6 +190,7 @@ def _git() -> dict[str, Any] | None:
 
 
 def environment_overrides() -> dict[str, str]:
-    """Environment variables that change the arithmetic behind the configuration's back, where set."""
+    """Environment variables that change the arithmetic or the speed behind the configuration's back, where set."""
     names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    names += load.SPINNING
     return {name: os.environ[name] for name in names if name in os.environ}
