@@ -191,6 +191,5 @@ def _git() -> dict[str, Any] | None:
 
 def environment_overrides() -> dict[str, str]:
     """Environment variables that change the arithmetic or the speed behind the configuration's back, where set."""
-    names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    names += load.SPINNING
-    return {name: os.environ[name] for name in names if name in os.environ}
+    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ}

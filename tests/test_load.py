@@ -5,6 +5,7 @@ all beside another program, long alone, and as a user wants who said so. No dura
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -60,19 +61,20 @@ def test_a_comparison_beside_other_programs(shared_core: int, tmp_path: Path) ->
 def test_only_threads_that_compute_count(shared_core: int) -> None:
     """What waits beside busy processes: this thread, not one of Python's that works for wandb or a progress bar."""
     code = """
-import hashlib, threading, time
+import hashlib, threading
 from gpt2exp import load
 def work(turns):
     for _ in range(turns):
         hashlib.sha256(bytes(20_000_000)).digest()  # lets others run meanwhile
+done, end = threading.Event(), threading.Event()
+other = threading.Thread(target=lambda: (work(30), done.set(), end.wait()))
 before = load.waited()
-other = threading.Thread(target=work, args=(30,))
 other.start()
-while other.is_alive():
-    during = load.waited()
-    time.sleep(0.05)
+done.wait()
+during = load.waited()
 work(30)
 print(during - before, load.waited() - during)
+end.set()
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     others, own = map(float, out.split())
@@ -105,7 +107,7 @@ def test_what_the_terminal_says() -> None:
 
 
 WORK = """
-import os, sys, time, torch
+import json, os, time, torch
 from gpt2exp import load
 def spent():  # by all other threads, in seconds of CPU time
     times = [open(f"/proc/self/task/{t}/schedstat").read().split()[0] for t in os.listdir("/proc/self/task")]
@@ -123,7 +125,7 @@ spinning = load.spinning(torch.get_num_threads())
 for share in (None, 0.0, 0.1, 0.9, 0.1, 0.01):
     spinning.after_step(share)
     found.append((idle(), len(os.listdir("/proc/self/task"))))
-print(found)
+print(json.dumps(found))
 """
 
 
@@ -133,8 +135,7 @@ def spun(**env: str) -> list[tuple[float, int]]:
     command = [sys.executable, "-c", WORK]
     done = subprocess.run(command, env={**plain, "OMP_NUM_THREADS": "2", **env}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found: list[tuple[float, int]] = eval(done.stdout, {"__builtins__": {}})
-    return found
+    return [(spent, threads) for spent, threads in json.loads(done.stdout)]
 
 
 def test_threads_spin_only_where_nobody_else_wants_the_core() -> None:
