@@ -72,9 +72,12 @@ class Spinning:
         self.brief(self._openmp is not None)
 
     def after_step(self, share: float | None) -> None:
-        """Decide for the next step; `share`: seconds that threads waited for a core in the last, over its duration."""
-        if self._openmp is not None and share is not None:
-            self.brief(share > (DISTURBED if self._end else HELD))
+        """Decide for the next step; `share`: seconds that threads waited for a core in the last, over its duration.
+
+        None: not known, and so as OpenMP has it.
+        """
+        if self._openmp is not None:
+            self.brief(share is not None and share > (DISTURBED if self._end else HELD))
 
     def brief(self, wanted: bool) -> None:
         """Set it."""

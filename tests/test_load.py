@@ -1,4 +1,4 @@
-"""That a speed measured under another program's load is known to be: beside real busy processes on its core a run says
+"""That a speed measured under another program's load is known to be: beside a real busy process on its core a run says
 that its steps waited, and a comparison does not take its speed for the arm's. And that OpenMP's threads spin hardly at
 all beside another program, long alone, and as a user wants who said so. No duration is asserted.
 """
@@ -25,20 +25,19 @@ pytestmark = pytest.mark.skipif(load.waited() is None, reason="this system does 
 
 
 @pytest.fixture
-def shared_core() -> Iterator[int]:
-    """A core with two busy processes on it, to which what this test starts is bound too."""
+def shared_core() -> Iterator[None]:
+    """A busy process on a core to which what this test starts is bound too."""
     before = os.sched_getaffinity(0)
-    core = min(before)
-    os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    yield core
-    for process in busy:
-        process.kill()
-        process.wait()
+    os.sched_setaffinity(0, {min(before)})  # of this thread, and of what it starts
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    yield
+    busy.kill()
+    busy.wait()
     os.sched_setaffinity(0, before)
 
 
-def test_a_comparison_beside_other_programs(shared_core: int, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("shared_core")
+def test_a_comparison_beside_other_programs(tmp_path: Path) -> None:
     """Steps of tens of milliseconds, so that each outlasts a turn on the core."""
     args = ["-m", *SMALL, "train.batch_size=16", "train.steps=6", "train.warmup_steps=1"]
     done = run(tmp_path / "here", *args, "model.tie_weights=true,false", "wandb.mode=disabled")
@@ -58,8 +57,9 @@ def test_a_comparison_beside_other_programs(shared_core: int, tmp_path: Path) ->
     assert speed["reason"] == "in 2 of 2 runs most steps waited for a core that another program used"
 
 
-def test_only_threads_that_compute_count(shared_core: int) -> None:
-    """What waits beside busy processes: this thread, not one of Python's that works for wandb or a progress bar."""
+@pytest.mark.usefixtures("shared_core")
+def test_only_threads_that_compute_count() -> None:
+    """What waits beside a busy process: this thread, not one of Python's that works for wandb or a progress bar."""
     code = """
 import hashlib, threading
 from gpt2exp import load
@@ -120,9 +120,9 @@ def idle():  # what the other threads spend after a share of work, while this on
         x.add_(1)
         time.sleep(0.05)
     return spent() - before
-found = []
 spinning = load.spinning(torch.get_num_threads())
-for share in (None, 0.0, 0.1, 0.9, 0.1, 0.01):
+found = [(idle(), len(os.listdir("/proc/self/task")))]
+for share in (0.0, 0.1, 0.9, 0.1, None):
     spinning.after_step(share)
     found.append((idle(), len(os.listdir("/proc/self/task"))))
 print(json.dumps(found))
@@ -130,7 +130,7 @@ print(json.dumps(found))
 
 
 def spun(**env: str) -> list[tuple[float, int]]:
-    """What OpenMP's second thread spends on waiting, and the number of threads, after each of six steps."""
+    """What OpenMP's second thread spends on waiting, and the number of threads: at first and after each of five steps."""
     plain = {key: value for key, value in os.environ.items() if key not in load.SPINNING}
     command = [sys.executable, "-c", WORK]
     done = subprocess.run(command, env={**plain, "OMP_NUM_THREADS": "2", **env}, capture_output=True, text=True)
@@ -139,11 +139,13 @@ def spun(**env: str) -> list[tuple[float, int]]:
 
 
 def test_threads_spin_only_where_nobody_else_wants_the_core() -> None:
-    """Brief at first, long after a calm step, brief beside a program that holds a core, until the next calm step."""
+    """Brief at first, long after a calm step, brief beside a program that holds a core, until a step that is not known
+    to have waited.
+    """
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("OpenMP spins briefly anyway with more threads than cores")
-    unknown, calm, bit, held, still, again = spun()
-    for brief in (unknown, held, still):
+    first, calm, bit, held, still, again = spun()
+    for brief in (first, held, still):
         assert 5 * brief[0] < min(calm[0], bit[0], again[0])
         assert brief[1] > calm[1]
     assert calm[1] == bit[1] == again[1], "the team has gone"
