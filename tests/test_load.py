@@ -130,7 +130,7 @@ print(json.dumps(found))
 
 
 def spun(**env: str) -> list[tuple[float, int]]:
-    """What OpenMP's second thread spends on waiting, and the number of threads: at first and after each of five steps."""
+    """What OpenMP's second thread spends on waiting, and how many threads there are: at first and after five steps."""
     plain = {key: value for key, value in os.environ.items() if key not in load.SPINNING}
     command = [sys.executable, "-c", WORK]
     done = subprocess.run(command, env={**plain, "OMP_NUM_THREADS": "2", **env}, capture_output=True, text=True)
