@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from support import SMALL, read, run, run_folders
 
-from gpt2exp import load, view
 from gpt2exp.config import RunConfig
+from gpt2exp.run import terminal
+from gpt2exp.training import load
 
 pytestmark = pytest.mark.skipif(load.waited() is None, reason="this system does not count waits for a core")
 
@@ -96,7 +97,7 @@ def test_what_the_terminal_says() -> None:
 
     def said(share: float | None) -> tuple[str, str]:
         row = {**summary, "speed_disturbed": share}
-        return view.closing_rows(row, RunConfig(), Path("run"))["speed"], view.closing_line(row)
+        return terminal.closing_rows(row, RunConfig(), Path("run"))["speed"], terminal.closing_line(row)
 
     assert said(0.25)[0].endswith("; 25% of the steps waited for a core in use by others: left out")
     assert said(0.75)[0].endswith("; 75% of the steps waited for a core in use by others: not this run's own speed")
