@@ -8,6 +8,7 @@ run builds (`gpt2exp.training.setup`), never a copy.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import shlex
@@ -91,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer-name", metavar="TEXT", default="peer", help="what the tables call that command")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="rounds, ours and the peer in turn (3)")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="steps in each process (12)")
+    parser.add_argument(
+        "--beside", type=int, metavar="N", help="N of ours at once as well: how much longer a step takes"
+    )
     parser.add_argument("--verify", action="store_true", help="hold our losses against the plain path's, step by step")
     parser.add_argument("--roofline", action="store_true", help="this machine's own limits, and where the time goes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to a file as well")
@@ -108,13 +112,19 @@ def _compose(overrides: Sequence[str]) -> RunConfig:
 def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.steps <= UNTIMED or args.pairs < 1:
         raise BadRequest(f"--steps {args.steps} --pairs {args.pairs}: at least {UNTIMED + 1} steps and one pair")
+    if args.beside is not None and args.beside < 2:
+        raise BadRequest(f"--beside {args.beside}: at least two at once; one is timed anyway")
     child = [sys.executable, "-m", "gpt2exp.bench", *args.overrides, "--steps", str(args.steps), "--child"]
     contestants = {"gpt2exp": [*child, "ours"]}
     if args.peer:
         contestants["hf, compiled" if args.compile else "hf"] = [*child, "hf", *(["--compile"] if args.compile else [])]
     if args.peer_command:
         contestants[args.peer_name] = shlex.split(args.peer_command)
-    rounds = [{name: _timed(line) for name, line in contestants.items()} for _ in range(args.pairs)]
+    rounds, together = [], []
+    for _ in range(args.pairs):
+        rounds.append({name: _timed(line) for name, line in contestants.items()})
+        if args.beside:
+            together.append([found["ms_median"] for found in _at_once([*child, "beside"], args.beside)])
     asked = plain(config)
     result: Result = {"command": shlex.join(["gpt2exp-bench", *argv])}
     result |= {"model": asked["model"], "train": asked["train"], "processor": _processor(), "rounds": rounds}
@@ -123,6 +133,13 @@ def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> 
     if len(contestants) > 1:
         result["ratios"] = {name: _ratios(rounds, name) for name in contestants if name != "gpt2exp"}
         console.print(_ratio_table(result["ratios"]))
+    if args.beside:
+        longer = _spread(
+            [max(found) / row["gpt2exp"]["ms_median"] for found, row in zip(together, rounds, strict=True)]
+        )
+        result["beside"] = {"processes": args.beside, "ms_medians": together, "ratio": longer}
+        spread = f"{longer['min']:.2f} to {longer['max']:.2f}, {args.pairs} pairs"
+        console.print(f"{args.beside} at once: a step takes {longer['median']:.2f} times as long as alone ({spread})")
     if args.verify:
         found, plain_losses = (_timed([*child, name])["losses"] for name in ("ours", "plain"))
         worst = max(abs(one / other - 1) for one, other in zip(found, plain_losses, strict=True))
@@ -146,20 +163,39 @@ def _timed(line: Sequence[str]) -> Result:
     start = time.perf_counter()
     try:
         done = subprocess.run(line, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - start
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ContestantError(f"{shlex.join(line)}: {last[-1]}")
-        result: Result = json.loads(done.stdout.strip().splitlines()[-1])
-        return {
-            "first_ms": 0.0,
-            "peak_rss_mib": None,
-            **result,
-            "ms_median": result["ms_median"],
-            "process_seconds": seconds,
-        }
     except OSError as error:
         raise ContestantError(f"{shlex.join(line)}: {error.strerror}") from error
+    return _said(line, done.returncode, done.stdout, done.stderr) | {"process_seconds": time.perf_counter() - start}
+
+
+def _at_once(line: Sequence[str], copies: int) -> list[Result]:
+    """What as many processes of one command say that begin their steps together, each when it reads a line."""
+    pipe = subprocess.PIPE
+    with contextlib.ExitStack() as ended:
+        processes = []
+        for _ in range(copies):
+            processes.append(subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+            ended.callback(processes[-1].kill)
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is built
+        for process in processes:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it failed, which its exit code will say
+                process.stdin.write("begin\n")
+                process.stdin.flush()
+        spoken = [process.communicate() for process in processes]
+        return [_said(line, process.returncode, *texts) for process, texts in zip(processes, spoken, strict=True)]
+
+
+def _said(line: Sequence[str], code: int, out: str, err: str) -> Result:
+    """The JSON on the last line of a command's output."""
+    if code != 0:
+        last = err.strip().splitlines() or [f"exit code {code}"]
+        raise ContestantError(f"{shlex.join(line)}: {last[-1]}")
+    try:
+        result: Result = json.loads(out.strip().splitlines()[-1])
+        return {"first_ms": 0.0, "peak_rss_mib": None, **result, "ms_median": result["ms_median"]}
     except (ValueError, IndexError, KeyError, TypeError) as error:
         why = "its last line of output is no JSON object with `ms_median`"
         raise ContestantError(f"{shlex.join(line)}: {why}") from error
@@ -179,8 +215,8 @@ def _ratios(rounds: Sequence[dict[str, Result]], peer: str) -> dict[str, dict[st
     return ratios
 
 
-def ours(config: RunConfig, steps: int, _: bool) -> Result:
-    """Step times of the trainer that a run of `config` builds."""
+def ours(config: RunConfig, steps: int, _: bool, *, begin: Callable[[], Any] = lambda: None) -> Result:
+    """Step times of the trainer that a run of `config` builds; `begin` is called before the first."""
     free = setup.prepare_heap(config)
     from gpt2exp.training import hardware, precision
 
@@ -188,8 +224,15 @@ def ours(config: RunConfig, steps: int, _: bool) -> Result:
     with precision.applied(config.precision, device) as got:
         config, need = setup.settled(config, device, got, source, free)
         job = setup.trainer(config, device, got, source)
-        losses, times = _step(job.step, steps, lambda: hardware.synchronize(device))
+        begin()
+        done = [job.timed_step() for _ in range(steps)]
+    losses, times = [float(loss) for loss, _, _ in done], [seconds * 1e3 for _, seconds, _ in done]
     return _result(losses, times, hardware.peak_memory(device) / 2**20, config) | {"estimated_mib": need / 2**20}
+
+
+def beside(config: RunConfig, steps: int, _: bool) -> Result:
+    """`ours`, which says that it is built and begins when it is told to: see `_at_once`."""
+    return ours(config, steps, False, begin=lambda: (print("built", flush=True), sys.stdin.readline()))
 
 
 def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
@@ -401,6 +444,7 @@ def _best(call: Callable[[], Any], device: Any, repeats: int = 7) -> float:
 
 CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {
     "ours": ours,
+    "beside": beside,
     "plain": unoptimised,
     "hf": hf,
     "roofline": roofline,

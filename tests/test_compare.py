@@ -555,6 +555,25 @@ def test_seeds_from_several_machines_are_joined() -> None:
     assert (found.n_seeds, found.verdict) == (4, "indistinguishable")
 
 
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"speed_disturbed": 0.51}, "in 2 of 4 runs most steps waited for a core that another program used"),
+        ({"speed_disturbed": 0.5}, None),  # left out of the speed, and enough was left
+        ({"speed_disturbed": None}, None),
+        ({}, None),  # a run from before it was measured
+        ({"speed_disturbed": "?"}, None),
+    ],
+)
+def test_a_speed_under_anothers_load_is_no_arms(facts: dict[str, Any], reason: str | None) -> None:
+    rows = two_by_two(TIE, "true", "false", facts)
+    found = verdicts(rows, TIE)
+    assert found["tokens_per_second"] == (("not_comparable", reason) if reason else found["tokens_per_second"])
+    assert (found["tokens_per_second"][0] == "not_comparable") == (reason is not None)
+    assert found["loss_mean_last10"][0] == "better"
+    assert found["peak_memory_bytes"][0] == "indistinguishable"
+
+
 def at(minute: float) -> str:
     """A start, minutes into a day."""
     return (datetime(2026, 1, 2, tzinfo=UTC) + timedelta(minutes=minute)).isoformat(timespec="seconds")

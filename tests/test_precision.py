@@ -363,6 +363,7 @@ class TestRuntime:
         monkeypatch.setenv("WANDB_API_KEY", "secret" * 6)
         monkeypatch.setenv("HOME", "/home/somebody")
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
         monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
         facts = record.facts()
         assert facts.keys() == {"versions", "git", "platform", "machine"}
@@ -371,7 +372,7 @@ class TestRuntime:
         assert facts["versions"]["torch"] == torch.__version__
         assert facts["git"] is None or facts["git"].keys() == {"commit", "dirty"}
         overrides = record.environment_overrides()
-        assert overrides["OMP_NUM_THREADS"] == "3"
+        assert (overrides["OMP_NUM_THREADS"], overrides["GOMP_SPINCOUNT"]) == ("3", "1000")
         assert "NVIDIA_TF32_OVERRIDE" not in overrides
         recorded = json.dumps([facts, overrides])
         for private in ("secret", "somebody", os.environ["PATH"], str(Path.cwd()), platform.node()):

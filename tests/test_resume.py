@@ -36,6 +36,7 @@ from gpt2exp.run import process as processes
 from gpt2exp.run import record
 from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
+from gpt2exp.training import load
 
 QUIET = "wandb.mode=disabled"
 STEPS = "train.steps=70"
@@ -124,7 +125,10 @@ def test_bit_for_bit(mode: str, tmp_path: Path) -> None:
             assert summary[key] == expected[key], key
     assert [entry["from_step"] for entry in summary["parts"]] == [0, steps]
     assert [entry["from_step"] for entry in expected["parts"]] == [0]
-    assert summary["timed_steps"] == 70 - 3 - 3, "each part warms up"
+    rows = read(part / "metrics.jsonl")
+    timed = [row for row in rows if row["step"] not in (0, 1, 2, steps, steps + 1, steps + 2)]  # each part warms up
+    calm = [row for row in timed if row.get("waited_ms", 0) <= load.DISTURBED * row["step_ms"]]
+    assert summary["timed_steps"] == (len(calm) if 2 * len(calm) >= len(timed) else len(timed))
     assert summary["wall_seconds"]["train"] == pytest.approx(sum(entry["train"] for entry in summary["parts"]))
 
 

@@ -140,7 +140,8 @@ def test_no_record_holds_a_credential(tmp_path: Path) -> None:
     for folder in run_folders(here):
         summary = read(folder / "summary.json")
         assert set(summary["environment"]) <= {
-            "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
+            "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+            "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
         }  # fmt: skip
         assert summary["git"] is None or set(summary["git"]) == {"commit", "dirty"}
         assert set(summary["versions"]) == {"python", "gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb"}

@@ -37,13 +37,15 @@ from gpt2exp.data import tokens
 from gpt2exp.data.batches import Batches, split
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
-from gpt2exp.training import hardware, optimizers, setup
+from gpt2exp.training import distributed, hardware, load, optimizers, setup
 from gpt2exp.training import trainer as trainers
 from gpt2exp.training.trainer import Diverged, Trainer
 
 CPU = torch.device("cpu")
 WORDS = 211
 ALWAYS = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second"}
+if load.waited() is not None:
+    ALWAYS.add("waited_ms")
 COSINE = {"schedule": Schedule.cosine}
 
 
@@ -458,8 +460,43 @@ class TestTiming:
         assert timing["tokens_per_second"] == pytest.approx(64 / median)
 
     def test_before_the_first_step_there_is_none(self) -> None:
-        empty = {"step_ms": None, "first_step_ms": None, "tokens_per_second": None, "timed_steps": 0}
-        assert trainer().timing() == empty
+        empty = dict.fromkeys(("step_ms", "first_step_ms", "tokens_per_second", "speed_disturbed"))
+        assert trainer().timing() == {**empty, "timed_steps": 0}
+
+    @pytest.mark.parametrize(
+        ("waits", "kept", "share"),
+        [
+            ([0.0, 0.05, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0], 0.0),  # a twentieth of the step is none
+            ([0.0, 0.0, 0.4, 0.4], [1.0, 2.0], 0.5),
+            ([0.0, 0.3, 0.4, 0.5], [1.0, 2.0, 3.0, 4.0], 0.75),  # most: what is left would be no measurement
+            ([None, None, None, None], [1.0, 2.0, 3.0, 4.0], None),
+            ([None, None, 0.4, 0.0], [4.0], 0.5),  # known since the run went on, with this version
+            ([], [1.0, 2.0, 3.0, 4.0], None),
+        ],
+    )
+    def test_steps_that_waited_for_a_core_are_left_out(
+        self, waits: list[float | None], kept: list[float], share: float | None
+    ) -> None:
+        job = trainer(warmup_steps=1)
+        job.step_seconds = [9.0, 1.0, 2.0, 3.0, 4.0]
+        job.step_waits = [100.0, *waits] if waits else []  # the warm-up's does not count
+        timing = job.timing()
+        assert (timing["speed_disturbed"], timing["timed_steps"]) == (share, len(kept))
+        assert timing["tokens_per_second"] == pytest.approx(64 / statistics.median(kept))
+
+    def test_the_longest_wait_of_the_processes_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = itertools.count()
+        monkeypatch.setattr(load, "waited", lambda: 0.5 * next(clock))
+        monkeypatch.setattr(distributed, "largest", lambda number: [2 * number])
+        job = trainer(steps=2)
+        assert [row["waited_ms"] for row in job.fit()] == [1000, 1000]
+        assert job.step_waits == [1, 1]
+
+    def test_where_the_system_does_not_say_nothing_is_recorded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(load, "waited", lambda: None)
+        job = trainer(steps=2)
+        assert not any("waited_ms" in row for row in job.fit())
+        assert job.timing()["speed_disturbed"] is None
 
     def test_the_tutorials_throughput(self) -> None:
         job = trainer(batch_size=16, seq_len=32)

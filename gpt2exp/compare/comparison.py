@@ -21,6 +21,7 @@ from typing import Any
 
 from gpt2exp.config import HOUSEKEEPING, BadRequest, RunConfig, flatten, parse, plain, show
 from gpt2exp.run import record, secret
+from gpt2exp.training import load
 
 ALPHA = 0.05
 """Level of every test; intervals are 1 - ALPHA."""
@@ -610,6 +611,9 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Pair], contended: set[st
         return "the arms ran on different machines"
     if metric is SPEED and any(row["folder"] in contended for row in runs):
         return "runs shared the machine while they were timed"
+    if metric is SPEED and (disturbed := {row["folder"] for row in runs if load.too_many(row)}):
+        several = len({row["folder"] for row in runs})
+        return f"in {len(disturbed)} of {several} runs most steps waited for a core that another program used"
     return ""
 
 

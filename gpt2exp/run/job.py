@@ -163,6 +163,8 @@ def _train(
             shown.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {config.train.steps} steps done"})
             if all(part.get(key, 1) == here[key] for part in saved.state["parts"] for key in here):
                 job.step_seconds = [row["step_ms"] / 1e3 for row in files.metrics]
+                waits = (row.get("waited_ms") for row in files.metrics)
+                job.step_waits = [None if wait is None else wait / 1e3 for wait in waits]
                 job.began_at = [part["from_step"] for part in files.parts]
             else:
                 log.warning("other hardware or threads than before: the speed is that of the steps from here on")

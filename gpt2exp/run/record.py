@@ -25,6 +25,7 @@ from typing import Any
 from gpt2exp.config import BadRequest
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
+from gpt2exp.training import load
 
 
 def facts() -> dict[str, Any]:
@@ -62,9 +63,9 @@ def _git() -> dict[str, Any] | None:
 
 
 def environment_overrides() -> dict[str, str]:
-    """Environment variables that change the arithmetic behind the configuration's back, where set."""
-    names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    return {name: os.environ[name] for name in names if name in os.environ}
+    """Environment variables that change the arithmetic or the speed behind the configuration's back, where set."""
+    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ}
 
 
 SWEEP = "sweep.json"
@@ -76,7 +77,15 @@ CHECKPOINTS = "checkpoints"
 LAST = 10
 """Steps behind `loss_mean_last10`."""
 
-MEASURED = ("step_ms", "first_step_ms", "tokens_per_second", "timed_steps", "mfu", "peak_memory_bytes")
+MEASURED = (
+    "step_ms",
+    "first_step_ms",
+    "tokens_per_second",
+    "timed_steps",
+    "speed_disturbed",
+    "mfu",
+    "peak_memory_bytes",
+)
 """The summary's fields about speed and memory, null until measured."""
 
 

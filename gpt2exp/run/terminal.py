@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2exp.config import InitConfig, InitScheme, RunConfig, TrainConfig, typed
-from gpt2exp.training import distributed
+from gpt2exp.training import distributed, load
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -299,6 +299,9 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
         speed += f" first step {summary['first_step_ms']:.0f} ms"
         if summary["precision"]["emulated"]:
             speed += "; emulated, not a hardware speed"
+        if summary.get("speed_disturbed"):
+            what = "not this run's own speed" if load.too_many(summary) else "left out"
+            speed += f"; {summary['speed_disturbed']:.0%} of the steps waited for a core in use by others: {what}"
         rows["speed"] = speed
     if summary["mfu"] is not None:
         rows["MFU"] = f"{summary['mfu']:.1%} of the device's {summary['precision']['effective']} peak"
@@ -315,8 +318,9 @@ def closing_line(summary: dict[str, Any]) -> str:
     if summary["state"] != "done":
         return f"{summary['state']}: {summary['error']}"
     loss = "val_loss" if summary["val_loss"] is not None else "loss_mean_last10"
+    waited = " while most steps waited for a core" if load.too_many(summary) else ""
     return (
-        f"done: {loss} {summary[loss]:.4f}, {summary['tokens_per_second']:,.1f} tokens/s, "
+        f"done: {loss} {summary[loss]:.4f}, {summary['tokens_per_second']:,.1f} tokens/s{waited}, "
         f"{summary['wall_seconds']['total']:.1f} s"
     )
 

@@ -5,6 +5,7 @@ Knows neither Hydra nor wandb: it takes a model, an optimizer and batches, and y
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -20,7 +21,7 @@ from gpt2exp.data.batches import Batches, validation_windows
 from gpt2exp.data.tokens import Tokens
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import norm
-from gpt2exp.training import distributed, hardware, optimizers, precision
+from gpt2exp.training import distributed, hardware, load, optimizers, precision
 from gpt2exp.training import distributed as dist
 
 
@@ -115,6 +116,9 @@ class Trainer:
         self._unclipped: Tensor | None = None
         self.step_seconds: list[float] = []
         """Duration of every step done, the first ones included."""
+        self.step_waits: list[float | None] = []
+        """Seconds that the threads waited for a core in each (`load.waited`); None where that is not known."""
+        self._spinning = load.spinning(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.began_at = [0]
         """Which of them were the first of a part: a run that was stopped and goes on warms up again."""
 
@@ -152,6 +156,24 @@ class Trainer:
         if self.device.type == "cuda":  # its kernels are queued, not done: the next batch can travel meanwhile
             self.batches.prefetch(self.steps_done * config.grad_accum_steps)
         return torch.stack(losses).sum()
+
+    def timed_step(self) -> tuple[Tensor, float, float | None]:
+        """`step`, its duration in seconds, the device synchronised at both ends, and the seconds waited for a core.
+
+        Those are the longest of the run's processes, and None on an accelerator: there the processor's threads may wait
+        and no step take longer.
+        """
+        hardware.synchronize(self.device)
+        before = load.waited() if self.device.type == "cpu" else None
+        start = time.perf_counter()
+        loss = self.step()
+        hardware.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        after = None if before is None else load.waited()
+        waits = None if after is None or before is None else max(0.0, after - before)  # a thread may have ended
+        self._spinning.after_step(None if waits is None else waits / seconds)
+        (most,) = dist.largest(-1 if waits is None else round(waits * 1e9))
+        return loss, seconds, None if most < 0 else most / 1e9
 
     @property
     def learning_rate(self) -> float:
@@ -217,17 +239,15 @@ class Trainer:
             metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
             if measure and self.seen is not None:
                 metrics |= self._before(thorough=number == 0 or last or due)
-            hardware.synchronize(self.device)
-            start = time.perf_counter()
-            loss = self.step()
-            hardware.synchronize(self.device)
-            seconds = time.perf_counter() - start
+            loss, seconds, waits = self.timed_step()
             metrics |= {
                 "loss": float(dist.mean(loss)),
                 "tokens": self.steps_done * config.step_tokens,
                 "step_ms": seconds * 1e3,
                 "tokens_per_second": config.step_tokens / seconds,
             }
+            if waits is not None:
+                metrics["waited_ms"] = waits * 1e3
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(number, "loss", metrics["loss"])
             if measure:
@@ -241,6 +261,7 @@ class Trainer:
                 if not math.isfinite(metrics["val_loss"]):  # the update just made broke the model
                     raise Diverged(number, "val_loss", metrics["val_loss"])
             self.step_seconds.append(seconds)
+            self.step_waits.append(waits)
             yield metrics
 
     def _before(self, *, thorough: bool) -> dict[str, Any]:
@@ -258,12 +279,19 @@ class Trainer:
         """Step times of the run so far, the first `warmup_steps` of each part left out but never the last step.
 
         `tokens_per_second` is that of the median step, so that one slow step does not colour the figure.
+        `speed_disturbed` is the share of these steps whose threads waited for a core (`load.DISTURBED`), None where
+        that is not known; such steps are left out too, unless they are most (`load.TOO_MANY`).
         """
         if not self.step_seconds:
-            return {"step_ms": None, "first_step_ms": None, "tokens_per_second": None, "timed_steps": 0}
+            empty = dict.fromkeys(("step_ms", "first_step_ms", "tokens_per_second", "speed_disturbed"))
+            return {**empty, "timed_steps": 0}
         cold = {start + number for start in self.began_at for number in range(self.config.warmup_steps)}
-        kept = [seconds for number, seconds in enumerate(self.step_seconds) if number not in cold]
-        kept = kept or self.step_seconds[-1:]
+        steps = list(itertools.zip_longest(self.step_seconds, self.step_waits))
+        timed = [step for number, step in enumerate(steps) if number not in cold] or steps[-1:]
+        known = [(seconds, waits) for seconds, waits in timed if waits is not None]
+        calm = [seconds for seconds, waits in known if waits <= load.DISTURBED * seconds]
+        disturbed = 1 - len(calm) / len(known) if known else None
+        kept = calm if disturbed is not None and disturbed <= load.TOO_MANY else [seconds for seconds, _ in timed]
         median = statistics.median(kept)
         deciles = statistics.quantiles(kept, n=10, method="inclusive") if len(kept) > 1 else [median] * 9
         return {
@@ -271,4 +299,5 @@ class Trainer:
             "first_step_ms": self.step_seconds[0] * 1e3,
             "tokens_per_second": self.config.step_tokens / median,
             "timed_steps": len(kept),
+            "speed_disturbed": disturbed,
         }
