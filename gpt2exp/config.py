@@ -417,6 +417,8 @@ class OptimizerConfig:
     """`cosine`: steps of linear warm-up."""
     min_lr: float = 0.0
     """`cosine`: where the learning rate ends."""
+    schedule_steps: int | None = None
+    """`cosine`: steps until `min_lr`, which stays from there on; null: the run's, `train.steps`."""
 
     def __post_init__(self) -> None:
         for name, usual in (("lr", "3e-4"), ("eps", "1e-8")):
@@ -431,6 +433,10 @@ class OptimizerConfig:
                 value = getattr(self, name)
                 why = "has no meaning under optimizer.schedule=constant"
                 require(value == 0, f"optimizer.{name}", value, why, "add optimizer.schedule=cosine")
+            value = self.schedule_steps
+            require(value is None, "optimizer.schedule_steps", value, why, "add optimizer.schedule=cosine")
+        if self.schedule_steps is not None:
+            _positive("optimizer", self, "schedule_steps")
         why = f"above the peak optimizer.lr={self.lr}"
         require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, why, "try optimizer.min_lr=0")
 
@@ -523,8 +529,13 @@ class RunConfig:
         ok = self.train.eval_every == 0 or self.data.val_fraction > 0
         require(ok, "train.eval_every", self.train.eval_every, why, "add data.val_fraction=0.1")
         if self.optimizer.schedule is Schedule.cosine:
-            warmup, steps = self.optimizer.warmup_steps, self.train.steps
-            why = f"longer than the run, train.steps={steps}"
+            warmup, steps, length = self.optimizer.warmup_steps, self.train.steps, self.optimizer.schedule_steps
+            if length is not None and self.optimizer.min_lr == 0:
+                why = f"shorter than train.steps={steps}, and after it the rate would be optimizer.min_lr=0"
+                remedy = f"try optimizer.schedule_steps={steps} or more"
+                require(steps <= length, "optimizer.schedule_steps", length, why, remedy)
+            steps = length or steps
+            why = f"longer than {'the run, train.steps' if length is None else 'optimizer.schedule_steps'}={steps}"
             require(warmup <= steps, "optimizer.warmup_steps", warmup, why, f"try optimizer.warmup_steps={steps // 10}")
 
 
@@ -543,6 +554,7 @@ ELSEWHERE = {
     "max_lr": "optimizer.lr",
     "max_steps": "train.steps",
     "max_iters": "train.steps",
+    "lr_decay_iters": "optimizer.schedule_steps",
     "gradient_accumulation_steps": "train.grad_accum_steps",
     "sequence_length": "train.seq_len",
     "dtype": "precision",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2exp.config import InitConfig, InitScheme, ModelConfig
-from gpt2exp.loss import HeadLoss
+from gpt2exp.loss import HeadLoss, loss_alone
 
 
 class Linear(nn.Linear):
@@ -167,6 +166,9 @@ class GPT(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, targets = x.flatten(0, 1), targets.flatten()
+        # asked out here: inside an autograd function a parameter wants a gradient also where none is computed
+        if not torch.is_grad_enabled():
+            return loss_alone(x, weight, targets, dtype)
         if dtype is torch.float16:  # its gradient must be scaled before the head, not after
             return F.cross_entropy(F.linear(x, weight).float(), targets)
         padded = self._padded if weight is self.lm_head.weight else None
@@ -221,7 +223,7 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
         if not in_place:
             parameter.data.copy_(value)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda draw: fill(*draw), draws))
 
 

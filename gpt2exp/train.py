@@ -225,7 +225,7 @@ def _dry_row(job: plan.Job) -> dict[str, str]:
     from gpt2exp import precision, runtime
 
     config = job.config
-    device = runtime.resolve_device(config.train.device)
+    device, length = runtime.resolve_device(config.train.device), config.optimizer.schedule_steps
     with precision.applied(config.precision, device) as got:
         free, source = runtime.free_memory(device), tokens.prepare(config.data)
         config, need = build.settled(config, device, got, source, free)
@@ -233,7 +233,7 @@ def _dry_row(job: plan.Job) -> dict[str, str]:
         "run": " ".join(job.overrides) or "defaults",
         "parameters": f"{config.model.parameters['total']:,}",
         "batch": f"{config.train.sequences} x {config.train.seq_len}",
-        "steps": f"{config.train.steps:,}",
+        "steps": f"{config.train.steps:,}" + (f" (schedule {length:,})" if length else ""),
         "tokens": f"{config.train.steps * config.train.step_tokens:,}",
         "memory GiB": f"{need / 2**30:.2f}",
         "precision": f"{got.requested}: {got.effective}{' emulated' if got.emulated else ''} on {device.type}",

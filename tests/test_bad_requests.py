@@ -144,6 +144,22 @@ REQUESTS = [
         ("train.eval_every=5", "train.eval_every=5: there is no validation data", "add data.val_fraction=0.1"),
         ("optimizer.warmup_steps=5", "optimizer.warmup_steps=5: has no meaning", "add optimizer.schedule=cosine"),
         ("optimizer.min_lr=1e-5", "optimizer.min_lr=1e-05: has no meaning", "add optimizer.schedule=cosine"),
+        ("optimizer.schedule_steps=99", "optimizer.schedule_steps=99: has no meaning", "add optimizer.schedule=cosine"),
+        (
+            "optimizer.schedule=cosine optimizer.schedule_steps=49",
+            "optimizer.schedule_steps=49: shorter than train.steps=50",
+            "try optimizer.schedule_steps=50 or more",
+        ),
+        (
+            "optimizer.schedule=cosine optimizer.schedule_steps=0",
+            "optimizer.schedule_steps=0: must be at least 1",
+            "try optimizer.schedule_steps=1 or more",
+        ),
+        (
+            "optimizer.schedule=cosine optimizer.schedule_steps=60 optimizer.warmup_steps=61",
+            "optimizer.warmup_steps=61: longer than optimizer.schedule_steps=60",
+            "try optimizer.warmup_steps=6",
+        ),
         (
             "optimizer.schedule=cosine optimizer.min_lr=1",
             "optimizer.min_lr=1.0: above the peak optimizer.lr=0.0003",
