@@ -31,8 +31,16 @@ from filelock import FileLock
 from hydra._internal.utils import get_args_parser
 from support import SMALL, OfflineRun, losses, read, run, run_folders, surroundings, the_run
 
-from gpt2exp import compare, engines, model, plan, record, runtime, signals, train
+from gpt2exp import machine
+from gpt2exp.compare import comparison
 from gpt2exp.config import DeviceName, InitConfig, ModelConfig
+from gpt2exp.model import gpt, init
+from gpt2exp.run import process as processes
+from gpt2exp.run import record
+from gpt2exp.sweep import engines
+from gpt2exp.sweep import launch as launching
+from gpt2exp.sweep import request as requests
+from gpt2exp.training import hardware
 
 ROOT = Path(__file__).parent.parent
 QUIET = "wandb.mode=disabled"
@@ -45,7 +53,7 @@ def here(folder: Path, *args: str) -> tuple[int, str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        return train.command(list(args)), out.getvalue(), err.getvalue()
+        return launching.command(list(args)), out.getvalue(), err.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +86,7 @@ def test_a_containers_quota_bounds_the_cores(
         path.write_text(f"{text}\n")
         if "quota" in name:
             path.with_name("cpu.cfs_period_us").write_text("100000\n")
-    assert engines.cores(tmp_path) == expected
+    assert machine.cores(tmp_path) == expected
 
 
 @pytest.mark.parametrize(("typed", "expected"), [(None, 2), ("3", 3)])
@@ -87,18 +95,18 @@ def test_threads_are_no_more_than_the_cores_unless_the_user_says_so(
 ) -> None:
     """PyTorch's, and those that draw the first weights."""
     before, pools = torch.get_num_threads(), []
-    monkeypatch.setattr(engines, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if typed is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", typed)
-    real = model.ThreadPoolExecutor
-    monkeypatch.setattr(model, "ThreadPoolExecutor", lambda threads: (pools.append(threads), real(threads))[1])
+    real = gpt.ThreadPoolExecutor
+    monkeypatch.setattr(gpt, "ThreadPoolExecutor", lambda threads: (pools.append(threads), real(threads))[1])
     try:
         torch.set_num_threads(3)
-        runtime.resolve_device(DeviceName.cpu)
+        hardware.resolve_device(DeviceName.cpu)
         assert torch.get_num_threads() == expected
         shape = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=50)
-        model.initialise(model.GPT(shape), InitConfig(), 0)
+        init.initialise(gpt.GPT(shape), InitConfig(), 0)
         assert pools == [expected]
     finally:
         torch.set_num_threads(before)
@@ -230,7 +238,7 @@ def test_a_signal_is_heralded_once() -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # as Ray does
 
-    with pytest.raises(signals.Terminated), signals.heralded(lambda: told.append(1)):
+    with pytest.raises(processes.Terminated), processes.heralded(lambda: told.append(1)):
         launch()
     assert told == [1]
 
@@ -308,13 +316,13 @@ def test_under_slurm_sigterm_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> No
     before = signal.signal(signal.SIGUSR2, lambda number, _: told.append(number))
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     try:
-        with signals.deferred() as stop:
+        with processes.deferred() as stop:
             stop.waiting = True
             signal.raise_signal(signal.SIGTERM)
             assert (stop.warned, stop.asked) == (True, None)
             signal.raise_signal(signal.SIGUSR2)
             signal.raise_signal(signal.SIGUSR2)
-            assert isinstance(stop.asked, signals.Preempted)
+            assert isinstance(stop.asked, processes.Preempted)
             assert told == []
         assert told == [signal.SIGUSR2]
     finally:
@@ -405,15 +413,15 @@ def test_a_search_is_not_resumed(search: tuple[Path, tuple[int, str, str]], tmp_
 def test_parabola() -> None:
     """The vertex of numpy's own fit, with an interval that holds the truth as often as it says."""
     x = np.linspace(-7, -3, 9)
-    vertex, interval = compare.parabola(list(x), list(2 + (x + 4.5) ** 2)) or (math.nan, [])
+    vertex, interval = comparison.parabola(list(x), list(2 + (x + 4.5) ** 2)) or (math.nan, [])
     assert [vertex, *interval] == pytest.approx([-4.5] * 3)
-    assert compare.parabola(list(x), list(2 - (x + 4.5) ** 2)) is None, "a hill has no least"
-    assert compare.parabola(list(x), list(2 + (x + 9) ** 2)) is None, "beyond the values"
+    assert comparison.parabola(list(x), list(2 - (x + 4.5) ** 2)) is None, "a hill has no least"
+    assert comparison.parabola(list(x), list(2 + (x + 9) ** 2)) is None, "beyond the values"
     random, held = np.random.default_rng(1), 0
     for _ in range(400):
         y = (x + 4.5) ** 2 + random.normal(0, 0.2, len(x))
         _, b, a = np.polynomial.polynomial.polyfit(x, y, 2)
-        vertex, (low, high) = compare.parabola(list(x), list(y)) or (math.nan, [math.nan] * 2)
+        vertex, (low, high) = comparison.parabola(list(x), list(y)) or (math.nan, [math.nan] * 2)
         assert vertex == pytest.approx(-b / (2 * a))
         held += low <= -4.5 <= high
     assert 0.92 < held / 400 < 0.98
@@ -459,7 +467,7 @@ def test_the_commands_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     section = readme[readme.index("## Sweeps on engines") :].split("\n## ")[0]
     lines = re.findall(r"^gpt2exp (-m .+?) {3,}", section, re.MULTILINE)
     for line in lines:
-        assert plan.make(get_args_parser().parse_args(line.replace("1,2,3,4", "1").split())).jobs
+        assert requests.make(get_args_parser().parse_args(line.replace("1,2,3,4", "1").split())).jobs
     presets = [path for kind in ("launcher", "sweeper") for path in (ROOT / "conf" / "hydra" / kind).glob("*.yaml")]
     shown = {re.findall(r"hydra/(\w+)=(\w+)", line)[0] for line in lines}
     assert shown == {(path.parent.name, path.stem) for path in presets}
