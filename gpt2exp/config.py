@@ -415,6 +415,9 @@ class OptimizerConfig(Section):
     schedule: Schedule = option(Schedule.constant, "the learning rate over the steps")
     warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
+    schedule_steps: int | None = option(
+        None, "cosine: steps until min_lr, which stays from there on; null: train.steps", at_least=1
+    )
 
     def agree(self) -> None:
         remedy = "try optimizer.betas=[0.9,0.95]"
@@ -424,6 +427,8 @@ class OptimizerConfig(Section):
                 value = getattr(self, name)
                 why = "has no meaning under optimizer.schedule=constant"
                 require(value == 0, f"optimizer.{name}", value, why, "add optimizer.schedule=cosine")
+            value = self.schedule_steps
+            require(value is None, "optimizer.schedule_steps", value, why, "add optimizer.schedule=cosine")
         why = f"above the peak optimizer.lr={self.lr}"
         require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, why, "try optimizer.min_lr=0")
 
@@ -498,8 +503,13 @@ class RunConfig(Section):
         ok = self.train.eval_every == 0 or self.data.val_fraction > 0
         require(ok, "train.eval_every", self.train.eval_every, why, "add data.val_fraction=0.1")
         if self.optimizer.schedule is Schedule.cosine:
-            warmup, steps = self.optimizer.warmup_steps, self.train.steps
-            why = f"longer than the run, train.steps={steps}"
+            warmup, steps, length = self.optimizer.warmup_steps, self.train.steps, self.optimizer.schedule_steps
+            if length is not None and self.optimizer.min_lr == 0:
+                why = f"shorter than train.steps={steps}, and after it the rate would be optimizer.min_lr=0"
+                remedy = f"try optimizer.schedule_steps={steps} or more"
+                require(steps <= length, "optimizer.schedule_steps", length, why, remedy)
+            steps = length or steps
+            why = f"longer than {'the run, train.steps' if length is None else 'optimizer.schedule_steps'}={steps}"
             require(warmup <= steps, "optimizer.warmup_steps", warmup, why, f"try optimizer.warmup_steps={steps // 10}")
 
 
@@ -527,6 +537,7 @@ ELSEWHERE = {
     "max_lr": "optimizer.lr",
     "max_steps": "train.steps",
     "max_iters": "train.steps",
+    "lr_decay_iters": "optimizer.schedule_steps",
     "gradient_accumulation_steps": "train.grad_accum_steps",
     "sequence_length": "train.seq_len",
     "dtype": "precision",

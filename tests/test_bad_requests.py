@@ -88,6 +88,17 @@ REQUESTS = [
         "optimizer.warmup_steps=51: longer than the run, train.steps=50",
         "try optimizer.warmup_steps=5",
     ),
+    Bad("optimizer.schedule_steps=99", "optimizer.schedule_steps=99: has no meaning", "add optimizer.schedule=cosine"),
+    Bad(
+        "optimizer.schedule=cosine optimizer.schedule_steps=49",
+        "optimizer.schedule_steps=49: shorter than train.steps=50",
+        "try optimizer.schedule_steps=50 or more",
+    ),
+    Bad(
+        "optimizer.schedule=cosine optimizer.schedule_steps=60 optimizer.warmup_steps=61",
+        "optimizer.warmup_steps=61: longer than optimizer.schedule_steps=60",
+        "try optimizer.warmup_steps=6",
+    ),
     Bad("init.std=None", "init.std=null: init=gpt2 needs a number", "try init.std=0.02"),
     Bad("init=xavier init.std=0.02", "init.std=0.02: init=xavier derives it", "leave it out, or use init=gpt2"),
     Bad("init=torch init.position_std=1", "init.position_std=1.0: init=torch has PyTorch's own", "leave it out"),

@@ -34,7 +34,7 @@ from gpt2exp.model import init
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import checkpoint, record
-from gpt2exp.training import hardware, optimizers
+from gpt2exp.training import distributed, hardware, optimizers
 from gpt2exp.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -338,13 +338,61 @@ class TestRestore:
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
         assert whole.scaler.state_dict() == second.scaler.state_dict()
 
-    def test_the_random_state(self, tmp_path: Path) -> None:
-        torch.manual_seed(5)
-        states = {name: state.clone() for name, state in hardware.random_state(CPU).items()}
-        expected = torch.rand(3)
-        torch.manual_seed(6)
-        hardware.restore_random_state(CPU, states)
-        assert torch.equal(torch.rand(3), expected)
+    def test_equal_runs_leave_equal_files(self, tmp_path: Path) -> None:
+        """Whatever else the process drew."""
+        for name in ("one", "other"):
+            torch.rand(7)
+            checkpoint.write(tmp_path / name, *trained(2).state())
+        for file in ("model.safetensors", "training.safetensors"):
+            one, other = (tmp_path / name / "checkpoints/step_000002" / file for name in ("one", "other"))
+            assert one.read_bytes() == other.read_bytes(), file
+
+    def test_a_checkpoint_with_the_random_state(self, tmp_path: Path) -> None:
+        """As earlier versions wrote it."""
+        weights, training, numbers = trained(4).state()
+        checkpoint.write(tmp_path, weights, training | {"random.cpu": torch.get_rng_state()}, numbers)
+        found = checkpoint.newest(tmp_path)
+        assert found is not None
+        second = trained(0)
+        second.restore(found.training(), found.state)
+        assert second.steps_done == 4
+        assert optimizers.state(second.model, second.optimizer).keys() == training.keys()
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"exp_avg.transformer.wte.weight": None}, r"exp_avg\.transformer\.wte\.weight is not in it"),
+            ({"momentum.transformer.wte.weight": torch.zeros(50, 8)}, r"momentum\.\S+ is none of AdamW's"),
+            (
+                {"exp_avg.transformer.wte.weight": torch.zeros(8)},
+                r"exp_avg\.\S+ is \(\(8,\), .*, not \(\(50, 8\)",
+            ),
+            ({"step.transformer.wte.weight": torch.zeros((), dtype=torch.int64)}, r"step\.\S+ is .*int64"),
+            (None, r"is not in it"),
+        ],
+        ids=["missing", "extra", "shape", "type", "none"],
+    )
+    def test_another_optimizers_state(self, change: dict[str, Tensor | None] | None, said: str) -> None:
+        _weights, training, numbers = trained(2).state()
+        changed = {} if change is None else training | change
+        changed = {key: value for key, value in changed.items() if value is not None}
+        second = trained(0)
+        with pytest.raises(BadRequest, match=rf"the optimizer's state in the checkpoint: .*{said}.*start a new run"):
+            second.restore(changed, numbers)
+        assert not second.optimizer.state, "nothing was taken from it"
+
+    def test_before_the_first_step_that_did_not_overflow(self) -> None:
+        """In fp16 the first steps may be skipped while the scale falls: there are no moments yet."""
+        first = trained(0, autocast=torch.float16)
+        _weights, training, numbers = first.state()
+        assert training == {}
+        second = trained(0, autocast=torch.float16)
+        second.restore(training, numbers)
+        assert float(second.step()) == float(first.step())
+
+    def test_nothing_is_made_up_for_the_other_processes(self) -> None:
+        with pytest.raises(ValueError, match="nothing to give"):
+            distributed.given(None, torch.zeros(3))
 
     @pytest.mark.parametrize(
         ("change", "said"),

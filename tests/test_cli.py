@@ -209,6 +209,12 @@ def test_dry_run(tmp_path: Path) -> None:
     assert not written(tmp_path / "here")
 
 
+def test_dry_run_shows_a_longer_schedule(tmp_path: Path) -> None:
+    args = ["optimizer.schedule=cosine", "optimizer.schedule_steps=6000", "dry_run=true"]
+    assert " 50 (schedule 6,000) " in run(tmp_path / "here", *SMALL, *args).stdout
+    assert not written(tmp_path / "here")
+
+
 def test_dry_run_in_any_job_is_dry(tmp_path: Path) -> None:
     done = run(tmp_path / "here", "-m", *SMALL, "dry_run=false,true")
     assert done.returncode == 0

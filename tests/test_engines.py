@@ -25,17 +25,22 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from hydra._internal.utils import get_args_parser
 from support import SMALL, OfflineRun, losses, read, run, run_folders, surroundings, the_run
 
+from gpt2exp import machine
 from gpt2exp.compare import comparison
+from gpt2exp.config import DeviceName, InitConfig, ModelConfig
+from gpt2exp.model import gpt, init
 from gpt2exp.run import process as processes
 from gpt2exp.run import record
 from gpt2exp.sweep import engines
 from gpt2exp.sweep import launch as launching
 from gpt2exp.sweep import request as requests
+from gpt2exp.training import hardware
 
 ROOT = Path(__file__).parent.parent
 QUIET = "wandb.mode=disabled"
@@ -49,6 +54,62 @@ def here(folder: Path, *args: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         return launching.command(list(args)), out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "1600000 100000"}, 8),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "350000 100000"}, 3),
+        ("0::/of/the/host", {"cpu.max": "400000 100000"}, 4),
+        ("3:cpu,cpuacct:/a\n0::/", {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000"}, 3),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1"}, 8),
+        ("1:cpu:/of/the/host\n5:memory:/", {"cpu/cpu.cfs_quota_us": "200000"}, 2),
+        ("7:cpuset:/", {"cpuset/cpu.cfs_quota_us": "100000"}, 8),
+        (None, {}, 8),
+    ],
+)
+def test_a_containers_quota_bounds_the_cores(
+    groups: str | None, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of control groups in both versions, nested ones too; written here as the system would show them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    if groups is not None:
+        (tmp_path / "proc" / "self").mkdir(parents=True)
+        (tmp_path / "proc" / "self" / "cgroup").write_text(f"{groups}\n")
+    for name, text in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+        if "quota" in name:
+            path.with_name("cpu.cfs_period_us").write_text("100000\n")
+    assert machine.cores(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("typed", "expected"), [(None, 2), ("3", 3)])
+def test_threads_are_no_more_than_the_cores_unless_the_user_says_so(
+    typed: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's, and those that draw the first weights."""
+    before, pools = torch.get_num_threads(), []
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if typed is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", typed)
+    real = gpt.ThreadPoolExecutor
+    monkeypatch.setattr(gpt, "ThreadPoolExecutor", lambda threads: (pools.append(threads), real(threads))[1])
+    try:
+        torch.set_num_threads(3)
+        hardware.resolve_device(DeviceName.cpu)
+        assert torch.get_num_threads() == expected
+        shape = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=50)
+        init.initialise(gpt.GPT(shape), InitConfig(), 0)
+        assert pools == [expected]
+    finally:
+        torch.set_num_threads(before)
 
 
 def the_sweep(below: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2exp.config import (
     BadRequest,
@@ -31,6 +33,7 @@ from gpt2exp.config import (
     TrainConfig,
 )
 from gpt2exp.data.batches import Batches
+from gpt2exp.model import loss as loss_
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.model.loss import HeadLoss
@@ -168,11 +171,45 @@ def test_the_chunked_loss_is_cross_entropy(
     torch.testing.assert_close(weight.grad, weight2.grad)
 
 
-def test_without_gradients_only_the_loss_is_computed() -> None:
-    model = gpt(True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_loss_alone_is_the_trainings(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For words that fill no whole part; the sums are in fp32, whatever the products are in."""
+    monkeypatch.setattr(loss_, "WORDS", 5)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, 8, generator=generator) for size in (40, 13))
+    targets = torch.randint(13, (40,), generator=generator)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = F.cross_entropy((x.to(dtype) @ weight.to(dtype).T).to(wide), targets)
+    got = loss_.loss_alone(x, weight, targets, dtype)
+    assert got.dtype is wide
+    assert float(got) == pytest.approx(float(expected), rel=1e-6)
+
+
+class Products(TorchDispatchMode):
+    """The shapes of the results of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by PyTorch for each operation."""
+        result = func(*args, **(kwargs or {}))
+        if "mm" in func.name():
+            self.shapes.add(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_without_gradients_only_the_loss_is_computed(tie: bool) -> None:
+    model = gpt(tie)
     idx = torch.zeros(2, 9, dtype=torch.int64)
-    with torch.no_grad():
+    with Products() as training:
+        model(idx[:, :-1], idx[:, 1:])
+    assert (WORDS, 32) in training.shapes, "the head's gradient is taken in the forward pass"
+    with torch.no_grad(), Products() as judging:
         loss = model(idx[:, :-1], idx[:, 1:])
+    assert (WORDS, 32) not in judging.shapes
     assert not loss.requires_grad
     assert loss.item() == pytest.approx(F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten()).item())
 

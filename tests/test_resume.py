@@ -198,9 +198,12 @@ class TestDone:
         (overrides := folder / ".hydra" / "overrides.yaml").write_text(
             overrides.read_text() + "- optimizer.schedule=cosine\n"
         )
-        assert any(
-            "cosine over the new train.steps" in note for note in asked(f"resume={folder}", "train.steps=9").notes
-        )
+        said = "cosine over the new train.steps"
+        assert any(said in note for note in asked(f"resume={folder}", "train.steps=9").notes)
+        path.write_text(path.read_text().replace("schedule_steps: null", "schedule_steps: 9"))
+        longer = asked(f"resume={folder}", "train.steps=9")
+        assert not any(said in note for note in longer.notes), "a schedule of its own length stays"
+        assert longer.jobs[0].config.optimizer.schedule_steps == 9
 
     @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "state.json"])
     def test_a_damaged_checkpoint(self, done: Path, tmp_path: Path, file: str) -> None:

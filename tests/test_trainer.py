@@ -33,12 +33,16 @@ from gpt2exp.config import (
     Schedule,
     TrainConfig,
 )
+from gpt2exp.data import batches as windows
 from gpt2exp.data import tokens
 from gpt2exp.data.batches import Batches, split
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
+from gpt2exp.run import job as jobs
+from gpt2exp.sweep import launch
 from gpt2exp.training import distributed, hardware, load, optimizers, setup
 from gpt2exp.training import trainer as trainers
+from gpt2exp.training.precision import Precision
 from gpt2exp.training.trainer import Diverged, Trainer
 
 CPU = torch.device("cpu")
@@ -75,7 +79,7 @@ def trainer(
     **train: int,
 ) -> Trainer:
     """A trainer on the text in order."""
-    config = TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 5, **train})
+    config = TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 5, **launch})
     batches = Batches(stream() if text is None else text, config, DataOrder.sequential, 0, CPU)
     settings_ = optimizer or OptimizerConfig()
     return Trainer(gpt or model(), batches, config, settings_, seen=seen, validation=validation)
@@ -86,7 +90,15 @@ def state(gpt: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in gpt.named_parameters()}
 
 
-def by_hand(gpt: GPT, text: tokens.Tokens, steps: int, B: int, T: int, **adamw: Any) -> list[float]:  # noqa: N803
+def by_hand(
+    gpt: GPT,
+    text: tokens.Tokens,
+    steps: int,
+    B: int,  # noqa: N803
+    T: int,  # noqa: N803
+    clip: float = math.inf,
+    **adamw: Any,
+) -> list[float]:
     """The textbook's loop: dense autograd, PyTorch's AdamW on its two groups, batches by slicing. No lever."""
     matrices = [p for name, p in gpt.named_parameters() if p.dim() == 2]
     vectors = [p for name, p in gpt.named_parameters() if p.dim() == 1]
@@ -106,6 +118,7 @@ def by_hand(gpt: GPT, text: tokens.Tokens, steps: int, B: int, T: int, **adamw: 
         loss = F.cross_entropy(logits.flatten(0, 1), part[1:])
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), clip)
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
@@ -207,6 +220,22 @@ class TestLearningRate:
         if warmup > 0:
             assert rate[0] == pytest.approx(lr / warmup)
 
+    def test_the_first_steps_of_a_longer_schedule(self) -> None:
+        config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=3, **COSINE)
+        long = replace(config, schedule_steps=40)
+        assert [optimizers.learning_rate(long, step, 10) for step in range(40)] == [
+            optimizers.learning_rate(config, step, 40) for step in range(40)
+        ]
+        assert [row["lr"] for row in trainer(optimizer=long, steps=4).fit()] == [
+            optimizers.learning_rate(config, step, 40) for step in range(4)
+        ]
+
+    def test_after_the_schedule_the_lowest_rate_stays(self) -> None:
+        config = OptimizerConfig(lr=1.0, min_lr=0.1, schedule_steps=5, **COSINE)
+        rate = [optimizers.learning_rate(config, step, 9) for step in range(9)]
+        assert rate[4:] == pytest.approx([0.1] * 5)
+        assert rate[3] > 0.2
+
     def test_the_optimizer_is_given_it(self) -> None:
         config = OptimizerConfig(lr=0.01, warmup_steps=2, min_lr=0.001, **COSINE)
         job = trainer(optimizer=config, steps=6)
@@ -230,6 +259,14 @@ def test_clipping_bounds_the_gradient_that_is_applied_and_only_then() -> None:
     loose = trainer(optimizer=OptimizerConfig(grad_clip=100.0))
     loose.step()
     assert trainers.grad_norm(loose.model) == pytest.approx(natural, rel=1e-6)
+
+
+def test_the_clipped_gradient_is_the_one_the_optimizer_sees() -> None:
+    """AdamW's first step is the same for a gradient of any length: those after tell."""
+    free, clipped = (by_hand(model(), stream(), 20, 4, 16, clip) for clip in (math.inf, 0.5))
+    got = [row["loss"] for row in trainer(steps=20, optimizer=OptimizerConfig(grad_clip=0.5)).fit()]
+    assert got == pytest.approx(clipped, rel=1e-5)
+    assert got != pytest.approx(free, rel=1e-4), "here clipping shows"
 
 
 def test_the_norm_recorded_is_the_one_before_clipping() -> None:
@@ -380,6 +417,18 @@ def test_evaluation_is_the_mean_over_every_window_for_any_batch_size() -> None:
     assert results == pytest.approx([expected] * 5, rel=1e-6)
 
 
+def test_evaluation_reads_as_many_rows_as_the_loss_takes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But never fewer than a training step does, and each process as many."""
+    text, real = stream(1000), windows.gather
+    for batch, chunk, processes, expected in ((2, 80, 1, 5), (8, 80, 1, 8), (2, 10, 1, 2), (4, 80, 2, 5)):
+        rows: list[int] = []
+        monkeypatch.setattr(windows, "gather", lambda *args, to=rows: (to.append(len(args[1])), real(*args))[1])
+        job = trainer(validation=text, batch_size=batch, loss_chunk=chunk)
+        job.batches.processes = processes
+        job.evaluate()
+        assert max(rows) == expected
+
+
 class TestTiming:
     """With a clock that tests wind by hand."""
 
@@ -459,6 +508,11 @@ class TestTiming:
         assert min(kept) <= timing["step_ms"]["p10"] / 1e3 <= median <= timing["step_ms"]["p90"] / 1e3 <= max(kept)
         assert timing["tokens_per_second"] == pytest.approx(64 / median)
 
+    def test_tokens_are_those_of_every_micro_batch(self) -> None:
+        job = trainer(grad_accum_steps=3)
+        job.step_seconds = [2.0]
+        assert job.timing()["tokens_per_second"] == 3 * 64 / 2
+
     def test_before_the_first_step_there_is_none(self) -> None:
         empty = dict.fromkeys(("step_ms", "first_step_ms", "tokens_per_second", "speed_disturbed"))
         assert trainer().timing() == {**empty, "timed_steps": 0}
@@ -503,6 +557,35 @@ class TestTiming:
         job.step_seconds = [1.0]
         assert job.timing()["tokens_per_second"] == 512
         assert TrainConfig(batch_size=16, seq_len=1024).step_tokens == 16_384  # a second each: not 163,000
+
+
+class TestMFU:
+    """The share of the hardware's peak: of the precision that was got, of all devices."""
+
+    @pytest.fixture
+    def a100(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float | None]:
+        """The figure on A100s, at a speed that is 312 TFLOP/s."""
+        monkeypatch.setattr(hardware, "device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+        config = RunConfig()
+        speed = 312e12 / config.model.flops_per_token(config.train.seq_len)
+
+        def mfu(requested: str, effective: str, processes: int = 1, emulated: bool = False) -> float | None:
+            monkeypatch.setenv("WORLD_SIZE", str(processes))
+            return jobs._mfu(config, torch.device("cuda"), Precision(requested, effective, emulated, 0, 0), speed)
+
+        return mfu
+
+    def test_is_of_the_precision_that_was_got(self, a100: Callable[..., float | None]) -> None:
+        assert a100("bf16", "bf16") == pytest.approx(1.0)
+        assert a100("fp16", "fp16") == pytest.approx(1.0)
+        assert a100("tf32", "tf32") == pytest.approx(2.0)
+        assert a100("medium", "fp32") == pytest.approx(16.0)
+
+    def test_is_of_all_processes(self, a100: Callable[..., float | None]) -> None:
+        assert a100("bf16", "bf16", processes=4) == pytest.approx(0.25)
+
+    def test_an_emulated_precision_has_no_peak(self, a100: Callable[..., float | None]) -> None:
+        assert a100("tf32", "tf32", emulated=True) is None
 
 
 MEASURE = """

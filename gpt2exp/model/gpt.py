@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2exp.config import ModelConfig
-from gpt2exp.model.loss import HeadLoss
+from gpt2exp.model.loss import HeadLoss, loss_alone
 
 
 class Linear(nn.Linear):
@@ -163,6 +163,9 @@ class GPT(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, targets = x.flatten(0, 1), targets.flatten()
+        # asked out here: inside an autograd function a parameter wants a gradient also where none is computed
+        if not torch.is_grad_enabled():
+            return loss_alone(x, weight, targets, dtype)
         if dtype is torch.float16:  # its gradient must be scaled before the head, not after
             return F.cross_entropy(F.linear(x, weight).float(), targets)
         padded = self._padded if weight is self.lm_head.weight else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,7 +52,7 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
         if not in_place:
             parameter.data.copy_(value)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda draw: fill(*draw), draws))
 
 

@@ -14,6 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WORDS = 1024
+"""Words of the vocabulary at a time where no gradient is wanted: their logits stay in the processor's cache, and the
+products took half the time of those of 128 rows and all words (AMD EPYC, 64 and 768 channels)."""
+
+
+def loss_alone(x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `HeadLoss` computes, without gradients: `x` (N, C), `weight` (V, C), `targets` (N,) to a scalar.
+
+    Of the logits (N, `WORDS`) stand at a time; the products are computed in `dtype`, the rest in at least fp32.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    norm = torch.full(targets.shape, -torch.inf, dtype=wide, device=x.device)
+    chosen = torch.zeros_like(norm)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(dtype)
+        for start in range(0, len(weight), WORDS):
+            logit = torch.mm(x, weight[start : start + WORDS].to(dtype).t()).to(wide)
+            norm = torch.logaddexp(norm, logit.logsumexp(1))
+            place = targets - start
+            here = (place >= 0) & (place < logit.size(1))
+            chosen += logit.gather(1, place.clamp(0, logit.size(1) - 1)[:, None])[:, 0] * here
+    return (norm - chosen).mean()
+
 
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy in nats of a linear head, with the gradients of both its operands."""

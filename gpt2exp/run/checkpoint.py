@@ -1,7 +1,7 @@
 """A run's whole state on disk, so that it can go on as if it had never stopped.
 
 `RUN/checkpoints/step_000050/` holds `model.safetensors` (the weights under Hugging Face's names, a tied tensor once),
-`training.safetensors` (AdamW's moments and the random state) and `state.json` (the step, facts to read, and the sha256
+`training.safetensors` (AdamW's moments) and `state.json` (the step, facts to read, and the sha256
 of each file). Nothing in it is ever unpickled. The folder is written under another name, synced and renamed: a reader
 sees a whole checkpoint or none.
 """
@@ -62,7 +62,9 @@ class Checkpoint:
 
     def training(self) -> dict[str, Tensor]:
         """What training needs beside the weights, by name, on the CPU."""
-        return load_file(self.folder / TRAINING)
+        tensors = load_file(self.folder / TRAINING)
+        # torch's random state, which earlier versions kept and no step draws from
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
 
 
 def newest(run: Path, *, at_most: int | None = None) -> Checkpoint | None:

@@ -205,7 +205,7 @@ def _dry_row(job: Job) -> dict[str, str]:
     from gpt2exp.training import hardware, precision
 
     config = job.config
-    device = hardware.resolve_device(config.train.device)
+    device, length = hardware.resolve_device(config.train.device), config.optimizer.schedule_steps
     with precision.applied(config.precision, device) as got:
         free, source = hardware.free_memory(device), tokens.prepare(config.data)
         config, need = setup.settled(config, device, got, source, free)
@@ -213,7 +213,7 @@ def _dry_row(job: Job) -> dict[str, str]:
         "run": " ".join(job.overrides) or "defaults",
         "parameters": f"{config.model.parameters['total']:,}",
         "batch": f"{config.train.sequences} x {config.train.seq_len}",
-        "steps": f"{config.train.steps:,}",
+        "steps": f"{config.train.steps:,}" + (f" (schedule {length:,})" if length else ""),
         "tokens": f"{config.train.steps * config.train.step_tokens:,}",
         "memory GiB": f"{need / 2**30:.2f}",
         "precision": f"{got.requested}: {got.effective}{' emulated' if got.emulated else ''} on {device.type}",

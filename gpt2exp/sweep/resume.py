@@ -184,7 +184,7 @@ def _notes(before: RunConfig, after: RunConfig, changed: dict[str, Any]) -> list
     for key in changed:
         if not _within(key, HOUSEKEEPING):
             notes.append(f"{key}: {show(_value(after, key))} from here on, {show(_value(before, key))} before")
-    if "train.steps" in changed and after.optimizer.schedule is Schedule.cosine:
+    if "train.steps" in changed and after.optimizer.schedule is Schedule.cosine and not after.optimizer.schedule_steps:
         notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
     return notes
 

@@ -214,9 +214,15 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def given(value: Tensor | None, like: Tensor) -> Tensor:
-    """What the first process has, in all of them on the device of `like`: this process's shard, if `like` is one."""
+    """What the first process has, in all of them on the device of `like`: this process's shard, if `like` is one.
+
+    Raises:
+        ValueError: the first process has none.
+    """
     import torch
 
+    if value is None and first():
+        raise ValueError("there is nothing to give to the other processes")
     value = torch.empty(like.shape, dtype=like.dtype, device=like.device) if value is None else value
     value = value.to(like.device, copy=True)
     if _sharded(like):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import platform
 import re
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2exp import machine
 from gpt2exp.config import AUTO, BadRequest, DeviceName, TrainConfig, require
 from gpt2exp.training import distributed, heap
 
@@ -45,9 +47,14 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 def resolve_device(name: DeviceName) -> torch.device:
     """The device to compute on; of several processes on a machine each has a GPU of its own.
 
+    PyTorch's threads are as many as this process may use cores, unless the user said how many: PyTorch itself knows
+    nothing of a container's quota.
+
     Raises:
         BadRequest: it was named and is not there, or there are fewer GPUs than processes.
     """
+    if torch.get_num_threads() > machine.cores() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(machine.cores())
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(kind for kind, found in there.items() if found) if name is DeviceName.auto else name.value
     if not there[kind]:
@@ -103,25 +110,6 @@ def pads_vocabulary(choice: bool | str, device: torch.device) -> bool:
     if isinstance(choice, bool):
         return choice
     return device.type == "cuda" or (device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2")
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """PyTorch's random states, bytes each: `random.cpu`, and the accelerator's."""
-    states = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["random.mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def restore_random_state(device: torch.device, states: dict[str, torch.Tensor]) -> None:
-    """Set what `random_state` said, as far as it is of this device."""
-    torch.set_rng_state(states["random.cpu"])
-    if device.type == "cuda" and "random.cuda" in states:
-        torch.cuda.set_rng_state(states["random.cuda"], device)
-    elif device.type == "mps" and "random.mps" in states:
-        torch.mps.set_rng_state(states["random.mps"])
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -187,7 +187,7 @@ class Trainer:
         the first one's answer is the run's, and knows nothing of how many they are.
         """
         weights = dist.gathered(dict(self.model.named_parameters()))
-        tensors = dist.gathered(optimizers.state(self.model, self.optimizer)) | hardware.random_state(self.device)
+        tensors = dist.gathered(optimizers.state(self.model, self.optimizer))
         scaler = self.scaler.state_dict()
         numbers: dict[str, Any] = {
             "step": self.steps_done,
@@ -197,22 +197,29 @@ class Trainer:
         return weights, tensors, numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Go on from what `state` said in the first process; the weights are the caller's."""
-        numbers = dist.from_first(numbers)
-        if dist.first():  # the others have none, and nothing is drawn from it
-            hardware.restore_random_state(self.device, tensors)
-        optimizers.restore(self.model, self.optimizer, tensors)
+        """Go on from what `state` said in the first process; the weights are the caller's.
+
+        Raises:
+            BadRequest: the tensors are not those of this model's optimizer.
+        """
+        numbers, kept = dist.from_first((numbers, bool(tensors)))
+        if kept or not self.scaler.is_enabled():  # a run whose scaled steps all overflowed has no moments yet
+            optimizers.restore(self.model, self.optimizer, tensors)
         self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
         self.steps_done = numbers["step"]
 
     def evaluate(self) -> float:
-        """Mean loss in nats over every validation window."""
+        """Mean loss in nats over every validation window, in batches of `loss_rows` tokens or a training batch.
+
+        Without gradients, of which most memory is, a batch may be that large also where the training's is smaller.
+        """
         assert self.validation is not None
         total, count = 0.0, 0
         config = self.config
         share = self.batches.rank, self.batches.processes
+        batch = max(config.sequences, self.batches.processes * (config.loss_rows // config.seq_len))
         with torch.no_grad(), precision.cast(self.device, self.autocast):
-            for x, y in validation_windows(self.validation, config.seq_len, config.sequences, self.device, *share):
+            for x, y in validation_windows(self.validation, config.seq_len, batch, self.device, *share):
                 loss = self.model(x, y)  # also of no rows at all, since a sharded model needs every process
                 if len(y):
                     total += float(loss) * y.numel()
