@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from gpt2exp import (
     build,
@@ -323,8 +323,7 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
         KeyboardInterrupt: a signal asked for an end; the run was recorded as interrupted, or as done if it was by then.
         OSError: the record cannot be written.
     """
-    config = parse(dict(OmegaConf.load(folder / ".hydra" / "config.yaml")))
-    overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
+    config, _, overrides = record.asked(folder)
     sweep = record.sweep_of(folder)
     free = build.prepare_heap(config)
     from gpt2exp import mirror
@@ -391,7 +390,8 @@ def _train(
     if saved is not None:
         _check_same_text(config, source, saved.state["data"]["sha256"])
         # what was decided then holds
-        config = replace(config, train=replace(config.train, tokens_per_step=None, **saved.state["settled"]))
+        settled = {key: value for key, value in saved.state["settled"].items() if key in estimate.SETTLED}
+        config = replace(config, train=replace(config.train, tokens_per_step=None, **settled))
     with precision.applied(config.precision, device) as got:
         if device.type == "cuda":
             free = runtime.free_memory(device)
