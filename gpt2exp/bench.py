@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from hydra._internal.utils import get_args_parser
 from rich.table import Table
 
-from gpt2exp import build, plan, tokens, view
+from gpt2exp import build, hub, plan, tokens, view
 from gpt2exp.assets import AssetError
 from gpt2exp.config import BadRequest, RunConfig, plain
 
@@ -221,19 +221,10 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     from gpt2exp import data, optim, precision, runtime
 
     device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
-    shape = config.model
-    same: Result = {
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "n_embd": shape.n_embd,
-        "n_positions": shape.block_size,
-    }
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with precision.applied(config.precision, device) as got, torch.device(device):
         config, _need = build.settled(config, device, got, source, runtime.free_memory(device))
-        model: Any = GPT2LMHeadModel(
-            GPT2Config(vocab_size=shape.vocab_size, tie_word_embeddings=shape.tie_weights, **same, **quiet)
-        )
+        model: Any = GPT2LMHeadModel(GPT2Config(**hub.to_hf(config.model), **quiet))
         forward = torch.compile(model) if compiled else model
         optimizer = optim.build(model, config.optimizer)
         batches = data.Batches(source.map(), config.train, config.data.order, config.seed, device)
