@@ -26,6 +26,7 @@ from rich.table import Table
 from gpt2exp.config import BadRequest, RunConfig, plain
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
+from gpt2exp.model import huggingface
 from gpt2exp.run import terminal
 from gpt2exp.sweep.request import as_meant, make
 from gpt2exp.training import setup
@@ -268,19 +269,10 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     from gpt2exp.training import hardware, optimizers, precision
 
     device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
-    shape = config.model
-    same: Result = {
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "n_embd": shape.n_embd,
-        "n_positions": shape.block_size,
-    }
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with precision.applied(config.precision, device) as got, torch.device(device):
         config, _need = setup.settled(config, device, got, source, hardware.free_memory(device))
-        model: Any = GPT2LMHeadModel(
-            GPT2Config(vocab_size=shape.vocab_size, tie_word_embeddings=shape.tie_weights, **same, **quiet)
-        )
+        model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))
         forward = torch.compile(model) if compiled else model
         optimizer = optimizers.build(model, config.optimizer)
         batches = Batches(source.map(), config.train, config.data.order, config.seed, device)

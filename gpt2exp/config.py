@@ -602,17 +602,44 @@ HOUSEKEEPING = ("wandb", "sweep", "dry_run", "resume", "checkpoint", "train.log_
 """Keys, or whole sections, that say how a run is kept and shown, not what it computes."""
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """A nested plain configuration by dotted key, housekeeping left out."""
+    return {key: value for key, value in leaves(config).items() if not is_housekeeping(key)}
+
+
+def is_housekeeping(key: str) -> bool:
+    """Whether a dotted key is in `HOUSEKEEPING`, or in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
+
+
+MOVED = {"model.pad_vocab": "train.pad_vocab"}
+"""Where a key is today that earlier versions had elsewhere."""
+
+
+def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A configuration that any version recorded, under today's keys, and by dotted key what has no place there.
+
+    A key that it lacks has today's default. Both as plain values, interpolations as they stand; `parse` checks them.
+    """
+    today, unknown = plain(RunConfig()), leaves(recorded)
+    known = leaves(today).keys()
+    for old, new in MOVED.items():
+        if old in unknown.keys() - known:
+            unknown.setdefault(new, unknown.pop(old))
+    for key in known & unknown.keys():
+        *sections, name = key.split(".")
+        section = today
+        for part in sections:
+            section = section[part]
+        section[name] = unknown.pop(key)
+    return today, unknown
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested plain configuration by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        name = f"{prefix}{key}"
-        if name in HOUSEKEEPING:
-            continue
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

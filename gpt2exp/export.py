@@ -6,10 +6,11 @@ import errno
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import HOUSEKEEPING, BadRequest, ModelConfig
+from gpt2exp.config import BadRequest, ModelConfig, is_housekeeping
 from gpt2exp.data import assets
 from gpt2exp.data.tokens import END_OF_TEXT
 from gpt2exp.files import beside, write_json
@@ -30,8 +31,8 @@ def write(run: Path, out: Path) -> int:
     the tokenizer's are left out: no text has those ids. Dropout is 0 in the configuration, as it was in training.
 
     Raises:
-        BadRequest: `run` is no run with a whole checkpoint, its vocabulary is smaller than the tokenizer's, or `out`
-            holds something.
+        BadRequest: `run` is no run with a whole checkpoint, its vocabulary is smaller than the tokenizer's, it is no
+            model of transformers' (`architecture`), or `out` holds something.
         assets.AssetError: the tokenizer's files could not be fetched.
         OSError: `out` cannot be written; what lay there before is as it was.
     """
@@ -46,12 +47,13 @@ def write(run: Path, out: Path) -> int:
     if model.vocab_size < WORDS:
         why = f"model.vocab_size={model.vocab_size} is less than the {WORDS} ids that GPT-2's tokenizer writes"
         raise BadRequest(f"{run}: {why}; train with model.vocab_size={WORDS}")
+    described = architecture(model)
     vocabulary, merges = assets.fetch(assets.ENCODER_JSON), assets.fetch(assets.VOCAB_BPE)
     part = beside(out.absolute())
     try:
         part.mkdir(parents=True)
         save_file(_theirs(saved.weights()), part / huggingface.WEIGHTS[0], metadata={"format": "pt"})
-        write_json(part / huggingface.CONFIG, architecture(model))
+        write_json(part / huggingface.CONFIG, described)
         write_json(part / "generation_config.json", {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT})
         shutil.copyfile(vocabulary, part / "vocab.json")
         shutil.copyfile(merges, part / "merges.txt")
@@ -90,16 +92,16 @@ def _theirs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    """`config.json`: what transformers' GPT2Config needs to build this model, without dropout."""
+    """`config.json`: what transformers' GPT2Config needs to build this model, without dropout.
+
+    Raises:
+        BadRequest: transformers' GPT-2 cannot be this model.
+    """
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        **{theirs: getattr(model, ours) for ours, theirs in huggingface.SHAPE.items()},
-        "vocab_size": WORDS,
-        **{key: known[0] for key, known in huggingface.GPT2.items()},
-        "n_inner": None,
+        **huggingface.to_hf(replace(model, vocab_size=WORDS)),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        "tie_word_embeddings": model.tie_weights,
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
         "dtype": "float32",
@@ -112,8 +114,9 @@ def card(row: Mapping[str, Any], model: ModelConfig, state: Mapping[str, Any]) -
     losses = {"validation loss": row.get("val_loss"), "mean loss of the last ten steps": row.get("loss_mean_last10")}
     known = row.get("state") == "done" and row.get("steps") == state["step"]  # else the losses are another step's
     reached = [f"{label} {value:.4f} nats" for label, value in losses.items() if known and value is not None]
-    private = (*HOUSEKEEPING, "hydra", "data.path", "init.path")  # places on the machine that trained it
-    told = [text for text in row.get("overrides", []) if not text.lstrip("+").partition("=")[0].startswith(private)]
+    private = ("hydra", "data.path", "init.path")  # places on the machine that trained it
+    typed = {text: text.lstrip("+").partition("=")[0] for text in row.get("overrides", [])}
+    told = [text for text, key in typed.items() if not (is_housekeeping(key) or key.startswith(private))]
     rows = {
         "shape": f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, {model.block_size} positions, "
         f"{model.parameters['total']:,} parameters",

@@ -8,6 +8,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ def load(folder: Path) -> GPT:
     """
     if (folder / huggingface.CONFIG).is_file():
         found = huggingface.find(str(folder), key="")
-        config = ModelConfig(**found.shape, tie_weights=False)  # a head that the files leave out is `wte` again
+        # untied: a head that the files leave out is `wte` again
+        config = replace(huggingface.from_hf(found.config, found.said), tie_weights=False)
         huggingface.check(found, config)
     else:
         record.check_run(folder)

@@ -23,6 +23,7 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
+from gpt2exp import config
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison as comparisons
 from gpt2exp.compare.comparison import Comparison, Effect, Row
@@ -772,6 +773,54 @@ def test_a_value_that_follows_an_axis_is_no_axis() -> None:
     assert effect(comparison, "train.steps").n_pairs == 2
 
 
+def test_a_value_that_follows_in_a_sweep_is_no_axis_either() -> None:
+    """Hydra's sweeper records its braces with backslashes; and it is the value that a run alone typed."""
+    follows = "optimizer.min_lr=$\\{optimizer.lr\\}"
+    rows = [
+        run(
+            "optimizer.schedule=cosine",
+            f"optimizer.lr={lr}",
+            f"optimizer.min_lr={lr}",
+            typed=["optimizer.schedule=cosine", f"optimizer.lr={lr}", follows if seed else "optimizer.min_lr=${.lr}"],
+            seed=seed,
+        )
+        for lr in (1e-3, 3e-4)
+        for seed in (1, 2)
+    ]
+    comparison = comparisons.compare(rows)
+    assert comparison.swept == {"optimizer.lr": ["0.0003", "0.001"]}
+    assert effect(comparison, "optimizer.lr").n_pairs == 2
+
+
+def test_what_a_resolver_gave_is_a_value() -> None:
+    """The environment may differ between two runs of one command: they are no repetition of each other."""
+    rows = [run(f"optimizer.lr={lr}", typed=["optimizer.lr=${oc.env:LR}"], seed=1) for lr in (1e-3, 3e-4)]
+    comparison = comparisons.compare(rows)
+    assert comparison.swept == {"optimizer.lr": ["0.0003", "0.001"]}
+    assert comparison.notes == []
+
+
+def test_a_value_that_follows_in_a_preset_is_no_difference(tmp_path: Path) -> None:
+    """Nobody typed it: a study of the user's own says `min_lr: ${optimizer.lr}`."""
+    rows = [
+        run(
+            "optimizer.schedule=cosine",
+            f"optimizer.lr={lr}",
+            f"optimizer.min_lr={lr}",
+            typed=["optimizer.schedule=cosine", f"optimizer.lr={lr}"],
+            seed=seed,
+        )
+        for lr in (1e-3, 3e-4)
+        for seed in (1, 2)
+    ]
+    folders = put_all(rows, tmp_path)
+    with pytest.raises(BadRequest, match=r"also differ in optimizer\.min_lr"):
+        comparisons.compare(comparisons.read([tmp_path]))
+    for folder in folders:
+        change(folder / ".hydra" / "config.yaml", lambda of: of["optimizer"].update(min_lr="${optimizer.lr}"))
+    assert comparisons.compare(comparisons.read([tmp_path])).swept == {"optimizer.lr": ["0.0003", "0.001"]}
+
+
 # --- interactions ----------------------------------------------------------------------------------------------------
 
 
@@ -962,6 +1011,100 @@ def test_a_killed_job_keeps_its_arm(tmp_path: Path) -> None:
     assert len(comparisons.compare(comparisons.read([tmp_path])).failed) == 2
 
 
+def change(path: Path, how: Callable[[dict[str, Any]], object]) -> None:
+    """Change a file of JSON in place."""
+    content = json.loads(path.read_text())
+    how(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_key_that_old_runs_lack_has_todays_default(tmp_path: Path) -> None:
+    """A release adds a key: the runs before it have its default, whether they left a summary or not."""
+    folders = put_all(arms(TIE, {"true": [3.0, 3.1, 3.2], "false": [2.0, 2.2, 2.1]}), tmp_path)
+    for folder in folders[:4]:
+        change(folder / "summary.json", lambda of: of["config"]["precision"].pop("rounding"))
+        change(folder / "summary.json", lambda of: of["config"].pop("optimizer"))
+    (folders[1] / "summary.json").unlink()
+    change(folders[1] / ".hydra" / "config.yaml", lambda of: of["optimizer"].pop("eps"))
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
+    assert comparison.swept == {TIE: ["true", "false"]}
+    assert (effect(comparison, TIE).n_pairs, effect(comparison, TIE).dropped_pairs) == (2, 1)
+    assert comparison.notes == []
+    conclude.write(comparison, tmp_path)
+
+
+def test_a_key_that_is_gone_is_named_and_the_run_kept(tmp_path: Path) -> None:
+    folders = put_all(arms(TIE, {"true": [3.0, 3.1, 3.2], "false": [2.0, 2.2, 2.1]}), tmp_path)
+
+    def add(old: int, *, told: bool, to: Sequence[Path]) -> None:
+        for folder in to:
+            change(folder / "summary.json", lambda of: of["config"]["model"].update(old=old))
+            change(folder / "summary.json", lambda of: of["overrides"].extend([f"model.old={old}"] * told))
+
+    add(1, told=True, to=folders[:4])
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
+    assert (comparison.swept, comparison.failed) == ({TIE: ["true", "false"]}, [])
+    assert effect(comparison, TIE).n_pairs == 3
+    [note] = comparison.notes
+    assert note.startswith("model.old: no key of this version")
+    for folder in folders:
+        change(folder / "summary.json", lambda of: of.update(overrides=of["overrides"][:2]))
+    add(2, told=False, to=folders[:1])  # that may be why it is better
+    with pytest.raises(BadRequest, match=r"also differ in model\.old, which none"):
+        comparisons.compare(comparisons.read([tmp_path]))
+
+
+def test_a_sweep_over_a_key_that_is_gone_is_still_compared(tmp_path: Path) -> None:
+    folders = put_all([run(loss=3.0 + old, seed=seed) for old in (0, 1) for seed in (0, 1)], tmp_path)
+    for number, folder in enumerate(folders):
+        change(folder / "summary.json", lambda of, old=number // 2: of["config"]["model"].update(old=old))
+        change(folder / "summary.json", lambda of, old=number // 2: of["overrides"].append(f"model.old={old}"))
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
+    assert comparison.swept == {"model.old": ["0", "1"]}
+    assert effect(comparison, "model.old").mean_difference == pytest.approx(1)
+
+
+def test_a_key_that_moved_is_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.MOVED, "model.old", "optimizer.grad_clip")
+    folders = put_all(arms("optimizer.grad_clip", {"0.0": [3.0, 3.1], "1.0": [2.0, 2.2]}), tmp_path)
+    for folder, clip in ((folders[0], 0.0), (folders[2], 1.0)):
+        change(folder / "summary.json", lambda of: of["config"]["optimizer"].pop("grad_clip"))
+        change(folder / "summary.json", lambda of, clip=clip: of["config"]["model"].update(old=clip))
+        change(folder / "summary.json", lambda of, clip=clip: of["overrides"].insert(0, f"model.old={clip}"))
+        change(folder / "summary.json", lambda of: of["overrides"].pop(1))
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
+    assert comparison.swept == {"optimizer.grad_clip": ["0.0", "1.0"]}
+    assert (effect(comparison, "optimizer.grad_clip").n_pairs, comparison.notes) == (2, [])
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """A sweep that lies elsewhere is compared through its link; two links to it, or a loop, add nothing."""
+    put_all(arms(TIE, {"true": [3.0], "false": [2.0]}), tmp_path / "elsewhere")
+    put(run(f"{TIE}=true", loss=3.5, seed=7), tmp_path / "all", "own")
+    (tmp_path / "all" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "all" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "all" / "a-run").symlink_to(tmp_path / "all" / "own")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path)
+    read = comparisons.read([tmp_path / "all"])
+    assert len(read) == 3
+    assert {Path(row["folder"]).resolve().parent.name for row in read} == {"elsewhere", "all"}
+    assert "own" in {row["name"] for row in read}, "its own path, not a link's"
+    assert effect(read, TIE).n_pairs == 1
+    both = comparisons.read([tmp_path / "all", tmp_path / "elsewhere"])
+    assert len(both) == 3
+
+
+def test_the_distance_from_fp64_has_no_sign(tmp_path: Path) -> None:
+    """Above at one step and below at the next is far from it, not on it."""
+    rows = [run(f"precision={name}", seed=seed) for name in ("fp64", "fp32") for seed in (0, 1)]
+    for folder, gaps in zip(put_all(rows, tmp_path), ((0, 0), (0, 0), (0.1, -0.3), (-0.2, 0.2)), strict=True):
+        lines = ({"step": step, "loss": 9 - step + gap, "tokens": 128} for step, gap in enumerate(gaps))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [found] = comparisons.compare(comparisons.read([tmp_path])).distances
+    assert (found.arm, found.n_seeds) == ("fp32", 2)
+    assert (found.largest, found.mean) == (pytest.approx(0.25), pytest.approx(0.2))
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -1062,10 +1205,9 @@ def flattenings(rows: Sequence[Row], monkeypatch: pytest.MonkeyPatch) -> int:
     calls = []
     real = comparisons.flatten
 
-    def counted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        if not prefix:
-            calls.append(prefix)
-        return real(config, prefix)
+    def counted(config: Mapping[str, Any]) -> dict[str, Any]:
+        calls.append(config)
+        return real(config)
 
     monkeypatch.setattr(comparisons, "flatten", counted)
     comparisons.compare(rows)

@@ -423,3 +423,19 @@ def test_estimate_grows_with_the_request() -> None:
     assert need("train.batch_size=64") > need("train.batch_size=8") > 0
     assert need("model.tie_weights=false") > need()
     assert math.isfinite(need("model=gpt2-xl"))
+
+
+def test_a_stored_configuration_is_read_under_todays_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it lacks has the default, what is no key is given back, what moved is in its place."""
+    recorded = config.plain(RunConfig(seed=5))
+    del recorded["model"]["tie_weights"], recorded["sweep"]
+    recorded["model"]["old"] = {"deep": 1}
+    recorded["gone"] = [1, 2]
+    today, unknown = config.stored(recorded)
+    assert config.parse(today) == RunConfig(seed=5)
+    assert unknown == {"model.old.deep": 1, "gone": [1, 2]}
+    monkeypatch.setitem(config.MOVED, "model.old.deep", "train.steps")
+    del recorded["train"]["steps"]
+    assert config.stored(recorded)[0]["train"]["steps"] == 1
+    recorded["optimizer"]["min_lr"], recorded["optimizer"]["schedule"] = "${optimizer.lr}", "cosine"
+    assert config.parse(config.stored(recorded)[0]).optimizer.min_lr == 3e-4

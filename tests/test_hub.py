@@ -6,6 +6,8 @@ written, and no pickle runs.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import http.server
 import json
 import pickle
@@ -23,12 +25,12 @@ from support import SMALL, read, run, run_folders, the_run
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-from gpt2exp import config, export
+from gpt2exp import config, export, sample
 from gpt2exp.config import BadRequest, DataConfig, InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface, init
 from gpt2exp.model.gpt import GPT
-from gpt2exp.run import checkpoint
+from gpt2exp.run import checkpoint, record
 from gpt2exp.sweep import launch
 from gpt2exp.training import setup
 
@@ -87,6 +89,80 @@ def assert_same(gpt: GPT, hf: GPT2LMHeadModel) -> None:
     """Logits to 1e-5."""
     with torch.no_grad():
         torch.testing.assert_close(gpt(ids()), hf(ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+# --- one table -------------------------------------------------------------------------------------------------------
+
+
+class Activation(enum.Enum):
+    """A choice that a later version might offer."""
+
+    gelu = "gelu"
+    relu2 = "relu2"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Wider(ModelConfig):
+    """A model with a key that the table of Hugging Face's names does not have."""
+
+    activation: Activation = Activation.gelu
+
+
+def test_the_table_is_the_same_both_ways() -> None:
+    odd = ModelConfig(n_layer=3, n_head=2, n_embd=10, block_size=7, vocab_size=50300, tie_weights=False)
+    for model in (ModelConfig(), odd):
+        assert huggingface.from_hf(huggingface.to_hf(model)) == model
+        made = GPT2Config(**huggingface.to_hf(model)).to_dict()
+        assert huggingface.from_hf(made) == model
+    assert huggingface.from_hf({}) == ModelConfig() == huggingface.from_hf(GPT2Config().to_dict())
+    assert huggingface.KEYS.keys() | set(huggingface.IN_MEMORY) == {
+        item.name for item in dataclasses.fields(ModelConfig)
+    }
+
+
+def test_what_the_table_does_not_know_is_neither_exported_nor_loaded(saved: dict[bool, Path]) -> None:
+    shape = config.plain(SHAPE)
+    usual, other = Wider(**shape), Wider(**shape, activation=Activation.relu2)
+    assert export.architecture(usual) == export.architecture(SHAPE)
+    huggingface.check(huggingface.find(str(saved[True])), usual)
+    said = r"^model\.activation=relu2: Hugging Face's GPT-2 has no such choice; it takes model\.activation=gelu"
+    with pytest.raises(BadRequest, match=said):
+        export.architecture(other)
+    with pytest.raises(BadRequest, match=said):
+        huggingface.check(huggingface.find(str(saved[True])), other)
+
+
+def test_a_checkpoint_of_another_versions_model_is_not_guessed_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither exported, sampled from nor gone on with; a key that only moved stands in no way."""
+    place = trained()
+    (folder,) = record.saved(place).values()
+    state = checkpoint.read(folder).state
+    state["config"]["model"]["activation"] = "relu2"
+    written = checkpoint.Checkpoint(folder, state)
+    checkpoint.write(place, written.weights(), written.training(), state)
+    capsys.readouterr()
+    for command, words in ((export.command, [str(place), "out"]), (sample.command, [str(place)])):
+        assert command(words) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"{place}: its model has model.activation=relu2, which this version does not know" in err
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert launch.command([f"resume={place}", "train.steps=3"]) == 1
+    assert "which this version does not know" in read(place / "summary.json")["error"]
+    monkeypatch.setitem(config.MOVED, "model.activation", "wandb.name")
+    assert checkpoint.of_run(place)[0] == dataclasses.replace(SHAPE, tie_weights=True)
+
+
+def test_a_checkpoint_goes_on_as_the_model_it_is(tmp_path: Path) -> None:
+    """Heads change no shape: the weights fit, and would be another model's."""
+    place = trained()
+    path = place / ".hydra" / "config.yaml"
+    path.write_text(path.read_text().replace("n_head: 2", "n_head: 4"))
+    assert launch.command([f"resume={place}", "train.steps=3"]) == 1
+    assert "a checkpoint of another model" in read(place / "summary.json")["error"]
 
 
 # --- in --------------------------------------------------------------------------------------------------------------

@@ -286,6 +286,25 @@ class TestFiles:
             assert f"[{name}]({name}/)" in text
             assert f'<a href="{name}/">{name}</a>' in page
 
+    def test_columns_of_numbers_stand_to_the_right(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each column says itself whether it is one, so that a new one puts no other out of line."""
+        for tie in ("true", "false"):
+            leave(tmp_path / tie, summary(7, f"model.tie_weights={tie}"))
+        comparison = comparisons.compare(comparisons.read([tmp_path]))
+        columns, rows = report.runs_table(comparison)
+        numbers = {column.name for column in columns if column.number}
+        assert numbers == {"seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"}
+        wider = [*columns, report.Column("remark")], [(row, [*cells, "none"]) for row, cells in rows]
+        monkeypatch.setattr(report, "runs_table", lambda _: wider)
+        right = ' class="right"'
+        head = [f"<th{right * column.number}>{column.name}</th>" for column in wider[0]]
+        page = report.page(comparison, tmp_path, [])
+        assert "".join(head) in page
+        assert page.count('<td class="cut">none</td>') == 2
+        assert page.count('<td class="right">7</td>') == 2, "the seeds"
+        rule = ["--:" if column.number else "---" for column in wider[0]]
+        assert f"| {' | '.join(rule)} |" in report.markdown(comparison, tmp_path, [])
+
     def test_figures_are_linked_and_white(self, sweep: tuple[Done, Path]) -> None:
         from matplotlib import image
 

@@ -205,6 +205,19 @@ class TestDone:
         assert not any(said in note for note in longer.notes), "a schedule of its own length stays"
         assert longer.jobs[0].config.optimizer.schedule_steps == 9
 
+    def test_what_follows_the_steps_keeps_its_value(self, done: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(done, tmp_path / "copy")
+        path, overrides = folder / ".hydra" / "config.yaml", folder / ".hydra" / "overrides.yaml"
+        path.write_text(path.read_text().replace("grad_clip: 0.0", "grad_clip: ${train.steps}"))
+        overrides.write_text(overrides.read_text() + "- optimizer.grad_clip=${train.steps}\n")
+        said = r"^optimizer\.grad_clip=9\.0: \S+ began with optimizer\.grad_clip=6\.0; add optimizer\.grad_clip=6\.0 to"
+        with pytest.raises(BadRequest, match=said):
+            asked(f"resume={folder}", "train.steps=9")
+        request = asked(f"resume={folder}", "train.steps=9", "optimizer.grad_clip=6.0")
+        assert request.jobs[0].config.optimizer.grad_clip == 6
+        assert request.composed is not None
+        assert request.composed.optimizer.grad_clip == 6
+
     @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "state.json"])
     def test_a_damaged_checkpoint(self, done: Path, tmp_path: Path, file: str) -> None:
         """The one before it is used, and that is said."""
@@ -480,6 +493,51 @@ class TestSweep:
         assert stamps([first]) == stamp
         summary = read(second / "summary.json")
         assert (summary["state"], summary["steps"], len(summary["parts"])) == ("done", 70, 2)
+
+    def test_a_key_that_is_gone(self, tmp_path: Path) -> None:
+        """A release has removed it: the finished jobs are kept, the key is named, and what is to do goes on without."""
+        assert run(tmp_path, "-m", "seed=1,2", *SMALL, "train.steps=1", LAST, QUIET).returncode == 0
+        folders = run_folders(tmp_path)
+        sweep = folders[0].parent
+
+        def had(old: int, folder: Path) -> None:
+            config = folder / ".hydra" / "config.yaml"
+            text = config.read_text().replace("  old: 1\n", "")
+            config.write_text(text.replace("train:\n", f"train:\n  old: {old}\n"))
+
+        for folder in folders:
+            had(1, folder)
+        request = read(sweep / "sweep.json")
+        (sweep / "sweep.json").write_text(json.dumps(request | {"argv": [*request["argv"], "train.old=1"]}))
+        asks = asked(f"resume={sweep}", "seed=3")
+        assert [(job.config.seed, job.done) for job in asks.jobs] == [(1, True), (2, True), (3, False)]
+        [note] = asks.notes
+        assert note.startswith("train.old=1: no key of this version")
+        alone = asked(f"resume='{folders[0]}'", "train.steps=3")
+        assert not alone.jobs[0].done
+        assert note in alone.notes
+        assert run(tmp_path, f"resume='{folders[0]}'", "train.steps=3").returncode == 0
+        assert read(folders[0] / "summary.json")["steps"] == 3
+        had(2, folders[1])
+        with pytest.raises(BadRequest, match=r"its runs have train\.old=1 and 2, which is no key of this version"):
+            asked(f"resume={sweep}")
+
+    def test_values_that_follow_others(self, tmp_path: Path) -> None:
+        """The sweep's jobs are found again, and a new seed's follow too."""
+        follows = ["optimizer.schedule=cosine", "optimizer.min_lr=${optimizer.lr}", "wandb.name=run-${seed}"]
+        args = ["optimizer.lr=1e-3,3e-4", *follows, "seed=1", *SMALL, "train.steps=1", QUIET]
+        assert run(tmp_path, "-m", *args).returncode == 0
+        sweep = run_folders(tmp_path)[0].parent
+        jobs = asked(f"resume={sweep}", "seed=2").jobs
+        assert [(job.config.seed, job.config.optimizer.min_lr, job.done) for job in jobs] == [
+            (1, 1e-3, True),
+            (2, 1e-3, False),
+            (1, 3e-4, True),
+            (2, 3e-4, False),
+        ]
+        comparison = read(sweep / "comparison.json")
+        assert comparison["swept"] == {"optimizer.lr": ["0.0003", "0.001"]}
+        assert {effect["n_pairs"] for effect in comparison["axes"]} == {1}
 
     def test_two_go_on_with_one_sweep(self, tmp_path: Path) -> None:
         process = start(tmp_path / "here", "-m", "seed=1,2", *SMALL, STEPS, QUIET)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 from support import SMALL, read, run, run_folders
@@ -241,10 +243,18 @@ def test_a_strangers_run_folder_runs_nothing_and_asks_for_nothing(tmp_path: Path
         hydra.mkdir(parents=True)
         (hydra / "config.yaml").write_text(text)
         (hydra / "overrides.yaml").write_text("[]\n")
+    mine = yaml.safe_load(
+        (here / "all" / "mine" / ".hydra" / "config.yaml").read_text()
+    )  # a difference in an arm would show its value
+    mine["data"] |= {"name": "text", "path": "a.txt", "field": "${oc.env:WANDB_API_KEY}"}
+    (here / "all" / "arm" / ".hydra").mkdir(parents=True)
+    (here / "all" / "arm" / ".hydra" / "config.yaml").write_text(json.dumps(mine))
+    told = ["data=text", "data.path=a.txt", "data.field=body"]
+    (here / "all" / "arm" / ".hydra" / "overrides.yaml").write_text(json.dumps(told))
     done = run(here, "all", program=COMPARE, WANDB_API_KEY=KEY)
     assert (done.returncode, done.stderr) == (0, "")
     states = {row["name"]: row["state"] for row in read(here / "all" / "comparison.json")["runs"]}
-    assert states == {"mine": "done", "code": "not run", "asks": "not run"}
+    assert states == {"mine": "done", "code": "not run", "asks": "not run", "arm": "not run"}
     assert not list(here.rglob("pwned"))
     assert not holding(here, KEY)
     assert KEY not in done.stdout

@@ -8,9 +8,11 @@ their seed's noise, and the interval is taken over seeds. No torch.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.config import HOUSEKEEPING, BadRequest, RunConfig, flatten, parse, plain, show
+from gpt2exp.config import MOVED, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
 from gpt2exp.run import record, secret
 from gpt2exp.training import load
 
@@ -180,7 +182,7 @@ def read(folders: Sequence[Path]) -> list[Row]:
             raise BadRequest(f"{folder}: no such folder; name run or sweep folders, such as sweeps/DAY/TIME-ID")
     tops = [folder.resolve() for folder in folders]
     above = Path(os.path.commonpath(tops))  # several sweeps have jobs of the same names
-    runs = dict.fromkeys(run for top in tops for run in record.runs_below(top))
+    runs = {run.resolve(): run for top in tops for run in record.runs_below(top)}.values()
     if not runs:
         raise BadRequest(f"{folders[0]}: holds no run; name run or sweep folders, such as sweeps/DAY/TIME-ID")
     return [{**_row(run, above), "folder": str(run)} for run in runs]
@@ -213,8 +215,6 @@ NEEDED_DONE: dict[str, Any] = {
     **dict.fromkeys(("val_loss", "loss_mean_last10", "tokens_per_second", "peak_memory_bytes"), MAYBE),
     "steps": int,
     "tokens": int,
-    "config.model.vocab_size": int,
-    "config.precision.rounding": str,
     "parameters.total": int,
     "precision.effective": str,
     "precision.emulated": bool,
@@ -245,33 +245,48 @@ def _flaw(row: Row) -> str:
 
 def _asked(run: Path) -> Row:
     """`config` and `overrides` of a run that left no summary; empty where Hydra's record is unusable too."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped]
-
     try:
-        config = parse(OmegaConf.load(run / ".hydra" / "config.yaml"))
-        overrides = [str(text) for text in OmegaConf.load(run / ".hydra" / "overrides.yaml")]
-        secret.check_values([plain(config), overrides])  # an interpolation in a stranger's folder may ask for one
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        config, gone, overrides = record.asked(run)
+        secret.check_values([plain(config), gone, overrides])  # an interpolation in a stranger's folder may ask for one
+    except BadRequest:
         return {}
-    return {"config": plain(config), "overrides": overrides}
+    return {"config": plain(config), "gone": gone, "overrides": overrides}
+
+
+def _of_today(row: Row) -> Row:
+    """A row with its configuration under today's keys; `gone` has by dotted key what has no place there."""
+    if "config" not in row:
+        return row
+    config, gone = stored(row["config"])
+    return {**row, "config": config, "gone": row.get("gone", {}) | gone}
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    """A run's configuration by dotted key, without housekeeping; keys of other versions (`gone`) with it."""
+    return flatten(row["config"]) | flatten(row.get("gone", {}))
 
 
 def typed(row: Row) -> Settings:
     """What was typed for a run, by key, values as shown.
 
     A key of the configuration takes its value from there, so that two spellings of it are one; a value that follows
-    others (`${train.steps}`) stays as typed.
+    others (`${train.steps}`, whose braces Hydra's sweeper records with backslashes) stays as typed.
     """
-    flat = flatten(row["config"])
+    flat = _flat(row)
     settings: Settings = {}
     for text in row.get("overrides", []):
         key, _, value = text.lstrip("+").partition("=")
-        if key.split(".")[0] in HOUSEKEEPING or key in HOUSEKEEPING or key == "experiment":
+        if is_housekeeping(key) or key == "experiment":
             continue
-        settings[key] = show(flat[key]) if key in flat and "${" not in value else value.strip("'\"")
+        key = key if key in flat else MOVED.get(key, key)
+        value = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
+        settings[key] = show(flat[key]) if key in flat and not _follows(value) else value.strip("'\"")
     return settings
+
+
+def _follows(text: str) -> bool:
+    """Whether a value as typed follows other keys; what a resolver gives (`${oc.env:LR}`) may be anything."""
+    return "${" in text and ":" not in text
 
 
 def _default(key: str, flat: Mapping[str, Any]) -> str:
@@ -283,16 +298,28 @@ def _default(key: str, flat: Mapping[str, Any]) -> str:
     return "gpt2" if key == "model" else "default"
 
 
+def _written(row: Row) -> dict[str, Any]:
+    with contextlib.suppress(BadRequest):
+        return record.written(Path(row["folder"]))
+    return {}
+
+
 def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Each varying key but `seed`, with its arms: the schema's default first if it is one, else in order of the runs.
 
     Raises:
         BadRequest: the runs also differ in something that was not typed.
     """
-    flats = [flatten(row["config"]) for row in rows]
+    flats = [_flat(row) for row in rows]
     told = [typed(row) for row in rows]
-    names = dict.fromkeys(key for settings in told for key in settings)
     usual = flatten(plain(RunConfig()))
+    # of another version's key nobody knows the value in a run without it: alike in all that have it, it parts none
+    alike = {
+        key
+        for key in {key for flat in flats for key in flat.keys() - usual.keys()}
+        if len({repr(flat[key]) for flat in flats if key in flat}) == 1
+    }
+    names = dict.fromkeys(key for settings in told for key in settings if key not in alike)
     arms = {
         key: [settings.get(key, _default(key, flat)) for settings, flat in zip(told, flats, strict=True)]
         for key in names
@@ -311,14 +338,18 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
         together = set(zip(arms[key.split(".")[0]], arms[key], strict=True))
         if _default(key, usual) == "null" and len(together) == len(axes[key.split(".")[0]]):
             del axes[key]  # belongs to one choice, such as data.path to data=text: no difference of its own
-    following = {key for key in arms if key not in axes and "${" in arms[key][0]}
+    following = {key for key in arms if key not in axes and _follows(arms[key][0])}
     differing = []
-    for key in sorted({key for flat in flats for key in flat} - {"seed", *axes, *following}):
+    for key in sorted({key for flat in flats for key in flat} - {"seed", *axes, *following, *alike}):
         values = [repr(flat.get(key)) for flat in flats]
         # a group's choice sets its section, alike in every run that made the choice
         choices = arms[key.split(".")[0]] if key.split(".")[0] in axes else [""] * len(rows)
         if len(set(zip(choices, values, strict=True))) > len(set(choices)):
             differing.append(key)
+    if differing:  # unless they follow in a preset of the user's own, which nobody typed
+        texts = [_written(row) for row in rows]
+        same = {key: {str(text.get(key)) for text in texts} for key in differing}
+        differing = [key for key in differing if len(same[key]) > 1 or not _follows(*same[key])]
     if differing:
         raise BadRequest(
             f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
@@ -424,7 +455,7 @@ class Grid:
         self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
         planned: set[tuple[int, tuple[str, ...]]] = set()
         for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
-            settings, flat = typed(row), flatten(row["config"])
+            settings, flat = typed(row), _flat(row)
             arms = tuple(settings.get(key, _default(key, flat)) for key in axes)
             planned.add((row["config"]["seed"], arms))
             if row["state"] == "done":
@@ -465,6 +496,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
     Raises:
         BadRequest: nothing to compare, or the runs differ in something unswept.
     """
+    rows = [_of_today(row) for row in rows]
     known = [row for row in rows if "config" in row]
     if not known or all(row["state"] in ("running", "not run", "damaged") for row in rows):
         damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
@@ -501,13 +533,15 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
         notes.append(f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts")
     if not axes:
         notes.append("nothing but the seed varies, so there is no axis to compare")
+    if gone := sorted({key for row in known for key in row.get("gone", {})} - set(axes)):
+        notes.append(f"{', '.join(gone)}: no key of this version, recorded by another; taken to make no difference")
     notes += _unequal(grid)
     made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
     changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
     if changed:
         notes.append(f"the runs differ in {', '.join(changed)}, which may show in losses and speed")
     return Comparison(
-        runs=list(rows),
+        runs=rows,
         axes=effects,
         interactions=_interactions(grid, loss),
         distances=_distances(grid),
@@ -761,4 +795,4 @@ def parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, list[float]
 
 def _public(row: Row) -> Row:
     """A row of `comparison.json`'s `runs`: the summary without what every run repeats."""
-    return {key: value for key, value in row.items() if key not in ("config", "versions", "environment")}
+    return {key: value for key, value in row.items() if key not in ("config", "gone", "versions", "environment")}

@@ -295,10 +295,26 @@ def _plain_count(number: int, thing: str) -> str:
 
 # --- table -----------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "verdict")
 
-RIGHT = ("n", "difference", "p", "seed std")
-"""Columns of numbers."""
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its name, and whether it holds numbers, which stand to the right."""
+
+    name: str
+    number: bool = False
+
+
+COLUMNS = (
+    Column("axis"),
+    Column("arms"),
+    Column("metric"),
+    Column("n", number=True),
+    Column("difference", number=True),
+    Column("95 % interval"),
+    Column("p", number=True),
+    Column("seed std", number=True),
+    Column("verdict"),
+)
 
 
 @dataclass
@@ -387,7 +403,7 @@ def _rich_table(comparison: Comparison) -> tuple[Table, list[str]]:
                   collapse_padding=True)  # fmt: skip
     table.add_column("axis and arms", overflow="fold")
     for column in COLUMNS[2:]:
-        table.add_column(column, justify="right" if column in RIGHT else "left", no_wrap=True)
+        table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
     reasons: list[str] = []
     rows = lines(comparison)
     for number, line in enumerate(rows):
@@ -533,8 +549,8 @@ def provenance(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return known
 
 
-def runs_table(comparison: Comparison) -> tuple[list[str], list[tuple[Row, list[str]]]]:
-    """Column names, then each run with its cells; the first column, its name, is left to the caller to link."""
+def runs_table(comparison: Comparison) -> tuple[list[Column], list[tuple[Row, list[str]]]]:
+    """The columns, then each run with its cells; the first column, its name, is left to the caller to link."""
     keys = list(comparison.swept)
     forms: dict[str, Callable[[Row], str]] = {
         "loss": lambda row: f"{row['loss_mean_last10']:.4f}",
@@ -554,7 +570,8 @@ def runs_table(comparison: Comparison) -> tuple[list[str], list[tuple[Row, list[
             except (KeyError, TypeError, ValueError):
                 cells.append("")
         rows.append((row, cells))
-    return ["run", "state", *map(printable, keys), "seed", *forms], rows
+    words = [Column(name) for name in ("run", "state", *map(printable, keys))]
+    return [*words, *(Column(name, number=True) for name in ("seed", *forms))], rows
 
 
 def title(comparison: Comparison) -> str:
@@ -578,9 +595,9 @@ def _md(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _md_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> list[str]:
-    rule = ["--:" if name in right else "---" for name in head]
-    return ["| " + " | ".join(cells) + " |" for cells in ([_md(name) for name in head], rule, *rows)]
+def _md_table(head: Sequence[Column], rows: Iterable[Sequence[str]]) -> list[str]:
+    rule = ["--:" if column.number else "---" for column in head]
+    return ["| " + " | ".join(cells) + " |" for cells in ([_md(column.name) for column in head], rule, *rows)]
 
 
 def _fenced(texts: Sequence[str]) -> list[str]:
@@ -598,7 +615,7 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
     text += [f"- note: {_md(note)}" for note in comparison.notes]
     if comparison.axes and not comparison.optima:
         rows = [[_md(cell) for cell in (*line.cells, name_of(line.verdict), line.reason)] for line in lines(comparison)]
-        text += ["", "## Comparison", "", *_md_table([*COLUMNS, "reason"], rows, RIGHT)]
+        text += ["", "## Comparison", "", *_md_table([*COLUMNS, Column("reason")], rows)]
     if comparison.failed:
         text += ["", "## Not finished", ""]
         text += [f"- {_md(name)}: {_md(fate)}" for name, fate in failures(comparison)]
@@ -614,7 +631,7 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
         [f"[{_md(printable(row['name']))}]({link(row['folder'], out)})", *(_md(cell) for cell in cells)]
         for row, cells in runs
     ]
-    text += ["", "## Runs", "", *_md_table(head, linked, head[-6:])]
+    text += ["", "## Runs", "", *_md_table(head, linked)]
     text += ["", "## Reproduce", "", *_fenced(commands(comparison.runs)), ""]
     facts = setting(comparison.runs) + provenance(comparison.runs)
     text += [f"- {label}: {_md(value)}" for label, value in facts]
@@ -707,7 +724,9 @@ def _for_wandb(comparison: Comparison, sweep: Path, sections: Sequence[Section])
     head, runs = runs_table(comparison)
     effects = records(comparison)
     shown: dict[str, Any] = {
-        "runs": wandb.Table(columns=[*head], data=[[printable(row["name"]), *cells] for row, cells in runs]),
+        "runs": wandb.Table(
+            columns=[column.name for column in head], data=[[printable(row["name"]), *cells] for row, cells in runs]
+        ),
         "verdicts": wandb.Table(
             columns=["verdict", "sentence"], data=[[name_of(item.verdict), item.text] for item in sentences(comparison)]
         ),

@@ -15,12 +15,12 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import BadRequest, InitConfig, ModelConfig, first_line, show
+from gpt2exp.config import BadRequest, InitConfig, ModelConfig, first_line, require, show
 from gpt2exp.files import TIMEOUT, sha256
 
 if TYPE_CHECKING:
@@ -48,14 +48,21 @@ WRAPPERS = re.compile(
 MASKS = (".attn.bias", ".attn.masked_bias")
 """Constants that older files hold beside the weights."""
 
-SHAPE = {
+KEYS = {
     "n_layer": "n_layer",
     "n_head": "n_head",
     "n_embd": "n_embd",
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
+    "tie_weights": "tie_word_embeddings",
 }
-"""Our keys of `model` by Hugging Face's of `config.json`."""
+"""Our keys of `model` by Hugging Face's of `config.json`, with the same default on both sides (GPT2Config's)."""
+
+SHAPE = [key for key in KEYS if key != "tie_weights"]
+"""Those that weights must share with the model they go into: tied ones can go into an untied one."""
+
+IN_MEMORY = ("pad_vocab",)
+"""Keys of `model` about its place in memory, which `config.json` says nothing of."""
 
 GPT2: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -66,8 +73,47 @@ GPT2: dict[str, tuple[Any, ...]] = {
 }
 """What makes the architecture ours, by key of `config.json` (transformers' GPT2Config), its default first."""
 
-USUAL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
-"""transformers' defaults, for what a `config.json` leaves out."""
+
+def to_hf(model: ModelConfig) -> dict[str, Any]:
+    """The keys of `config.json` that make transformers build `model`.
+
+    Raises:
+        BadRequest: a key of `model` that has none there is not at its default.
+    """
+    default = type(model)()
+    for name in (item.name for item in fields(model) if item.name not in (*KEYS, *IN_MEMORY)):
+        value, usual = getattr(model, name), getattr(default, name)
+        why, remedy = "Hugging Face's GPT-2 has no such choice", f"it takes model.{name}={show(usual)}"
+        require(value == usual, f"model.{name}", value, why, remedy)
+    keys = {theirs: getattr(model, ours) for ours, theirs in KEYS.items()}
+    return keys | {key: known[0] for key, known in GPT2.items()} | {"n_inner": None}
+
+
+def from_hf(config: Mapping[str, Any], said: str = CONFIG) -> ModelConfig:
+    """The model that a `config.json` describes; `said` names its place in errors.
+
+    Raises:
+        BadRequest: it is another architecture, or no whole numbers.
+    """
+    kind = config.get("model_type", "gpt2")
+    if kind != "gpt2":
+        raise BadRequest(f"{said}: its {CONFIG} says model_type={kind}; name weights of GPT-2")
+    for key, known in GPT2.items():
+        if (value := config.get(key, known[0])) not in known:
+            why = f"{key}={show(value)} where GPT-2 has {show(known[0])}"
+            raise BadRequest(f"{said}: another architecture, {why}; name weights of GPT-2")
+    shape = {ours: config.get(KEYS[ours], getattr(ModelConfig(), ours)) for ours in SHAPE}
+    if not all(type(value) is int and value > 0 for value in shape.values()):
+        raise BadRequest(
+            f"{said}: its {CONFIG} has no whole numbers for {', '.join(KEYS[key] for key in SHAPE)}; mend it"
+        )
+    if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
+        why = f"n_inner={config['n_inner']} where GPT-2 has 4 times n_embd"
+        raise BadRequest(f"{said}: another architecture, {why}; name weights of GPT-2")
+    try:
+        return ModelConfig(**shape, tie_weights=config.get(KEYS["tie_weights"]) is not False)
+    except BadRequest as error:
+        raise BadRequest(f"{said}: its {CONFIG} fits no model ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -90,11 +136,6 @@ class Weights:
         """Of the file, or of the shards' hashes in order."""
         hashes = [sha256(file) for file in self.files]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """The keys of `model` that `config.json` settles."""
-        return {ours: self.config.get(theirs, USUAL[theirs]) for ours, theirs in SHAPE.items()}
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -223,31 +264,20 @@ def check(found: Weights, model: ModelConfig) -> None:
 
 
 def _check_config(found: Weights, model: ModelConfig) -> None:
-    said, config = found.said, found.config
-    kind = config.get("model_type", "gpt2")
-    if kind != "gpt2":
-        raise BadRequest(f"{said}: its {CONFIG} says model_type={kind}; name weights of GPT-2")
-    for key, known in GPT2.items():
-        if (value := config.get(key, known[0])) not in known:
-            why = f"{key}={show(value)} where GPT-2 has {show(known[0])}"
-            raise BadRequest(f"{said}: another architecture, {why}; name weights of GPT-2")
-    if not all(type(value) is int and value > 0 for value in found.shape.values()):
-        raise BadRequest(f"{said}: its {CONFIG} has no whole numbers for {', '.join(SHAPE.values())}; mend it")
-    if config.get("n_inner") not in (None, 4 * found.shape["n_embd"]):
-        why = f"n_inner={config['n_inner']} where GPT-2 has 4 times n_embd"
-        raise BadRequest(f"{said}: another architecture, {why}; name weights of GPT-2")
-    wrong = [key for key, value in found.shape.items() if getattr(model, key) != value]
+    to_hf(model)  # or the weights are of another architecture, whatever their shapes
+    theirs = from_hf(found.config, found.said)
+    wrong = [key for key in SHAPE if getattr(model, key) != getattr(theirs, key)]
     if wrong:
         key = wrong[0]
-        why = f"{said} has {found.shape[key]}"
-        raise BadRequest(f"model.{key}={getattr(model, key)}: {why}; try {_size(found.shape, model)}")
+        why = f"{found.said} has {getattr(theirs, key)}"
+        raise BadRequest(f"model.{key}={getattr(model, key)}: {why}; try {_size(theirs, model)}")
 
 
-def _size(shape: Mapping[str, Any], model: ModelConfig) -> str:
-    """What to type for a shape: a size by its name, or each key that differs."""
+def _size(theirs: ModelConfig, model: ModelConfig) -> str:
+    """What to type for their shape: a size by its name, or each key that differs."""
     from yaml import safe_load  # type: ignore[import-untyped]
 
-    wanted = dict(shape)
+    wanted = {key: getattr(theirs, key) for key in SHAPE}
     vocabulary = wanted.pop("vocab_size")
     for file in sorted((resources.files("gpt2exp.conf") / "model").iterdir(), key=lambda item: item.name):
         if file.name.endswith(".yaml"):
@@ -255,7 +285,8 @@ def _size(shape: Mapping[str, Any], model: ModelConfig) -> str:
             if all(size.get(key) == value for key, value in wanted.items()):
                 rest = "" if vocabulary == ModelConfig().vocab_size else f" model.vocab_size={vocabulary}"
                 return f"model={file.name.removesuffix('.yaml')}{rest}"
-    return " ".join(f"model.{key}={value}" for key, value in shape.items() if getattr(model, key) != value)
+    wanted["vocab_size"] = vocabulary
+    return " ".join(f"model.{key}={value}" for key, value in wanted.items() if getattr(model, key) != value)
 
 
 def _check_shapes(found: Weights, shapes: Mapping[str, Sequence[int]], model: ModelConfig) -> None:
@@ -267,7 +298,7 @@ def _check_shapes(found: Weights, shapes: Mapping[str, Sequence[int]], model: Mo
     expected: dict[str, tuple[int, ...]] = {WTE: (v, c), "transformer.wpe.weight": (t, c)}
     expected |= {f"transformer.ln_f.{leaf}": (c,) for leaf in ("weight", "bias")}
     expected |= {f"transformer.h.{n}.{name}": of for n in range(model.n_layer) for name, of in block.items()}
-    if HEAD in shapes or found.config.get("tie_word_embeddings", True) is False:
+    if HEAD in shapes or not from_hf(found.config, found.said).tie_weights:
         expected[HEAD] = (v, c)
     named = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(MASKS)}
     for name in (*sorted(expected.keys() - named.keys()), *sorted(named)):

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig, first_line
+from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig, first_line, parse, show, stored
 from gpt2exp.files import beside, sha256, write_json
 from gpt2exp.run.record import CHECKPOINTS, saved
 from gpt2exp.training import hardware
@@ -55,6 +55,18 @@ class Checkpoint:
     def step(self) -> int:
         """Steps done."""
         return int(self.state["step"])
+
+    def model(self, said: str) -> ModelConfig:
+        """The model whose weights these are; `said` names the run in errors.
+
+        Raises:
+            BadRequest: the model was built with a key that this version does not know.
+        """
+        today, unknown = stored(self.state["config"])
+        if odd := [key for key in unknown if key.startswith("model.")]:
+            why = f"its model has {odd[0]}={show(unknown[odd[0]])}, which this version does not know"
+            raise BadRequest(f"{said}: {why}; use the version that trained it")
+        return parse({"model": today["model"]}).model
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters by name, on the CPU."""
@@ -84,12 +96,12 @@ def of_run(run: Path) -> tuple[ModelConfig, Checkpoint]:
     """The model of a run (`record.check_run`) and its newest whole checkpoint.
 
     Raises:
-        BadRequest: no checkpoint of it is whole.
+        BadRequest: no checkpoint of it is whole, or this version cannot build its model.
     """
     found = newest(run)
     if found is None:
         raise BadRequest(f"{run}: every checkpoint of it is damaged; copy the folder again, or name another run")
-    return ModelConfig(**found.state["config"]["model"]), found
+    return found.model(str(run)), found
 
 
 def read(folder: Path) -> Checkpoint:

@@ -11,14 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from gpt2exp.config import (
     AUTO,
     BadRequest,
     RunConfig,
     first_line,
-    parse,
     plain,
 )
 from gpt2exp.data import tokens
@@ -58,8 +55,7 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
         KeyboardInterrupt: a signal asked for an end; the run was recorded as interrupted, or as done if it was by then.
         OSError: the record cannot be written.
     """
-    config = parse(dict(OmegaConf.load(folder / ".hydra" / "config.yaml")))
-    overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
+    config, _, overrides = record.asked(folder)
     sweep = record.sweep_of(folder)
     free = setup.prepare_heap(config)
     with processes.deferred() as stop:
@@ -126,7 +122,8 @@ def _train(
     if saved is not None:
         _check_same_text(config, source, saved.state["data"]["sha256"])
         # what was decided then holds
-        config = replace(config, train=replace(config.train, tokens_per_step=None, **saved.state["settled"]))
+        settled = {key: value for key, value in saved.state["settled"].items() if key in setup.SETTLED}
+        config = replace(config, train=replace(config.train, tokens_per_step=None, **settled))
     with precision.applied(config.precision, device) as got:
         if device.type == "cuda":
             free = hardware.free_memory(device)

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.config import BadRequest
+from gpt2exp.config import BadRequest, RunConfig, leaves, parse, stored
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
 from gpt2exp.training import load
@@ -216,9 +216,61 @@ def losses(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names."""
-    found = {path.parent.parent for path in folder.glob("**/.hydra/config.yaml")}
+    """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names.
+
+    Links are followed, each folder once: under its own path, where that is below too.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    to_see = [folder]
+    for top in to_see:  # grows by the links met
+        for place, inside, _ in os.walk(top):
+            with contextlib.suppress(OSError):  # not to be read, or gone by now
+                here = Path(place)
+                known = here.stat()
+                if (known.st_dev, known.st_ino) in seen:
+                    inside.clear()
+                    continue
+                seen.add((known.st_dev, known.st_ino))
+                to_see += [here / name for name in inside if (here / name).is_symlink()]
+                if (here / ".hydra" / "config.yaml").exists():
+                    found.append(here)
     return sorted(found)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """A run's configuration as its `.hydra` has it, by dotted key, interpolations as they stand.
+
+    Raises:
+        BadRequest: it cannot be read.
+    """
+    return leaves(_yaml(folder, "config.yaml", dict))
+
+
+def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
+    """What a run was asked, by its `.hydra`: its configuration, what of that is no key today, and its overrides.
+
+    Raises:
+        BadRequest: it cannot be read, or no run can have that configuration.
+    """
+    today, unknown = stored(written(folder))
+    return parse(today), unknown, [str(text) for text in _yaml(folder, "overrides.yaml", list)]
+
+
+def _yaml(folder: Path, name: str, kind: type) -> Any:
+    """A file in a run's `.hydra`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / name))
+        if not isinstance(found, kind):
+            raise ValueError(f"no {kind.__name__}")
+        return found
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadRequest(f"its .hydra/{name} cannot be read ({why})") from error
 
 
 def saved(folder: Path) -> dict[int, Path]:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,11 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
             text = override.input_line
             raise BadRequest(f"{text}: {terminal.short(folder)} is one run; leave it out, or name a sweep's folder")
     try:
-        recorded = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
-        before = config.parse(dict(recorded))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        why = f"its .hydra/config.yaml or overrides.yaml cannot be read ({config.first_line(error)})"
-        raise BadRequest(f"resume={folder}: {why}; put the files back, or start a new run") from error
-    assert isinstance(recorded, DictConfig)
+        before, gone, overrides = record.asked(folder)
+    except BadRequest as error:
+        raise BadRequest(f"resume={folder}: {error}; put the files back, or start a new run") from error
+    recorded = OmegaConf.create(config.plain(before))  # resolved: what follows train.steps keeps the value it had
+    overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
     changed: dict[str, Any] = {}
     if own := [override for override in typed if not _is_hydra(override)]:
@@ -110,7 +108,9 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         now = ", ".join(f"{key}={show(_value(before, key))}" for key in refused)
         what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
         why = f"{terminal.short(folder)} began with {now}"
-        raise BadRequest(f"{what}: {why}; leave it out to go on, or start a new run without resume")
+        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
+        remedy = f"add {now}" if follows else "leave it out"
+        raise BadRequest(f"{what}: {why}; {remedy} to go on, or start a new run without resume")
     for key, value in changed.items():
         on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
         if key == "data.path" and value is not None and not on_hub:
@@ -118,7 +118,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         OmegaConf.update(recorded, key, value.value if isinstance(value, Enum) else value)
         overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != key]
         overrides.append(f"{key}={show(value)}")
-    after = config.parse(dict(recorded))
+    after = config.parse(recorded)
     row = record.row(folder, folder)
     steps = row["steps"] if row["state"] == "done" else len(record.read_metrics(folder))
     if after.train.steps < steps:
@@ -135,6 +135,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
     if done:
         more = f"to train on, add train.steps=N above {steps}"
         notes = [f"{terminal.short(folder)} is done: {steps} of {after.train.steps} steps; {more}"]
+    notes += _gone_note(gone)
     job = request.Job(tuple(overrides), after, done=done)
     composed = recorded if changed and not done else None
     return request.Plan(
@@ -144,6 +145,23 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
 
 def _is_hydra(override: Override) -> bool:
     return override.key_or_group.split("/")[0].split(".")[0] == "hydra"
+
+
+def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
+    """Recorded overrides without those of the keys `gone`; keys that have moved under today's names."""
+    lost = {*gone, *(key.split(".")[0] for key in gone)} - set(request.SECTIONS)
+    moved = config.MOVED.keys() - set(config.keys())
+    told = {text: text.lstrip("+").partition("=")[0] for text in texts}
+    return [
+        text.replace(key, config.MOVED[key], 1) if key in moved else text
+        for text, key in told.items()
+        if key not in lost
+    ]
+
+
+def _gone_note(gone: Mapping[str, Any]) -> list[str]:
+    told = ", ".join(f"{key}={show(value)}" for key, value in sorted(gone.items()))
+    return [f"{told}: no key of this version, recorded by another; what is to do is done without it"] if gone else []
 
 
 def _within(key: str, names: Sequence[str]) -> bool:
@@ -200,6 +218,7 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         raise BadRequest(f"resume={folder}: its {record.SWEEP} cannot be read; put it back") from error
     if "folders" not in known:
         raise BadRequest(f"resume={folder}: its sweeper made up the jobs as it went; only sweeps of lists can go on")
+    runs, gone = _recorded(folder)
     began_in = Path(known.get("cwd", "."))
     if args.config_dir:
         flags.config_dir = str(Path(args.config_dir).absolute())
@@ -207,11 +226,12 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         flags.config_dir = str((began_in / flags.config_dir).absolute())
     with request.composing(flags) as loader:
         name = flags.config_name or "config"
-        texts = _merged(loader, name, flags.overrides, typed, folder)
+        texts = _merged(loader, name, _of_today(flags.overrides, gone), typed, folder)
         asked = request.compose(loader, name, texts, multirun=True)
     return dataclasses.replace(
         asked,
-        jobs=tuple(_placed(folder, asked.jobs)),
+        jobs=tuple(_placed(folder, asked.jobs, runs)),
+        notes=(*asked.notes, *_gone_note(gone)),
         folder=folder,
         resumed=True,
         cwd=began_in if began_in.is_dir() else None,
@@ -251,24 +271,38 @@ def _default(key: str, master: DictConfig, jobs: Sequence[RunConfig], folder: Pa
     return f"{key}={found.pop()}"
 
 
-def _placed(folder: Path, jobs: Sequence[request.Job]) -> list[request.Job]:
-    """The jobs with their folders: those of before by what they compute, new ones numbered on from there."""
-    known = defaultdict(list)
-    numbers = [-1]
+def _recorded(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
+    """The runs of a sweep by what they compute, and what they have for keys that are none today.
+
+    Raises:
+        BadRequest: they differ in such a key, so that which of them is which job cannot be told.
+    """
+    runs, gone = defaultdict(list), dict[str, Any]()
     for run in record.runs_below(folder):
         try:
-            of = config.parse(OmegaConf.load(run / ".hydra" / "config.yaml"))
-        except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+            of, unknown, _ = record.asked(run)
+        except BadRequest:
             continue  # Hydra's own record is damaged: the job is run anew, beside it
-        known[config.identity(of)].append(run)
+        for key, value in unknown.items():
+            if gone.setdefault(key, value) != value and not config.is_housekeeping(key):
+                why = f"its runs have {key}={show(gone[key])} and {show(value)}, which is no key of this version"
+                raise BadRequest(f"resume={folder}: {why}; go on with the version that began it, or start a new sweep")
+        runs[config.identity(of)].append(run)
+    return runs, gone
+
+
+def _placed(folder: Path, jobs: Sequence[request.Job], runs: Mapping[str, Sequence[Path]]) -> list[request.Job]:
+    """The jobs with their folders: those of before by what they compute, new ones numbered on from there."""
+    known = {identity: list(places) for identity, places in runs.items()}
+    numbers = [-1]
     for path in folder.iterdir():
         head = path.name.partition("_")[0]
         numbers += [int(head)] if head.isdigit() else []
     free = max(numbers) + 1
     placed = []
     for job in jobs:
-        if runs := known[config.identity(job.config)]:
-            run = runs.pop(0)
+        if places := known.get(config.identity(job.config)):
+            run = places.pop(0)
             # a diverged run would diverge again: that is its result
             done = record.row(run, folder)["state"] in ("done", "diverged")
             placed.append(dataclasses.replace(job, folder=str(run.relative_to(folder)), done=done))

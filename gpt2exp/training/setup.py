@@ -123,6 +123,8 @@ def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[
         return {}  # it takes them from the first
     origin: dict[str, Any] = {"source": None, "files": [], "sha256": None}
     if saved is not None:
+        if saved.model(str(saved.folder)) != config.model:
+            raise BadRequest(f"{saved.folder}: a checkpoint of another model; give the model.* keys the run had")
         load_weights(gpt, saved.weights())
         origin = saved.state.get("init", origin)
     elif config.init.scheme is InitScheme.pretrained:
