@@ -143,7 +143,7 @@ def tables(error_rows: Sequence[Row], seed_rows: Sequence[Row], equal_rows: Sequ
     lines.append("|--:|--:|--:|--:|--:|--:|")
     for effect in dict.fromkeys(row["effect"] for row in seed_rows):
         cells = [
-            f"{row['mean_seeds']} of {row['most']}, {float(row['answered']):.0%}"
+            f"{row['mean_seeds']} of {row['most']}, {float(row['answered']):.1%}"
             for row in seed_rows
             if row["effect"] == effect
         ]
