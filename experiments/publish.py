@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2exp import compare, inference, report
+from gpt2exp.compare import __main__ as conclude
+from gpt2exp.compare import inference
+from gpt2exp.compare.comparison import compare, read
 
 HERE = Path(__file__).parent
 FIGURES = {
@@ -41,12 +43,12 @@ Run = dict[str, str]
 
 def publish(name: str, sweeps: Sequence[Path]) -> None:
     """Write a finding's results, figures and the part of its page between the markers."""
-    comparison = compare.compare(compare.read(sweeps))
+    comparison = compare(read(sweeps))
     folder = HERE / name
     for old in folder.glob("*.png"):
         old.unlink()
     with tempfile.TemporaryDirectory() as scratch:
-        report.write(comparison, Path(scratch))
+        conclude.write(comparison, Path(scratch))
         (folder / "results.csv").write_text((Path(scratch) / "comparison.csv").read_text())
         for figure in sorted(Path(scratch).rglob("*.png")):
             number, kind = figure.stem.split("-", 1)[0], figure.stem.rsplit("-", 1)[-1]
@@ -60,10 +62,10 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
 
 def publish_speed(sweep: Path) -> None:
     """The second sweep of the precision study: speed alone, at the size where it matters."""
-    comparison = compare.compare(compare.read([sweep]))
+    comparison = compare(read([sweep]))
     folder = HERE / "precision"
     with tempfile.TemporaryDirectory() as scratch:
-        report.write(comparison, Path(scratch))
+        conclude.write(comparison, Path(scratch))
         (folder / "speed.csv").write_text((Path(scratch) / "comparison.csv").read_text())
         _, *parts = (Path(scratch) / "report.md").read_text().split("\n## ")
     sections = dict(part.split("\n", 1) for part in parts)
@@ -74,7 +76,7 @@ def publish_speed(sweep: Path) -> None:
 
 def publish_gpt2(sweep: Path) -> None:
     """The second sweep of the residual scaling study: the stream of GPT-2 itself, at init."""
-    comparison = compare.compare(compare.read([sweep]))
+    comparison = compare(read([sweep]))
     folder = HERE / "residual_scaling"
     runs = write_runs(comparison.runs, folder / "gpt2.csv")
     lines = []
@@ -83,7 +85,7 @@ def publish_gpt2(sweep: Path) -> None:
         growth = [run["stream_first_last_block"] / run["stream_first_embedded"] for run in having]
         lines.append(f"- residual_scaling={scaling}: the stream grows {spread(growth, '.2f')} times (n={len(growth)})")
     with tempfile.TemporaryDirectory() as scratch:
-        report.write(comparison, Path(scratch))
+        conclude.write(comparison, Path(scratch))
         reproduce = (Path(scratch) / "report.md").read_text().split("\n## Reproduce\n")[1].split("\n## ")[0]
     replace_block(folder / "README.md", "gpt2", "\n".join([*lines, "", reproduce.strip()]))
 

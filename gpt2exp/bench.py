@@ -2,7 +2,7 @@
 
 Every contestant runs in a process of its own, in turn, so that neither sees the other's memory or threads, and ratios
 are taken pair by pair: the machine's drift hits both halves of a pair. Ours is `Trainer.step` on the trainer that a
-run builds (`gpt2exp.build`), never a copy.
+run builds (`gpt2exp.training.setup`), never a copy.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from typing import TYPE_CHECKING, Any
 from hydra._internal.utils import get_args_parser
 from rich.table import Table
 
-from gpt2exp import build, plan, tokens, view
-from gpt2exp.assets import AssetError
 from gpt2exp.config import BadRequest, RunConfig, plain
+from gpt2exp.data import tokens
+from gpt2exp.data.assets import AssetError
+from gpt2exp.run import terminal
+from gpt2exp.sweep.request import make
+from gpt2exp.training import setup
 
 if TYPE_CHECKING:
-    from gpt2exp.data import Batches
-    from gpt2exp.precision import Precision
+    from gpt2exp.data.batches import Batches
+    from gpt2exp.training.precision import Precision
 
 UNTIMED = 2
 """First steps of a process that are left out."""
@@ -63,13 +66,13 @@ def command(argv: Sequence[str]) -> int:
     try:
         config = _compose(args.overrides)
         tokens.prepare(config.data)
-        build.check_weights(config.init, config.model)
+        setup.check_weights(config.init, config.model)
         if args.child:
             print(json.dumps(CHILDREN[args.child](config, args.steps, args.compile)))
             return 0
         return _bench(config, args, argv)
     except (BadRequest, AssetError, ContestantError) as error:
-        view.refuse(str(error), program="gpt2exp-bench", trace=view.wants_traces())
+        terminal.refuse(str(error), program="gpt2exp-bench", trace=terminal.wants_traces())
         return 2 if isinstance(error, BadRequest) else 1
 
 
@@ -96,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compose(overrides: Sequence[str]) -> RunConfig:
-    request = plan.make(get_args_parser().parse_args(list(overrides)))
+    request = make(get_args_parser().parse_args(list(overrides)))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
     return request.jobs[0].config
@@ -115,7 +118,7 @@ def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> 
     asked = plain(config)
     result: Result = {"command": shlex.join(["gpt2exp-bench", *argv])}
     result |= {"model": asked["model"], "train": asked["train"], "processor": _processor(), "rounds": rounds}
-    console = view.terminal()
+    console = terminal.terminal()
     console.print(_contest(rounds))
     if len(contestants) > 1:
         result["ratios"] = {name: _ratios(rounds, name) for name in contestants if name != "gpt2exp"}
@@ -178,27 +181,27 @@ def _ratios(rounds: Sequence[dict[str, Result]], peer: str) -> dict[str, dict[st
 
 def ours(config: RunConfig, steps: int, _: bool) -> Result:
     """Step times of the trainer that a run of `config` builds."""
-    free = build.prepare_heap(config)
-    from gpt2exp import precision, runtime
+    free = setup.prepare_heap(config)
+    from gpt2exp.training import hardware, precision
 
-    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        config, need = build.settled(config, device, got, source, free)
-        job = build.trainer(config, device, got, source)
-        losses, times = _step(job.step, steps, lambda: runtime.synchronize(device))
-    return _result(losses, times, runtime.peak_memory(device) / 2**20, config) | {"estimated_mib": need / 2**20}
+        config, need = setup.settled(config, device, got, source, free)
+        job = setup.trainer(config, device, got, source)
+        losses, times = _step(job.step, steps, lambda: hardware.synchronize(device))
+    return _result(losses, times, hardware.peak_memory(device) / 2**20, config) | {"estimated_mib": need / 2**20}
 
 
 def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
     """The same model on the same batches the plain way: whole logits, dense gradients, AdamW tensor by tensor."""
     import torch
 
-    from gpt2exp import precision, runtime
+    from gpt2exp.training import hardware, precision
 
-    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        config, _need = build.settled(config, device, got, source, runtime.free_memory(device))
-        job = build.trainer(config, device, got, source)
+        config, _need = setup.settled(config, device, got, source, hardware.free_memory(device))
+        job = setup.trainer(config, device, got, source)
         model = job.model
         model.transformer.gradient_in_place = model.transformer.recompute = False
         groups = [{key: group[key] for key in ("params", "weight_decay")} for group in job.optimizer.param_groups]
@@ -206,8 +209,8 @@ def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
         betas = (rates.betas[0], rates.betas[1])
         optimizer = torch.optim.AdamW(groups, lr=rates.lr, betas=betas, eps=rates.eps, foreach=False, fused=False)
         step = _plain_step(model, optimizer, job.batches, config.train.grad_accum_steps, got)
-        losses, times = _step(step, steps, lambda: runtime.synchronize(device))
-    return _result(losses, times, runtime.peak_memory(device) / 2**20, config)
+        losses, times = _step(step, steps, lambda: hardware.synchronize(device))
+    return _result(losses, times, hardware.peak_memory(device) / 2**20, config)
 
 
 def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
@@ -218,9 +221,10 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
         raise BadRequest("--peer hf: transformers is not installed; pip install 'gpt2exp[bench]'") from error
     import torch
 
-    from gpt2exp import data, optim, precision, runtime
+    from gpt2exp.data.batches import Batches
+    from gpt2exp.training import hardware, optimizers, precision
 
-    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     shape = config.model
     same: Result = {
         "n_layer": shape.n_layer,
@@ -230,17 +234,17 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     }
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with precision.applied(config.precision, device) as got, torch.device(device):
-        config, _need = build.settled(config, device, got, source, runtime.free_memory(device))
+        config, _need = setup.settled(config, device, got, source, hardware.free_memory(device))
         model: Any = GPT2LMHeadModel(
             GPT2Config(vocab_size=shape.vocab_size, tie_word_embeddings=shape.tie_weights, **same, **quiet)
         )
         forward = torch.compile(model) if compiled else model
-        optimizer = optim.build(model, config.optimizer)
-        batches = data.Batches(source.map(), config.train, config.data.order, config.seed, device)
+        optimizer = optimizers.build(model, config.optimizer)
+        batches = Batches(source.map(), config.train, config.data.order, config.seed, device)
         pieces = config.train.grad_accum_steps
         step = _plain_step(lambda x: forward(x).logits, optimizer, batches, pieces, got)
-        losses, times = _step(step, steps, lambda: runtime.synchronize(device))
-    return _result(losses, times, runtime.peak_memory(device) / 2**20, config)
+        losses, times = _step(step, steps, lambda: hardware.synchronize(device))
+    return _result(losses, times, hardware.peak_memory(device) / 2**20, config)
 
 
 def _plain_step(
@@ -250,7 +254,7 @@ def _plain_step(
     import torch
     import torch.nn.functional as F
 
-    from gpt2exp import precision
+    from gpt2exp.training import precision
 
     numbers = itertools.count()
 
@@ -301,21 +305,21 @@ def roofline(config: RunConfig, steps: int, _: bool) -> Result:
     `floor_ms` is their sum. `parts` is a profile of real steps, milliseconds a step by kind of operator; the profiler
     slows a step down, so its shares say where time goes, not how much.
     """
-    free = build.prepare_heap(config)
+    free = setup.prepare_heap(config)
     from torch.profiler import ProfilerActivity, profile
 
-    from gpt2exp import precision, runtime
+    from gpt2exp.training import hardware, precision
 
-    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        config, _need = build.settled(config, device, got, source, free)
-        job = build.trainer(config, device, got, source)
-        unprofiled = _step(job.step, UNTIMED + 3, lambda: runtime.synchronize(device))[1]
+        config, _need = setup.settled(config, device, got, source, free)
+        job = setup.trainer(config, device, got, source)
+        unprofiled = _step(job.step, UNTIMED + 3, lambda: hardware.synchronize(device))[1]
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         with profile(activities=activities) as found:
             for _step_number in range(4):
                 job.step()
-            runtime.synchronize(device)
+            hardware.synchronize(device)
         events = found.key_averages()
         spent = {event.key: (event.self_cpu_time_total + event.self_device_time_total) / 4e3 for event in events}
         del job
@@ -382,15 +386,15 @@ def _adamw(config: RunConfig, device: Any) -> float:
 
 def _best(call: Callable[[], Any], device: Any, repeats: int = 7) -> float:
     """Median milliseconds of a call that has been made before."""
-    from gpt2exp import runtime
+    from gpt2exp.training import hardware
 
     call()
     times = []
     for _ in range(repeats):
-        runtime.synchronize(device)
+        hardware.synchronize(device)
         start = time.perf_counter()
         call()
-        runtime.synchronize(device)
+        hardware.synchronize(device)
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
 
@@ -406,10 +410,10 @@ CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {
 def _processor() -> str:
     import torch
 
-    from gpt2exp import runtime
+    from gpt2exp.training import hardware
 
     cpu = torch.device("cpu")
-    return f"{runtime.device_name(cpu)}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{hardware.device_name(cpu)}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _table(*columns: str) -> Table:

@@ -228,7 +228,7 @@ class InitConfig:
     """Multiply the std of both `c_proj` of a block by (2·n_layer)^-0.5 (GPT-2 paper, section 2.3)."""
     path: str | None = None
     """For `init=pretrained`: a folder, or a hub id, of Hugging Face GPT-2 weights. In a sweep over `init` the other
-    arms have it too, unused; `gpt2exp.plan` refuses it where no arm uses it."""
+    arms have it too, unused; `gpt2exp.sweep.request` refuses it where no arm uses it."""
 
     def __post_init__(self) -> None:
         for name in ("std", "position_std"):
@@ -257,7 +257,7 @@ class InitConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
-    """How matrix products are computed; see `gpt2exp.precision` for what the hardware made of it."""
+    """How matrix products are computed; see `gpt2exp.training.precision` for what the hardware made of it."""
 
     name: PrecisionName = PrecisionName.fp32
     """Chosen by `precision=NAME`."""
@@ -339,7 +339,7 @@ class TrainConfig:
     compile: bool | str = AUTO
     """`torch.compile` of the blocks; auto: on CUDA, where the run is long enough to win the compilation back."""
     loss_chunk: int | str = AUTO
-    """Rows of logits that stand at a time while the loss is computed (`gpt2exp.loss`); auto: 1024."""
+    """Rows of logits that stand at a time while the loss is computed (`gpt2exp.model.loss`); auto: 1024."""
     activation_checkpointing: bool | str = AUTO
     """Compute a block's activations again in backward instead of keeping them; auto: where the run fits only so."""
     log_every: int = 1
@@ -375,7 +375,7 @@ class TrainConfig:
 
     @property
     def sequences(self) -> int:
-        """`batch_size` as the number it is, or has become (`gpt2exp.estimate.fit`)."""
+        """`batch_size` as the number it is, or has become (`gpt2exp.training.setup.fit`)."""
         assert isinstance(self.batch_size, int), "train.batch_size=auto was not made a number"
         return self.batch_size
 
@@ -505,7 +505,7 @@ class RunConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     distributed: Distributed = Distributed.ddp
-    """How the processes that torchrun started share the run (`gpt2exp.parallel`)."""
+    """How the processes that torchrun started share the run (`gpt2exp.training.distributed`)."""
     seed: int = 1337
     """Seeds the initial weights and the shuffled order; 0 is a seed like any other."""
     resume: str | None = None

@@ -23,10 +23,11 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
-from gpt2exp import compare
-from gpt2exp.compare import Comparison, Effect, Row
+from gpt2exp.compare import __main__ as conclude
+from gpt2exp.compare import comparison as comparisons
+from gpt2exp.compare.comparison import Comparison, Effect, Row
+from gpt2exp.compare.inference import fixed, holm, pooled_std
 from gpt2exp.config import BadRequest, parse, plain
-from gpt2exp.inference import fixed, holm, pooled_std
 
 GROUPS = ("model", "init", "precision", "data", "optimizer")
 CLOCK = itertools.count()
@@ -111,7 +112,7 @@ def effect(
     rows: Comparison | Sequence[Row], key: str, metric: str = "loss_mean_last10", arm: str | None = None
 ) -> Effect:
     """The one entry of that axis and metric."""
-    comparison = rows if isinstance(rows, Comparison) else compare.compare(rows)
+    comparison = rows if isinstance(rows, Comparison) else comparisons.compare(rows)
     [found] = [e for e in comparison.axes if e.key == key and e.metric == metric and arm in (None, e.arm)]
     return found
 
@@ -160,13 +161,13 @@ def test_null_factorial_sweeps_count_seeds_and_not_pairs() -> None:
     covered = {TIE: 0, SCALING: 0}
     called = naive = interactions = 0
     for _ in range(SIMULATIONS):
-        comparison = compare.compare(simulated_factorial(rng, 5, by_axis=0.05))
+        comparison = comparisons.compare(simulated_factorial(rng, 5, by_axis=0.05))
         losses = [e for e in comparison.axes if e.metric == "loss_mean_last10"]
         for e in losses:
             assert (e.n_pairs, e.n_seeds) == (10, 5)
             covered[e.key] += covers(e.ci95)
         called += any(e.verdict in ("better", "worse") for e in losses)
-        pairs, _ = compare.Grid(comparison.runs, comparison.swept).pairs(TIE, "true", "false")
+        pairs, _ = comparisons.Grid(comparison.runs, comparison.swept).pairs(TIE, "true", "false")
         each = [pair.arm["loss_mean_last10"] - pair.baseline["loss_mean_last10"] for pair in pairs]
         naive += covers([(naively := fixed(each)).low, naively.high])
         [interaction] = comparison.interactions
@@ -217,7 +218,7 @@ def judged(mean: float, half: float, *, p: float, std: float | None = 1.0, margi
     """An effect on the loss with that interval, judged."""
     e = Effect("k", "a", "b", "val_loss", mean_difference=mean, ci95=[mean - half, mean + half], p_value=p, p_holm=p)
     e.seed_std = std
-    compare.judge(e, lower_is_better=True, margin=margin)
+    comparisons.judge(e, lower_is_better=True, margin=margin)
     return e
 
 
@@ -241,7 +242,7 @@ def test_precedence_of_verdicts() -> None:
 
 def test_what_only_holm_takes_back_says_so() -> None:
     e = Effect("k", "a", "b", "val_loss", mean_difference=2, ci95=[0.5, 3.5], p_value=0.03, p_holm=0.06, seed_std=1)
-    compare.judge(e, lower_is_better=True, margin=None)
+    comparisons.judge(e, lower_is_better=True, margin=None)
     assert e.verdict == "inconclusive"
     assert "Holm" in e.reason
 
@@ -255,8 +256,8 @@ def test_equivalence_end_to_end() -> None:
     shifted = arms(TIE, {"true": seeds, "false": [s + 0.001 + w for s, w in zip(seeds, wobble, strict=True)]})
     assert effect(shifted, TIE).verdict == "worse"
     assert effect(shifted, TIE).reason == "smaller than the seed-to-seed std"
-    assert effect(compare.compare(shifted, margin=0.01), TIE).verdict == "indistinguishable"
-    assert effect(compare.compare(shifted, margin=0.0001), TIE).verdict == "worse"
+    assert effect(comparisons.compare(shifted, margin=0.01), TIE).verdict == "indistinguishable"
+    assert effect(comparisons.compare(shifted, margin=0.0001), TIE).verdict == "worse"
 
 
 def test_margin_is_about_the_loss_alone() -> None:
@@ -264,7 +265,7 @@ def test_margin_is_about_the_loss_alone() -> None:
     for row in rows[2:]:
         row["tokens_per_second"] *= 1.5
         row["peak_memory_bytes"] += 7
-    comparison = compare.compare(rows, margin=10)
+    comparison = comparisons.compare(rows, margin=10)
     assert effect(comparison, TIE, "tokens_per_second").verdict == "better"
     assert effect(comparison, TIE, "peak_memory_bytes").verdict == "worse"
 
@@ -304,7 +305,7 @@ def test_speed_is_a_ratio_on_the_logarithm() -> None:
 
 def test_holm_runs_over_the_axes_of_a_metric() -> None:
     rows = simulated_factorial(np.random.default_rng(3), 5, b_effect=0.012)
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     for metric in ("loss_mean_last10", "tokens_per_second", "peak_memory_bytes"):
         tested = [e for e in comparison.axes if e.metric == metric]
         assert len(tested) == 2
@@ -338,7 +339,7 @@ def test_a_run_without_an_end_breaks_its_pair_and_is_listed(state: str, summary:
     else:
         kept = {key: rows[4][key] for key in ("name", "folder", "config", "overrides")}
         rows[4] = {**kept, "state": state, "step": 7, "error": error}
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     found = effect(comparison, TIE)
     assert (found.n_pairs, found.n_seeds, found.dropped_pairs) == (2, 2, 1)
     assert found.differences == pytest.approx({"0": -1.0, "2": -1.1})
@@ -358,20 +359,20 @@ def test_pairs_are_counted_as_broken_whether_one_or_both_failed_or_one_is_not_th
 def test_an_arm_that_failed_altogether_is_still_an_arm() -> None:
     rows = arms("optimizer.lr", {"0.0003": [3.0, 3.1], "1000.0": [9.0, 9.0]})
     rows[2:] = [unfinished(row, "diverged", "loss is nan") for row in rows[2:]]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {"optimizer.lr": ["0.0003", "1000.0"]}
     found = effect(comparison, "optimizer.lr")
     assert (found.n_pairs, found.dropped_pairs, found.verdict) == (0, 2, "not_comparable")
     assert len(comparison.failed) == 2
-    assert compare.compare([unfinished(row) for row in rows]).failed
+    assert comparisons.compare([unfinished(row) for row in rows]).failed
 
 
 def test_incomplete_factorial_averages_what_is_there_and_says_so() -> None:
     rows = factorial(lambda a, b, s: 3 + (a == "false") * (0.1 + 0.2 * (b == "false")), seeds=3)
-    whole = compare.compare(rows)
+    whole = comparisons.compare(rows)
     assert whole.notes == []
     lost = next(r for r in rows if r["overrides"] == [f"{TIE}=false", f"{SCALING}=false", "seed=2"])
-    comparison = compare.compare([unfinished(row) if row is lost else row for row in rows])
+    comparison = comparisons.compare([unfinished(row) if row is lost else row for row in rows])
     found = effect(comparison, TIE)
     assert (found.n_pairs, found.n_seeds, found.dropped_pairs) == (5, 3, 1)
     assert found.differences == pytest.approx({"0": 0.2, "1": 0.2, "2": 0.1})
@@ -388,7 +389,7 @@ def test_of_repeated_runs_the_last_finished_one_counts() -> None:
     rows = arms(TIE, {"true": [3.0, 3.1], "false": [5.0, 2.1]})
     again = run(f"{TIE}=false", loss=2.0, seed=0)
     later = unfinished(run(f"{TIE}=false", loss=9.0, seed=0))
-    comparison = compare.compare([later, again, *rows])
+    comparison = comparisons.compare([later, again, *rows])
     assert effect(comparison, TIE).differences == pytest.approx({"0": -1.0, "1": -1.0})
     assert comparison.notes == ["1 runs repeat another's settings and seed; the last of each counts"]
     assert effect(comparison, TIE).dropped_pairs == 0
@@ -396,12 +397,12 @@ def test_of_repeated_runs_the_last_finished_one_counts() -> None:
 
 def test_each_arm_is_held_against_the_default_where_it_is_one() -> None:
     losses = {"0.001": [3.0, 3.1], "0.0003": [4.0, 4.2], "0.01": [5.0, 5.3]}
-    comparison = compare.compare(arms("optimizer.lr", losses))
+    comparison = comparisons.compare(arms("optimizer.lr", losses))
     assert comparison.swept == {"optimizer.lr": ["0.0003", "0.001", "0.01"]}
     assert effect(comparison, "optimizer.lr", arm="0.001").mean_difference == pytest.approx(-1.05)
     assert effect(comparison, "optimizer.lr", arm="0.01").mean_difference == pytest.approx(1.05)
     del losses["0.0003"]
-    assert compare.compare(arms("optimizer.lr", losses)).swept == {"optimizer.lr": ["0.001", "0.01"]}
+    assert comparisons.compare(arms("optimizer.lr", losses)).swept == {"optimizer.lr": ["0.001", "0.01"]}
 
 
 def test_one_pair_has_no_verdict() -> None:
@@ -416,15 +417,15 @@ def test_validation_loss_is_compared_where_every_run_has_it() -> None:
     rows = arms(TIE, {"true": [3.0, 3.1], "false": [2.0, 2.1]})
     for row in rows:
         row["val_loss"] = row["loss_mean_last10"] + 1
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.metric == "val_loss"
     assert {e.metric for e in comparison.axes} == {"val_loss", "tokens_per_second", "peak_memory_bytes"}
     rows[0]["val_loss"] = None
-    assert compare.compare(rows).metric == "loss_mean_last10"
+    assert comparisons.compare(rows).metric == "loss_mean_last10"
 
 
 def test_runs_alike_but_for_the_seed_are_no_comparison() -> None:
-    comparison = compare.compare([run(loss=3.0, seed=seed) for seed in range(3)])
+    comparison = comparisons.compare([run(loss=3.0, seed=seed) for seed in range(3)])
     assert comparison.axes == []
     assert comparison.notes == ["nothing but the seed varies, so there is no axis to compare"]
 
@@ -436,7 +437,7 @@ METRICS = ("loss_mean_last10", "tokens_per_second", "peak_memory_bytes")
 
 def verdicts(rows: Sequence[Row], key: str) -> dict[str, tuple[str | None, str]]:
     """By metric, the verdict and reason of an axis of one arm."""
-    return {e.metric: (e.verdict, e.reason) for e in compare.compare(rows).axes if e.key == key}
+    return {e.metric: (e.verdict, e.reason) for e in comparisons.compare(rows).axes if e.key == key}
 
 
 def two_by_two(key: str, baseline: str, arm: str, of_arm: Mapping[str, Any] | None = None) -> list[Row]:
@@ -529,15 +530,15 @@ def spans(*runs: tuple[str, float, float]) -> list[Row]:
 )
 def test_overlaps_are_found_by_machine(runs: list[tuple[str, float, float]], expected: list[int]) -> None:
     rows = spans(*runs)
-    assert compare._contended(rows) == {rows[index]["folder"] for index in expected}
-    assert compare._contended(rows[::-1]) == {rows[index]["folder"] for index in expected}
+    assert comparisons._contended(rows) == {rows[index]["folder"] for index in expected}
+    assert comparisons._contended(rows[::-1]) == {rows[index]["folder"] for index in expected}
 
 
 def test_a_long_start_up_is_no_overlap() -> None:
     """A first job's time counts from before its `started`: from its process's beginning."""
     rows = spans(("a", 0, 1), ("a", 1, 1))
     rows[0]["wall_seconds"] = {"startup": 40.0, "train": 60.0, "total": 100.0}
-    assert compare._contended(rows) == set()
+    assert comparisons._contended(rows) == set()
 
 
 def test_shared_machines_compare_no_speed() -> None:
@@ -575,7 +576,7 @@ def test_a_figure_that_was_not_measured_compares_nothing() -> None:
 
 def test_other_versions_are_noted() -> None:
     rows = two_by_two(TIE, "true", "false", {"versions": {"torch": "2.14.0"}, "git": None})
-    [note] = compare.compare(rows).notes
+    [note] = comparisons.compare(rows).notes
     assert "git.commit, git.dirty, versions.torch" in note
 
 
@@ -586,17 +587,19 @@ def test_an_untyped_difference_is_refused_by_name() -> None:
     rows = two_by_two(TIE, "true", "false")
     rows[2]["config"] = {**rows[2]["config"], "optimizer": {**rows[2]["config"]["optimizer"], "eps": 1e-6}}
     with pytest.raises(BadRequest, match=r"^the runs also differ in optimizer\.eps, which none"):
-        compare.compare(rows)
+        comparisons.compare(rows)
     rows[2]["overrides"].append("optimizer.eps=1e-06")  # told to
-    assert set(compare.compare(rows).swept) == {TIE, "optimizer.eps"}
+    assert set(comparisons.compare(rows).swept) == {TIE, "optimizer.eps"}
 
 
 @pytest.mark.parametrize(("key", "choices"), [("init", ["gpt2", "xavier", "torch"]), ("model", ["gpt2", "nano"])])
 def test_a_group_is_one_axis(key: str, choices: list[str]) -> None:
-    comparison = compare.compare(arms(key, {choice: [3.0, 3.1] for choice in reversed(choices)}))
+    comparison = comparisons.compare(arms(key, {choice: [3.0, 3.1] for choice in reversed(choices)}))
     assert comparison.swept == {key: [choices[0], *reversed(choices[1:])]}
     with pytest.raises(BadRequest, match=r"optimizer\.lr"):
-        compare.compare([run(f"{key}={choices[0]}"), run(f"{key}={choices[1]}", "optimizer.lr=1", typed=[f"{key}=x"])])
+        comparisons.compare(
+            [run(f"{key}={choices[0]}"), run(f"{key}={choices[1]}", "optimizer.lr=1", typed=[f"{key}=x"])]
+        )
 
 
 def test_one_choice_of_a_group_means_one_section() -> None:
@@ -604,19 +607,19 @@ def test_one_choice_of_a_group_means_one_section() -> None:
     rows = arms("model", {"gpt2": [3.0, 3.1], "nano": [2.0, 2.1]})
     rows[3] = run("model=nano", "model.n_layer=6", typed=["model=nano"], seed=1)
     with pytest.raises(BadRequest, match=r"model\.n_layer"):
-        compare.compare(rows)
+        comparisons.compare(rows)
 
 
 def test_a_choice_that_a_preset_made_is_the_choice() -> None:
     rows = [run("model=nano", f"{TIE}={tie}", typed=[f"{TIE}={tie}"], seed=0) for tie in ("true", "false")]
     rows += [run("model=nano", f"{TIE}={tie}", seed=1) for tie in ("true", "false")]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {TIE: ["true", "false"]}
     assert effect(comparison, TIE).n_seeds == 2
     with pytest.raises(BadRequest, match=r"model\.n_layer"):  # which of the two was not typed cannot be told
-        compare.compare([*rows, run("model=gpt2", seed=0)])
+        comparisons.compare([*rows, run("model=gpt2", seed=0)])
     rows = [run(), run("precision=tf32", seed=1), run("precision.name=tf32")]
-    assert compare.compare(rows).swept == {"precision.name": ["fp32", "tf32"]}
+    assert comparisons.compare(rows).swept == {"precision.name": ["fp32", "tf32"]}
 
 
 def test_group_and_key_of_its_section_are_two_axes() -> None:
@@ -626,7 +629,7 @@ def test_group_and_key_of_its_section_are_two_axes() -> None:
         for on in ("true", "false")
         for seed in (0, 1)
     ]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {"init": ["gpt2", "xavier"], SCALING: ["true", "false"]}
     assert effect(comparison, "init").n_pairs == 4
     assert effect(comparison, SCALING).mean_difference == pytest.approx(1)
@@ -635,10 +638,10 @@ def test_group_and_key_of_its_section_are_two_axes() -> None:
 def test_what_only_one_choice_has_is_no_axis() -> None:
     """A pretrained run names its weights, and one from scratch beside it cannot: they differ in `init` alone."""
     rows = [run("init=gpt2", seed=0), run("init=pretrained", "init.path=a", seed=0)]
-    assert compare.compare(rows).swept == {"init": ["gpt2", "pretrained"]}
+    assert comparisons.compare(rows).swept == {"init": ["gpt2", "pretrained"]}
     assert effect(rows, "init").n_pairs == 1
     rows.append(run("init=pretrained", "init.path=b", seed=0))
-    assert set(compare.compare(rows).swept) == {"init", "init.path"}
+    assert set(comparisons.compare(rows).swept) == {"init", "init.path"}
 
 
 def test_axes_that_only_vary_together_have_no_pairs() -> None:
@@ -653,17 +656,17 @@ def test_housekeeping_neither_varies_nor_divides() -> None:
         run(seed=0, loss=3.0),
         run(f"{TIE}=false", *kept[2:], seed=0, loss=2.0, typed=[f"{TIE}=false", *kept]),
     )
-    assert compare.compare([first, second]).swept == {TIE: ["true", "false"]}
+    assert comparisons.compare([first, second]).swept == {TIE: ["true", "false"]}
 
 
 def test_a_run_that_typed_nothing_has_the_defaults() -> None:
     rows = [{**run(seed=1337), "overrides": []}, run("precision=tf32", seed=1337)]
-    assert compare.compare(rows).swept == {"precision": ["fp32", "tf32"]}
+    assert comparisons.compare(rows).swept == {"precision": ["fp32", "tf32"]}
     assert effect(rows, "precision").n_pairs == 1
     told = run("precision=tf32", seed=1337, typed=["experiment=precision", "precision=tf32"])
-    assert compare.compare([rows[0], told]).swept == {"precision": ["fp32", "tf32"]}
+    assert comparisons.compare([rows[0], told]).swept == {"precision": ["fp32", "tf32"]}
     rows = [run("model=nano"), run(), run("init=torch")]
-    assert compare.compare(rows).swept == {"model": ["gpt2", "nano"], "init": ["gpt2", "torch"]}
+    assert comparisons.compare(rows).swept == {"model": ["gpt2", "nano"], "init": ["gpt2", "torch"]}
 
 
 def test_spellings_of_one_value_are_one_arm() -> None:
@@ -673,13 +676,13 @@ def test_spellings_of_one_value_are_one_arm() -> None:
         run("optimizer.betas=[0.9,0.999]", typed=["optimizer.betas=[0.9,0.999]"], seed=0),
         run(seed=1),
     ]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {"optimizer.betas": ["[0.9, 0.999]", "[0.9, 0.95]"]}
     assert effect(comparison, "optimizer.betas").n_seeds == 2
     quoted = [run("model=nano", typed=["model='nano'"]), run("model=nano", typed=["+model=nano"]), run("model=gpt2")]
-    assert compare.compare(quoted).swept == {"model": ["gpt2", "nano"]}
+    assert comparisons.compare(quoted).swept == {"model": ["gpt2", "nano"]}
     a, b = (run(typed=[f'+note="a={x}"']) for x in "xy")
-    assert compare.compare([a, b]).swept == {"note": ["a=x", "a=y"]}
+    assert comparisons.compare([a, b]).swept == {"note": ["a=x", "a=y"]}
 
 
 def test_a_value_that_follows_an_axis_is_no_axis() -> None:
@@ -694,7 +697,7 @@ def test_a_value_that_follows_an_axis_is_no_axis() -> None:
         for steps in (50, 100)
         for seed in (0, 1)
     ]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {"train.steps": ["50", "100"]}
     assert effect(comparison, "train.steps").n_pairs == 2
 
@@ -705,7 +708,7 @@ def test_a_value_that_follows_an_axis_is_no_axis() -> None:
 def test_a_planted_interaction_is_estimated_and_large() -> None:
     rng = np.random.default_rng(0)
     planted = factorial(lambda a, b, s: 3 + 0.01 * s + (a == b == "false") * 0.5 + float(rng.normal(0, 0.01)), seeds=5)
-    [found] = compare.compare(planted).interactions
+    [found] = comparisons.compare(planted).interactions
     assert (found.keys, found.arms, found.n_seeds) == ((TIE, SCALING), ("false", "false"), 5)
     assert found.mean_difference == pytest.approx(0.5, abs=0.03)
     assert covers(found.ci95, 0.5)
@@ -717,36 +720,36 @@ def test_additive_effects_do_not_interact() -> None:
     additive = factorial(
         lambda a, b, s: 3 + 0.1 * s + (a == "false") + 2 * (b == "false") + float(rng.normal(0, 0.01)), seeds=5
     )
-    [found] = compare.compare(additive).interactions
+    [found] = comparisons.compare(additive).interactions
     assert covers(found.ci95)
     assert not found.large
-    exact = compare.compare(factorial(lambda a, b, s: 3 + (a == "false") + 2 * (b == "false"), seeds=2))
+    exact = comparisons.compare(factorial(lambda a, b, s: 3 + (a == "false") + 2 * (b == "false"), seeds=2))
     assert exact.interactions[0].mean_difference == pytest.approx(0)
 
 
 def test_an_interaction_below_the_seeds_or_open_to_zero_is_not_large() -> None:
     small = factorial(lambda a, b, s: 3 + s + (a == b == "false") * (0.1 + s / 100), seeds=4)
-    [found] = compare.compare(small).interactions
+    [found] = comparisons.compare(small).interactions
     assert not covers(found.ci95)
     assert not found.large
     unsure = factorial(lambda a, b, s: 3 + (a == b == "false") * (-1) ** s * (s + 1), seeds=4)
-    assert not compare.compare(unsure).interactions[0].large
+    assert not comparisons.compare(unsure).interactions[0].large
     far = factorial(lambda a, b, s: 3 + (a == b == "false") * (9 if s else 0.1), seeds=2)
-    [found] = compare.compare(far).interactions
+    [found] = comparisons.compare(far).interactions
     assert covers(found.ci95)
     assert not found.large
-    assert compare.compare(factorial(lambda a, b, s: 3 + (a == b), seeds=1)).interactions[0].ci95 is None
+    assert comparisons.compare(factorial(lambda a, b, s: 3 + (a == b), seeds=1)).interactions[0].ci95 is None
 
 
 def test_arms_that_never_met_have_no_interaction() -> None:
     rows = factorial(lambda a, b, s: 3.0, seeds=2)
     rows += [run("init.std=0.1", seed=seed) for seed in (0, 1)]
-    assert [item.keys for item in compare.compare(rows).interactions] == [(TIE, SCALING)]
+    assert [item.keys for item in comparisons.compare(rows).interactions] == [(TIE, SCALING)]
     three = arms("optimizer.lr", {"0.0003": [3.0], "0.001": [3.0], "0.01": [3.0]})
     for row in list(three[:2]):  # 0.01 was run tied alone
         lr = row["overrides"][0]
         three.append(run(lr, f"{TIE}=false", seed=0))
-    assert [item.arms for item in compare.compare(three).interactions] == [("0.001", "false")]
+    assert [item.arms for item in comparisons.compare(three).interactions] == [("0.001", "false")]
 
 
 def test_a_missing_run_of_a_third_axis_plants_no_interaction() -> None:
@@ -763,7 +766,7 @@ def test_a_missing_run_of_a_third_axis_plants_no_interaction() -> None:
         for seed in range(3)
     ]
     lost = next(r for r in rows if r["overrides"][:3] == [f"{TIE}=false", f"{SCALING}=false", "optimizer.lr=0.01"])
-    found = compare.compare([unfinished(row) if row is lost else row for row in rows]).interactions
+    found = comparisons.compare([unfinished(row) if row is lost else row for row in rows]).interactions
     by_keys = {item.keys: item.mean_difference for item in found}
     assert by_keys[TIE, SCALING] == pytest.approx(0)
     assert by_keys[SCALING, "optimizer.lr"] == pytest.approx(0)
@@ -830,22 +833,22 @@ def changed(**values: Any) -> Callable[[Path], None]:
 def test_folders_are_read_as_their_rows(tmp_path: Path) -> None:
     rows = arms(TIE, {"true": [3.0, 3.1, 3.2], "false": [2.0, 2.2, 2.1]})
     put_all(rows, tmp_path)
-    read = compare.read([tmp_path])
+    read = comparisons.read([tmp_path])
     assert [row["name"] for row in read] == [f"{number:03d}_job" for number in range(6)]
     assert all(Path(row["folder"]).is_absolute() for row in read)
-    assert [compare.asdict(e) for e in compare.compare(read).axes] == [
-        compare.asdict(e) for e in compare.compare(rows).axes
+    assert [comparisons.asdict(e) for e in comparisons.compare(read).axes] == [
+        comparisons.asdict(e) for e in comparisons.compare(rows).axes
     ]
-    json.dumps(compare.compare(read).as_dict(), allow_nan=False)
+    json.dumps(comparisons.compare(read).as_dict(), allow_nan=False)
 
 
 def test_sweeps_and_runs_are_joined_each_once(tmp_path: Path) -> None:
     first = put_all(arms(TIE, {"true": [3.0], "false": [2.0]}), tmp_path / "a")
     put_all(arms(TIE, {"true": [3.1, 9.0], "false": [2.1, 9.0]})[1::2], tmp_path / "b")
     lone = put(run(f"{TIE}=true", loss=3.5, seed=7), tmp_path, "lone")
-    read = compare.read([tmp_path / "a", first[1], tmp_path / "b", lone])
+    read = comparisons.read([tmp_path / "a", first[1], tmp_path / "b", lone])
     assert [row["name"] for row in read] == ["a/000_job", "a/001_job", "b/000_job", "b/001_job", "lone"]
-    assert compare.read([lone])[0]["name"] == "lone"
+    assert comparisons.read([lone])[0]["name"] == "lone"
     assert effect(read, TIE).n_pairs == 2
     assert effect(read, TIE).dropped_pairs == 1
 
@@ -867,7 +870,7 @@ def test_sweeps_and_runs_are_joined_each_once(tmp_path: Path) -> None:
 def test_a_damaged_run_is_listed_and_hides_nothing(tmp_path: Path, damage: Callable[[Path], None], error: str) -> None:
     folders = put_all(arms(TIE, {"true": [3.0, 3.1, 3.2], "false": [2.0, 2.2, 2.1]}), tmp_path)
     damage(folders[4])
-    comparison = compare.compare(compare.read([tmp_path]))
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
     [listed] = comparison.failed
     assert (listed["name"], listed["state"]) == ("004_job", "damaged")
     assert listed["error"] == f"summary.json is missing or damaged: {error}"
@@ -881,12 +884,12 @@ def test_a_killed_job_keeps_its_arm(tmp_path: Path) -> None:
     for folder in folders[2:]:
         (folder / "summary.json").unlink()
         (folder / "status.json").write_text(json.dumps({"state": "failed", "step": 0, "error": "killed by SIGKILL"}))
-    comparison = compare.compare(compare.read([tmp_path]))
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
     assert comparison.swept == {"optimizer.lr": ["0.0003", "0.01"]}
     assert [row["error"] for row in comparison.failed] == ["killed by SIGKILL"] * 2
     (folders[3] / ".hydra" / "config.yaml").write_text("optimizer: {lr: ${nowhere}}")
     (folders[2] / ".hydra" / "config.yaml").write_text("optimizer: [")
-    assert len(compare.compare(compare.read([tmp_path])).failed) == 2
+    assert len(comparisons.compare(comparisons.read([tmp_path])).failed) == 2
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -894,7 +897,7 @@ def test_a_killed_job_keeps_its_arm(tmp_path: Path) -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line with which the command refuses; nothing else is printed."""
-    assert compare.command(list(argv)) == 2
+    assert conclude.command(list(argv)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
@@ -970,7 +973,7 @@ def test_nothing_that_ended_is_nothing_to_compare(tmp_path: Path, capsys: pytest
 def test_a_running_run_waits_its_turn(tmp_path: Path) -> None:
     folders = put_all(arms(TIE, {"true": [3.0, 3.1], "false": [2.0, 2.2]}), tmp_path)
     running(folders[3])
-    comparison = compare.compare(compare.read([tmp_path]))
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
     assert comparison.failed == [{"name": "003_job", "state": "running", "step": 4, "error": None}]
     assert effect(comparison, TIE).dropped_pairs == 1
 
@@ -987,15 +990,15 @@ def test_an_unwritable_place_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
 def flattenings(rows: Sequence[Row], monkeypatch: pytest.MonkeyPatch) -> int:
     """How often a comparison walks through a run's configuration: the work that grows, counted and not timed."""
     calls = []
-    real = compare.flatten
+    real = comparisons.flatten
 
     def counted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if not prefix:
             calls.append(prefix)
         return real(config, prefix)
 
-    monkeypatch.setattr(compare, "flatten", counted)
-    compare.compare(rows)
+    monkeypatch.setattr(comparisons, "flatten", counted)
+    comparisons.compare(rows)
     return len(calls)
 
 
@@ -1026,7 +1029,7 @@ def test_speed_is_judged_by_the_pairs_at_hardware_speed() -> None:
         got = {"requested": precision, "effective": precision, "emulated": emulated}
         overrides = (f"precision={precision}", f"init.residual_scaling={scaling}")
         rows.append(run(*overrides, seed=seed, tokens_per_second=speed, precision=got))
-    speeds = {item.key: item for item in compare.compare(rows).axes if item.metric == "tokens_per_second"}
+    speeds = {item.key: item for item in comparisons.compare(rows).axes if item.metric == "tokens_per_second"}
     assert speeds["precision"].verdict == "not_comparable"
     scaling_effect = speeds["init.residual_scaling"]
     assert (scaling_effect.verdict, scaling_effect.n_pairs) == ("better", 3)

@@ -9,15 +9,16 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from gpt2exp import config, plan
+from gpt2exp import config
 from gpt2exp.config import BadRequest, InitScheme, ModelConfig, RunConfig
+from gpt2exp.sweep import request as requests
 
-CONF = Path(plan.__file__).parent.parent / "conf"
+CONF = Path(requests.__file__).parents[2] / "conf"
 
 
-def make(*args: str) -> plan.Plan:
+def make(*args: str) -> requests.Plan:
     """The plan of a command line; flags first, as the program puts them."""
-    return plan.make(get_args_parser().parse_args(args))
+    return requests.make(get_args_parser().parse_args(args))
 
 
 def only(*args: str) -> RunConfig:
@@ -168,10 +169,10 @@ class TestSweep:
         first, second = make("-m", "seed=1,2", "model=nano"), make("-m", "seed=1,2", "model=nano")
         assert first.folder != second.folder
         assert first.names == ["000_seed=1", "001_seed=2"]
-        assert plan.numbered(3, "precision=tf32,seed=2") == "003_precision=tf32,seed=2"
-        assert plan.numbered(0, "") == "000"
-        assert plan.numbered(12, "data.path=../a b/c") == "012_data.path=.._a_b_c"
-        assert len(plan.numbered(0, "x" * 500)) <= 110
+        assert requests.numbered(3, "precision=tf32,seed=2") == "003_precision=tf32,seed=2"
+        assert requests.numbered(0, "") == "000"
+        assert requests.numbered(12, "data.path=../a b/c") == "012_data.path=.._a_b_c"
+        assert len(requests.numbered(0, "x" * 500)) <= 110
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -181,18 +182,18 @@ def test_claimed(tmp_path: Path, there: bool) -> None:
     if there:
         folder.mkdir(parents=True)
     request = make(f"hydra.run.dir={folder}", "model=nano", "seed=5")
-    with plan.claimed(request, []):
+    with requests.claimed(request, []):
         recorded = config.parse(OmegaConf.load(folder / ".hydra" / "config.yaml"))
         assert recorded == request.jobs[0].config
         assert "seed=5" in OmegaConf.load(folder / ".hydra" / "overrides.yaml")
         assert OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.cwd == str(Path.cwd())
     before = sorted(tmp_path.rglob("*"))
     (folder / "summary.json").write_text("{}")
-    with pytest.raises(BadRequest, match=r"^hydra\.run\.dir=.*: already holds files"), plan.claimed(request, []):
+    with pytest.raises(BadRequest, match=r"^hydra\.run\.dir=.*: already holds files"), requests.claimed(request, []):
         pass
     beneath = make(f"hydra.run.dir={folder}/summary.json/x")
     refused = r"^hydra\.run\.dir=.*choose a folder that can be written"
-    with pytest.raises(BadRequest, match=refused), plan.claimed(beneath, []):
+    with pytest.raises(BadRequest, match=refused), requests.claimed(beneath, []):
         pass
     assert sorted(tmp_path.rglob("*")) == sorted([*before, folder / "summary.json"])
 
@@ -204,10 +205,10 @@ def test_show_is_what_is_typed(value: object) -> None:
 
 
 def test_estimate_grows_with_the_request() -> None:
-    from gpt2exp import estimate
+    from gpt2exp.training import setup
 
     def need(*args: str) -> int:
-        return estimate.memory(only(*args), on_cpu=True, unfused_attention=False)
+        return setup.memory(only(*args), on_cpu=True, unfused_attention=False)
 
     assert need() > 16 * 124_439_808
     assert need("train.batch_size=64") > need("train.batch_size=8") > 0

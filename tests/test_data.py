@@ -22,8 +22,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2exp import assets, data, tokens
 from gpt2exp.config import BadRequest, DataConfig, DataName, DataOrder, TrainConfig
+from gpt2exp.data import assets, tokens
+from gpt2exp.data import batches as windows
 
 CPU = torch.device("cpu")
 FEW = settings(deadline=None, max_examples=60, derandomize=True)
@@ -39,12 +40,12 @@ def numbered(count: int) -> tokens.Tokens:
     return np.arange(count, dtype="<u2")
 
 
-def batches(count: int, B: int, T: int, order: DataOrder = DataOrder.sequential, seed: int = 0) -> data.Batches:  # noqa: N803
+def batches(count: int, B: int, T: int, order: DataOrder = DataOrder.sequential, seed: int = 0) -> windows.Batches:  # noqa: N803
     """Batches over `numbered` tokens."""
-    return data.Batches(numbered(count), TrainConfig(batch_size=B, seq_len=T), order, seed, CPU)
+    return windows.Batches(numbered(count), TrainConfig(batch_size=B, seq_len=T), order, seed, CPU)
 
 
-def epoch_of(source: data.Batches, number: int) -> list[int]:
+def epoch_of(source: windows.Batches, number: int) -> list[int]:
     """First tokens of every window of an epoch, in the order they come."""
     first = number * source.per_epoch
     return [int(row[0]) for n in range(first, first + source.per_epoch) for row in source.at(n)[0]]
@@ -78,7 +79,7 @@ class TestTinyShakespeare:
     @pytest.mark.parametrize(("B", "T", "expected"), [(4, 32, 2640), (16, 1024, 20)])
     def test_its_batches(self, B: int, T: int, expected: int) -> None:  # noqa: N803
         mapped = tokens.prepare(DataConfig()).map()
-        source = data.Batches(mapped, TrainConfig(batch_size=B, seq_len=T), DataOrder.sequential, 0, CPU)
+        source = windows.Batches(mapped, TrainConfig(batch_size=B, seq_len=T), DataOrder.sequential, 0, CPU)
         assert source.per_epoch == expected
         x, y = source.at(0)
         assert x.shape == y.shape == (B, T)
@@ -178,7 +179,7 @@ def test_a_batch_fetched_ahead_is_the_one_asked_for(order: DataOrder) -> None:
 @given(count=st.integers(2, 90), T=st.integers(1, 8), B=st.integers(1, 9))
 def test_validation_windows_do_not_depend_on_the_batch_size(count: int, T: int, B: int) -> None:  # noqa: N803
     def rows(batch_size: int) -> list[tuple[list[int], list[int]]]:
-        parts = list(data.validation_windows(numbered(count), T, batch_size, CPU))
+        parts = list(windows.validation_windows(numbered(count), T, batch_size, CPU))
         assert all(1 <= len(x) <= batch_size for x, _ in parts)
         return [(a, b) for x, y in parts for a, b in zip(x.tolist(), y.tolist(), strict=True)]
 
@@ -189,7 +190,7 @@ def test_validation_windows_do_not_depend_on_the_batch_size(count: int, T: int, 
 @FEW
 @given(count=st.integers(2, 2000), fraction=st.floats(0, 0.99))
 def test_split_keeps_every_token_once_and_validates_on_the_end(count: int, fraction: float) -> None:
-    train, val = data.split(numbered(count), fraction)
+    train, val = windows.split(numbered(count), fraction)
     assert np.concatenate([train, val]).tolist() == list(range(count))
     assert abs(len(val) - count * fraction) <= 0.5
     assert len(train) == count or fraction > 0
@@ -225,7 +226,7 @@ def test_data_too_small_is_refused_with_a_remedy_that_works(
 @given(B=st.integers(1, 5), T=st.integers(1, 9), count=st.integers(2, 99), fraction=st.sampled_from([0.0, 0.1, 0.5]))
 def test_what_fits_gives_a_batch_and_a_validation_window(B: int, T: int, count: int, fraction: float) -> None:  # noqa: N803
     train = TrainConfig(batch_size=B, seq_len=T)
-    training, held_out = data.split(numbered(count), fraction)
+    training, held_out = windows.split(numbered(count), fraction)
     enough = len(training) > B * T and (len(held_out) > T or not len(held_out))
     try:
         tokens.check_fits(count, DataConfig(val_fraction=fraction), train)
@@ -233,7 +234,7 @@ def test_what_fits_gives_a_batch_and_a_validation_window(B: int, T: int, count: 
         assert not enough
         return
     assert enough
-    assert data.Batches(training, train, DataOrder.sequential, 0, CPU).per_epoch >= 1
+    assert windows.Batches(training, train, DataOrder.sequential, 0, CPU).per_epoch >= 1
 
 
 class TestOwnText:

@@ -24,7 +24,9 @@ from zipfile import ZipFile
 import pytest
 from support import PROGRAM, SMALL, finish, losses, read, run, run_folders, start, the_run
 
-from gpt2exp import assets, compare, record
+from gpt2exp.compare import comparison
+from gpt2exp.data import assets
+from gpt2exp.run import record
 
 QUIET = "wandb.mode=disabled"
 SHORT = [*SMALL, "train.steps=3", QUIET]
@@ -388,7 +390,7 @@ def test_a_clock_that_goes_backwards(tmp_path: Path) -> None:
     for summary in (first, second):
         assert 0 < summary["wall_seconds"]["train"] < summary["wall_seconds"]["total"] < 300
         assert 0 < summary["step_ms"]["median"] < 60_000
-    rows = compare.read([tmp_path / "here"])
+    rows = comparison.read([tmp_path / "here"])
     assert [row["seed"] for row in rows] == [1, 2]
 
 

@@ -19,8 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gpt2exp import inference
-from gpt2exp.inference import ALPHA, C2, Interval, declared, fixed, holm, needed, open_ended, pairing, pooled_std, reach
+from gpt2exp.compare import inference
+from gpt2exp.compare.inference import (
+    ALPHA,
+    C2,
+    Interval,
+    declared,
+    fixed,
+    holm,
+    needed,
+    open_ended,
+    pairing,
+    pooled_std,
+    reach,
+)
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "sequential"
 LOOKS = tuple(range(3, 13))

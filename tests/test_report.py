@@ -27,9 +27,12 @@ import pytest
 from rich.console import Console
 from support import SMALL, OfflineRun, read, run, run_folders
 
-from gpt2exp import compare, figures, record, report
-from gpt2exp.compare import Comparison, Distance, Effect
+from gpt2exp.compare import __main__ as conclude
+from gpt2exp.compare import comparison as comparisons
+from gpt2exp.compare import figures, report
+from gpt2exp.compare.comparison import Comparison, Distance, Effect
 from gpt2exp.config import RunConfig, plain
+from gpt2exp.run import record, terminal
 
 Done = subprocess.CompletedProcess[str]
 SHORT = [*SMALL, "train.steps=6", "data.val_fraction=0.005", "train.eval_every=3", "train.measure_every=3"]
@@ -120,7 +123,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
             leave(folder / f"{name}{seed}", facts | {"started": f"2026-01-01T{number:02d}:{seed:02d}:00+00:00"})
     leave(folder / "failed", summary(1, f"+note={HOSTILE[0]}", state="failed", error=f"{HOSTILE[1]}\n{HOSTILE[4]}"))
     (folder / "sweep.json").write_text(json.dumps({"argv": ["-m", f"+note={HOSTILE[0]},{HOSTILE[2]}"], "jobs": []}))
-    report.write(compare.compare(compare.read([folder])), folder)
+    conclude.write(comparisons.compare(comparisons.read([folder])), folder)
     return folder
 
 
@@ -232,7 +235,7 @@ class TestWords:
         assert "at 1.50 times the speed, with 100 MiB (9.8%) less memory, with 3,000 more parameters" in text
 
     def test_no_control_character_reaches_a_terminal(self) -> None:
-        assert report.clean("a\x1b[31m\nb\x07\x9b\udc80") == "a�[31m�b��?"
+        assert terminal.clean("a\x1b[31m\nb\x07\x9b\udc80") == "a�[31m�b��?"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -244,7 +247,7 @@ class TestFiles:
     def test_the_sweep_ends_in_its_comparison(self, sweep: tuple[Done, Path]) -> None:
         done, folder = sweep
         assert (done.returncode, done.stderr) == (0, "")
-        comparison = compare.compare(compare.read([folder]))
+        comparison = comparisons.compare(comparisons.read([folder]))
         assert "6 of 6 runs done" in done.stdout
         for item in report.sentences(comparison):
             assert item.text in done.stdout.splitlines()[-4:][0] or item.text in done.stdout
@@ -264,7 +267,7 @@ class TestFiles:
             said |= {"ci95_low": low, "ci95_high": high}
             said |= {f"{side}_parameters": parameters[side] for side in parameters}
             assert row == {key: "" if value is None else str(value) for key, value in said.items()}
-        comparison = compare.compare(compare.read([folder]))
+        comparison = comparisons.compare(comparisons.read([folder]))
         lines = (folder / "report.md").read_text().splitlines()
         table = [line for line in lines if line.startswith("| init.residual_scaling ")]
         assert [[cell.strip() for cell in line.strip("|").split(" | ")][:9] for line in table] == [
@@ -318,7 +321,7 @@ class TestFiles:
             assert (out / unquote(address)).resolve() in run_folders(folder)
 
     def test_nothing_that_is_no_json_number(self, tmp_path: Path) -> None:
-        comparison = compare.compare([dict(summary(seed), name=str(seed), folder="/nowhere") for seed in (1, 2)])
+        comparison = comparisons.compare([dict(summary(seed), name=str(seed), folder="/nowhere") for seed in (1, 2)])
         comparison.axes.append(Effect("k", "a", "b", "loss_mean_last10", p_value=math.nan, ci95=[-math.inf, 1.0]))
         assert report.finite(comparison.as_dict())["axes"][0]["ci95"] == [None, 1.0]
         assert ",nan" not in report.table(comparison)
@@ -337,7 +340,7 @@ class TestEnds:
             assert (folder / name).is_file()
         known = read(folder / "comparison.json")
         assert [row["state"] for row in known["failed"]] == ["diverged"] * 2
-        comparison = compare.compare(compare.read([folder]))
+        comparison = comparisons.compare(comparisons.read([folder]))
         texts = [item.text for item in report.sentences(comparison)]
         assert "init.residual_scaling=false ended" in texts[1]
         assert "(n=1: no interval, add seeds)" in texts[1]
@@ -352,8 +355,8 @@ class TestEnds:
     def test_seeds_only(self, tmp_path: Path) -> None:
         for seed in (1, 2, 3):
             leave(tmp_path / str(seed), summary(seed, loss=3 + seed / 10))
-        comparison = compare.compare(compare.read([tmp_path]))
-        report.write(comparison, tmp_path)
+        comparison = comparisons.compare(comparisons.read([tmp_path]))
+        conclude.write(comparison, tmp_path)
         assert read(tmp_path / "comparison.json")["axes"] == []
         text = "loss, the mean of the last ten steps: 3.20 nats on average over 3 runs, seed-to-seed std 0.10."
         assert text in spoken(comparison)
@@ -365,8 +368,8 @@ class TestEnds:
             for lr in ("0.0003", "0.1"):
                 facts = summary(seed, f"optimizer.lr={lr}", state="diverged")
                 leave(tmp_path / f"{seed}-{lr}", facts)
-        comparison = compare.compare(compare.read([tmp_path]))
-        report.write(comparison, tmp_path)
+        comparison = comparisons.compare(comparisons.read([tmp_path]))
+        conclude.write(comparison, tmp_path)
         assert not (tmp_path / "figures").exists()
         assert spoken(comparison).count("diverged after step 20: loss became nan at step 3") == 4
         assert "cannot be compared" in (tmp_path / "report.md").read_text()
@@ -386,7 +389,7 @@ class TestEnds:
         log = report.log
         propagate, log.propagate = log.propagate, True
         try:
-            report.conclude(tmp_path, Console(file=io.StringIO()))
+            conclude.conclude(tmp_path, Console(file=io.StringIO()))
         finally:
             log.propagate = propagate
         (line,) = caplog.messages
@@ -399,7 +402,7 @@ class TestEnds:
             for size, steps in (("4", 20), ("8", 10)):
                 facts = summary(seed, f"train.batch_size={size}", steps=steps, tokens=20 * 128)
                 leave(tmp_path / f"{seed}-{size}", facts, steps)
-        comparison = compare.compare(compare.read([tmp_path]))
+        comparison = comparisons.compare(comparisons.read([tmp_path]))
         (section,) = figures.draw(comparison)
         assert "tokens trained on" in section.drawings[0].svg
 
@@ -446,7 +449,7 @@ class TestEscaping:
             assert not [name for name in attributes if name.startswith("on")]
         text = "".join(page.text)
         for arm in HOSTILE:
-            assert report.clean(arm) in text
+            assert terminal.clean(arm) in text
 
     def test_identifiers_are_unique(self, hostile: Path) -> None:
         page = _parsed((hostile / "report.html").read_text())
@@ -479,13 +482,13 @@ class TestEscaping:
         assert rows == 3 * (len(HOSTILE) - 1)
 
     def test_terminal_gets_no_escape_code(self, hostile: Path) -> None:
-        comparison = compare.compare(compare.read([hostile]))
+        comparison = comparisons.compare(comparisons.read([hostile]))
         text = spoken(comparison, hostile)
         assert "\x1b" not in text
         assert "<script>alert(1)</script>" in text
 
     def test_svg_is_clean(self, hostile: Path) -> None:
-        comparison = compare.compare(compare.read([hostile]))
+        comparison = comparisons.compare(comparisons.read([hostile]))
         (section,) = figures.draw(comparison)
         for drawing in section.drawings:
             root = ElementTree.fromstring(drawing.svg)
@@ -684,6 +687,6 @@ def test_two_hundred_runs_without_torch(tmp_path: Path) -> None:
 def test_imports_are_lazy() -> None:
     """Comparing and showing needs neither matplotlib nor jinja2."""
     heavy = ("torch", "matplotlib", "jinja2", "scipy", "numpy", "wandb")
-    code = f"import sys, gpt2exp.report; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, gpt2exp.compare.report; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"

@@ -31,8 +31,11 @@ from support import (
     wait_for_step,
 )
 
-from gpt2exp import owner, plan, record, resume
 from gpt2exp.config import BadRequest
+from gpt2exp.run import process as processes
+from gpt2exp.run import record
+from gpt2exp.sweep import request as requests
+from gpt2exp.sweep import resume
 
 QUIET = "wandb.mode=disabled"
 STEPS = "train.steps=70"
@@ -78,7 +81,7 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def asked(*args: str) -> plan.Plan:
+def asked(*args: str) -> requests.Plan:
     """The plan of a request to go on."""
     request = resume.make(get_args_parser().parse_args(list(args)))
     assert request is not None
@@ -356,8 +359,8 @@ class TestOwner:
             found = record.read_status(tmp_path)
             assert (found["state"], found["step"]) == (state, 3)
         sleeper.kill()
-        status = {**owner.me(), "pid": sleeper.pid}
-        assert not owner.lives(status), "a zombie does not work on anything"
+        status = {**processes.me(), "pid": sleeper.pid}
+        assert not processes.lives(status), "a zombie does not work on anything"
         sleeper.wait()
 
     def test_a_killed_run_is_shown_as_interrupted(self, tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ from zipfile import ZipFile
 import pytest
 from support import SMALL, read, run, run_folders
 
-from gpt2exp import assets, config, secret, train
+from gpt2exp import config
+from gpt2exp.data import assets
+from gpt2exp.run import secret
+from gpt2exp.sweep import launch
 
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -82,7 +85,7 @@ class TestTypedCredentials:
         before = set(tmp_path.rglob("*"))
         if "oc.env" in line or not re.search("key|token|password|leaky", line, re.IGNORECASE):
             monkeypatch.setenv("WANDB_API_KEY", KEY)  # nothing but the value says what it is
-        code = train.command(shlex.split(line.replace("<>", KEY)))
+        code = launch.command(shlex.split(line.replace("<>", KEY)))
         out, err = capsys.readouterr()
         assert (code, out) == (2, "")
         assert KEY not in err

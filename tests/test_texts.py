@@ -31,8 +31,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from gpt2exp import assets, data, documents, shards, texts, tokens, train
 from gpt2exp.config import BadRequest, DataConfig, DataName, DataOrder, TrainConfig
+from gpt2exp.data import assets, batches, documents, shards, texts, tokens
+from gpt2exp.sweep import launch
 
 CPU = torch.device("cpu")
 EOT = tokens.END_OF_TEXT
@@ -153,13 +154,13 @@ def test_batches_do_not_know_of_shards(order: DataOrder, tmp_path: Path) -> None
     writer = written(tmp_path / "a", [whole.tolist()], 37)
     mapped = shards.mapped(tmp_path / "a", writer.shards)
     assert isinstance(mapped, shards.Shards)
-    for one, other in zip(data.split(whole, 0.2), data.split(mapped, 0.2), strict=True):
+    for one, other in zip(batches.split(whole, 0.2), batches.split(mapped, 0.2), strict=True):
         config = TrainConfig(batch_size=3, seq_len=16)
-        plain, sharded = (data.Batches(part, config, order, 5, CPU) for part in (one, other))
+        plain, sharded = (batches.Batches(part, config, order, 5, CPU) for part in (one, other))
         assert plain.per_epoch == sharded.per_epoch
         for number in range(2 * plain.per_epoch):
             assert all(map(torch.equal, plain.at(number), sharded.at(number)))
-        windows = [data.validation_windows(part, 16, 3, CPU) for part in (one, other)]
+        windows = [batches.validation_windows(part, 16, 3, CPU) for part in (one, other)]
         for expected, found in zip(*windows, strict=True):
             assert all(map(torch.equal, expected, found))
 
@@ -612,7 +613,7 @@ def test_a_run_on_many_shards(tmp_path: Path, cold: Path, monkeypatch: pytest.Mo
         (tmp_path / str(size)).mkdir()
         with contextlib.chdir(tmp_path / str(size)):
             small = ["model=nano", "model.n_layer=1", "model.n_head=1", "model.n_embd=8", "train.steps=3"]
-            code = train.command(
+            code = launch.command(
                 [
                     *small,
                     "data=text",

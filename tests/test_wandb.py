@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, start, the_run, wait_for_step
 
-from gpt2exp import mirror
 from gpt2exp.config import RunConfig, WandbConfig, WandbMode, plain
+from gpt2exp.run import tracking
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -136,7 +136,7 @@ def test_several_runs_in_one_process(tmp_path: Path) -> None:
     for number, failed in enumerate((False, True, False)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), folder, about(f"run {number}"))
+        files = tracking.Mirror(WandbConfig(mode=WandbMode.offline), folder, about(f"run {number}"))
         assert files.ready() == "offline"
         files.log({"step": 0, "tokens": 128, "loss": float(number)})
         kept.append(files.finish({"state": "done"}, failed=failed))
@@ -152,33 +152,33 @@ class TestMode:
     """`auto` is online with credentials, else offline; a mode typed is obeyed."""
 
     def test_without_credentials(self) -> None:
-        assert mirror.resolve_mode(WandbConfig()) == "offline"
+        assert tracking.resolve_mode(WandbConfig()) == "offline"
 
     def test_with_a_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        assert mirror.resolve_mode(WandbConfig()) == "online"
+        assert tracking.resolve_mode(WandbConfig()) == "online"
 
     def test_with_netrc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
         (tmp_path / ".netrc").chmod(0o600)
-        assert mirror.resolve_mode(WandbConfig()) == "online"
+        assert tracking.resolve_mode(WandbConfig()) == "online"
         monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-        assert mirror.resolve_mode(WandbConfig()) == "offline", "the key is another server's"
+        assert tracking.resolve_mode(WandbConfig()) == "offline", "the key is another server's"
 
     @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
     def test_environment_wins_over_auto_alone(self, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
         monkeypatch.setenv("WANDB_MODE", mode)
-        assert mirror.resolve_mode(WandbConfig()) == mode
+        assert tracking.resolve_mode(WandbConfig()) == mode
         for typed in (WandbMode.online, WandbMode.offline, WandbMode.disabled):
-            assert mirror.resolve_mode(WandbConfig(mode=typed)) == typed.value
+            assert tracking.resolve_mode(WandbConfig(mode=typed)) == typed.value
 
     def test_an_unknown_mode_in_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_MODE", "nonsense")
-        assert mirror.resolve_mode(WandbConfig()) == "offline"
+        assert tracking.resolve_mode(WandbConfig()) == "offline"
 
 
 def test_disabled_writes_nothing(tmp_path: Path, warnings: list[str]) -> None:
-    files = mirror.Mirror(WandbConfig(mode=WandbMode.disabled), tmp_path, about("quiet"))
+    files = tracking.Mirror(WandbConfig(mode=WandbMode.disabled), tmp_path, about("quiet"))
     assert files.ready() == "disabled"
     files.log({"step": 0, "loss": 1.0})
     assert files.finish({}, failed=False) is None
@@ -195,7 +195,7 @@ class TestFailingWandb:
             raise RuntimeError("no wandb today\nat all")
 
         monkeypatch.setattr(wandb, "init", fail)
-        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
+        files = tracking.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
         assert files.ready() == "disabled"
         files.describe({"a": 1})
         files.log({"step": 0, "loss": 1.0})
@@ -204,7 +204,7 @@ class TestFailingWandb:
 
     @pytest.mark.parametrize("method", ["log", "finish"])
     def test_later(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str], method: str) -> None:
-        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
+        files = tracking.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
         files.ready()
         real = files._run
 

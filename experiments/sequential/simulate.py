@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2exp.inference import (
+from gpt2exp.compare.inference import (
     ALPHA,
     POWER,
     Floats,

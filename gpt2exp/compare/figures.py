@@ -1,0 +1,559 @@
+"""The figures of a comparison, each drawn once: a PNG on white, and an SVG that takes its ink from the page.
+
+matplotlib without pyplot, so nothing global is left behind; imported by whoever draws, since it takes half a second.
+User text never reaches matplotlib's mathtext. No torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+import statistics
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Effect, Grid, Row
+from gpt2exp.compare.inference import reach
+from gpt2exp.run import record
+from gpt2exp.run.terminal import clean
+
+Array = npt.NDArray[np.float64]
+
+Curve = tuple[Array, Array]
+
+Draw = Callable[[Axes, "Axis"], str]
+"""Draws an axis and says what is to be seen; empty if there is nothing to draw."""
+
+INK = "#010203"
+"""Of text and lines that are no arm's: as good as black in a PNG, and found again in an SVG to follow the page."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Told apart with any colour vision: Okabe and Ito 2008, without the yellow that white swallows and the black."""
+
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+"""A second mark, for more arms than colours."""
+
+POINTS = 300
+"""Points of a curve; longer runs are averaged in equal stretches."""
+
+SIZE = (5.0, 3.4)
+"""Inches; 360 units of an SVG, in which text of 11 stays readable on a telephone."""
+
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gpt2exp",
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "hatch.linewidth": 0.7,
+    "patch.linewidth": 0.8,
+}
+
+_SVG = "http://www.w3.org/2000/svg"
+
+_HREF = "{http://www.w3.org/1999/xlink}href"
+
+
+@dataclass
+class Drawing:
+    """A figure under the name of its file, without ending."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    """An `<svg>` element without size, colours of its own for arms only, identifiers unique on the page."""
+    png: bytes
+
+
+@dataclass
+class Section:
+    """The figures of one axis; of all runs together where nothing but the seed varies."""
+
+    key: str | None
+    drawings: list[Drawing]
+
+
+@dataclass
+class Arm:
+    """The finished runs of one arm, by seed, and how it is drawn."""
+
+    name: str
+    colour: str
+    dash: Any
+    cells: list[tuple[int, Row]]
+
+    @property
+    def label(self) -> str:
+        """Short enough for a legend, and not taken for a private one."""
+        return " " + shorten(self.name, 26)
+
+
+@dataclass
+class Axis:
+    """What the figures of an axis are drawn from."""
+
+    key: str | None
+    arms: list[Arm]
+    grid: Grid
+    comparison: Comparison
+    metrics: Callable[[Row], list[dict[str, Any]]]
+    clock: str
+    """What runs along x: `step`, or `tokens` where a step does not cost the same in every run."""
+    effects: list[Effect] = field(default_factory=list)
+
+    def of(self, metric: str) -> list[Effect]:
+        """The effects in one metric."""
+        return [effect for effect in self.effects if effect.metric == metric]
+
+    def curve(self, row: Row, key: str) -> Curve | None:
+        """A metric of a run along the clock; None where it was never measured."""
+        points = {line[self.clock]: line[key] for line in self.metrics(row) if key in line}  # resumed: the last counts
+        if not points:
+            return None
+        x = sorted(points)
+        return np.array(x, dtype=float), np.array([points[at] for at in x], dtype=float)
+
+
+def shorten(text: str, most: int) -> str:
+    """The two ends of a long text, without what an SVG cannot hold."""
+    text, half = clean(text), (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
+def draw(comparison: Comparison) -> list[Section]:
+    """Every figure the finished runs have something for."""
+    done = [row for row in comparison.runs if row["state"] == "done"]
+    if not done:
+        return []
+    grid = Grid([row for row in comparison.runs if "config" in row], comparison.swept)
+    metrics = functools.cache(lambda folder: record.read_metrics(Path(folder)))
+    per_step = {row["tokens"] / row["steps"] for row in done if row["steps"]}
+    clock = "step" if len(per_step) == 1 else "tokens"
+    sections = []
+    for number, key in enumerate(comparison.swept or [None]):
+        axis = Axis(key, _arms(grid, key), grid, comparison, lambda row: metrics(row["folder"]), clock)
+        axis.effects = [effect for effect in comparison.axes if effect.key == key]
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", key or "seeds").strip("-.")[:60] or "axis"
+        sections.append(Section(key, list(_drawings(axis, f"{number + 1}-{slug}"))))
+    return sections
+
+
+def _arms(grid: Grid, key: str | None) -> list[Arm]:
+    at = None if key is None else list(grid.axes).index(key)
+    names = ["all runs"] if key is None else grid.axes[key]
+    found = []
+    for number, name in enumerate(names):
+        cells = [(seed, row) for (seed, arms), row in grid.cells.items() if at is None or arms[at] == name]
+        dash = DASHES[number // len(COLOURS) % len(DASHES)]
+        found.append(Arm(name, COLOURS[number % len(COLOURS)], dash, cells))
+    return found
+
+
+def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
+    arms, seeds = len(axis.arms), len(axis.grid.seeds)
+    ended = sum(effect.mean_difference is not None for effect in axis.of(axis.comparison.metric))
+    kinds: list[tuple[str, str, float, Draw]] = [
+        ("loss", "Loss over the run", SIZE[1], _loss),
+        ("gap", "Difference along the way", SIZE[1], _gap),
+        ("difference", "Difference at the end, seed by seed", _height(ended, 0.55 + 0.16 * min(seeds, 12)), _pairs),
+        ("speed", "Throughput", _height(arms, 0.62), _speed),
+        ("memory", "Peak memory", _height(arms, 0.62), _memory),
+        ("unseen", "What unused tokens cost", SIZE[1], _unseen),
+        ("residual", "Residual stream through the blocks", SIZE[1], _residual),
+        ("uses", "The embedding's two gradients", SIZE[1], _uses),
+    ]
+    for kind, title, height, painter in kinds:
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a glyph that the font lacks is no news to the user
+            figure = Figure(figsize=(SIZE[0], height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
+            caption = painter(figure.add_subplot(), axis)
+            if not caption:
+                continue
+            name = f"{stem}-{kind}"
+            heading = title if axis.key is None else f"{shorten(axis.key, 30)}: {title[0].lower()}{title[1:]}"
+            svg = _svg(figure, name, f"{heading}. {caption}")
+            figure.suptitle(heading, x=0.02, ha="left", fontweight="bold", fontsize=11)
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+            yield Drawing(name, title, caption, svg, png.getvalue())
+
+
+def _height(rows: int, each: float) -> float:
+    return min(0.75 + each * max(rows, 1), 14.0)
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+def _by_seed(curves: Sequence[tuple[int, Curve | None]]) -> tuple[Array, Array] | None:
+    """Where all curves have points, and a row a seed: each seed's curves averaged, as the comparison does."""
+    known = [(seed, curve) for seed, curve in curves if curve is not None]
+    if not known:
+        return None
+    x = functools.reduce(np.intersect1d, [curve[0] for _, curve in known])
+    if not len(x):
+        return None
+    seeds: dict[int, list[Array]] = defaultdict(list)
+    for seed, (own, y) in known:
+        seeds[seed].append(y[np.searchsorted(own, x)])
+    y = np.stack([np.mean(rows, axis=0) for rows in seeds.values()])
+    if len(x) > POINTS:
+        stretch = math.ceil(len(x) / POINTS)
+        starts = np.arange(0, len(x), stretch)
+        sizes = np.diff([*starts, len(x)])
+        x, y = np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts, axis=1) / sizes
+    return x, y
+
+
+def _band(ax: Axes, x: Array, y: Array, half: Array, arm: Arm, **line: Any) -> Any:
+    mean = y.mean(axis=0)
+    if len(y) > 1:
+        ax.fill_between(x, mean - half, mean + half, color=arm.colour, alpha=0.2, linewidth=0)
+    marker = "o" if len(x) < 8 else None
+    return ax.plot(x, mean, color=arm.colour, linestyle=arm.dash, linewidth=1.6, marker=marker, markersize=3.5, **line)[
+        0
+    ]
+
+
+def _spread(y: Array) -> Array:
+    return y.std(axis=0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
+
+
+def _legend(ax: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    if len(handles) > 1:
+        columns = max(1, min(4, int(44 / (max(map(len, labels)) + 5))))
+        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.1,
+                  handlelength=2.2, columnspacing=1.2)  # fmt: skip
+
+
+def _along(ax: Axes, axis: Axis) -> None:
+    ax.set_xlabel("step" if axis.clock == "step" else "tokens trained on")
+    ax.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if axis.clock == "tokens":
+        ax.xaxis.set_major_formatter(lambda value, _: _count(value))
+
+
+def _count(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _seeds(axis: Axis) -> str:
+    count = len(axis.grid.seeds)
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def _loss(ax: Axes, axis: Axis) -> str:
+    handles, labels, validated = [], [], False
+    for arm in axis.arms:
+        got = _by_seed([(seed, axis.curve(row, "loss")) for seed, row in arm.cells])
+        if got is None:
+            continue
+        handles.append(_band(ax, *got, _spread(got[1]), arm))
+        labels.append(arm.label)
+        val = _by_seed([(seed, axis.curve(row, "val_loss")) for seed, row in arm.cells])
+        if val is not None:
+            validated = True
+            ax.plot(val[0], val[1].mean(axis=0), color=arm.colour, linestyle="none", marker="D", markersize=4.5,
+                    markerfacecolor="none", markeredgewidth=1.2, zorder=3)  # fmt: skip
+    if not handles:
+        return ""
+    _along(ax, axis)
+    ax.set_ylabel("loss, nats a token")
+    _legend(ax, handles, labels)
+    outside = _baselines(ax, axis)
+    text = f"Training loss, the mean of {_seeds(axis)}"
+    if len(axis.grid.seeds) > 1:
+        text += "; the band is ± one standard deviation between seeds"
+    text += ". Open diamonds: validation loss." if validated else "."
+    return f"{text} Outside the picture: {', '.join(outside)}." if outside else text
+
+
+def _baselines(ax: Axes, axis: Axis) -> list[str]:
+    """Lines at what simple predictors cost, labelled; those far outside the picture are returned as text."""
+    rows = [row for arm in axis.arms for _, row in arm.cells]
+    known: dict[str, set[float | None]] = {
+        "ln V, a uniform guess": {math.log(row["config"]["model"]["vocab_size"]) for row in rows},
+        "ln of the ids that occur": {math.log(row["data"]["distinct_tokens"]) for row in rows},
+        "unigram entropy": {row["data"].get("unigram_entropy") for row in rows},
+        "bigram entropy": {row["data"].get("bigram_entropy") for row in rows},
+    }
+    low, high = ax.get_ylim()
+    room = 0.12 * (high - low)
+    outside = []
+    for label, values in known.items():
+        value = next(iter(values)) if len(values) == 1 else None
+        if value is None:
+            continue
+        if not low - room <= value <= high + room:
+            outside.append(f"{label} {value:.3f}")
+            continue
+        ax.axhline(value, color=INK, alpha=0.55, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+        upper = value > (low + high) / 2  # losses fall: the upper right and the lower left are free
+        where = {"x": 0.99, "ha": "right"} if upper else {"x": 0.01, "ha": "left"}
+        ax.text(y=value, s=f"{label} {value:.3f}", transform=ax.get_yaxis_transform(), va="bottom", fontsize=9,
+                alpha=0.8, **where)  # type: ignore[arg-type]  # fmt: skip
+    return outside
+
+
+def _gap(ax: Axes, axis: Axis) -> str:
+    """The paired difference in training loss at every step."""
+    if axis.key is None or len(axis.arms) < 2:
+        return ""
+    base, handles, labels = axis.arms[0], [], []
+    for arm in axis.arms[1:]:
+        curves = []
+        for pair in axis.grid.pairs(axis.key, base.name, arm.name)[0]:
+            got = _by_seed([(0, axis.curve(pair.baseline, "loss")), (1, axis.curve(pair.arm, "loss"))])
+            curves.append((pair.seed, None if got is None or len(got[1]) < 2 else (got[0], got[1][1] - got[1][0])))
+        stacked = _by_seed(curves)
+        if stacked is None or len(stacked[0]) < 2:
+            continue
+        n = len(stacked[1])
+        half = _spread(stacked[1]) * (reach(n, "fixed") / math.sqrt(n) if n > 1 else 0)
+        handles.append(_band(ax, *stacked, half, arm))
+        labels.append(arm.label)
+    if not handles:
+        return ""
+    ax.axhline(0, color=INK, linewidth=0.9)
+    _along(ax, axis)
+    ax.set_ylabel("arm minus baseline, nats")
+    _legend(ax, handles, labels)
+    text = f"Training loss minus that of {shorten(base.name, 60)} at the same seed and step: below zero is better"
+    return f"{text}. Mean and 95 % interval over seeds." if len(axis.grid.seeds) > 1 else f"{text}."
+
+
+def _unseen(ax: Axes, axis: Axis) -> str:
+    if not _traces(ax, axis, lambda row: axis.curve(row, "loss_unseen")):
+        return ""
+    ax.set_ylabel("nats a token")
+    return (
+        "The part of the loss spent on tokens that never occur in the text: −log of the probability left to the rest."
+    )
+
+
+def _uses(ax: Axes, axis: Axis) -> str:
+    """How much of the gradient of `wte` comes from its use as look-up table."""
+
+    def share(row: Row) -> Curve | None:
+        lookup, head = axis.curve(row, "wte_grad_lookup"), axis.curve(row, "wte_grad_head")
+        if lookup is None or head is None or len(lookup[1]) != len(head[1]):
+            return None
+        return lookup[0], lookup[1] / (lookup[1] + head[1])
+
+    if not _traces(ax, axis, share):
+        return ""
+    ax.set_ylabel("look-up's share")
+    return (
+        "Norm of the token embedding's gradient as look-up table, as a share of that and its norm as head together; "
+        "tied, the two gradients add up in one tensor."
+    )
+
+
+def _traces(ax: Axes, axis: Axis, curve: Callable[[Row], Curve | None]) -> bool:
+    """An arm's mean and spread of a figure over the run, from zero up; whether there was any to draw."""
+    handles, labels = [], []
+    for arm in axis.arms:
+        got = _by_seed([(seed, curve(row)) for seed, row in arm.cells])
+        if got is not None:
+            handles.append(_band(ax, *got, _spread(got[1]), arm))
+            labels.append(arm.label)
+    if not handles:
+        return False
+    _along(ax, axis)
+    ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
+    _legend(ax, handles, labels)
+    return True
+
+
+def _residual(ax: Axes, axis: Axis) -> str:
+    handles, labels = [], []
+    for arm in axis.arms:
+        first: dict[int, list[list[float]]] = defaultdict(list)
+        last: dict[int, list[list[float]]] = defaultdict(list)
+        for _, row in arm.cells:
+            measured = [line["residual_rms"] for line in axis.metrics(row) if line.get("residual_rms")]
+            if measured:
+                first[len(measured[0])].append(measured[0])
+                last[len(measured[-1])].append(measured[-1])
+        for group, dash in ((first, (0, (2, 2))), (last, "-")):
+            for depth, rows in group.items():  # depths may differ, where another axis varies them
+                line = ax.plot(range(depth), np.mean(rows, axis=0), color=arm.colour, linestyle=dash, linewidth=1.5,
+                               marker="o", markersize=3)[0]  # fmt: skip
+        if last:
+            handles.append(line)
+            labels.append(arm.label)
+    if not handles:
+        return ""
+    low, high = ax.get_ylim()
+    if low <= 0 or high / max(low, 1e-12) > 30:
+        ax.set_yscale("log")
+    ax.set_xlabel("blocks passed (0: the embedding)")
+    ax.set_ylabel("RMS of the stream")
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
+    _legend(ax, handles, labels)
+    text = "Root mean square of the residual stream as embedded and after each block"
+    return f"{text}: dotted as first measured, solid as last."
+
+
+# --- at the end ------------------------------------------------------------------------------------------------------
+
+
+def _pairs(ax: Axes, axis: Axis) -> str:
+    """A line a seed from zero to the arm's difference, the mean with its interval below them."""
+    effects = [effect for effect in axis.of(axis.comparison.metric) if effect.mean_difference is not None]
+    if not effects:
+        return ""
+    colours = {arm.name: arm.colour for arm in axis.arms}
+    std = max((effect.seed_std or 0.0 for effect in effects), default=0.0)
+    furthest = max(abs(value) for effect in effects for value in (*effect.differences.values(), *(effect.ci95 or [])))
+    shaded = 0 < std < 4 * furthest  # a band ten times as wide as the picture would hide the differences
+    if shaded:
+        ax.axvspan(-std, std, color=INK, alpha=0.08, linewidth=0)
+    for row, effect in enumerate(effects):
+        colour = colours[effect.arm]
+        values = list(effect.differences.values())
+        places = row + (np.arange(len(values)) + 0.5) / (len(values) + 1.5) * 0.62 + 0.28
+        ax.vlines(0, row + 0.3, row + 1, color=INK, linewidth=0.9)
+        ax.hlines(places, 0, values, color=colour, linewidth=1.0, alpha=0.75)
+        ax.plot(values, places, "o", color=colour, markersize=3.5)
+        ax.text(0.01, row + 0.16, shorten(effect.arm, 40), transform=ax.get_yaxis_transform(), va="center")
+        if effect.ci95 is not None:
+            ax.plot(effect.ci95, [row + 0.92] * 2, color=INK, linewidth=2, solid_capstyle="butt")
+        ax.plot(effect.mean_difference or 0.0, row + 0.92, "D", color=INK, markersize=5.5)
+    ax.set_ylim(len(effects) + 0.05, 0)
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    ax.locator_params(axis="x", nbins=5)
+    ax.set_xlabel(f"{axis.comparison.metric} minus that of {shorten(effects[0].baseline, 24)}, nats")
+    text = f"A line a seed, from {shorten(effects[0].baseline, 60)} at zero to the arm; the diamond is the mean"
+    text += ", its bar the 95 % interval" if any(effect.ci95 for effect in effects) else ""
+    return f"{text}. Shaded: ± the standard deviation between seeds." if shaded else f"{text}."
+
+
+def _bars(ax: Axes, axis: Axis, metric: str, form: Callable[[float], str]) -> str:
+    """A bar an arm, a point a run; the remark on arms that cannot be compared, or a space where there is none."""
+    refused = {
+        effect.arm: effect.reason
+        for effect in axis.of(metric)
+        if effect.verdict == "not_comparable" and effect.arm_mean is not None
+    }
+    values = []
+    for arm in axis.arms:
+        rows = [row for _, row in arm.cells if row.get(metric)]
+        if metric == SPEED.key and not refused:  # as the comparison has it: where pairs were not emulated, those count
+            rows = [row for row in rows if not row["precision"]["emulated"]] or rows
+        values.append([row[metric] for row in rows])
+    if not any(values):
+        return ""
+    far = max(max(some) for some in values if some)
+    for row, (arm, some) in enumerate(zip(axis.arms, values, strict=True)):
+        ax.text(0, row + 0.2, shorten(arm.name, 44), va="center")
+        if not some:
+            ax.text(0, row + 0.62, "no finished run", va="center", fontsize=9, alpha=0.7)
+            continue
+        mean, hatched = statistics.fmean(some), bool(refused)
+        look: dict[str, Any] = (
+            {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"}
+            if hatched
+            else {"facecolor": arm.colour, "alpha": 0.65}
+        )
+        ax.barh(row + 0.62, mean, height=0.42, **look)
+        ax.plot(some, np.full(len(some), row + 0.62), "|", color=INK, markersize=9, alpha=0.6)
+        ax.text(max(*some, mean) + 0.02 * far, row + 0.62, form(mean), va="center")
+    ax.set_xlim(0, far * 1.32)
+    ax.set_ylim(len(values), 0)
+    ax.set_yticks([])
+    ax.set_xticks([])
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+    if not refused:
+        return " "
+    return f" Hatched, not to be compared: {'; '.join(map(clean, dict.fromkeys(refused.values())))}."
+
+
+def _speed(ax: Axes, axis: Axis) -> str:
+    remark = _bars(ax, axis, SPEED.key, lambda value: f"{value:,.0f} tokens/s")
+    return remark and f"Mean of the arm's runs, a tick each.{remark}".strip()
+
+
+def _memory(ax: Axes, axis: Axis) -> str:
+    remark = _bars(ax, axis, MEMORY.key, size)
+    return remark and f"Mean of the arm's runs, a tick each.{remark}".strip()
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+
+
+# --- SVG -------------------------------------------------------------------------------------------------------------
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an element for a page: no size, script, style sheet or metadata, ink the page's own."""
+    buffer = io.BytesIO()
+    none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=none)
+    root = ElementTree.fromstring(buffer.getvalue())  # our own output; the parser drops matplotlib's comments
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        for key, value in list(element.attrib.items()):
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == _HREF:
+                del element.attrib[key]
+                key, value = "href", f"#{name}-{value.removeprefix('#')}"
+            elif key == "style" and element.tag == f"{{{_SVG}}}text":
+                value = re.sub(r"font-family:[^;]*;?", "", value)  # the page's own fonts
+            element.attrib[key] = value.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.attrib |= {"role": "img", "aria-label": description}
+    _plain_names(root)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _plain_names(root: ElementTree.Element) -> None:
+    """Names without the SVG namespace's prefix, which HTML does not know; the root alone declares it."""
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
+    root.set("xmlns", _SVG)
