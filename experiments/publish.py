@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2exp.compare import __main__ as conclude
-from gpt2exp.compare.comparison import compare, read, t_interval
+from gpt2exp.compare import inference
+from gpt2exp.compare.comparison import compare, read
 
 HERE = Path(__file__).parent
 FIGURES = {
@@ -218,11 +219,12 @@ def equal_parameters(runs: Sequence[Run]) -> str:
     }
     tied, untied = by_seed.values()
     gaps = [float(untied[seed]["val_loss"]) - float(tied[seed]["val_loss"]) for seed in tied]
-    mean, (low, high), p_value = t_interval(gaps)
+    found = inference.fixed(gaps)
     sizes = [f"{int(next(iter(arm.values()))['parameters']):,}" for arm in (untied, tied)]
     return (
         f"At nearly equal parameters, untied at width 32 ({sizes[0]}) against tied at width 64 ({sizes[1]}): "
-        f"{mean:+.3f} nats (95 % interval {low:.3f} to {high:.3f}, n={len(gaps)} seeds, p={p_value:.2g})."
+        f"{found.mean:+.3f} nats (95 % interval {found.low:.3f} to {found.high:.3f}, n={found.n} seeds, "
+        f"p={found.p:.2g})."
     )
 
 

@@ -27,6 +27,7 @@ from gpt2exp import config
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison as comparisons
 from gpt2exp.compare.comparison import Comparison, Effect, Row
+from gpt2exp.compare.inference import fixed, holm, pooled_std
 from gpt2exp.config import BadRequest, parse, plain
 
 GROUPS = ("model", "init", "precision", "data", "optimizer")
@@ -117,58 +118,6 @@ def effect(
     return found
 
 
-# --- the formulas ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [2, 3, 5, 20])
-def test_interval_and_p_value_are_those_of_the_paired_t_test(n: int) -> None:
-    rng = np.random.default_rng(n)
-    for shift in (0.0, 0.3, 30.0):
-        baseline, arm = rng.normal(3, 1, n), rng.normal(3 + shift, 1, n)
-        mean, interval, p_value = comparisons.t_interval(list(arm - baseline))
-        reference = stats.ttest_rel(arm, baseline)
-        assert p_value == pytest.approx(reference.pvalue, rel=1e-9)
-        assert interval == pytest.approx(list(reference.confidence_interval(0.95)), rel=1e-9)
-        error = (arm - baseline).std(ddof=1) / math.sqrt(n)
-        assert mean == pytest.approx((arm - baseline).mean())
-        assert interval[1] - mean == pytest.approx(stats.t.ppf(0.975, n - 1) * error, rel=1e-9)
-
-
-def test_two_values_by_hand() -> None:
-    # mean 2, s = sqrt(2), standard error 1; t with one degree of freedom is Cauchy: quantile tan(pi (q - 1/2))
-    mean, interval, p_value = comparisons.t_interval([1.0, 3.0])
-    reach = math.tan(math.pi * 0.475)
-    assert mean == 2
-    assert interval == pytest.approx([2 - reach, 2 + reach])
-    assert p_value == pytest.approx(1 - 2 * math.atan(2) / math.pi)
-
-
-def test_without_spread_the_interval_is_the_point() -> None:
-    assert comparisons.t_interval([0.0, 0.0, 0.0]) == (0.0, [0.0, 0.0], 1.0)
-    assert comparisons.t_interval([-0.5, -0.5]) == (-0.5, [-0.5, -0.5], 0.0)
-
-
-def test_holm_is_bonferroni_closed_over_all_subsets() -> None:
-    assert comparisons.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust
-    assert comparisons.holm([]) == []
-    rng = random.Random(0)
-    for size in range(1, 7):
-        p_values = [round(rng.random() ** 3, 2) for _ in range(size)]  # with ties
-        subsets = [s for k in range(1, size + 1) for s in itertools.combinations(range(size), k)]
-        for index, adjusted in enumerate(comparisons.holm(p_values)):
-            tests = (len(s) * min(p_values[i] for i in s) for s in subsets if index in s)
-            assert adjusted == pytest.approx(min(1.0, max(tests)))
-
-
-def test_pooled_std_weighs_groups_by_their_degrees_of_freedom() -> None:
-    rng = np.random.default_rng(0)
-    groups = [list(rng.normal(level, 2, n)) for level, n in ((0, 2), (100, 5), (-7, 9))]
-    squares = sum(((np.array(group) - np.mean(group)) ** 2).sum() for group in groups)
-    assert comparisons.pooled_std([*groups, [4.0], []]) == pytest.approx(math.sqrt(squares / (1 + 4 + 8)))
-    assert comparisons.pooled_std(groups[1:2]) == pytest.approx(np.std(groups[1], ddof=1))
-    assert comparisons.pooled_std([[1.0], [2.0]]) is None
-
-
 # --- simulated sweeps ------------------------------------------------------------------------------------------------
 
 SIMULATIONS = 500
@@ -221,7 +170,7 @@ def test_null_factorial_sweeps_count_seeds_and_not_pairs() -> None:
         called += any(e.verdict in ("better", "worse") for e in losses)
         pairs, _ = comparisons.Grid(comparison.runs, comparison.swept).pairs(TIE, "true", "false")
         each = [pair.arm["loss_mean_last10"] - pair.baseline["loss_mean_last10"] for pair in pairs]
-        naive += covers(comparisons.t_interval(each)[1])
+        naive += covers([(naively := fixed(each)).low, naively.high])
         [interaction] = comparison.interactions
         interactions += covers(interaction.ci95)
     rates = {**{key: n / SIMULATIONS for key, n in covered.items()}, "interaction": interactions / SIMULATIONS}
@@ -335,7 +284,7 @@ def test_an_unrelated_wild_arm_does_not_widen_what_counts_as_equal() -> None:
     alone = effect(rows, "optimizer.lr", arm="0.0004")
     wild = effect(rows + arms("optimizer.lr", {"0.1": [3.0, 90.0, 40.0, 9.0]}), "optimizer.lr", arm="0.0004")
     assert wild.seed_std == pytest.approx(alone.seed_std)
-    assert alone.seed_std == pytest.approx(comparisons.pooled_std(calm.values()))
+    assert alone.seed_std == pytest.approx(pooled_std(calm.values()))
 
 
 def test_speed_is_a_ratio_on_the_logarithm() -> None:
@@ -348,7 +297,7 @@ def test_speed_is_a_ratio_on_the_logarithm() -> None:
     assert found.ci95 == pytest.approx(list(np.exp(reference.confidence_interval(0.95))))
     assert found.p_value == pytest.approx(reference.pvalue)
     assert found.mean_difference is None
-    assert found.seed_std == pytest.approx(comparisons.pooled_std([np.log(slow).tolist(), np.log(fast).tolist()]))
+    assert found.seed_std == pytest.approx(pooled_std([np.log(slow).tolist(), np.log(fast).tolist()]))
     assert found.arm_mean is not None
     assert found.baseline_mean is not None
     assert found.arm_mean / found.baseline_mean == pytest.approx(found.speed_ratio)
@@ -361,7 +310,7 @@ def test_holm_runs_over_the_axes_of_a_metric() -> None:
     for metric in ("loss_mean_last10", "tokens_per_second", "peak_memory_bytes"):
         tested = [e for e in comparison.axes if e.metric == metric]
         assert len(tested) == 2
-        assert [e.p_holm for e in tested] == pytest.approx(comparisons.holm([e.p_value or 0.0 for e in tested]))
+        assert [e.p_holm for e in tested] == pytest.approx(holm([e.p_value or 0.0 for e in tested]))
     assert effect(comparison, SCALING).verdict == "worse"
 
 
@@ -375,7 +324,7 @@ def test_differences_are_averaged_over_the_other_axes() -> None:
     assert (found.n_pairs, found.n_seeds, found.dropped_pairs) == (6, 3, 0)
     assert found.differences == pytest.approx({"0": 0.2, "1": 0.21, "2": 0.22})
     assert found.mean_difference == pytest.approx(0.21)
-    assert found.ci95 == pytest.approx(comparisons.t_interval([0.2, 0.21, 0.22])[1])
+    assert found.ci95 == pytest.approx([(of := fixed([0.2, 0.21, 0.22])).low, of.high])
     assert (found.baseline_mean, found.arm_mean) == pytest.approx((4, 4.21))
 
 

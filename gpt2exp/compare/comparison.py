@@ -15,18 +15,16 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from gpt2exp.compare.inference import ALPHA, fixed, holm, pooled_std
 from gpt2exp.config import MOVED, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
 from gpt2exp.run import record, secret
 from gpt2exp.training import load
-
-ALPHA = 0.05
-"""Level of every test; intervals are 1 - ALPHA."""
 
 GROUPS = {"precision": "name", "init": "scheme", "data": "name", "optimizer": "name"}
 """Config groups whose choice is a key of their section."""
@@ -361,41 +359,6 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, list[float], float]:
-    """Mean, 95 % interval and two-sided p value of the mean being zero, for n >= 2 differences.
-
-    The paired t test: mean ± t(0.975, n-1) · s/√n (Student 1908), as scipy.stats.ttest_rel of the two arms. With no
-    spread at all the interval is the point, and p is 1 at zero and 0 elsewhere.
-    """
-    from scipy.special import stdtr, stdtrit  # Student's t by itself: scipy.stats takes a second to import
-
-    mean, freedom = statistics.fmean(values), len(values) - 1
-    if min(values) == max(values):
-        return mean, [mean, mean], 1.0 if mean == 0 else 0.0
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    reach = float(stdtrit(freedom, 1 - ALPHA / 2)) * error
-    return mean, [mean - reach, mean + reach], 2 * float(stdtr(freedom, -abs(mean) / error))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Holm 1979): the k-th smallest of m times m-k+1, made monotone, at most 1."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
-
-
-def pooled_std(groups: Iterable[Sequence[float]]) -> float | None:
-    """Standard deviation within groups, pooled over their degrees of freedom; None if no group has two values."""
-    groups = [group for group in groups if len(group) > 1]
-    if not groups:
-        return None
-    freedom = sum(len(group) - 1 for group in groups)
-    return math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / freedom)
-
-
 def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> None:
     """Set the verdict of an effect with an interval, on the scale on which the interval is symmetric (see `_scale`).
 
@@ -593,19 +556,19 @@ def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, conte
     effect.seed_std = grid.spread(metric, key, (baseline, arm))
     effect.baseline_mean, effect.arm_mean = back(statistics.fmean(ones)), back(statistics.fmean(others))
     effect.differences = {str(seed): back(value) for seed, value in zip(by_seed, values, strict=True)}
-    mean, interval, p_value = t_interval(values) if len(values) > 1 else (values[0], None, None)
+    found = fixed(values)
     if metric.ratio:
-        effect.speed_ratio = back(mean)
+        effect.speed_ratio = back(found.mean)
     else:
-        effect.mean_difference = mean
+        effect.mean_difference = found.mean
     obstacle = _obstacle(key, metric, pairs, contended)
     if obstacle:
         effect.verdict, effect.reason = "not_comparable", obstacle
         return effect
-    if interval is None:
+    if found.n == 1:
         effect.reason = "n=1: no interval, add seeds"
         return effect
-    effect.ci95, effect.p_value = [back(bound) for bound in interval], p_value
+    effect.ci95, effect.p_value = [back(found.low), back(found.high)], found.p
     return effect
 
 
@@ -707,10 +670,10 @@ def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
                 continue
             by_seed = [statistics.fmean(values) for values in by_arms[pair].values()]
             spread = grid.spread(metric, a, (a_arms[0], pair[0]))
-            mean, interval, p_value = t_interval(by_seed) if len(by_seed) > 1 else (by_seed[0], None, None)
-            excludes = interval is not None and (interval[0] > 0 or interval[1] < 0)
-            large = excludes and spread is not None and abs(mean) > spread
-            found.append(Interaction((a, b), pair, metric.key, len(by_seed), mean, interval, p_value, large))
+            of = fixed(by_seed)
+            interval, p_value = ([of.low, of.high], of.p) if of.n > 1 else (None, None)
+            large = (of.low > 0 or of.high < 0) and spread is not None and abs(of.mean) > spread
+            found.append(Interaction((a, b), pair, metric.key, of.n, of.mean, interval, p_value, large))
     return found
 
 

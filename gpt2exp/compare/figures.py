@@ -26,9 +26,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
-from scipy.special import stdtrit
 
-from gpt2exp.compare.comparison import ALPHA, MEMORY, SPEED, Comparison, Effect, Grid, Row
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Effect, Grid, Row
+from gpt2exp.compare.inference import reach
 from gpt2exp.run import record
 from gpt2exp.run.terminal import printable
 
@@ -344,7 +344,7 @@ def _gap(ax: Axes, axis: Axis) -> str:
         if stacked is None or len(stacked[0]) < 2:
             continue
         n = len(stacked[1])
-        half = _spread(stacked[1]) * (stdtrit(n - 1, 1 - ALPHA / 2) / math.sqrt(n) if n > 1 else 0)
+        half = _spread(stacked[1]) * (reach(n, "fixed") / math.sqrt(n) if n > 1 else 0)
         handles.append(_band(ax, *stacked, half, arm))
         labels.append(arm.label)
     if not handles:
