@@ -165,6 +165,7 @@ FIXED = {
     "torch": "2.11",  # CVE-2025-32434, CVE-2026-24747, CVE-2026-4538
     "wandb": "0.28.2",  # of what its binary is built with: CVE-2026-71556, CVE-2026-56852
     "scipy": "1.10",  # CVE-2023-25399
+    "pydantic": "2.4",  # CVE-2024-3772
     "transformers": "5.10",  # CVE-2026-1839, CVE-2026-4372, CVE-2026-5241, CVE-2026-9856
     "joblib": "1.5",  # CVE-2022-21797, CVE-2024-34997
     "ray": "2.54",  # CVE-2025-62593, CVE-2026-27482

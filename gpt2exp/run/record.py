@@ -7,6 +7,7 @@ read. The local files are the record; wandb mirrors them (gpt2exp.run.tracking).
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -14,18 +15,21 @@ import math
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gpt2exp.config import BadRequest, RunConfig, leaves, parse, stored
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
+from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, figure, judged, losses
 from gpt2exp.training import load
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def facts() -> dict[str, Any]:
@@ -74,19 +78,7 @@ SWEEP = "sweep.json"
 CHECKPOINTS = "checkpoints"
 """In a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)."""
 
-LAST = 10
-"""Steps behind `loss_mean_last10`."""
-
-MEASURED = (
-    "step_ms",
-    "first_step_ms",
-    "tokens_per_second",
-    "timed_steps",
-    "speed_disturbed",
-    "mfu",
-    "peak_memory_bytes",
-)
-"""The summary's fields about speed and memory, null until measured."""
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 class Record:
@@ -153,7 +145,7 @@ class Record:
         """Have the disk hold the steps so far: a checkpoint is worth nothing without them."""
         os.fsync(self._file.fileno())
 
-    def finish(self, state: str, error: str | None = None) -> dict[str, Any]:
+    def finish(self, state: str, error: str | None = None) -> Summary:
         """Write `summary.json`, then `status.json` with the final state (done, failed, diverged, interrupted)."""
         parts = self.parts
         wall = {name: sum(part[name] for part in parts) for name in ("startup", "train")}
@@ -173,7 +165,7 @@ class Record:
         self._file.close()
         write_json(self.folder / "summary.json", summary)
         write_status(self.folder, state, len(self.metrics), error)
-        return summary
+        return cast("Summary", summary)
 
 
 def _now() -> str:
@@ -181,38 +173,25 @@ def _now() -> str:
 
 
 def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
-    """`status.json`: the state, steps done, the error if any, and whose process it is."""
-    status = {"state": state, "step": step, "error": error, **process.me(), "updated": time.time()}
-    write_json(folder / "status.json", status)
+    """Write `status.json`, in the name of this process."""
+    whose = {"pid": os.getpid(), "machine": process.machine()}
+    write_json(folder / "status.json", {"state": state, "step": step, "error": error, **whose, "updated": time.time()})
 
 
-def read_status(folder: Path) -> dict[str, Any]:
+def read_status(folder: Path) -> Status:
     """`status.json` of a run folder; the state is `not run` where there is none to read.
 
-    Where it says `running` and its process is no more, the state is `interrupted`.
+    Where it says `running` and no process holds the folder's lock, the state is `interrupted`.
     """
-    with contextlib.suppress(OSError, ValueError):
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        if isinstance(status, dict):
-            if status.get("state") == "running" and not process.lives(status):
-                return status | {"state": "interrupted", "error": "its process ended without a word: killed?"}
-            return status
-    return {"state": "not run", "step": 0, "error": None}
+    status: Status = {"state": "not run", "step": 0, "error": None}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        status |= json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        if status["state"] == "running" and not process.at_work(folder, status):
+            status |= {"state": "interrupted", "error": "its process ended without a word: killed?"}
+    return status
 
 
-def losses(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
-    """The summary's losses from the steps' metrics, each null where nothing was measured."""
-    loss = [row["loss"] for row in metrics]
-    unseen = [row["loss_unseen"] for row in metrics if "loss_unseen" in row]
-    val = [row["val_loss"] for row in metrics if "val_loss" in row]
-    return {
-        "loss_first": loss[0] if loss else None,
-        "loss_last": loss[-1] if loss else None,
-        "loss_mean_last10": statistics.fmean(loss[-LAST:]) if loss else None,
-        "val_loss": val[-1] if val else None,
-        "loss_unseen_first": unseen[0] if unseen else None,
-        "loss_unseen_last": unseen[-1] if unseen else None,
-    }
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -317,16 +296,39 @@ def text_of(folder: Path) -> str | None:
     return None
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+@functools.cache
+def _schema() -> TypeAdapter[Summary]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Summary)
+
+
+def read_summary(folder: Path) -> Summary:
     """`summary.json` of a run folder.
 
     Raises:
-        OSError, ValueError: there is none, or it is no summary.
+        OSError: there is none.
+        ValueError: it is no summary; the text says why.
     """
+    from pydantic import ValidationError
+
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if not isinstance(summary, dict):
-        raise ValueError(f"{folder / 'summary.json'} is no summary")
-    return summary
+        raise ValueError(f"it holds {type(summary).__name__}, no fields")
+    summary = dict.fromkeys(("error", *losses([]), *MEASURED)) | summary
+    try:
+        _schema().validate_python(summary, strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise ValueError(f"no {where}" if wrong["type"] == "missing" else f"{where} is {wrong['input']!r}") from error
+    if missing := [key for key in (DONE if summary["state"] == "done" else ALWAYS) if key not in summary]:
+        raise ValueError(f"no {missing[0]}")
+    try:
+        datetime.fromisoformat(str(summary["started"]))
+    except ValueError as error:
+        raise ValueError(f"started is {summary['started']!r}") from error
+    return cast("Summary", summary)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -351,13 +353,13 @@ def kept_metrics(folder: Path) -> list[dict[str, Any]]:
     return [row for number, row in itertools.takewhile(lambda pair: pair[0] == pair[1].get("step"), rows)]
 
 
-def row(folder: Path, above: Path) -> dict[str, Any]:
+def row(folder: Path, above: Path) -> Summary:
     """A run's summary, or where it left none its status, under its `name` as seen from `above`."""
     name = str(folder.relative_to(above)) if folder != above else folder.name
     try:
-        return {"name": name, **read_summary(folder)}
+        return {**read_summary(folder), "name": name}
     except (OSError, ValueError):
-        return {"name": name, **read_status(folder)}
+        return cast("Summary", {"name": name, **read_status(folder)})
 
 
 def sweep_of(folder: Path) -> Path | None:
@@ -390,8 +392,7 @@ def progress(sweep: Path, folder: Path) -> str:
 
 
 def objective(folder: Path) -> float:
-    """The loss by which a sweeper may judge a run: validation's, else the last steps' mean; infinite if not done."""
+    """The loss by which a sweeper may judge a run (`judged`); infinite if it is not done."""
     found = row(folder, folder)
-    if found["state"] != "done":
-        return math.inf
-    return float(found["loss_mean_last10"] if found["val_loss"] is None else found["val_loss"])
+    loss = figure(found, judged(found)) if found["state"] == "done" else None
+    return math.inf if loss is None else loss
