@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2exp import compare, report
+from gpt2exp import compare, conclude
 
 HERE = Path(__file__).parent
 FIGURES = {
@@ -46,7 +46,7 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
     for old in folder.glob("*.png"):
         old.unlink()
     with tempfile.TemporaryDirectory() as scratch:
-        report.write(comparison, Path(scratch))
+        conclude.write(comparison, Path(scratch))
         (folder / "results.csv").write_text((Path(scratch) / "comparison.csv").read_text())
         for figure in sorted(Path(scratch).rglob("*.png")):
             number, kind = figure.stem.split("-", 1)[0], figure.stem.rsplit("-", 1)[-1]
@@ -63,7 +63,7 @@ def publish_speed(sweep: Path) -> None:
     comparison = compare.compare(compare.read([sweep]))
     folder = HERE / "precision"
     with tempfile.TemporaryDirectory() as scratch:
-        report.write(comparison, Path(scratch))
+        conclude.write(comparison, Path(scratch))
         (folder / "speed.csv").write_text((Path(scratch) / "comparison.csv").read_text())
         _, *parts = (Path(scratch) / "report.md").read_text().split("\n## ")
     sections = dict(part.split("\n", 1) for part in parts)
@@ -83,7 +83,7 @@ def publish_gpt2(sweep: Path) -> None:
         growth = [run["stream_first_last_block"] / run["stream_first_embedded"] for run in having]
         lines.append(f"- residual_scaling={scaling}: the stream grows {spread(growth, '.2f')} times (n={len(growth)})")
     with tempfile.TemporaryDirectory() as scratch:
-        report.write(comparison, Path(scratch))
+        conclude.write(comparison, Path(scratch))
         reproduce = (Path(scratch) / "report.md").read_text().split("\n## Reproduce\n")[1].split("\n## ")[0]
     replace_block(folder / "README.md", "gpt2", "\n".join([*lines, "", reproduce.strip()]))
 

@@ -12,7 +12,6 @@ import itertools
 import math
 import os
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -755,48 +754,7 @@ def _public(row: Row) -> Row:
     return {key: value for key, value in row.items() if key not in ("config", "versions", "environment")}
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+if __name__ == "__main__":  # python -m gpt2exp.compare
+    from gpt2exp.conclude import main
 
-
-def main() -> None:
-    """The console script `gpt2exp-compare`."""
-    sys.exit(command(sys.argv[1:]))
-
-
-def command(argv: list[str]) -> int:
-    """Compare the runs under the folders named; exit code 0, or 2 for a bad request."""
-    from gpt2exp import command as commands
-    from gpt2exp import report, view
-
-    parser = commands.parser(
-        "gpt2exp-compare",
-        "Compare the runs under one or more run or sweep folders, finished or not, and write comparison.json, "
-        "comparison.csv, report.md and report.html.",
-        "sweeps/2026-01-31/12-00-00-abcd --margin 0.01",
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run or sweep folder, or one above")
-    parser.add_argument("--margin", type=float, help="loss differences inside ±MARGIN nats count as none")
-    parser.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
-
-    full_error = view.wants_traces()
-    try:
-        args = parser.parse_args(argv)
-        if args.margin is not None and not (math.isfinite(args.margin) and args.margin > 0):
-            raise BadRequest(f"--margin {args.margin}: must be a number of nats above 0; try --margin 0.01")
-        comparison = compare(read(args.folders), margin=args.margin)
-        out = args.out or args.folders[0]
-        out.mkdir(parents=True, exist_ok=True)
-        report.write(comparison, out)
-    except BadRequest as problem:
-        view.refuse(str(problem), program="gpt2exp-compare", trace=full_error)
-        return 2
-    except OSError as problem:
-        why = f"cannot write the comparison ({problem.strerror or problem}); name a folder with --out"
-        view.refuse(why, program="gpt2exp-compare", trace=full_error)
-        return 2
-    report.show(comparison, view.terminal(), out)
-    return 0
-
-
-if __name__ == "__main__":
     main()

@@ -572,12 +572,12 @@ def _outcome(request: plan.Plan) -> int:
     rows = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
     done, jobs = sum(row["state"] == "done" for row in rows), len(request.names) or len(rows)
     if request.multirun:
-        from gpt2exp import report
+        from gpt2exp.conclude import conclude
 
         console, place = view.terminal(), view.short(request.folder.absolute())
         title = f"{done} of {jobs} runs done in {place}"
         console.print(view.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
-        report.conclude(request.folder, console)
+        conclude(request.folder, console)
         for row in rows:
             if row["state"] != "done":
                 view.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")

@@ -372,5 +372,9 @@ def refuse(message: str, *, program: str = "gpt2exp", trace: bool = False) -> No
     """
     if trace:
         traceback.print_exc()
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", f"{program}: {message}")
-    print(line, file=sys.stderr)
+    print(clean(f"{program}: {message}"), file=sys.stderr)
+
+
+def clean(text: object) -> str:
+    """User text on one line, with � for what a terminal would obey and for what neither UTF-8 nor XML can hold."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "�", str(text))

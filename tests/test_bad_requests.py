@@ -21,7 +21,7 @@ import pytest
 import torch
 from support import PROGRAM, run
 
-from gpt2exp import compare, train
+from gpt2exp import conclude, train
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the row says it lacks")
 
@@ -379,7 +379,7 @@ def seen(folder: Path) -> dict[str, tuple[int, int]]:
 def check(bad: Bad, program: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Carry out a row."""
     before = seen(world)
-    command = train.command if program == "gpt2exp" else compare.command
+    command = train.command if program == "gpt2exp" else conclude.command
     code = command(shlex.split(bad.line))
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
@@ -448,7 +448,7 @@ def test_in_a_process_of_its_own(bad: Bad, program: list[str], world: Path) -> N
 
 
 def test_a_control_character_is_not_obeyed(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.command(["no\x1b[31m\nfolder"]) == 2
+    assert conclude.command(["no\x1b[31m\nfolder"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gpt2exp-compare: no�[31m�folder: no such folder")
 

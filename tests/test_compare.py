@@ -23,7 +23,7 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
-from gpt2exp import compare
+from gpt2exp import compare, conclude
 from gpt2exp.compare import Comparison, Effect, Row
 from gpt2exp.config import BadRequest, parse, plain
 
@@ -945,7 +945,7 @@ def test_a_killed_job_keeps_its_arm(tmp_path: Path) -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line with which the command refuses; nothing else is printed."""
-    assert compare.command(list(argv)) == 2
+    assert conclude.command(list(argv)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
@@ -963,8 +963,8 @@ def test_the_command_writes_and_exits_with_0(tmp_path: Path) -> None:
     folders = put_all(arms(TIE, {"true": [3.0, 3.1, 3.2], "false": [2.0, 2.2, 2.1]}), tmp_path / "sweep")
     truncated(folders[5])
     code = (
-        "import sys\nfrom gpt2exp import compare\n"
-        "code = compare.command(sys.argv[1:])\nassert 'torch' not in sys.modules\nsys.exit(code)"
+        "import sys\nfrom gpt2exp import conclude\n"
+        "code = conclude.command(sys.argv[1:])\nassert 'torch' not in sys.modules\nsys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "sweep"), "--out", str(tmp_path / "new" / "out")],
