@@ -69,7 +69,8 @@ def publish_speed(sweep: Path) -> None:
     sections = dict(part.split("\n", 1) for part in parts)
     lines = sections["Comparison"].splitlines()
     rows = [line for line in lines if "speed, ratio" in line or line.startswith(("| axis ", "| --- "))]
-    replace_block(folder / "README.md", "speed", "\n".join([*rows, "", sections["Reproduce"].strip()]))
+    reasons = [line for line in lines if line.startswith("- ")]
+    replace_block(folder / "README.md", "speed", "\n".join([*rows, "", *reasons, "", sections["Reproduce"].strip()]))
 
 
 def publish_gpt2(sweep: Path) -> None:

@@ -80,10 +80,10 @@ def write(comparison: Comparison, out: Path) -> list[report.Section]:
 
     Returns what was drawn.
     """
+    out.mkdir(parents=True, exist_ok=True)
     from gpt2exp import figures  # with matplotlib: half a second
 
     sections = figures.draw(comparison)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", report.finite(comparison.as_dict()))
     _write_text(out / "comparison.csv", report.table(comparison))
     if sections:

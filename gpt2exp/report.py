@@ -327,6 +327,11 @@ def effects_table(comparison: Comparison) -> Table:
     return Table([Column(name, name in numeric) for name in names], rows)
 
 
+def reasons_of(effects: Table) -> list[str]:
+    """The different reasons; verdicts refer to them by number, since most rows share one and room is scarce."""
+    return list(dict.fromkeys(row[-1] for row in effects.rows if row[-1]))
+
+
 def _interactions_table(comparison: Comparison) -> Table:
     names = ("effect of", "changed by", "n", "difference, nats", "95 % interval", "p", "size")
     rows = []
@@ -368,7 +373,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
 
 
 def _show_table(shown: Table, console: Console, heading: str) -> None:
-    """The table, then the reasons that its verdicts refer to by number: most rows share one, and room is scarce."""
+    """The table, then the reasons that its verdicts refer to."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -376,7 +381,7 @@ def _show_table(shown: Table, console: Console, heading: str) -> None:
     table.add_column("axis and arms", overflow="fold")
     for column in shown.columns[2:-1]:
         table.add_column(column.name, justify="right" if column.numeric else "left", no_wrap=True)
-    reasons = list(dict.fromkeys(row[-1] for row in shown.rows if row[-1]))
+    reasons = reasons_of(shown)
     above: list[list[str]] = []
     for row in shown.rows:
         axis, arms, *cells, verdict, reason = row
@@ -575,11 +580,16 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
     large = [item for item in comparison.interactions if item.large]
     text += [f"- **× interaction** {_md(interaction_sentence(item, comparison))}" for item in large]
     text += [f"- **↔ from fp64** {_md(distance_sentence(item))}" for item in comparison.distances]
-    text += [f"- **note** {_md(clean(note))}" for note in comparison.notes]
+    text += [f"- note: {_md(clean(note))}" for note in comparison.notes]
     effects = effects_table(comparison)
     if effects.rows:
-        effects.rows = [[*map(_md, cells), verdict_text(verdict), _md(why)] for *cells, verdict, why in effects.rows]
-        text += ["", "## Comparison", "", *_md_table(effects)]
+        reasons = reasons_of(effects)
+        rows = [
+            [*map(_md, cells), verdict_text(verdict) + (f" \\[{reasons.index(reason) + 1}\\]" if reason else "")]
+            for *cells, verdict, reason in effects.rows
+        ]
+        text += ["", "## Comparison", "", *_md_table(Table(effects.columns[:-1], rows))]
+        text += ["", *(f"- \\[{number + 1}\\] {_md(reason)}" for number, reason in enumerate(reasons))]
     if comparison.failed:
         text += ["", "## Not finished", ""]
         text += [f"- **{_md(name)}** {_md(fate)}" for name, fate in failures(comparison)]

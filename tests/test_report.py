@@ -267,9 +267,17 @@ class TestFiles:
         comparison = compare.compare(compare.read([folder]))
         lines = (folder / "report.md").read_text().splitlines()
         table = [line for line in lines if line.startswith("| init.residual_scaling ")]
-        assert [[cell.strip() for cell in line.strip("|").split(" | ")][:9] for line in table] == [
-            [*(cell.replace("<", "&lt;") for cell in cells), report.verdict_text(verdict)]
-            for *cells, verdict, _ in report.effects_table(comparison).rows
+        shown = report.effects_table(comparison)
+        reasons = ["", *report.reasons_of(shown)]
+        assert [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table] == [
+            [
+                *(cell.replace("<", "&lt;") for cell in cells),
+                report.verdict_text(verdict) + (f" \\[{reasons.index(reason)}\\]" if reason else ""),
+            ]
+            for *cells, verdict, reason in shown.rows
+        ]
+        assert [line for line in lines if line.startswith("- \\[")] == [
+            f"- \\[{number}\\] {reason}" for number, reason in enumerate(reasons) if reason
         ]
         for item in report.sentences(comparison):
             assert f"- {report.verdict_text(item.verdict)} {item.text.replace('<', '&lt;')}" in lines
@@ -281,7 +289,7 @@ class TestFiles:
         assert [name.strip() for name in right] == ["n", "difference", "p", "seed std"]
         cells = [attributes for tag, attributes in _parsed((folder / "report.html").read_text()).tags if tag == "th"]
         runs = ["run", "state", "init.residual_scaling", "seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"]
-        assert [cell.get("style") == "text-align:right" for cell in cells[10:]] == [at > 2 for at in range(len(runs))]
+        assert [cell.get("style") == "text-align:right" for cell in cells[9:]] == [at > 2 for at in range(len(runs))]
 
     def test_every_form_has_every_run(self, sweep: tuple[Done, Path]) -> None:
         _, folder = sweep
@@ -478,7 +486,7 @@ class TestEscaping:
             assert "<img" not in line
             if line.startswith("| +note") or line.startswith("| note"):
                 rows += 1
-                assert len(re.findall(r"(?<!\\)\|", line)) == 11
+                assert len(re.findall(r"(?<!\\)\|", line)) == 10
         assert rows == 3 * (len(HOSTILE) - 1)
 
     def test_terminal_gets_no_escape_code(self, hostile: Path) -> None:
