@@ -13,7 +13,7 @@ import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.special import stdtrit
 
 from gpt2exp import record
@@ -49,8 +49,6 @@ SIZE = (5.0, 3.4)
 """Inches; 360 units of an SVG, in which text of 11 stays readable on a telephone."""
 STYLE: dict[Any, Any] = {
     "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.labelsize": 11,
     "xtick.labelsize": 10,
     "ytick.labelsize": 10,
     "legend.fontsize": 10,
@@ -93,11 +91,10 @@ class Axis:
     metrics: Callable[[Row], list[dict[str, Any]]]
     clock: str
     """What runs along x: `step`, or `tokens` where a step does not cost the same in every run."""
-    effects: list[Effect] = field(default_factory=list)
 
-    def of(self, metric: str) -> list[Effect]:
-        """The effects in one metric."""
-        return [effect for effect in self.effects if effect.metric == metric]
+    def effects(self, metric: str) -> list[Effect]:
+        """Of its arms, in one metric."""
+        return [effect for effect in self.comparison.axes if (effect.key, effect.metric) == (self.key, metric)]
 
     def curve(self, row: Row, key: str) -> Curve | None:
         """A metric of a run along the clock; None where it was never measured."""
@@ -130,7 +127,6 @@ def draw(comparison: Comparison) -> list[Section]:
     sections = []
     for number, key in enumerate(comparison.swept or [None]):
         axis = Axis(key, _arms(grid, key), grid, comparison, lambda row: metrics(row["folder"]), clock)
-        axis.effects = [effect for effect in comparison.axes if effect.key == key]
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", key or "seeds").strip("-.")[:60] or "axis"
         sections.append(Section(key, list(_drawings(axis, f"{number + 1}-{slug}"))))
     return sections
@@ -138,25 +134,26 @@ def draw(comparison: Comparison) -> list[Section]:
 
 def _arms(grid: Grid, key: str | None) -> list[Arm]:
     at = None if key is None else list(grid.axes).index(key)
-    names = ["all runs"] if key is None else grid.axes[key]
     found = []
-    for number, name in enumerate(names):
+    for number, name in enumerate(["all runs"] if key is None else grid.axes[key]):
         cells = [(seed, row) for (seed, arms), row in grid.cells.items() if at is None or arms[at] == name]
-        dash = DASHES[number // len(COLOURS) % len(DASHES)]
-        found.append(Arm(name, COLOURS[number % len(COLOURS)], dash, cells))
+        turn, colour = divmod(number, len(COLOURS))
+        found.append(Arm(name, COLOURS[colour], DASHES[turn % len(DASHES)], cells))
     return found
 
 
 def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
     arms, seeds = len(axis.arms), len(axis.grid.seeds)
-    ended = sum(effect.mean_difference is not None for effect in axis.of(axis.comparison.metric))
+    ended = sum(effect.mean_difference is not None for effect in axis.effects(axis.comparison.metric))
+    speed = functools.partial(_bars, metric=SPEED, form=lambda value: f"{value:,.0f} tokens/s")
+    memory = functools.partial(_bars, metric=MEMORY, form=size)
     kinds: list[tuple[str, str, float, Draw]] = [
         ("loss", "Loss over the run", SIZE[1], _loss),
         ("gap", "Difference along the way", SIZE[1], _gap),
         ("difference", "Difference at the end, seed by seed", _height(ended, 0.55 + 0.16 * min(seeds, 12)), _pairs),
         ("residual", "Residual stream through the blocks", SIZE[1], _residual),
-        ("speed", "Throughput", _height(arms, 0.62), _speed),
-        ("memory", "Peak memory", _height(arms, 0.62), _memory),
+        ("speed", "Throughput", _height(arms, 0.62), speed),
+        ("memory", "Peak memory", _height(arms, 0.62), memory),
         ("unseen", "What unused tokens cost", SIZE[1], _unseen),
     ]
     for kind, title, height, painter in kinds:
@@ -230,7 +227,7 @@ def _curves(
     ax.set_ylabel(label)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if axis.clock == "tokens":
-        ax.xaxis.set_major_formatter(lambda value, _: _count(value))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     _rules(ax)
     _legend(ax, handles, labels)
     return True
@@ -248,18 +245,6 @@ def _legend(ax: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
                   handlelength=2.2, columnspacing=1.2)  # fmt: skip
 
 
-def _count(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
-
-
-def _seeds(axis: Axis) -> str:
-    count = len(axis.grid.seeds)
-    return "one seed" if count == 1 else f"{count} seeds"
-
-
 def _loss(ax: Axes, axis: Axis) -> str | None:
     if not _curves(ax, axis, "loss, nats a token", axis.replicates("loss")):
         return None
@@ -268,9 +253,9 @@ def _loss(ax: Axes, axis: Axis) -> str | None:
         ax.plot(x, y.mean(axis=0), color=arm.colour, linestyle="none", marker="D", markersize=4.5,
                 markerfacecolor="none", markeredgewidth=1.2, zorder=3)  # fmt: skip
     outside = _baselines(ax, axis)
-    text = f"Training loss, the mean of {_seeds(axis)}"
-    if len(axis.grid.seeds) > 1:
-        text += "; the band is ± one standard deviation between seeds"
+    seeds = len(axis.grid.seeds)
+    text = f"Training loss, the mean of {seeds} seeds; the band is ± one standard deviation between seeds"
+    text = text if seeds > 1 else "Training loss of one seed"
     text += ". Open diamonds: validation loss." if validated else "."
     return f"{text} Outside the picture: {', '.join(outside)}." if outside else text
 
@@ -331,18 +316,17 @@ def _unseen(ax: Axes, axis: Axis) -> str | None:
 def _residual(ax: Axes, axis: Axis) -> str | None:
     handles, labels = [], []
     for arm in axis.arms:
-        first: dict[int, list[list[float]]] = defaultdict(list)
-        last: dict[int, list[list[float]]] = defaultdict(list)
-        for _, row in arm.cells:
-            measured = [line["residual_rms"] for line in axis.metrics(row) if line.get("residual_rms")]
-            if measured:
-                first[len(measured[0])].append(measured[0])
-                last[len(measured[-1])].append(measured[-1])
-        for group, dash in ((first, (0, (2, 2))), (last, "-")):
-            for depth, rows in group.items():  # depths may differ, where another axis varies them
+        streams = [
+            [line["residual_rms"] for line in axis.metrics(row) if line.get("residual_rms")] for _, row in arm.cells
+        ]
+        for which, dash in ((0, (0, (2, 2))), (-1, "-")):
+            by_depth: dict[int, list[list[float]]] = defaultdict(list)  # depths differ where another axis varies them
+            for measured in filter(None, streams):
+                by_depth[len(measured[which])].append(measured[which])
+            for depth, rows in by_depth.items():
                 line = ax.plot(range(depth), np.mean(rows, axis=0), color=arm.colour, linestyle=dash, linewidth=1.5,
                                marker="o", markersize=3)[0]  # fmt: skip
-        if last:
+        if any(streams):
             handles.append(line)
             labels.append(arm.label)
     if not handles:
@@ -367,7 +351,7 @@ def _residual(ax: Axes, axis: Axis) -> str | None:
 
 def _pairs(ax: Axes, axis: Axis) -> str | None:
     """A line a seed from zero to the arm's difference, the mean with its interval below them."""
-    effects = [effect for effect in axis.of(axis.comparison.metric) if effect.mean_difference is not None]
+    effects = [effect for effect in axis.effects(axis.comparison.metric) if effect.mean_difference is not None]
     if not effects:
         return None
     colours = {arm.name: arm.colour for arm in axis.arms}
@@ -401,7 +385,7 @@ def _bars(ax: Axes, axis: Axis, metric: Metric, form: Callable[[float], str]) ->
     """A bar an arm, a tick a run; hatched where arms cannot be compared, with the reasons in the caption."""
     refused = {
         effect.arm: effect.reason
-        for effect in axis.of(metric.key)
+        for effect in axis.effects(metric.key)
         if effect.verdict == "not_comparable" and effect.arm_mean is not None
     }
     values = []
@@ -437,14 +421,6 @@ def _bars(ax: Axes, axis: Axis, metric: Metric, form: Callable[[float], str]) ->
     if refused:
         text += f" Hatched, not to be compared: {'; '.join(map(clean, dict.fromkeys(refused.values())))}."
     return text
-
-
-def _speed(ax: Axes, axis: Axis) -> str | None:
-    return _bars(ax, axis, SPEED, lambda value: f"{value:,.0f} tokens/s")
-
-
-def _memory(ax: Axes, axis: Axis) -> str | None:
-    return _bars(ax, axis, MEMORY, size)
 
 
 def size(count: float) -> str:

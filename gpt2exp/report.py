@@ -76,8 +76,8 @@ class Column(NamedTuple):
     """A column of a table."""
 
     name: str
-    numeric: bool = False
-    """Its cells are set to the right."""
+    number: bool = False
+    """Numbers stand to the right."""
 
 
 @dataclass
@@ -380,7 +380,7 @@ def _show_table(shown: Table, console: Console, heading: str) -> None:
     table = RichTable(title=heading, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     table.add_column("axis and arms", overflow="fold")
     for column in shown.columns[2:-1]:
-        table.add_column(column.name, justify="right" if column.numeric else "left", no_wrap=True)
+        table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
     reasons = reasons_of(shown)
     above: list[list[str]] = []
     for row in shown.rows:
@@ -531,7 +531,7 @@ def runs_table(comparison: Comparison) -> Table:
                 cells.append("")
         rows.append(cells)
     words = [Column(name) for name in ("run", "state", *map(clean, keys))]
-    return Table([*words, *(Column(name, numeric=True) for name in ("seed", *forms))], rows)
+    return Table([*words, *(Column(name, number=True) for name in ("seed", *forms))], rows)
 
 
 def title(comparison: Comparison) -> str:
@@ -563,7 +563,7 @@ def verdict_text(verdict: str) -> str:
 def _md_table(shown: Table) -> list[str]:
     """The table's lines; the cells are Markdown already."""
     head = [_md(column.name) for column in shown.columns]
-    rule = ["--:" if column.numeric else "---" for column in shown.columns]
+    rule = ["--:" if column.number else "---" for column in shown.columns]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *shown.rows)]
 
 

@@ -282,14 +282,25 @@ class TestFiles:
         for item in report.sentences(comparison):
             assert f"- {report.verdict_text(item.verdict)} {item.text.replace('<', '&lt;')}" in lines
 
-    def test_columns_of_numbers_are_set_to_the_right(self, sweep: tuple[Done, Path]) -> None:
-        _, folder = sweep
-        head, rule = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| ")][:2]
-        right = [name for name, dashes in zip(head.split("|"), rule.split("|"), strict=True) if "--:" in dashes]
-        assert [name.strip() for name in right] == ["n", "difference", "p", "seed std"]
-        cells = [attributes for tag, attributes in _parsed((folder / "report.html").read_text()).tags if tag == "th"]
-        runs = ["run", "state", "init.residual_scaling", "seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"]
-        assert [cell.get("style") == "text-align:right" for cell in cells[9:]] == [at > 2 for at in range(len(runs))]
+    def test_columns_of_numbers_stand_to_the_right(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each column says itself whether it is one, so that a new one puts no other out of line."""
+        for tie in ("true", "false"):
+            leave(tmp_path / tie, summary(7, f"model.tie_weights={tie}"))
+        comparison = compare.compare(compare.read([tmp_path]))
+        runs = report.runs_table(comparison)
+        numbers = {column.name for column in runs.columns if column.number}
+        assert numbers == {"seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"}
+        wider = report.Table([*runs.columns, report.Column("remark")], [[*row, "none"] for row in runs.rows])
+        monkeypatch.setattr(report, "runs_table", lambda _: wider)
+        text = report.markdown(comparison, tmp_path, [])
+        rules = [line for line in text.splitlines() if line.startswith("| -")]
+        assert rules == [
+            "| --- | --- | --- | --: | --: | --- | --: | --: | --- |",  # the comparison: n, difference, p, seed std
+            f"| {' | '.join('--:' if column.number else '---' for column in wider.columns)} |",
+        ]
+        page = report.page(text, comparison, tmp_path, [])
+        assert page.count("<td>none</td>") == 2
+        assert page.count('<td style="text-align:right">7</td>') == 2, "the seeds"
 
     def test_every_form_has_every_run(self, sweep: tuple[Done, Path]) -> None:
         _, folder = sweep
