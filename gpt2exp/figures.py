@@ -310,7 +310,8 @@ def _unseen(ax: Axes, axis: Axis) -> str | None:
     if not _curves(ax, axis, "nats a token", axis.replicates("loss_unseen")):
         return None
     ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
-    return "The loss spent on tokens that never occur in the text: −log of the probability left to the rest."
+    text = "The part of the loss spent on tokens that never occur in the text"
+    return f"{text}: −log of the probability left to the rest."
 
 
 def _residual(ax: Axes, axis: Axis) -> str | None:
@@ -402,13 +403,9 @@ def _bars(ax: Axes, axis: Axis, metric: Metric, form: Callable[[float], str]) ->
         if not some:
             ax.text(0, row + 0.62, "no finished run", va="center", fontsize=9, alpha=0.7)
             continue
-        mean, hatched = statistics.fmean(some), bool(refused)
-        look: dict[str, Any] = (
-            {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"}
-            if hatched
-            else {"facecolor": arm.colour, "alpha": 0.65}
-        )
-        ax.barh(row + 0.62, mean, height=0.42, **look)
+        mean = statistics.fmean(some)
+        hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"}
+        ax.barh(row + 0.62, mean, height=0.42, **(hatched if refused else {"facecolor": arm.colour, "alpha": 0.65}))
         ax.plot(some, np.full(len(some), row + 0.62), "|", color="black", markersize=9, alpha=0.6)
         ax.text(max(*some, mean) + 0.02 * far, row + 0.62, form(mean), va="center")
     ax.set_xlim(0, far * 1.32)

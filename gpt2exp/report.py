@@ -359,17 +359,14 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     for sentence in sentences(comparison):
         mark = Text(f"{SIGNS[sentence.verdict]} ", style=COLOURS.get(sentence.verdict, "dim"))
         console.print(mark + Text(sentence.text), soft_wrap=True)
-    for item in comparison.interactions:
-        if item.large:
-            console.print(Text(f"interaction: {interaction_sentence(item, comparison)}"), soft_wrap=True)
-    for distance in comparison.distances:
-        console.print(Text(distance_sentence(distance)), soft_wrap=True)
-    for name, fate in failures(comparison) if failed else ():
-        console.print(Text(f"{name}: {fate}", style="red"), soft_wrap=True)
-    for note in comparison.notes:
-        console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
-    if out is not None:
-        console.print(Text(f"report: {clean(view.short((out / 'report.html').absolute()))}"), soft_wrap=True)
+    large = [item for item in comparison.interactions if item.large]
+    said = [(f"interaction: {interaction_sentence(item, comparison)}", "") for item in large]
+    said += [(distance_sentence(item), "") for item in comparison.distances]
+    said += [(f"{name}: {fate}", "red") for name, fate in failures(comparison) if failed]
+    said += [(f"note: {clean(note)}", "dim") for note in comparison.notes]
+    said += [(f"report: {clean(view.short((out / 'report.html').absolute()))}", "")] if out is not None else []
+    for text, style in said:
+        console.print(Text(text, style=style), soft_wrap=True)
 
 
 def _show_table(shown: Table, console: Console, heading: str) -> None:
@@ -471,9 +468,9 @@ def commands(rows: Sequence[Row]) -> list[str]:
     return list(found)
 
 
-def setting(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What was trained on what: the reader's bearings."""
-    facts = {
+def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What was trained on what, where and with what."""
+    known: dict[str, Callable[[Row], Any]] = {
         "model": lambda row: (
             "{n_layer} layers, {n_head} heads, {n_embd} wide".format_map(row["config"]["model"])
             + (", tied" if row["config"]["model"]["tie_weights"] else ", untied")
@@ -488,13 +485,6 @@ def setting(rows: Sequence[Row]) -> list[tuple[str, str]]:
             row["data"]
         ),
         "precision": lambda row: row["precision"]["effective"] + (" emulated" if row["precision"]["emulated"] else ""),
-    }
-    return [(label, text) for label, get in facts.items() if (text := common(rows, get))]
-
-
-def provenance(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Where and with what the runs were made."""
-    facts = {
         "hardware": lambda row: f"{row['device']}, {row['threads']} threads",
         "platform": lambda row: row["platform"],
         "machine": lambda row: row["machine"],
@@ -503,11 +493,11 @@ def provenance(rows: Sequence[Row]) -> list[tuple[str, str]]:
         "environment": lambda row: " ".join(f"{name}={value}" for name, value in row["environment"].items()),
         "text's sha256": lambda row: row["data"]["sha256"],
     }
-    known = [(label, text) for label, get in facts.items() if (text := common(rows, get))]
+    told = [(label, text) for label, get in known.items() if (text := common(rows, get))]
     days = sorted(str(row["started"]) for row in rows if row.get("started"))
     if days:
-        known.append(("started", clean(days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}")))
-    return known
+        told.append(("started", clean(days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}")))
+    return told
 
 
 def runs_table(comparison: Comparison) -> Table:
@@ -549,7 +539,7 @@ def summary(comparison: Comparison) -> str:
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def _md(text: str) -> str:
+def escaped(text: str) -> str:
     """User text that Markdown leaves as it is; an underscore inside a word needs nothing."""
     text = re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -562,7 +552,7 @@ def verdict_text(verdict: str) -> str:
 
 def _md_table(shown: Table) -> list[str]:
     """The table's lines; the cells are Markdown already."""
-    head = [_md(column.name) for column in shown.columns]
+    head = [escaped(column.name) for column in shown.columns]
     rule = ["--:" if column.number else "---" for column in shown.columns]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *shown.rows)]
 
@@ -575,41 +565,44 @@ def _fenced(texts: Sequence[str]) -> list[str]:
 
 def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
     """`report.md`, whose links and figures are relative to `out`."""
-    text = [f"# {_md(title(comparison))}", "", f"{summary(comparison)}.", ""]
-    text += [f"- {verdict_text(item.verdict)} {_md(item.text)}" for item in sentences(comparison)]
+    text = [f"# {escaped(title(comparison))}", "", f"{summary(comparison)}.", ""]
+    text += [f"- {verdict_text(item.verdict)} {escaped(item.text)}" for item in sentences(comparison)]
     large = [item for item in comparison.interactions if item.large]
-    text += [f"- **× interaction** {_md(interaction_sentence(item, comparison))}" for item in large]
-    text += [f"- **↔ from fp64** {_md(distance_sentence(item))}" for item in comparison.distances]
-    text += [f"- note: {_md(clean(note))}" for note in comparison.notes]
+    text += [f"- **× interaction** {escaped(interaction_sentence(item, comparison))}" for item in large]
+    text += [f"- **↔ from fp64** {escaped(distance_sentence(item))}" for item in comparison.distances]
+    text += [f"- note: {escaped(clean(note))}" for note in comparison.notes]
     effects = effects_table(comparison)
     if effects.rows:
         reasons = reasons_of(effects)
         rows = [
-            [*map(_md, cells), verdict_text(verdict) + (f" \\[{reasons.index(reason) + 1}\\]" if reason else "")]
+            [*map(escaped, cells), verdict_text(verdict) + (f" \\[{reasons.index(reason) + 1}\\]" if reason else "")]
             for *cells, verdict, reason in effects.rows
         ]
         text += ["", "## Comparison", "", *_md_table(Table(effects.columns[:-1], rows))]
-        text += ["", *(f"- \\[{number + 1}\\] {_md(reason)}" for number, reason in enumerate(reasons))]
+        text += ["", *(f"- \\[{number + 1}\\] {escaped(reason)}" for number, reason in enumerate(reasons))]
     if comparison.failed:
         text += ["", "## Not finished", ""]
-        text += [f"- **{_md(name)}** {_md(fate)}" for name, fate in failures(comparison)]
+        text += [f"- **{escaped(name)}** {escaped(fate)}" for name, fate in failures(comparison)]
     for section in sections:
-        text += ["", f"## {_md(clean(section.key or 'Figures'))}"]
+        text += ["", f"## {escaped(clean(section.key or 'Figures'))}"]
         for item in section.drawings:  # the backslash breaks the line
-            text += ["", f"![{item.title}](figures/{item.name}.png)\\", f"*{item.title}.* {_md(item.caption)}"]
+            text += ["", f"![{item.title}](figures/{item.name}.png)\\", f"*{item.title}.* {escaped(item.caption)}"]
     if comparison.interactions:
         interactions = _interactions_table(comparison)
-        interactions.rows = [[*map(_md, cells)] for cells in interactions.rows]
+        interactions.rows = [[*map(escaped, cells)] for cells in interactions.rows]
         text += ["", "## Interactions", "", INTERACTIONS, "", *_md_table(interactions)]
     runs = runs_table(comparison)
     runs.rows = [
-        [f"[{_md(name)}]({link(row['folder'], out)})", state if state == "done" else f"**{state}**", *map(_md, cells)]
+        [
+            f"[{escaped(name)}]({link(row['folder'], out)})",
+            state if state == "done" else f"**{state}**",
+            *map(escaped, cells),
+        ]
         for row, (name, state, *cells) in zip(comparison.runs, runs.rows, strict=True)
     ]
     text += ["", "## Runs", "", *_md_table(runs)]
     text += ["", "## Reproduce", "", *_fenced(commands(comparison.runs)), ""]
-    facts = setting(comparison.runs) + provenance(comparison.runs)
-    text += [f"- {label}: {_md(value)}" for label, value in facts]
+    text += [f"- {label}: {escaped(value)}" for label, value in facts(comparison.runs)]
     text += ["", "## How to read this", "", *(f"{paragraph}\n" for paragraph in METHOD)]
     return "\n".join(text).rstrip() + "\n"
 

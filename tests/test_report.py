@@ -24,6 +24,8 @@ from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from support import SMALL, OfflineRun, read, run, run_folders
 
@@ -479,6 +481,15 @@ class TestEscaping:
             assert view.clean(arm) in text
         for row in read(hostile / "comparison.json")["runs"]:
             assert view.clean(row["name"]) in page.text
+
+    @given(st.text())
+    @settings(deadline=None, max_examples=50)
+    def test_any_text_stays_itself(self, text: str) -> None:
+        """Through Markdown, as an item and as a cell, to the page."""
+        said = f"x{view.clean(text)}x"
+        lines = [f"- {report.escaped(said)}", "", "| h |", "| --- |", f"| {report.escaped(said)} |"]
+        page = _parsed(report.page("\n".join(lines), _comparison([], {}), Path(), []))
+        assert page.text.count(said) == 2
 
     def test_links_resolve(self, hostile: Path) -> None:
         addresses = _links((hostile / "report.html").read_text())
