@@ -7,8 +7,9 @@ import statistics
 
 from publish import Claim, column, effect, holds, runs_of, spread
 
-from gpt2exp import assets, estimate, tokens
 from gpt2exp.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2exp.data import assets, tokens
+from gpt2exp.training import setup
 
 NEEDS = "needs a GPU"
 
@@ -116,7 +117,7 @@ def tf32_speed() -> tuple[str, int, str]:
 
 def memory() -> tuple[str, int, str]:
     config = RunConfig(train=TrainConfig(batch_size=16, seq_len=1024))
-    need = estimate.memory(config, on_cpu=False, unfused_attention=False)
+    need = setup.memory(config, on_cpu=False, unfused_attention=False)
     (same,) = (row for row in runs_of("scaling", "checks") if (row["series"], row["unit"]) == ("tutorial", "GB"))
     predicted = f"predicted {float(same['predicted']):.0f} GB as the tutorial computes it"
     return f"not run; {predicted}, estimated {need / 1e9:.0f} GB with fused attention", 0, NEEDS

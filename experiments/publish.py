@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2exp import compare, conclude
+from gpt2exp.compare import __main__ as conclude
+from gpt2exp.compare.comparison import compare, read, t_interval
 
 HERE = Path(__file__).parent
 FIGURES = {
@@ -41,7 +42,7 @@ Run = dict[str, str]
 
 def publish(name: str, sweeps: Sequence[Path]) -> None:
     """Write a finding's results, figures and the part of its page between the markers."""
-    comparison = compare.compare(compare.read(sweeps))
+    comparison = compare(read(sweeps))
     folder = HERE / name
     for old in folder.glob("*.png"):
         old.unlink()
@@ -60,7 +61,7 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
 
 def publish_speed(sweep: Path) -> None:
     """The second sweep of the precision study: speed alone, at the size where it matters."""
-    comparison = compare.compare(compare.read([sweep]))
+    comparison = compare(read([sweep]))
     folder = HERE / "precision"
     with tempfile.TemporaryDirectory() as scratch:
         conclude.write(comparison, Path(scratch))
@@ -69,13 +70,12 @@ def publish_speed(sweep: Path) -> None:
     sections = dict(part.split("\n", 1) for part in parts)
     lines = sections["Comparison"].splitlines()
     rows = [line for line in lines if "speed, ratio" in line or line.startswith(("| axis ", "| --- "))]
-    reasons = [line for line in lines if line.startswith("- ")]
-    replace_block(folder / "README.md", "speed", "\n".join([*rows, "", *reasons, "", sections["Reproduce"].strip()]))
+    replace_block(folder / "README.md", "speed", "\n".join([*rows, "", sections["Reproduce"].strip()]))
 
 
 def publish_gpt2(sweep: Path) -> None:
     """The second sweep of the residual scaling study: the stream of GPT-2 itself, at init."""
-    comparison = compare.compare(compare.read([sweep]))
+    comparison = compare(read([sweep]))
     folder = HERE / "residual_scaling"
     runs = write_runs(comparison.runs, folder / "gpt2.csv")
     lines = []
@@ -218,7 +218,7 @@ def equal_parameters(runs: Sequence[Run]) -> str:
     }
     tied, untied = by_seed.values()
     gaps = [float(untied[seed]["val_loss"]) - float(tied[seed]["val_loss"]) for seed in tied]
-    mean, (low, high), p_value = compare.t_interval(gaps)
+    mean, (low, high), p_value = t_interval(gaps)
     sizes = [f"{int(next(iter(arm.values()))['parameters']):,}" for arm in (untied, tied)]
     return (
         f"At nearly equal parameters, untied at width 32 ({sizes[0]}) against tied at width 64 ({sizes[1]}): "

@@ -2,12 +2,13 @@
 
 Every contestant runs in a process of its own, in turn, so that neither sees the other's memory or threads, and ratios
 are taken pair by pair: the machine's drift hits both halves of a pair. Ours is `Trainer.step` on the trainer that a
-run builds (`gpt2exp.build`), never a copy.
+run builds (`gpt2exp.training.setup`), never a copy.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import shlex
@@ -22,13 +23,16 @@ from typing import TYPE_CHECKING, Any
 from hydra._internal.utils import get_args_parser
 from rich.table import Table
 
-from gpt2exp import build, plan, tokens, view
-from gpt2exp.assets import AssetError
 from gpt2exp.config import BadRequest, RunConfig, plain
+from gpt2exp.data import tokens
+from gpt2exp.data.assets import AssetError
+from gpt2exp.run import terminal
+from gpt2exp.sweep.request import as_meant, make
+from gpt2exp.training import setup
 
 if TYPE_CHECKING:
-    from gpt2exp.data import Batches
-    from gpt2exp.precision import Precision
+    from gpt2exp.data.batches import Batches
+    from gpt2exp.training.precision import Precision
 
 UNTIMED = 2
 """First steps of a process that are left out."""
@@ -63,13 +67,13 @@ def command(argv: Sequence[str]) -> int:
     try:
         config = _compose(args.overrides)
         tokens.prepare(config.data)
-        build.check_weights(config.init, config.model)
+        setup.check_weights(config.init, config.model)
         if args.child:
             print(json.dumps(CHILDREN[args.child](config, args.steps, args.compile)))
             return 0
         return _bench(config, args, argv)
     except (BadRequest, AssetError, ContestantError) as error:
-        view.refuse(str(error), program="gpt2exp-bench", trace=view.wants_traces())
+        terminal.refuse(str(error), program="gpt2exp-bench", trace=terminal.wants_traces())
         return 2 if isinstance(error, BadRequest) else 1
 
 
@@ -88,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer-name", metavar="TEXT", default="peer", help="what the tables call that command")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="rounds, ours and the peer in turn (3)")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="steps in each process (12)")
+    parser.add_argument(
+        "--beside", type=int, metavar="N", help="N of ours at once as well: how much longer a step takes"
+    )
     parser.add_argument("--verify", action="store_true", help="hold our losses against the plain path's, step by step")
     parser.add_argument("--roofline", action="store_true", help="this machine's own limits, and where the time goes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to a file as well")
@@ -96,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compose(overrides: Sequence[str]) -> RunConfig:
-    request = plan.make(get_args_parser().parse_args(list(overrides)))
+    request = make(get_args_parser().parse_args([as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
     return request.jobs[0].config
@@ -105,21 +112,34 @@ def _compose(overrides: Sequence[str]) -> RunConfig:
 def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.steps <= UNTIMED or args.pairs < 1:
         raise BadRequest(f"--steps {args.steps} --pairs {args.pairs}: at least {UNTIMED + 1} steps and one pair")
+    if args.beside is not None and args.beside < 2:
+        raise BadRequest(f"--beside {args.beside}: at least two at once; one is timed anyway")
     child = [sys.executable, "-m", "gpt2exp.bench", *args.overrides, "--steps", str(args.steps), "--child"]
     contestants = {"gpt2exp": [*child, "ours"]}
     if args.peer:
         contestants["hf, compiled" if args.compile else "hf"] = [*child, "hf", *(["--compile"] if args.compile else [])]
     if args.peer_command:
         contestants[args.peer_name] = shlex.split(args.peer_command)
-    rounds = [{name: _timed(line) for name, line in contestants.items()} for _ in range(args.pairs)]
+    rounds, together = [], []
+    for _ in range(args.pairs):
+        rounds.append({name: _timed(line) for name, line in contestants.items()})
+        if args.beside:
+            together.append([found["ms_median"] for found in _at_once([*child, "beside"], args.beside)])
     asked = plain(config)
     result: Result = {"command": shlex.join(["gpt2exp-bench", *argv])}
     result |= {"model": asked["model"], "train": asked["train"], "processor": _processor(), "rounds": rounds}
-    console = view.terminal()
+    console = terminal.terminal()
     console.print(_contest(rounds))
     if len(contestants) > 1:
         result["ratios"] = {name: _ratios(rounds, name) for name in contestants if name != "gpt2exp"}
         console.print(_ratio_table(result["ratios"]))
+    if args.beside:
+        longer = _spread(
+            [max(found) / row["gpt2exp"]["ms_median"] for found, row in zip(together, rounds, strict=True)]
+        )
+        result["beside"] = {"processes": args.beside, "ms_medians": together, "ratio": longer}
+        spread = f"{longer['min']:.2f} to {longer['max']:.2f}, {args.pairs} pairs"
+        console.print(f"{args.beside} at once: a step takes {longer['median']:.2f} times as long as alone ({spread})")
     if args.verify:
         found, plain_losses = (_timed([*child, name])["losses"] for name in ("ours", "plain"))
         worst = max(abs(one / other - 1) for one, other in zip(found, plain_losses, strict=True))
@@ -143,20 +163,39 @@ def _timed(line: Sequence[str]) -> Result:
     start = time.perf_counter()
     try:
         done = subprocess.run(line, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - start
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ContestantError(f"{shlex.join(line)}: {last[-1]}")
-        result: Result = json.loads(done.stdout.strip().splitlines()[-1])
-        return {
-            "first_ms": 0.0,
-            "peak_rss_mib": None,
-            **result,
-            "ms_median": result["ms_median"],
-            "process_seconds": seconds,
-        }
     except OSError as error:
         raise ContestantError(f"{shlex.join(line)}: {error.strerror}") from error
+    return _said(line, done.returncode, done.stdout, done.stderr) | {"process_seconds": time.perf_counter() - start}
+
+
+def _at_once(line: Sequence[str], copies: int) -> list[Result]:
+    """What as many processes of one command say that begin their steps together, each when it reads a line."""
+    pipe = subprocess.PIPE
+    with contextlib.ExitStack() as ended:
+        processes = []
+        for _ in range(copies):
+            processes.append(subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+            ended.callback(processes[-1].kill)
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is built
+        for process in processes:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it failed, which its exit code will say
+                process.stdin.write("begin\n")
+                process.stdin.flush()
+        spoken = [process.communicate() for process in processes]
+        return [_said(line, process.returncode, *texts) for process, texts in zip(processes, spoken, strict=True)]
+
+
+def _said(line: Sequence[str], code: int, out: str, err: str) -> Result:
+    """The JSON on the last line of a command's output."""
+    if code != 0:
+        last = err.strip().splitlines() or [f"exit code {code}"]
+        raise ContestantError(f"{shlex.join(line)}: {last[-1]}")
+    try:
+        result: Result = json.loads(out.strip().splitlines()[-1])
+        return {"first_ms": 0.0, "peak_rss_mib": None, **result, "ms_median": result["ms_median"]}
     except (ValueError, IndexError, KeyError, TypeError) as error:
         why = "its last line of output is no JSON object with `ms_median`"
         raise ContestantError(f"{shlex.join(line)}: {why}") from error
@@ -176,29 +215,36 @@ def _ratios(rounds: Sequence[dict[str, Result]], peer: str) -> dict[str, dict[st
     return ratios
 
 
-def ours(config: RunConfig, steps: int, _: bool) -> Result:
-    """Step times of the trainer that a run of `config` builds."""
-    free = build.prepare_heap(config)
-    from gpt2exp import precision, runtime
+def ours(config: RunConfig, steps: int, _: bool, *, begin: Callable[[], Any] = lambda: None) -> Result:
+    """Step times of the trainer that a run of `config` builds; `begin` is called before the first."""
+    free = setup.prepare_heap(config)
+    from gpt2exp.training import hardware, precision
 
-    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        config, need = build.settled(config, device, got, source, free)
-        job = build.trainer(config, device, got, source)
-        losses, times = _step(job.step, steps, lambda: runtime.synchronize(device))
-    return _result(losses, times, runtime.peak_memory(device) / 2**20, config) | {"estimated_mib": need / 2**20}
+        config, need = setup.settled(config, device, got, source, free)
+        job = setup.trainer(config, device, got, source)
+        begin()
+        done = [job.timed_step() for _ in range(steps)]
+    losses, times = [float(loss) for loss, _, _ in done], [seconds * 1e3 for _, seconds, _ in done]
+    return _result(losses, times, hardware.peak_memory(device) / 2**20, config) | {"estimated_mib": need / 2**20}
+
+
+def beside(config: RunConfig, steps: int, _: bool) -> Result:
+    """`ours`, which says that it is built and begins when it is told to: see `_at_once`."""
+    return ours(config, steps, False, begin=lambda: (print("built", flush=True), sys.stdin.readline()))
 
 
 def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
     """The same model on the same batches the plain way: whole logits, dense gradients, AdamW tensor by tensor."""
     import torch
 
-    from gpt2exp import precision, runtime
+    from gpt2exp.training import hardware, precision
 
-    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        config, _need = build.settled(config, device, got, source, runtime.free_memory(device))
-        job = build.trainer(config, device, got, source)
+        config, _need = setup.settled(config, device, got, source, hardware.free_memory(device))
+        job = setup.trainer(config, device, got, source)
         model = job.model
         model.transformer.gradient_in_place = model.transformer.recompute = False
         groups = [{key: group[key] for key in ("params", "weight_decay")} for group in job.optimizer.param_groups]
@@ -206,8 +252,8 @@ def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
         betas = (rates.betas[0], rates.betas[1])
         optimizer = torch.optim.AdamW(groups, lr=rates.lr, betas=betas, eps=rates.eps, foreach=False, fused=False)
         step = _plain_step(model, optimizer, job.batches, config.train.grad_accum_steps, got)
-        losses, times = _step(step, steps, lambda: runtime.synchronize(device))
-    return _result(losses, times, runtime.peak_memory(device) / 2**20, config)
+        losses, times = _step(step, steps, lambda: hardware.synchronize(device))
+    return _result(losses, times, hardware.peak_memory(device) / 2**20, config)
 
 
 def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
@@ -218,9 +264,10 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
         raise BadRequest("--peer hf: transformers is not installed; pip install 'gpt2exp[bench]'") from error
     import torch
 
-    from gpt2exp import data, optim, precision, runtime
+    from gpt2exp.data.batches import Batches
+    from gpt2exp.training import hardware, optimizers, precision
 
-    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     shape = config.model
     same: Result = {
         "n_layer": shape.n_layer,
@@ -230,17 +277,17 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     }
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with precision.applied(config.precision, device) as got, torch.device(device):
-        config, _need = build.settled(config, device, got, source, runtime.free_memory(device))
+        config, _need = setup.settled(config, device, got, source, hardware.free_memory(device))
         model: Any = GPT2LMHeadModel(
             GPT2Config(vocab_size=shape.vocab_size, tie_word_embeddings=shape.tie_weights, **same, **quiet)
         )
         forward = torch.compile(model) if compiled else model
-        optimizer = optim.build(model, config.optimizer)
-        batches = data.Batches(source.map(), config.train, config.data.order, config.seed, device)
+        optimizer = optimizers.build(model, config.optimizer)
+        batches = Batches(source.map(), config.train, config.data.order, config.seed, device)
         pieces = config.train.grad_accum_steps
         step = _plain_step(lambda x: forward(x).logits, optimizer, batches, pieces, got)
-        losses, times = _step(step, steps, lambda: runtime.synchronize(device))
-    return _result(losses, times, runtime.peak_memory(device) / 2**20, config)
+        losses, times = _step(step, steps, lambda: hardware.synchronize(device))
+    return _result(losses, times, hardware.peak_memory(device) / 2**20, config)
 
 
 def _plain_step(
@@ -250,7 +297,7 @@ def _plain_step(
     import torch
     import torch.nn.functional as F
 
-    from gpt2exp import precision
+    from gpt2exp.training import precision
 
     numbers = itertools.count()
 
@@ -301,21 +348,21 @@ def roofline(config: RunConfig, steps: int, _: bool) -> Result:
     `floor_ms` is their sum. `parts` is a profile of real steps, milliseconds a step by kind of operator; the profiler
     slows a step down, so its shares say where time goes, not how much.
     """
-    free = build.prepare_heap(config)
+    free = setup.prepare_heap(config)
     from torch.profiler import ProfilerActivity, profile
 
-    from gpt2exp import precision, runtime
+    from gpt2exp.training import hardware, precision
 
-    device, source = runtime.resolve_device(config.train.device), tokens.prepare(config.data)
+    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        config, _need = build.settled(config, device, got, source, free)
-        job = build.trainer(config, device, got, source)
-        unprofiled = _step(job.step, UNTIMED + 3, lambda: runtime.synchronize(device))[1]
+        config, _need = setup.settled(config, device, got, source, free)
+        job = setup.trainer(config, device, got, source)
+        unprofiled = _step(job.step, UNTIMED + 3, lambda: hardware.synchronize(device))[1]
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         with profile(activities=activities) as found:
             for _step_number in range(4):
                 job.step()
-            runtime.synchronize(device)
+            hardware.synchronize(device)
         events = found.key_averages()
         spent = {event.key: (event.self_cpu_time_total + event.self_device_time_total) / 4e3 for event in events}
         del job
@@ -382,21 +429,22 @@ def _adamw(config: RunConfig, device: Any) -> float:
 
 def _best(call: Callable[[], Any], device: Any, repeats: int = 7) -> float:
     """Median milliseconds of a call that has been made before."""
-    from gpt2exp import runtime
+    from gpt2exp.training import hardware
 
     call()
     times = []
     for _ in range(repeats):
-        runtime.synchronize(device)
+        hardware.synchronize(device)
         start = time.perf_counter()
         call()
-        runtime.synchronize(device)
+        hardware.synchronize(device)
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
 
 
 CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {
     "ours": ours,
+    "beside": beside,
     "plain": unoptimised,
     "hf": hf,
     "roofline": roofline,
@@ -406,10 +454,10 @@ CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {
 def _processor() -> str:
     import torch
 
-    from gpt2exp import runtime
+    from gpt2exp.training import hardware
 
     cpu = torch.device("cpu")
-    return f"{runtime.device_name(cpu)}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{hardware.device_name(cpu)}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _table(*columns: str) -> Table:

@@ -13,10 +13,14 @@ import difflib
 import hashlib
 import json
 import math
+import operator
+import os
+import re
+import shlex
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum, auto
 from typing import Any
 
 
@@ -28,7 +32,27 @@ def show(value: object) -> str:
     """A value as it is typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value.value if isinstance(value, Enum) else value)
+    return f"[{','.join(map(show, value))}]" if isinstance(value, list) else str(value)
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra's grammar reads it back, whatever is in it: a backslash escapes only before a quote."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+
+
+def typed(key: str, value: object) -> str:
+    """`key=value` in Hydra's grammar, quoted where the plain text would be read as something else."""
+    text = show(value)
+    plain = re.fullmatch(r"\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
+    if not plain or text.lower() in ("null", "true", "false", "nan", "inf"):
+        text = quoted(text)
+    return f"{key}={text}"
+
+
+def first_line(error: object) -> str:
+    """An exception's first line that is not blank, or its type's name where it has no text."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def require(ok: bool, key: str, value: object, reason: str, remedy: str) -> None:
@@ -37,160 +61,145 @@ def require(ok: bool, key: str, value: object, reason: str, remedy: str) -> None
         raise BadRequest(f"{key}={show(value)}: {reason}; {remedy}")
 
 
-def _positive(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value >= 1, f"{section}.{name}", value, "must be at least 1", f"try {section}.{name}=1 or more")
-
-
-def _not_negative(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        ok = math.isfinite(value) and value >= 0
-        require(ok, f"{section}.{name}", value, "must be a finite number, zero or more", f"try {section}.{name}=0")
+def home(path: str) -> str:
+    """A path with `~` in front as that user's folder; of a user who is not known as it stands."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where the user is not known
 
 
 AUTO = "auto"
 """What the program is to choose for itself."""
+SWITCH = (AUTO, True, False)
+"""Choices of a switch that may be left to the program."""
 LOSS_ROWS = 1024
 """`train.loss_chunk=auto`: 512 rows at a time cost 4 % of the head's time at GPT-2's size, 256 cost 10 %."""
 
 
-def _switch(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        ok = value == AUTO or isinstance(value, bool)
-        require(ok, f"{section}.{name}", value, "no such value", "choose one of auto, true, false")
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[Any, ...] = (),
+) -> Any:
+    """A field of a section: its default, a clause that says what it is, and its bounds, which `check` enforces.
+
+    The bounds hold for a number, or each number of a list; null passes where the type allows it. With bounds, `choices`
+    are values allowed besides numbers; without, the only ones.
+    """
+    facts = {"help": help, "at_least": at_least, "above": above, "below": below, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=facts)
+    return field(default=default, metadata=facts)
 
 
-def _count_or_auto(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        ok = value == AUTO or (isinstance(value, int) and value >= 1)
-        remedy = f"try {section}.{name}=4 or {section}.{name}=auto"
-        require(ok, f"{section}.{name}", value, "must be a whole number of at least 1, or auto", remedy)
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
+"""`option`'s limits, each with what a value has to be to it."""
 
 
-class InitScheme(Enum):
-    """Where the standard deviations of the initial weights come from."""
-
-    gpt2 = "gpt2"  # N(0, init.std), as the tutorial: position embeddings too
-    openai = "openai"  # the same with position embeddings at 0.01, as OpenAI's code
-    xavier = "xavier"  # N(0, 1/sqrt(fan_in)) for every matrix
-    torch = "torch"  # what nn.Linear and nn.Embedding do when left alone
-    pretrained = "pretrained"  # the weights at init.path
-
-
-class PrecisionName(Enum):
-    """How matrix products are computed."""
-
-    fp32 = "fp32"  # IEEE single precision
-    tf32 = "tf32"  # operands cropped to 10 mantissa bits, products accumulated in fp32
-    medium = "medium"  # fp32 tensors, bf16 inside the product, where the hardware does that
-    bf16 = "bf16"  # autocast: activations and products in bf16, weights in fp32
-    fp16 = "fp16"  # autocast to fp16, with the loss scaled
-    fp64 = "fp64"  # everything in double precision: the reference trajectory
+def check(section: Section) -> None:
+    """Raise `BadRequest` for the first value of a section that is outside its option's bounds."""
+    for item in dataclasses.fields(section):
+        value, choices = getattr(section, item.name), item.metadata.get("choices", ())
+        limits = {name: limit for name in BOUNDS if (limit := item.metadata.get(name)) is not None}
+        if value is None or not (limits or choices):
+            continue
+        reason, remedy = "no such value", f"choose one of {', '.join(map(show, choices))}"
+        if limits:
+            said = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+            reason = ", or ".join([f"must be {'' if 'int' in str(item.type) else 'a finite number '}{said}", *choices])
+            remedy = f"try {section.key(item.name)}={show(default_of(item))}"
+        for part in value if isinstance(value, list) else [value]:
+            number = isinstance(part, int) or (isinstance(part, float) and math.isfinite(part))
+            within = number and all(BOUNDS[name](part, limit) for name, limit in limits.items())
+            chosen = (type(part), part) in [(type(choice), choice) for choice in choices]  # 1 is not true
+            require(chosen or bool(limits and within), section.key(item.name), value, reason, remedy)
 
 
-class Fallback(Enum):
-    """What `tf32` does on hardware that has none."""
-
-    emulate = "emulate"
-    error = "error"
-
-
-class Rounding(Enum):
-    """How the emulation takes an operand to 10 mantissa bits."""
-
-    truncate = "truncate"
-    nearest = "nearest"
-
-
-class DataName(Enum):
-    """Where the text comes from."""
-
-    tinyshakespeare = "tinyshakespeare"
-    text = "text"
-    hub = "hub"
-
-
-class DataOrder(Enum):
-    """In which order the training windows are read."""
-
-    sequential = "sequential"
-    shuffled = "shuffled"
-
-
-class DeviceName(Enum):
-    """Which device to compute on; `auto` takes cuda, then mps, then cpu."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class Distributed(Enum):
-    """How several processes share one run."""
-
-    ddp = "ddp"  # each has the whole model and a part of the batch
-    fsdp = "fsdp"  # parameters, gradients and moments are shared out too: for models that one device cannot hold
-
-
-class OptimizerName(Enum):
-    """The optimizers on offer."""
-
-    adamw = "adamw"
-
-
-class Schedule(Enum):
-    """The learning rate as a function of the step."""
-
-    constant = "constant"
-    cosine = "cosine"
-
-
-class WandbMode(Enum):
-    """`auto` is online where credentials are found, else offline."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass's field."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 @dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """The shape of GPT-2 (Radford et al. 2019); the defaults are the 124M model's."""
-
-    n_layer: int = 12
-    """Transformer blocks."""
-    n_head: int = 12
-    """Attention heads per block."""
-    n_embd: int = 768
-    """Width of the residual stream; a multiple of `n_head`."""
-    block_size: int = 1024
-    """Longest sequence: rows of `wpe`."""
-    vocab_size: int = 50257
-    """50,000 BPE merges, 256 bytes and `<|endoftext|>`: rows of `wte`."""
-    tie_weights: bool = True
-    """Use `wte` as `lm_head` too (Press and Wolf 2017), as GPT-2 does."""
-    pad_vocab: bool | str = AUTO
-    """Let the head's weight go on in memory with zeros to a multiple of 64 rows, for products of a rounder size;
-    auto: on CUDA, and on processors with AVX2 alone. Counts, checkpoints and probabilities know V words only."""
+class Section:
+    """A part of the configuration; values are checked as it is made, each alone and then against one another."""
 
     def __post_init__(self) -> None:
-        _switch("model", self, "pad_vocab")
-        _positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        check(self)
+        self.agree()
+
+    def agree(self) -> None:
+        """Raise `BadRequest` unless the values go together."""
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """The dotted key of a field: `ModelConfig`'s n_layer is `model.n_layer`."""
+        section = cls.__name__.removesuffix("Config").lower()
+        return name if section == "run" else f"{section}.{name}"
+
+
+class InitScheme(StrEnum):
+    """Where the standard deviations of the initial weights come from."""
+
+    gpt2 = auto()  # N(0, init.std), as the tutorial: position embeddings too
+    openai = auto()  # the same with position embeddings at 0.01, as OpenAI's code
+    xavier = auto()  # N(0, 1/sqrt(fan_in)) for every matrix
+    torch = auto()  # what nn.Linear and nn.Embedding do when left alone
+    pretrained = auto()  # the weights at init.path
+
+
+class PrecisionName(StrEnum):
+    """How matrix products are computed."""
+
+    fp32 = auto()  # IEEE single precision
+    tf32 = auto()  # operands cropped to 10 mantissa bits, products accumulated in fp32
+    medium = auto()  # fp32 tensors, bf16 inside the product, where the hardware does that
+    bf16 = auto()  # autocast: activations and products in bf16, weights in fp32
+    fp16 = auto()  # autocast to fp16, with the loss scaled
+    fp64 = auto()  # everything in double precision: the reference trajectory
+
+
+class Distributed(StrEnum):
+    """How several processes share one run."""
+
+    ddp = auto()  # each has the whole model and a part of the batch
+    fsdp = auto()  # parameters, gradients and moments are shared out too: for models that one device cannot hold
+
+
+Fallback = StrEnum("Fallback", "emulate error")
+Rounding = StrEnum("Rounding", "truncate nearest")
+DataName = StrEnum("DataName", "tinyshakespeare text hub")
+DataOrder = StrEnum("DataOrder", "sequential shuffled")
+DeviceName = StrEnum("DeviceName", "auto cpu cuda mps")
+OptimizerName = StrEnum("OptimizerName", "adamw")
+Schedule = StrEnum("Schedule", "constant cosine")
+WandbMode = StrEnum("WandbMode", "auto online offline disabled")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig(Section):
+    """The shape of GPT-2 (Radford et al. 2019); the defaults are the 124M model's."""
+
+    n_layer: int = option(12, "transformer blocks", at_least=1)
+    n_head: int = option(12, "attention heads a block", at_least=1)
+    n_embd: int = option(768, "width of the residual stream, a multiple of model.n_head", at_least=1)
+    block_size: int = option(1024, "longest sequence: rows of wpe", at_least=1)
+    vocab_size: int = option(50257, "rows of wte: 50,000 BPE merges, 256 bytes and <|endoftext|>", at_least=1)
+    tie_weights: bool = option(True, "use wte as lm_head too (Press and Wolf 2017), as GPT-2 does")
+    pad_vocab: bool | str = option(
+        AUTO,
+        "keep zero rows up to a multiple of 64 behind the head, for speed; auto: on CUDA, and where AVX2 is all",
+        choices=SWITCH,
+    )
+
+    def agree(self) -> None:
         heads = self.n_head
         near = sorted({max(1, self.n_embd // heads) * heads, (self.n_embd // heads + 1) * heads})
-        require(
-            self.n_embd % heads == 0,
-            "model.n_embd",
-            self.n_embd,
-            f"not divisible by model.n_head={heads}",
-            f"try model.n_embd={' or '.join(map(str, near))}, or a model.n_head that divides it",
-        )
+        remedy = f"try model.n_embd={' or '.join(map(str, near))}, or a model.n_head that divides it"
+        why = f"not divisible by model.n_head={heads}"
+        require(self.n_embd % heads == 0, "model.n_embd", self.n_embd, why, remedy)
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -215,93 +224,80 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class InitConfig:
+class InitConfig(Section):
     """How the weights start."""
 
-    scheme: InitScheme = InitScheme.gpt2
-    """Chosen by `init=NAME`."""
-    std: float | None = 0.02
-    """Standard deviation of matrices and token embeddings; null where the scheme derives it from the shape."""
-    position_std: float | None = 0.02
-    """Standard deviation of `wpe`; null for the scheme's own."""
-    residual_scaling: bool = True
-    """Multiply the std of both `c_proj` of a block by (2·n_layer)^-0.5 (GPT-2 paper, section 2.3)."""
-    path: str | None = None
-    """For `init=pretrained`: a folder, or a hub id, of Hugging Face GPT-2 weights. In a sweep over `init` the other
-    arms have it too, unused; `gpt2exp.plan` refuses it where no arm uses it."""
+    scheme: InitScheme = option(InitScheme.gpt2, "where the initial weights come from; chosen by init=NAME")
+    std: float | None = option(
+        0.02, "standard deviation of matrices and token embeddings; null where the scheme derives it", above=0
+    )
+    position_std: float | None = option(0.02, "standard deviation of wpe; null: the scheme's own", above=0)
+    residual_scaling: bool = option(
+        True, "multiply the std of a block's two c_proj by (2*n_layer)^-0.5 (GPT-2 paper, section 2.3)"
+    )
+    path: str | None = option(None, "init=pretrained: a folder, or a hub id, of Hugging Face GPT-2 weights")
 
-    def __post_init__(self) -> None:
-        for name in ("std", "position_std"):
-            value = getattr(self, name)
-            ok = value is None or (math.isfinite(value) and value > 0)
-            require(ok, f"init.{name}", value, "must be a finite number above 0", f"try init.{name}=0.02")
-        scheme = self.scheme.value
+    def agree(self) -> None:
         if self.scheme is InitScheme.pretrained:
             remedy = "try init=pretrained init.path=FOLDER, or a hub id such as gpt2"
             require(bool(self.path), "init.path", self.path, "init=pretrained needs to know where they are", remedy)
-            for name, none in (("std", None), ("position_std", None), ("residual_scaling", False)):
-                value, why = getattr(self, name), "init=pretrained draws nothing"
-                require(value is none, f"init.{name}", value, why, "leave it out, or use init=gpt2")
-        elif self.scheme in (InitScheme.gpt2, InitScheme.openai):
-            for name in ("std", "position_std"):
-                value = getattr(self, name)
-                remedy = f"try init.{name}=0.02"
-                require(value is not None, f"init.{name}", value, f"init={scheme} needs a number", remedy)
-        else:
-            why = f"init={scheme} derives it from each matrix's shape"
-            require(self.std is None, "init.std", self.std, why, "leave it out, or use init=gpt2")
-        if self.scheme is InitScheme.torch:
-            why = "init=torch is PyTorch's own N(0, 1) embedding"
-            require(self.position_std is None, "init.position_std", self.position_std, why, "leave it out")
+        why, unused = UNUSED.get(self.scheme, ("needs a number", ()))
+        for name in unused or ("std", "position_std"):
+            value = getattr(self, name)
+            ok = value in (None, False) if unused else value is not None
+            remedy = "leave it out, or use init=gpt2" if unused else f"try init.{name}=0.02"
+            require(ok, f"init.{name}", value, f"init={self.scheme} {why}", remedy)
+
+
+UNUSED = {
+    InitScheme.xavier: ("derives it from each matrix's shape", ("std",)),
+    InitScheme.torch: ("has PyTorch's own", ("std", "position_std")),
+    InitScheme.pretrained: ("draws nothing", ("std", "position_std", "residual_scaling")),
+}
+"""By scheme: why it has no use for which keys of `InitConfig`."""
 
 
 @dataclass(kw_only=True, slots=True)
-class PrecisionConfig:
-    """How matrix products are computed; see `gpt2exp.precision` for what the hardware made of it."""
+class PrecisionConfig(Section):
+    """How matrix products are computed; see `gpt2exp.training.precision` for what the hardware made of it."""
 
-    name: PrecisionName = PrecisionName.fp32
-    """Chosen by `precision=NAME`."""
-    fallback: Fallback = Fallback.emulate
-    """What `tf32` does where the hardware has none."""
-    rounding: Rounding = Rounding.truncate
-    """How emulated TF32 shortens the mantissa: cropped, as the tutorial says, or to nearest even."""
+    name: PrecisionName = option(PrecisionName.fp32, "how matrix products are computed; chosen by precision=NAME")
+    fallback: Fallback = option(Fallback.emulate, "what tf32 does where the hardware has none")
+    rounding: Rounding = option(
+        Rounding.truncate, "emulated TF32 crops the mantissa, as the tutorial says, or rounds it to nearest even"
+    )
 
 
 @dataclass(kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(Section):
     """What text is trained on and in which order."""
 
-    name: DataName = DataName.tinyshakespeare
-    """Chosen by `data=NAME`."""
-    path: str | None = None
-    """For `data=text`: a UTF-8 text, JSONL or Parquet file, or a folder of them. For `data=hub`: a dataset of the
-    Hugging Face Hub, OWNER/NAME, or a folder that the `datasets` library can load."""
-    field: str = "text"
-    """The field of a JSONL or Parquet file, or of a dataset's rows, that holds a document."""
-    subset: str | None = None
-    """For `data=hub`: the dataset's configuration, where it has several."""
-    split: str = "train"
-    """For `data=hub`: the split to read."""
-    revision: str | None = None
-    """For `data=hub`: a branch, tag or commit, looked up once; null for its main branch."""
-    max_tokens: int | None = None
-    """Read no more than so many tokens; null for all."""
-    val_fraction: float = 0.0
-    """Share of the tokens, taken from the end, kept for validation; 0 trains on all, as the tutorial."""
-    order: DataOrder = DataOrder.sequential
-    """`sequential` draws no random number; `shuffled` permutes the windows by seed and epoch."""
+    name: DataName = option(DataName.tinyshakespeare, "where the text comes from; chosen by data=NAME")
+    path: str | None = option(
+        None,
+        "data=text: a file (UTF-8 text, JSONL, Parquet) or a folder of them; data=hub: OWNER/NAME, or a folder",
+    )
+    field: str = option("text", "the field of a row (JSONL, Parquet, data=hub) that holds a document")
+    subset: str | None = option(None, "data=hub: the dataset's configuration, where it has several")
+    split: str = option("train", "data=hub: the split to read")
+    revision: str | None = option(None, "data=hub: a branch, tag or commit, looked up once; null: the main branch")
+    max_tokens: int | None = option(None, "read no more tokens than this; null: all", at_least=2)
+    val_fraction: float = option(
+        0.0,
+        "share of the tokens, from the end, kept for validation; 0: train on all, as the tutorial",
+        at_least=0,
+        below=1,
+    )
+    order: DataOrder = option(
+        DataOrder.sequential, "sequential draws no random number; shuffled permutes the windows by seed and epoch"
+    )
 
-    def __post_init__(self) -> None:
-        value = self.val_fraction
-        require(0 <= value < 1, "data.val_fraction", value, "must lie in [0, 1)", "try data.val_fraction=0.1")
-        if self.max_tokens is not None:
-            why = "a target needs at least 2 tokens"
-            require(self.max_tokens >= 2, "data.max_tokens", self.max_tokens, why, "try data.max_tokens=1000000")
+    def agree(self) -> None:
         require(bool(self.field), "data.field", "''", "must not be empty", "try data.field=text")
         if self.name is not DataName.hub:
             for key, usual in (("subset", None), ("split", "train"), ("revision", None)):
                 value = getattr(self, key)
-                why = f"data={self.name.value} has none"
+                why = f"data={self.name} has none"
                 require(value == usual, f"data.{key}", value, why, "leave it out, or try data=hub data.path=OWNER/NAME")
         if self.name is DataName.text:
             remedy = "try data=text data.path=FILE_OR_FOLDER"
@@ -310,8 +306,9 @@ class DataConfig:
             remedy = "try data=hub data.path=OWNER/NAME"
             require(bool(self.path), "data.path", self.path, "data=hub needs to know which dataset", remedy)
         else:
-            why = f"data={self.name.value} has a text of its own"
-            require(self.path is None, "data.path", self.path, why, f"try data=text data.path={self.path}")
+            why = f"data={self.name} has a text of its own"
+            remedy = f"try data=text {shlex.quote(typed('data.path', self.path))}"
+            require(self.path is None, "data.path", self.path, why, remedy)
             require(self.field == "text", "data.field", self.field, why, "leave it out")
 
     @property
@@ -321,41 +318,47 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(Section):
     """How long and in what pieces."""
 
-    batch_size: int | str = 4
-    """Sequences in a micro-batch; auto: as many as fit in memory, a power of two, 24 or 48."""
-    seq_len: int = 32
-    """Tokens in a sequence, at most `model.block_size`."""
-    steps: int = 50
-    """Optimizer steps."""
-    grad_accum_steps: int = 1
-    """Micro-batches whose mean gradient makes one step."""
-    tokens_per_step: int | None = None
-    """Tokens behind a step, where they are to stay the same whatever `batch_size` fits: the rest is accumulated."""
-    device: DeviceName = DeviceName.auto
-    """Where to compute."""
-    compile: bool | str = AUTO
-    """`torch.compile` of the blocks; auto: on CUDA, where the run is long enough to win the compilation back."""
-    loss_chunk: int | str = AUTO
-    """Rows of logits that stand at a time while the loss is computed (`gpt2exp.loss`); auto: 1024."""
-    activation_checkpointing: bool | str = AUTO
-    """Compute a block's activations again in backward instead of keeping them; auto: where the run fits only so."""
-    log_every: int = 1
-    """Steps between printed lines and wandb points; `metrics.jsonl` has every step."""
-    eval_every: int = 0
-    """Steps between validations; 0: only after the last step. Needs `data.val_fraction` above 0."""
-    measure_every: int = 10
-    """Steps between the costlier measures (`grad_norm`, `loss_unseen`), first and last step always."""
-    warmup_steps: int = 3
-    """First steps left out of the timing figures (the last step is always kept)."""
+    batch_size: int | str = option(
+        4,
+        "sequences in a micro-batch; auto: as many as fit in memory, a power of two, 24 or 48",
+        at_least=1,
+        choices=(AUTO,),
+    )
+    seq_len: int = option(32, "tokens in a sequence, at most model.block_size", at_least=1)
+    steps: int = option(50, "optimizer steps", at_least=1)
+    grad_accum_steps: int = option(1, "micro-batches whose mean gradient makes one step", at_least=1)
+    tokens_per_step: int | None = option(
+        None, "tokens behind a step, whatever batch_size fits: the rest is accumulated; null: not fixed", at_least=1
+    )
+    device: DeviceName = option(DeviceName.auto, "where to compute; auto: cuda, then mps, then cpu")
+    compile: bool | str = option(
+        AUTO,
+        "torch.compile the blocks; auto: on CUDA, where the run is long enough to win the compilation back",
+        choices=SWITCH,
+    )
+    loss_chunk: int | str = option(
+        AUTO, "rows of logits in memory at a time while the loss is computed; auto: 1024", at_least=1, choices=(AUTO,)
+    )
+    activation_checkpointing: bool | str = option(
+        AUTO, "compute a block's activations again in backward; auto: where the run fits only so", choices=SWITCH
+    )
+    log_every: int = option(
+        1,
+        "steps between printed lines and wandb points; metrics.jsonl has every step",
+        at_least=1,
+    )
+    eval_every: int = option(
+        0, "steps between validations; 0: only after the last; needs data.val_fraction", at_least=0
+    )
+    measure_every: int = option(
+        10, "steps between the costlier measures, grad_norm and loss_unseen; first and last step always", at_least=1
+    )
+    warmup_steps: int = option(3, "first steps left out of the timing; the last step is always kept", at_least=0)
 
-    def __post_init__(self) -> None:
-        _positive("train", self, "seq_len", "steps", "grad_accum_steps", "log_every", "measure_every")
-        _not_negative("train", self, "eval_every", "warmup_steps")
-        _switch("train", self, "compile", "activation_checkpointing")
-        _count_or_auto("train", self, "batch_size", "loss_chunk")
+    def agree(self) -> None:
         if self.tokens_per_step is not None:
             self._share_out(self.tokens_per_step)
 
@@ -365,7 +368,7 @@ class TrainConfig:
         part = sequences * self.seq_len
         near = max(part, round(tokens / part) * part)
         why = f"not a multiple of train.batch_size={self.batch_size} x train.seq_len={self.seq_len}"
-        require(tokens > 0 and tokens % part == 0, key, tokens, why, f"try {key}={near}")
+        require(tokens % part == 0, key, tokens, why, f"try {key}={near}")
         pieces = tokens // part
         if self.batch_size != AUTO:
             why = f"train.tokens_per_step={tokens} makes it {pieces}"
@@ -375,7 +378,7 @@ class TrainConfig:
 
     @property
     def sequences(self) -> int:
-        """`batch_size` as the number it is, or has become (`gpt2exp.estimate.fit`)."""
+        """`batch_size` as the number it is, or has become (`gpt2exp.training.setup.fit`)."""
         assert isinstance(self.batch_size, int), "train.batch_size=auto was not made a number"
         return self.batch_size
 
@@ -396,36 +399,26 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019) with PyTorch's defaults, as the tutorial's 50 steps."""
 
-    name: OptimizerName = OptimizerName.adamw
-    """Chosen by `optimizer=NAME`."""
-    lr: float = 3e-4
-    """Learning rate (the peak, under a schedule)."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Decay of the running mean and square of the gradient."""
-    eps: float = 1e-8
-    """Added to the denominator."""
-    weight_decay: float = 0.01
-    """Decoupled decay of matrices and embeddings; biases and LayerNorms do not decay."""
-    grad_clip: float = 0.0
-    """Clip the gradient's global norm to this; 0: no clipping."""
-    schedule: Schedule = Schedule.constant
-    """The learning rate over the steps."""
-    warmup_steps: int = 0
-    """`cosine`: steps of linear warm-up."""
-    min_lr: float = 0.0
-    """`cosine`: where the learning rate ends."""
+    name: OptimizerName = option(OptimizerName.adamw, "chosen by optimizer=NAME")
+    lr: float = option(3e-4, "learning rate; under a schedule the peak", above=0)
+    betas: list[float] = option(
+        [0.9, 0.999], "decay of the running mean and square of the gradient", at_least=0, below=1
+    )
+    eps: float = option(1e-8, "added to the denominator", above=0)
+    weight_decay: float = option(
+        0.01, "decoupled decay of matrices and embeddings; biases and LayerNorms do not decay", at_least=0
+    )
+    grad_clip: float = option(0.0, "clip the gradient's global norm to this; 0: no clipping", at_least=0)
+    schedule: Schedule = option(Schedule.constant, "the learning rate over the steps")
+    warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
+    min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
 
-    def __post_init__(self) -> None:
-        for name, usual in (("lr", "3e-4"), ("eps", "1e-8")):
-            value = getattr(self, name)
-            ok = math.isfinite(value) and value > 0
-            require(ok, f"optimizer.{name}", value, "must be a finite number above 0", f"try optimizer.{name}={usual}")
-        _not_negative("optimizer", self, "weight_decay", "grad_clip", "warmup_steps", "min_lr")
-        ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(ok, "optimizer.betas", self.betas, "must be two numbers in [0, 1)", "try optimizer.betas=[0.9,0.95]")
+    def agree(self) -> None:
+        remedy = "try optimizer.betas=[0.9,0.95]"
+        require(len(self.betas) == 2, "optimizer.betas", self.betas, "must be two numbers", remedy)
         if self.schedule is Schedule.constant:
             for name in ("warmup_steps", "min_lr"):
                 value = getattr(self, name)
@@ -436,41 +429,30 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When a run's whole state goes to disk: 12 bytes a parameter, so 1.5 GB for GPT-2 124M (4 of them the weights)."""
 
-    every: int = 0
-    """Steps between checkpoints; 0: none on the way. A run that a signal stops is saved in any case."""
-    keep: int = 2
-    """How many to keep, the newest."""
-    save_last: bool = False
-    """Save the end too, wherever it falls: needed to sample from the run, export it or add steps to it."""
-
-    def __post_init__(self) -> None:
-        _not_negative("checkpoint", self, "every")
-        _positive("checkpoint", self, "keep")
+    every: int = option(
+        0, "steps between checkpoints; 0: none on the way; a run that a signal stops is saved in any case", at_least=0
+    )
+    keep: int = option(2, "how many to keep, the newest", at_least=1)
+    save_last: bool = option(False, "save the end too: needed to sample from the run, export it or add steps to it")
 
 
 @dataclass(kw_only=True, slots=True)
-class WandbConfig:
+class WandbConfig(Section):
     """Where the run is mirrored; the local files are the record."""
 
-    mode: WandbMode = WandbMode.auto
-    """`auto`: online with credentials, else offline. A WANDB_MODE in the environment wins over `auto`."""
-    project: str = "gpt2exp"
-    """Project on the server."""
-    group: str | None = None
-    """Group of runs; a sweep's runs share its folder's name unless given."""
-    name: str | None = None
-    """The run's name; its overrides unless given."""
-    tags: list[str] = field(default_factory=list)
-    """Tags."""
-    entity: str | None = None
-    """Team or user; the account's default unless given."""
-    dir: str | None = None
-    """Folder for wandb's own files; the run's folder unless given."""
+    mode: WandbMode = option(WandbMode.auto, "auto: WANDB_MODE, else online with credentials, else offline")
+    project: str = option("gpt2exp", "project on the server")
+    group: str | None = option(None, "group of runs; null: a sweep's folder")
+    name: str | None = option(None, "the run's name; null: its overrides")
+    tags: list[str] = option([], "tags")
+    entity: str | None = option(None, "team or user; null: the account's default")
+    dir: str | None = option(None, "folder for wandb's own files; null: the run's")
 
-    def __post_init__(self) -> None:
+    def agree(self) -> None:
+        self.dir = home(self.dir) if self.dir else None  # wandb would make a folder called ~
         require(bool(self.project), "wandb.project", "''", "must not be empty", "try wandb.project=gpt2exp")
         # wandb's own rules, which it would state once training begins, and then record nothing
         ok = not set(self.project) & set("/\\#?%:") and len(self.project) <= 128
@@ -482,17 +464,15 @@ class WandbConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class SweepConfig:
+class SweepConfig(Section):
     """How the jobs of a multirun are treated."""
 
-    fail_fast: bool = False
-    """Start no further job once one has failed or diverged."""
-    isolate: bool = False
-    """Run each job in a process of its own."""
+    fail_fast: bool = option(False, "start no further job once one has failed or diverged")
+    isolate: bool = option(False, "run each job in a process of its own")
 
 
 @dataclass(kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(Section):
     """One run, whole."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -504,17 +484,12 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    distributed: Distributed = Distributed.ddp
-    """How the processes that torchrun started share the run (`gpt2exp.parallel`)."""
-    seed: int = 1337
-    """Seeds the initial weights and the shuffled order; 0 is a seed like any other."""
-    resume: str | None = None
-    """A run or sweep folder to go on with; what is done there is kept. Never part of a run's own configuration."""
-    dry_run: bool = False
-    """Print what would run and train nothing."""
+    distributed: Distributed = option(Distributed.ddp, "how the processes that torchrun started share a run")
+    seed: int = option(1337, "seeds the initial weights and the shuffled order", at_least=0, below=2**63)
+    resume: str | None = option(None, "a run or sweep folder to go on with; what is done there is kept")
+    dry_run: bool = option(False, "print what would run and train nothing")
 
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)", "try seed=1337")
+    def agree(self) -> None:
         longest = self.model.block_size
         why = f"longer than model.block_size={longest}"
         seq_len = self.train.seq_len
@@ -528,14 +503,23 @@ class RunConfig:
             require(warmup <= steps, "optimizer.warmup_steps", warmup, why, f"try optimizer.warmup_steps={steps // 10}")
 
 
-def keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, such as `model.n_layer`."""
+def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
+    """Every key of the schema, such as `model.n_layer`: its default, and what it is with the values to choose from."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}"
+        kind = hints[item.name]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from options(kind)
+            continue
+        switch = item.metadata["choices"] if item.metadata["at_least"] is None else ()
+        choices = list(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else switch
+        listed = f" ({', '.join(map(show, choices))})" if choices else ""
+        yield cls.key(item.name), default_of(item), item.metadata["help"] + listed
+
+
+def keys() -> Iterator[str]:
+    """Every dotted key of the schema, such as `model.n_layer`."""
+    return (key for key, _, _ in options())
 
 
 ELSEWHERE = {
@@ -591,24 +575,16 @@ def parse(plain: Any) -> RunConfig:
 
 
 def explain(error: Exception) -> str:
-    """OmegaConf's and Hydra's several lines as one."""
+    """The several lines of an error of OmegaConf's, Hydra's or datasets' as one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type")))
     key = getattr(error, "full_key", None)
     return f"{key}: {text}" if key and key not in text else text
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: Section) -> dict[str, Any]:
     """A configuration as JSON's own types: enums by value, sections as dicts."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, dict):
-            return {key: convert(item) for key, item in value.items()}
-        return value
-
-    return {key: convert(value) for key, value in dataclasses.asdict(config).items()}
+    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 HOUSEKEEPING = ("wandb", "sweep", "dry_run", "resume", "checkpoint", "train.log_every", "train.measure_every")

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp import assets, hub, record, view
-from gpt2exp import command as commands
 from gpt2exp.config import HOUSEKEEPING, BadRequest, ModelConfig
+from gpt2exp.data import assets
+from gpt2exp.data.tokens import END_OF_TEXT
 from gpt2exp.files import beside, write_json
-from gpt2exp.tokens import END_OF_TEXT
+from gpt2exp.model import huggingface
+from gpt2exp.run import process, record, terminal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def write(run: Path, out: Path) -> int:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from gpt2exp import checkpoint
+    from gpt2exp.run import checkpoint
 
     model, saved = checkpoint.of_run(run)
     if model.vocab_size < WORDS:
@@ -49,8 +50,8 @@ def write(run: Path, out: Path) -> int:
     part = beside(out.absolute())
     try:
         part.mkdir(parents=True)
-        save_file(_theirs(saved.weights()), part / hub.WEIGHTS[0], metadata={"format": "pt"})
-        write_json(part / hub.CONFIG, architecture(model))
+        save_file(_theirs(saved.weights()), part / huggingface.WEIGHTS[0], metadata={"format": "pt"})
+        write_json(part / huggingface.CONFIG, architecture(model))
         write_json(part / "generation_config.json", {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT})
         shutil.copyfile(vocabulary, part / "vocab.json")
         shutil.copyfile(merges, part / "merges.txt")
@@ -59,7 +60,9 @@ def write(run: Path, out: Path) -> int:
             {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.block_size, "add_prefix_space": False},
         )
         (part / "README.md").write_text(card(record.row(run, run), model, saved.state), encoding="utf-8")
-        shutil.copymode(part / hub.CONFIG, part / hub.WEIGHTS[0])  # its library makes it its owner's alone to read
+        shutil.copymode(
+            part / huggingface.CONFIG, part / huggingface.WEIGHTS[0]
+        )  # its library makes it its owner's alone to read
         if out.exists():
             out.rmdir()  # empty, or this fails
         part.rename(out.absolute())
@@ -81,8 +84,8 @@ def _theirs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters in Hugging Face's layout."""
     found = {}
     for name, tensor in weights.items():
-        words = tensor[:WORDS] if name in (hub.WTE, hub.HEAD) else tensor
-        found[name] = hub.transposed(name, words).float().contiguous()
+        words = tensor[:WORDS] if name in (huggingface.WTE, huggingface.HEAD) else tensor
+        found[name] = huggingface.transposed(name, words).float().contiguous()
     return found
 
 
@@ -91,9 +94,9 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        **{theirs: getattr(model, ours) for ours, theirs in hub.SHAPE.items()},
+        **{theirs: getattr(model, ours) for ours, theirs in huggingface.SHAPE.items()},
         "vocab_size": WORDS,
-        **{key: known[0] for key, known in hub.GPT2.items()},
+        **{key: known[0] for key, known in huggingface.GPT2.items()},
         "n_inner": None,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         "tie_word_embeddings": model.tie_weights,
@@ -119,7 +122,7 @@ def card(row: Mapping[str, Any], model: ModelConfig, state: Mapping[str, Any]) -
         "trained": f"{state['step']:,} steps, seed {config['seed']}, precision {got['effective']}"
         + (" (emulated)" if got["emulated"] else ""),
         "reached": "; ".join(reached) or "not measured at this step",
-        "request": f"`gpt2exp {' '.join(told)}`",
+        "request": f"`{terminal.pasted('gpt2exp', *told)}`",
         "versions": ", ".join(f"{name} {version}" for name, version in state["versions"].items()),
     }
     table = "\n".join(f"| {label} | {text} |" for label, text in rows.items())
@@ -153,8 +156,8 @@ def main() -> None:
 
 
 def command(argv: list[str]) -> int:
-    """Carry out a command line; for the exit code see `gpt2exp.command.carry_out`."""
-    parser = commands.parser(
+    """Carry out a command line; for the exit code see `gpt2exp.run.process.carry_out`."""
+    parser = process.parser(
         "gpt2exp-export",
         "Write the newest checkpoint of a run as a Hugging Face folder: config.json, model.safetensors, the "
         "tokenizer's files and a model card. transformers' from_pretrained and pipeline load it as it is, and so "
@@ -168,9 +171,9 @@ def command(argv: list[str]) -> int:
         args = parser.parse_args(argv)
         step = write(args.run, args.out)
         text = f"{args.out}: the weights after step {step}, for transformers' from_pretrained, pipeline, or init.path"
-        view.terminal().print(text, markup=False, soft_wrap=True)
+        terminal.terminal().print(text, markup=False, soft_wrap=True)
 
-    return commands.carry_out("gpt2exp-export", export)
+    return process.carry_out("gpt2exp-export", export)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+TIMEOUT = 10
+"""Seconds to wait for a server's answer."""
+
 
 def beside(path: Path) -> Path:
     """A new name beside `path`, which no reader looks at and no other process takes."""

@@ -6,21 +6,21 @@ import argparse
 import codecs
 import itertools
 import math
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2exp import command as commands
-from gpt2exp import hub, record, tokens, view
 from gpt2exp.config import BadRequest, DeviceName, ModelConfig
+from gpt2exp.data import tokens
+from gpt2exp.model import huggingface
+from gpt2exp.run import process, record, terminal
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from gpt2exp.model import GPT
+    from gpt2exp.model.gpt import GPT
 
 
 def load(folder: Path) -> GPT:
@@ -29,24 +29,27 @@ def load(folder: Path) -> GPT:
     Raises:
         BadRequest: it is neither, or cannot be read.
     """
-    if (folder / hub.CONFIG).is_file():
-        found = hub.find(str(folder), key="")
+    if (folder / huggingface.CONFIG).is_file():
+        found = huggingface.find(str(folder), key="")
         config = ModelConfig(**found.shape, tie_weights=False)  # a head that the files leave out is `wte` again
-        hub.check(found, config)
+        huggingface.check(found, config)
     else:
         record.check_run(folder)
     import torch
 
-    from gpt2exp import checkpoint, model, runtime
+    from gpt2exp.model import init
+    from gpt2exp.model.gpt import GPT
+    from gpt2exp.run import checkpoint
+    from gpt2exp.training import hardware
 
-    if (folder / hub.CONFIG).is_file():
-        weights = hub.read(found, config)
+    if (folder / huggingface.CONFIG).is_file():
+        weights = huggingface.read(found, config)
     else:
         config, saved = checkpoint.of_run(folder)
         weights = saved.weights()
-    with torch.device(runtime.resolve_device(DeviceName.auto)):
-        gpt = model.GPT(config)
-    checkpoint.load_weights(gpt, weights)
+    with torch.device(hardware.resolve_device(DeviceName.auto)):
+        gpt = GPT(config)
+    init.load_weights(gpt, weights)
     return gpt
 
 
@@ -94,16 +97,12 @@ def text_of(ids: Iterable[int]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     parts = (encoding.decode_single_token_bytes(number) for number in itertools.takewhile(_goes_on, ids))
     for part in parts:
-        yield _harmless(decoder.decode(part))
-    yield _harmless(decoder.decode(b"", final=True))
+        yield terminal.printable(decoder.decode(part), "\t\n")
+    yield terminal.printable(decoder.decode(b"", final=True), "\t\n")
 
 
 def _goes_on(number: int) -> bool:
     return number != tokens.END_OF_TEXT
-
-
-def _harmless(text: str) -> str:
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "�", text)
 
 
 def _prompt(text: str, config: ModelConfig) -> list[int]:
@@ -124,7 +123,7 @@ def main() -> None:
 
 
 def command(argv: list[str]) -> int:
-    """Carry out a command line; for the exit code see `gpt2exp.command.carry_out`."""
+    """Carry out a command line; for the exit code see `gpt2exp.run.process.carry_out`."""
     parser = _parser()
 
     def sample() -> None:
@@ -134,18 +133,19 @@ def command(argv: list[str]) -> int:
         ids = generate(
             model, _prompt(args.prompt, model.config), temperature=args.temperature, top_k=args.top_k, seed=args.seed
         )
-        out = view.Patient(sys.stdout)
-        for part in itertools.chain([_harmless(args.prompt)], text_of(itertools.islice(ids, args.tokens)), ["\n"]):
+        out = terminal.Patient(sys.stdout)
+        prompt = terminal.printable(args.prompt, "\t\n")
+        for part in itertools.chain([prompt], text_of(itertools.islice(ids, args.tokens)), ["\n"]):
             out.write(part)
             out.flush()
             if out.gone:  # nobody reads on
                 break
 
-    return commands.carry_out("gpt2exp-sample", sample)
+    return process.carry_out("gpt2exp-sample", sample)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = commands.parser(
+    parser = process.parser(
         "gpt2exp-sample",
         "Generate text from the newest checkpoint of a run, or from a Hugging Face folder of GPT-2 weights; it streams "
         "to the terminal.",

@@ -19,8 +19,8 @@ import pytest
 # thread count. Before torch is imported, which reads it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from gpt2exp import assets, tokens
 from gpt2exp.config import DataConfig, ModelConfig
+from gpt2exp.data import assets, tokens
 
 TINY = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=64"]
 """Overrides that make any run a matter of milliseconds a step; put them after `model=nano`."""

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt2exp import build, config, parallel, precision, tokens
+from gpt2exp import config
+from gpt2exp.data import tokens
+from gpt2exp.training import distributed as dist
+from gpt2exp.training import precision, setup
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64}
 TRAIN = {
@@ -53,11 +56,11 @@ def train(case: str, distributed: str) -> dict[str, Tensor]:
     device = torch.device("cpu")
     with precision.applied(run.precision, device) as got:
         source = tokens.prepare(run.data)
-        run, _need = build.settled(run, device, got, source, None)
-        job = build.trainer(run, device, got, source)
+        run, _need = setup.settled(run, device, got, source, None)
+        job = setup.trainer(run, device, got, source)
         rows = list(job.fit())
         gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
-        gradients = parallel.gathered(gradients)
+        gradients = dist.gathered(gradients)
         weights, _tensors, _numbers = job.state()
     found = {
         key: torch.tensor([row[key] for row in rows if key in row]) for key in ("loss", "grad_norm", "loss_unseen")
@@ -74,12 +77,12 @@ def main() -> None:
     """Every case under DDP and FSDP; the first process writes them all to one safetensors file."""
     torch.set_num_threads(1)
     found: dict[str, Tensor] = {}
-    with parallel.joined():
+    with dist.joined():
         for distributed in ("ddp", "fsdp"):
             for case in CASES:
                 result = train(case, distributed)
                 found |= {f"{distributed}/{case}/{name}": tensor.contiguous() for name, tensor in result.items()}
-    if parallel.first():
+    if dist.first():
         save_file(found, Path(sys.argv[1]))
 
 

@@ -29,12 +29,13 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     peer = """python -c 'print("noise"); print("{\\"ms_median\\": 5, \\"first_ms\\": 6, \\"peak_rss_mib\\": 7}")'"""
     args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "2", "--steps", "4", "--roofline", "--verify"]
+    args += ["--beside", "2"]
     done = run(*args, "--out", "found/bench.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert json.loads((folder / "found" / "bench.json").read_text()) == found
     assert sorted(path.name for path in folder.iterdir()) == ["found"]  # a bench is no run: nothing else is written
-    for text in ("step time", "whole process", "peak memory", "matrix products alone", "of it"):
+    for text in ("step time", "whole process", "peak memory", "matrix products alone", "of it", "2 at once: a step"):
         assert text in done.stdout
     return found
 
@@ -54,6 +55,29 @@ def test_ratios_are_taken_pair_by_pair(result: dict[str, Any]) -> None:
             found = result["ratios"][peer][key]
             assert (found["min"], found["max"], found["n"]) == (min(pairs), max(pairs), 2)
             assert found["median"] == pytest.approx(sum(pairs) / 2)
+
+
+def test_two_at_once_are_timed_beside_one_alone(result: dict[str, Any]) -> None:
+    beside, alone = result["beside"], [row["gpt2exp"]["ms_median"] for row in result["rounds"]]
+    assert (beside["processes"], [len(found) for found in beside["ms_medians"]]) == (2, [2, 2])
+    ratios = [max(found) / one for found, one in zip(beside["ms_medians"], alone, strict=True)]
+    assert beside["ratio"] == {"median": sum(ratios) / 2, "min": min(ratios), "max": max(ratios), "n": 2}
+
+
+def test_processes_at_once_begin_together(tmp_path: Path) -> None:
+    """None begins before all are built; one that fails is told of, and none is left behind."""
+    code = """
+import json, os, pathlib, sys
+here = pathlib.Path(sys.argv[1])
+(here / str(os.getpid())).touch()
+print("built", flush=True)
+sys.stdin.readline()
+print(json.dumps({"ms_median": len(list(here.iterdir()))}))
+"""
+    found = bench._at_once([sys.executable, "-c", code, str(tmp_path)], 3)
+    assert [row["ms_median"] for row in found] == [3, 3, 3]
+    with pytest.raises(bench.ContestantError, match="exit code 1"):
+        bench._at_once(["false"], 2)
 
 
 def test_losses_are_held_against_the_plain_path(result: dict[str, Any]) -> None:
@@ -88,6 +112,7 @@ def test_the_floor_is_its_parts(result: dict[str, Any]) -> None:
         (["model.n_layers=3"], 2, "gpt2exp-bench: model.n_layers=3: no such key; did you mean model.n_layer?"),
         (["seed=1,2"], 2, "gpt2exp-bench: seed=1,2: several values make a sweep"),
         (["--steps", "2"], 2, "gpt2exp-bench: --steps 2 --pairs 3: at least 3 steps and one pair"),
+        (["--beside", "1"], 2, "gpt2exp-bench: --beside 1: at least two at once; one is timed anyway"),
         (["experiment=throughput"], 2, "gpt2exp-bench: gpt2exp-bench times one configuration"),
         ([*ONCE, "false"], 1, "gpt2exp-bench: false: exit code 1"),
         (

@@ -20,7 +20,6 @@ from safetensors import safe_open
 from support import SMALL, read, run
 from torch import Tensor
 
-from gpt2exp import checkpoint, optim, record, runtime
 from gpt2exp.config import (
     BadRequest,
     CheckpointConfig,
@@ -30,9 +29,13 @@ from gpt2exp.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from gpt2exp.data import Batches
-from gpt2exp.model import GPT, initialise
-from gpt2exp.trainer import Trainer
+from gpt2exp.data.batches import Batches
+from gpt2exp.model import init
+from gpt2exp.model.gpt import GPT
+from gpt2exp.model.init import initialise
+from gpt2exp.run import checkpoint, record
+from gpt2exp.training import hardware, optimizers
+from gpt2exp.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -197,7 +200,7 @@ class TestSaver:
 
     def test_no_room_for_a_copy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Then it is written between two steps."""
-        monkeypatch.setattr(runtime, "free_memory", lambda _: 100)
+        monkeypatch.setattr(hardware, "free_memory", lambda _: 100)
         writing = saver(tmp_path, background=True)
         writing.save(tensors(), tensors(), {"step": 1})
         assert names(tmp_path) == ["step_000001"], "before wait()"
@@ -322,7 +325,7 @@ class TestRestore:
         found = checkpoint.newest(tmp_path)
         assert found is not None
         second = trained(0, tie=tie, autocast=autocast)
-        checkpoint.load_weights(second.model, found.weights())
+        init.load_weights(second.model, found.weights())
         second.restore(found.training(), found.state)
         for _ in range(5):
             second.step()
@@ -330,17 +333,17 @@ class TestRestore:
             whole.model.named_parameters(), second.model.named_parameters(), strict=True
         ):
             assert torch.equal(one, other), name
-        states = optim.state(whole.model, whole.optimizer), optim.state(second.model, second.optimizer)
+        states = optimizers.state(whole.model, whole.optimizer), optimizers.state(second.model, second.optimizer)
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
         assert whole.scaler.state_dict() == second.scaler.state_dict()
 
     def test_the_random_state(self, tmp_path: Path) -> None:
         torch.manual_seed(5)
-        states = {name: state.clone() for name, state in runtime.random_state(CPU).items()}
+        states = {name: state.clone() for name, state in hardware.random_state(CPU).items()}
         expected = torch.rand(3)
         torch.manual_seed(6)
-        runtime.restore_random_state(CPU, states)
+        hardware.restore_random_state(CPU, states)
         assert torch.equal(torch.rand(3), expected)
 
     @pytest.mark.parametrize(
@@ -355,8 +358,8 @@ class TestRestore:
         weights = dict(trained(0).model.named_parameters())
         shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 50} | change
         with pytest.raises(BadRequest, match=said):
-            checkpoint.load_weights(GPT(ModelConfig(**shape)), weights)
+            init.load_weights(GPT(ModelConfig(**shape)), weights)
 
     def test_untied_into_tied(self) -> None:
         with pytest.raises(BadRequest, match=r"model\.tie_weights=true: .*try model\.tie_weights=false"):
-            checkpoint.load_weights(trained(0).model, dict(trained(0, tie=False).model.named_parameters()))
+            init.load_weights(trained(0).model, dict(trained(0, tie=False).model.named_parameters()))

@@ -104,6 +104,7 @@ class TestWhole:
             "step_ms": {"median": number, "p10": number, "p90": number},
             "first_step_ms": number,
             "tokens_per_second": number,
+            "speed_disturbed": (*number, type(None)),
             "flops_per_token": int,
             "mfu": type(None),  # the peak of this processor is unknown
             "peak_memory_bytes": int,

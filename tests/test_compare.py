@@ -23,8 +23,9 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
-from gpt2exp import compare, conclude
-from gpt2exp.compare import Comparison, Effect, Row
+from gpt2exp.compare import __main__ as conclude
+from gpt2exp.compare import comparison as comparisons
+from gpt2exp.compare.comparison import Comparison, Effect, Row
 from gpt2exp.config import BadRequest, parse, plain
 
 GROUPS = ("model", "init", "precision", "data", "optimizer")
@@ -110,7 +111,7 @@ def effect(
     rows: Comparison | Sequence[Row], key: str, metric: str = "loss_mean_last10", arm: str | None = None
 ) -> Effect:
     """The one entry of that axis and metric."""
-    comparison = rows if isinstance(rows, Comparison) else compare.compare(rows)
+    comparison = rows if isinstance(rows, Comparison) else comparisons.compare(rows)
     [found] = [e for e in comparison.axes if e.key == key and e.metric == metric and arm in (None, e.arm)]
     return found
 
@@ -123,7 +124,7 @@ def test_interval_and_p_value_are_those_of_the_paired_t_test(n: int) -> None:
     rng = np.random.default_rng(n)
     for shift in (0.0, 0.3, 30.0):
         baseline, arm = rng.normal(3, 1, n), rng.normal(3 + shift, 1, n)
-        mean, interval, p_value = compare.t_interval(list(arm - baseline))
+        mean, interval, p_value = comparisons.t_interval(list(arm - baseline))
         reference = stats.ttest_rel(arm, baseline)
         assert p_value == pytest.approx(reference.pvalue, rel=1e-9)
         assert interval == pytest.approx(list(reference.confidence_interval(0.95)), rel=1e-9)
@@ -134,7 +135,7 @@ def test_interval_and_p_value_are_those_of_the_paired_t_test(n: int) -> None:
 
 def test_two_values_by_hand() -> None:
     # mean 2, s = sqrt(2), standard error 1; t with one degree of freedom is Cauchy: quantile tan(pi (q - 1/2))
-    mean, interval, p_value = compare.t_interval([1.0, 3.0])
+    mean, interval, p_value = comparisons.t_interval([1.0, 3.0])
     reach = math.tan(math.pi * 0.475)
     assert mean == 2
     assert interval == pytest.approx([2 - reach, 2 + reach])
@@ -142,18 +143,18 @@ def test_two_values_by_hand() -> None:
 
 
 def test_without_spread_the_interval_is_the_point() -> None:
-    assert compare.t_interval([0.0, 0.0, 0.0]) == (0.0, [0.0, 0.0], 1.0)
-    assert compare.t_interval([-0.5, -0.5]) == (-0.5, [-0.5, -0.5], 0.0)
+    assert comparisons.t_interval([0.0, 0.0, 0.0]) == (0.0, [0.0, 0.0], 1.0)
+    assert comparisons.t_interval([-0.5, -0.5]) == (-0.5, [-0.5, -0.5], 0.0)
 
 
 def test_holm_is_bonferroni_closed_over_all_subsets() -> None:
-    assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust
-    assert compare.holm([]) == []
+    assert comparisons.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust
+    assert comparisons.holm([]) == []
     rng = random.Random(0)
     for size in range(1, 7):
         p_values = [round(rng.random() ** 3, 2) for _ in range(size)]  # with ties
         subsets = [s for k in range(1, size + 1) for s in itertools.combinations(range(size), k)]
-        for index, adjusted in enumerate(compare.holm(p_values)):
+        for index, adjusted in enumerate(comparisons.holm(p_values)):
             tests = (len(s) * min(p_values[i] for i in s) for s in subsets if index in s)
             assert adjusted == pytest.approx(min(1.0, max(tests)))
 
@@ -162,9 +163,9 @@ def test_pooled_std_weighs_groups_by_their_degrees_of_freedom() -> None:
     rng = np.random.default_rng(0)
     groups = [list(rng.normal(level, 2, n)) for level, n in ((0, 2), (100, 5), (-7, 9))]
     squares = sum(((np.array(group) - np.mean(group)) ** 2).sum() for group in groups)
-    assert compare.pooled_std([*groups, [4.0], []]) == pytest.approx(math.sqrt(squares / (1 + 4 + 8)))
-    assert compare.pooled_std(groups[1:2]) == pytest.approx(np.std(groups[1], ddof=1))
-    assert compare.pooled_std([[1.0], [2.0]]) is None
+    assert comparisons.pooled_std([*groups, [4.0], []]) == pytest.approx(math.sqrt(squares / (1 + 4 + 8)))
+    assert comparisons.pooled_std(groups[1:2]) == pytest.approx(np.std(groups[1], ddof=1))
+    assert comparisons.pooled_std([[1.0], [2.0]]) is None
 
 
 # --- simulated sweeps ------------------------------------------------------------------------------------------------
@@ -211,15 +212,15 @@ def test_null_factorial_sweeps_count_seeds_and_not_pairs() -> None:
     covered = {TIE: 0, SCALING: 0}
     called = naive = interactions = 0
     for _ in range(SIMULATIONS):
-        comparison = compare.compare(simulated_factorial(rng, 5, by_axis=0.05))
+        comparison = comparisons.compare(simulated_factorial(rng, 5, by_axis=0.05))
         losses = [e for e in comparison.axes if e.metric == "loss_mean_last10"]
         for e in losses:
             assert (e.n_pairs, e.n_seeds) == (10, 5)
             covered[e.key] += covers(e.ci95)
         called += any(e.verdict in ("better", "worse") for e in losses)
-        pairs, _ = compare.Grid(comparison.runs, comparison.swept).pairs(TIE, "true", "false")
+        pairs, _ = comparisons.Grid(comparison.runs, comparison.swept).pairs(TIE, "true", "false")
         each = [pair.arm["loss_mean_last10"] - pair.baseline["loss_mean_last10"] for pair in pairs]
-        naive += covers(compare.t_interval(each)[1])
+        naive += covers(comparisons.t_interval(each)[1])
         [interaction] = comparison.interactions
         interactions += covers(interaction.ci95)
     rates = {**{key: n / SIMULATIONS for key, n in covered.items()}, "interaction": interactions / SIMULATIONS}
@@ -268,7 +269,7 @@ def judged(mean: float, half: float, *, p: float, std: float | None = 1.0, margi
     """An effect on the loss with that interval, judged."""
     e = Effect("k", "a", "b", "val_loss", mean_difference=mean, ci95=[mean - half, mean + half], p_value=p, p_holm=p)
     e.seed_std = std
-    compare.judge(e, lower_is_better=True, margin=margin)
+    comparisons.judge(e, lower_is_better=True, margin=margin)
     return e
 
 
@@ -292,7 +293,7 @@ def test_precedence_of_verdicts() -> None:
 
 def test_what_only_holm_takes_back_says_so() -> None:
     e = Effect("k", "a", "b", "val_loss", mean_difference=2, ci95=[0.5, 3.5], p_value=0.03, p_holm=0.06, seed_std=1)
-    compare.judge(e, lower_is_better=True, margin=None)
+    comparisons.judge(e, lower_is_better=True, margin=None)
     assert e.verdict == "inconclusive"
     assert "Holm" in e.reason
 
@@ -306,8 +307,8 @@ def test_equivalence_end_to_end() -> None:
     shifted = arms(TIE, {"true": seeds, "false": [s + 0.001 + w for s, w in zip(seeds, wobble, strict=True)]})
     assert effect(shifted, TIE).verdict == "worse"
     assert effect(shifted, TIE).reason == "smaller than the seed-to-seed std"
-    assert effect(compare.compare(shifted, margin=0.01), TIE).verdict == "indistinguishable"
-    assert effect(compare.compare(shifted, margin=0.0001), TIE).verdict == "worse"
+    assert effect(comparisons.compare(shifted, margin=0.01), TIE).verdict == "indistinguishable"
+    assert effect(comparisons.compare(shifted, margin=0.0001), TIE).verdict == "worse"
 
 
 def test_margin_is_about_the_loss_alone() -> None:
@@ -315,7 +316,7 @@ def test_margin_is_about_the_loss_alone() -> None:
     for row in rows[2:]:
         row["tokens_per_second"] *= 1.5
         row["peak_memory_bytes"] += 7
-    comparison = compare.compare(rows, margin=10)
+    comparison = comparisons.compare(rows, margin=10)
     assert effect(comparison, TIE, "tokens_per_second").verdict == "better"
     assert effect(comparison, TIE, "peak_memory_bytes").verdict == "worse"
 
@@ -333,7 +334,7 @@ def test_an_unrelated_wild_arm_does_not_widen_what_counts_as_equal() -> None:
     alone = effect(rows, "optimizer.lr", arm="0.0004")
     wild = effect(rows + arms("optimizer.lr", {"0.1": [3.0, 90.0, 40.0, 9.0]}), "optimizer.lr", arm="0.0004")
     assert wild.seed_std == pytest.approx(alone.seed_std)
-    assert alone.seed_std == pytest.approx(compare.pooled_std(calm.values()))
+    assert alone.seed_std == pytest.approx(comparisons.pooled_std(calm.values()))
 
 
 def test_speed_is_a_ratio_on_the_logarithm() -> None:
@@ -346,7 +347,7 @@ def test_speed_is_a_ratio_on_the_logarithm() -> None:
     assert found.ci95 == pytest.approx(list(np.exp(reference.confidence_interval(0.95))))
     assert found.p_value == pytest.approx(reference.pvalue)
     assert found.mean_difference is None
-    assert found.seed_std == pytest.approx(compare.pooled_std([np.log(slow).tolist(), np.log(fast).tolist()]))
+    assert found.seed_std == pytest.approx(comparisons.pooled_std([np.log(slow).tolist(), np.log(fast).tolist()]))
     assert found.arm_mean is not None
     assert found.baseline_mean is not None
     assert found.arm_mean / found.baseline_mean == pytest.approx(found.speed_ratio)
@@ -355,11 +356,11 @@ def test_speed_is_a_ratio_on_the_logarithm() -> None:
 
 def test_holm_runs_over_the_axes_of_a_metric() -> None:
     rows = simulated_factorial(np.random.default_rng(3), 5, b_effect=0.012)
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     for metric in ("loss_mean_last10", "tokens_per_second", "peak_memory_bytes"):
         tested = [e for e in comparison.axes if e.metric == metric]
         assert len(tested) == 2
-        assert [e.p_holm for e in tested] == pytest.approx(compare.holm([e.p_value or 0.0 for e in tested]))
+        assert [e.p_holm for e in tested] == pytest.approx(comparisons.holm([e.p_value or 0.0 for e in tested]))
     assert effect(comparison, SCALING).verdict == "worse"
 
 
@@ -373,7 +374,7 @@ def test_differences_are_averaged_over_the_other_axes() -> None:
     assert (found.n_pairs, found.n_seeds, found.dropped_pairs) == (6, 3, 0)
     assert found.differences == pytest.approx({"0": 0.2, "1": 0.21, "2": 0.22})
     assert found.mean_difference == pytest.approx(0.21)
-    assert found.ci95 == pytest.approx(compare.t_interval([0.2, 0.21, 0.22])[1])
+    assert found.ci95 == pytest.approx(comparisons.t_interval([0.2, 0.21, 0.22])[1])
     assert (found.baseline_mean, found.arm_mean) == pytest.approx((4, 4.21))
 
 
@@ -389,7 +390,7 @@ def test_a_run_without_an_end_breaks_its_pair_and_is_listed(state: str, summary:
     else:
         kept = {key: rows[4][key] for key in ("name", "folder", "config", "overrides")}
         rows[4] = {**kept, "state": state, "step": 7, "error": error}
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     found = effect(comparison, TIE)
     assert (found.n_pairs, found.n_seeds, found.dropped_pairs) == (2, 2, 1)
     assert found.differences == pytest.approx({"0": -1.0, "2": -1.1})
@@ -409,20 +410,20 @@ def test_pairs_are_counted_as_broken_whether_one_or_both_failed_or_one_is_not_th
 def test_an_arm_that_failed_altogether_is_still_an_arm() -> None:
     rows = arms("optimizer.lr", {"0.0003": [3.0, 3.1], "1000.0": [9.0, 9.0]})
     rows[2:] = [unfinished(row, "diverged", "loss is nan") for row in rows[2:]]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {"optimizer.lr": ["0.0003", "1000.0"]}
     found = effect(comparison, "optimizer.lr")
     assert (found.n_pairs, found.dropped_pairs, found.verdict) == (0, 2, "not_comparable")
     assert len(comparison.failed) == 2
-    assert compare.compare([unfinished(row) for row in rows]).failed
+    assert comparisons.compare([unfinished(row) for row in rows]).failed
 
 
 def test_incomplete_factorial_averages_what_is_there_and_says_so() -> None:
     rows = factorial(lambda a, b, s: 3 + (a == "false") * (0.1 + 0.2 * (b == "false")), seeds=3)
-    whole = compare.compare(rows)
+    whole = comparisons.compare(rows)
     assert whole.notes == []
     lost = next(r for r in rows if r["overrides"] == [f"{TIE}=false", f"{SCALING}=false", "seed=2"])
-    comparison = compare.compare([unfinished(row) if row is lost else row for row in rows])
+    comparison = comparisons.compare([unfinished(row) if row is lost else row for row in rows])
     found = effect(comparison, TIE)
     assert (found.n_pairs, found.n_seeds, found.dropped_pairs) == (5, 3, 1)
     assert found.differences == pytest.approx({"0": 0.2, "1": 0.2, "2": 0.1})
@@ -439,7 +440,7 @@ def test_of_repeated_runs_the_last_finished_one_counts() -> None:
     rows = arms(TIE, {"true": [3.0, 3.1], "false": [5.0, 2.1]})
     again = run(f"{TIE}=false", loss=2.0, seed=0)
     later = unfinished(run(f"{TIE}=false", loss=9.0, seed=0))
-    comparison = compare.compare([later, again, *rows])
+    comparison = comparisons.compare([later, again, *rows])
     assert effect(comparison, TIE).differences == pytest.approx({"0": -1.0, "1": -1.0})
     assert comparison.notes == ["1 runs repeat another's settings and seed; the last of each counts"]
     assert effect(comparison, TIE).dropped_pairs == 0
@@ -447,12 +448,12 @@ def test_of_repeated_runs_the_last_finished_one_counts() -> None:
 
 def test_each_arm_is_held_against_the_default_where_it_is_one() -> None:
     losses = {"0.001": [3.0, 3.1], "0.0003": [4.0, 4.2], "0.01": [5.0, 5.3]}
-    comparison = compare.compare(arms("optimizer.lr", losses))
+    comparison = comparisons.compare(arms("optimizer.lr", losses))
     assert comparison.swept == {"optimizer.lr": ["0.0003", "0.001", "0.01"]}
     assert effect(comparison, "optimizer.lr", arm="0.001").mean_difference == pytest.approx(-1.05)
     assert effect(comparison, "optimizer.lr", arm="0.01").mean_difference == pytest.approx(1.05)
     del losses["0.0003"]
-    assert compare.compare(arms("optimizer.lr", losses)).swept == {"optimizer.lr": ["0.001", "0.01"]}
+    assert comparisons.compare(arms("optimizer.lr", losses)).swept == {"optimizer.lr": ["0.001", "0.01"]}
 
 
 def test_one_pair_has_no_verdict() -> None:
@@ -467,15 +468,15 @@ def test_validation_loss_is_compared_where_every_run_has_it() -> None:
     rows = arms(TIE, {"true": [3.0, 3.1], "false": [2.0, 2.1]})
     for row in rows:
         row["val_loss"] = row["loss_mean_last10"] + 1
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.metric == "val_loss"
     assert {e.metric for e in comparison.axes} == {"val_loss", "tokens_per_second", "peak_memory_bytes"}
     rows[0]["val_loss"] = None
-    assert compare.compare(rows).metric == "loss_mean_last10"
+    assert comparisons.compare(rows).metric == "loss_mean_last10"
 
 
 def test_runs_alike_but_for_the_seed_are_no_comparison() -> None:
-    comparison = compare.compare([run(loss=3.0, seed=seed) for seed in range(3)])
+    comparison = comparisons.compare([run(loss=3.0, seed=seed) for seed in range(3)])
     assert comparison.axes == []
     assert comparison.notes == ["nothing but the seed varies, so there is no axis to compare"]
 
@@ -487,7 +488,7 @@ METRICS = ("loss_mean_last10", "tokens_per_second", "peak_memory_bytes")
 
 def verdicts(rows: Sequence[Row], key: str) -> dict[str, tuple[str | None, str]]:
     """By metric, the verdict and reason of an axis of one arm."""
-    return {e.metric: (e.verdict, e.reason) for e in compare.compare(rows).axes if e.key == key}
+    return {e.metric: (e.verdict, e.reason) for e in comparisons.compare(rows).axes if e.key == key}
 
 
 def two_by_two(key: str, baseline: str, arm: str, of_arm: Mapping[str, Any] | None = None) -> list[Row]:
@@ -554,6 +555,25 @@ def test_seeds_from_several_machines_are_joined() -> None:
     assert (found.n_seeds, found.verdict) == (4, "indistinguishable")
 
 
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"speed_disturbed": 0.51}, "in 2 of 4 runs most steps waited for a core that another program used"),
+        ({"speed_disturbed": 0.5}, None),  # left out of the speed, and enough was left
+        ({"speed_disturbed": None}, None),
+        ({}, None),  # a run from before it was measured
+        ({"speed_disturbed": "?"}, None),
+    ],
+)
+def test_a_speed_under_anothers_load_is_no_arms(facts: dict[str, Any], reason: str | None) -> None:
+    rows = two_by_two(TIE, "true", "false", facts)
+    found = verdicts(rows, TIE)
+    assert found["tokens_per_second"] == (("not_comparable", reason) if reason else found["tokens_per_second"])
+    assert (found["tokens_per_second"][0] == "not_comparable") == (reason is not None)
+    assert found["loss_mean_last10"][0] == "better"
+    assert found["peak_memory_bytes"][0] == "indistinguishable"
+
+
 def at(minute: float) -> str:
     """A start, minutes into a day."""
     return (datetime(2026, 1, 2, tzinfo=UTC) + timedelta(minutes=minute)).isoformat(timespec="seconds")
@@ -580,15 +600,15 @@ def spans(*runs: tuple[str, float, float]) -> list[Row]:
 )
 def test_overlaps_are_found_by_machine(runs: list[tuple[str, float, float]], expected: list[int]) -> None:
     rows = spans(*runs)
-    assert compare._contended(rows) == {rows[index]["folder"] for index in expected}
-    assert compare._contended(rows[::-1]) == {rows[index]["folder"] for index in expected}
+    assert comparisons._contended(rows) == {rows[index]["folder"] for index in expected}
+    assert comparisons._contended(rows[::-1]) == {rows[index]["folder"] for index in expected}
 
 
 def test_a_long_start_up_is_no_overlap() -> None:
     """A first job's time counts from before its `started`: from its process's beginning."""
     rows = spans(("a", 0, 1), ("a", 1, 1))
     rows[0]["wall_seconds"] = {"startup": 40.0, "train": 60.0, "total": 100.0}
-    assert compare._contended(rows) == set()
+    assert comparisons._contended(rows) == set()
 
 
 def test_shared_machines_compare_no_speed() -> None:
@@ -626,7 +646,7 @@ def test_a_figure_that_was_not_measured_compares_nothing() -> None:
 
 def test_other_versions_are_noted() -> None:
     rows = two_by_two(TIE, "true", "false", {"versions": {"torch": "2.14.0"}, "git": None})
-    [note] = compare.compare(rows).notes
+    [note] = comparisons.compare(rows).notes
     assert "git.commit, git.dirty, versions.torch" in note
 
 
@@ -637,17 +657,19 @@ def test_an_untyped_difference_is_refused_by_name() -> None:
     rows = two_by_two(TIE, "true", "false")
     rows[2]["config"] = {**rows[2]["config"], "optimizer": {**rows[2]["config"]["optimizer"], "eps": 1e-6}}
     with pytest.raises(BadRequest, match=r"^the runs also differ in optimizer\.eps, which none"):
-        compare.compare(rows)
+        comparisons.compare(rows)
     rows[2]["overrides"].append("optimizer.eps=1e-06")  # told to
-    assert set(compare.compare(rows).swept) == {TIE, "optimizer.eps"}
+    assert set(comparisons.compare(rows).swept) == {TIE, "optimizer.eps"}
 
 
 @pytest.mark.parametrize(("key", "choices"), [("init", ["gpt2", "xavier", "torch"]), ("model", ["gpt2", "nano"])])
 def test_a_group_is_one_axis(key: str, choices: list[str]) -> None:
-    comparison = compare.compare(arms(key, {choice: [3.0, 3.1] for choice in reversed(choices)}))
+    comparison = comparisons.compare(arms(key, {choice: [3.0, 3.1] for choice in reversed(choices)}))
     assert comparison.swept == {key: [choices[0], *reversed(choices[1:])]}
     with pytest.raises(BadRequest, match=r"optimizer\.lr"):
-        compare.compare([run(f"{key}={choices[0]}"), run(f"{key}={choices[1]}", "optimizer.lr=1", typed=[f"{key}=x"])])
+        comparisons.compare(
+            [run(f"{key}={choices[0]}"), run(f"{key}={choices[1]}", "optimizer.lr=1", typed=[f"{key}=x"])]
+        )
 
 
 def test_one_choice_of_a_group_means_one_section() -> None:
@@ -655,19 +677,19 @@ def test_one_choice_of_a_group_means_one_section() -> None:
     rows = arms("model", {"gpt2": [3.0, 3.1], "nano": [2.0, 2.1]})
     rows[3] = run("model=nano", "model.n_layer=6", typed=["model=nano"], seed=1)
     with pytest.raises(BadRequest, match=r"model\.n_layer"):
-        compare.compare(rows)
+        comparisons.compare(rows)
 
 
 def test_a_choice_that_a_preset_made_is_the_choice() -> None:
     rows = [run("model=nano", f"{TIE}={tie}", typed=[f"{TIE}={tie}"], seed=0) for tie in ("true", "false")]
     rows += [run("model=nano", f"{TIE}={tie}", seed=1) for tie in ("true", "false")]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {TIE: ["true", "false"]}
     assert effect(comparison, TIE).n_seeds == 2
     with pytest.raises(BadRequest, match=r"model\.n_layer"):  # which of the two was not typed cannot be told
-        compare.compare([*rows, run("model=gpt2", seed=0)])
+        comparisons.compare([*rows, run("model=gpt2", seed=0)])
     rows = [run(), run("precision=tf32", seed=1), run("precision.name=tf32")]
-    assert compare.compare(rows).swept == {"precision.name": ["fp32", "tf32"]}
+    assert comparisons.compare(rows).swept == {"precision.name": ["fp32", "tf32"]}
 
 
 def test_group_and_key_of_its_section_are_two_axes() -> None:
@@ -677,7 +699,7 @@ def test_group_and_key_of_its_section_are_two_axes() -> None:
         for on in ("true", "false")
         for seed in (0, 1)
     ]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {"init": ["gpt2", "xavier"], SCALING: ["true", "false"]}
     assert effect(comparison, "init").n_pairs == 4
     assert effect(comparison, SCALING).mean_difference == pytest.approx(1)
@@ -686,10 +708,10 @@ def test_group_and_key_of_its_section_are_two_axes() -> None:
 def test_what_only_one_choice_has_is_no_axis() -> None:
     """A pretrained run names its weights, and one from scratch beside it cannot: they differ in `init` alone."""
     rows = [run("init=gpt2", seed=0), run("init=pretrained", "init.path=a", seed=0)]
-    assert compare.compare(rows).swept == {"init": ["gpt2", "pretrained"]}
+    assert comparisons.compare(rows).swept == {"init": ["gpt2", "pretrained"]}
     assert effect(rows, "init").n_pairs == 1
     rows.append(run("init=pretrained", "init.path=b", seed=0))
-    assert set(compare.compare(rows).swept) == {"init", "init.path"}
+    assert set(comparisons.compare(rows).swept) == {"init", "init.path"}
 
 
 def test_axes_that_only_vary_together_have_no_pairs() -> None:
@@ -704,17 +726,17 @@ def test_housekeeping_neither_varies_nor_divides() -> None:
         run(seed=0, loss=3.0),
         run(f"{TIE}=false", *kept[2:], seed=0, loss=2.0, typed=[f"{TIE}=false", *kept]),
     )
-    assert compare.compare([first, second]).swept == {TIE: ["true", "false"]}
+    assert comparisons.compare([first, second]).swept == {TIE: ["true", "false"]}
 
 
 def test_a_run_that_typed_nothing_has_the_defaults() -> None:
     rows = [{**run(seed=1337), "overrides": []}, run("precision=tf32", seed=1337)]
-    assert compare.compare(rows).swept == {"precision": ["fp32", "tf32"]}
+    assert comparisons.compare(rows).swept == {"precision": ["fp32", "tf32"]}
     assert effect(rows, "precision").n_pairs == 1
     told = run("precision=tf32", seed=1337, typed=["experiment=precision", "precision=tf32"])
-    assert compare.compare([rows[0], told]).swept == {"precision": ["fp32", "tf32"]}
+    assert comparisons.compare([rows[0], told]).swept == {"precision": ["fp32", "tf32"]}
     rows = [run("model=nano"), run(), run("init=torch")]
-    assert compare.compare(rows).swept == {"model": ["gpt2", "nano"], "init": ["gpt2", "torch"]}
+    assert comparisons.compare(rows).swept == {"model": ["gpt2", "nano"], "init": ["gpt2", "torch"]}
 
 
 def test_spellings_of_one_value_are_one_arm() -> None:
@@ -724,13 +746,13 @@ def test_spellings_of_one_value_are_one_arm() -> None:
         run("optimizer.betas=[0.9,0.999]", typed=["optimizer.betas=[0.9,0.999]"], seed=0),
         run(seed=1),
     ]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {"optimizer.betas": ["[0.9, 0.999]", "[0.9, 0.95]"]}
     assert effect(comparison, "optimizer.betas").n_seeds == 2
     quoted = [run("model=nano", typed=["model='nano'"]), run("model=nano", typed=["+model=nano"]), run("model=gpt2")]
-    assert compare.compare(quoted).swept == {"model": ["gpt2", "nano"]}
+    assert comparisons.compare(quoted).swept == {"model": ["gpt2", "nano"]}
     a, b = (run(typed=[f'+note="a={x}"']) for x in "xy")
-    assert compare.compare([a, b]).swept == {"note": ["a=x", "a=y"]}
+    assert comparisons.compare([a, b]).swept == {"note": ["a=x", "a=y"]}
 
 
 def test_a_value_that_follows_an_axis_is_no_axis() -> None:
@@ -745,7 +767,7 @@ def test_a_value_that_follows_an_axis_is_no_axis() -> None:
         for steps in (50, 100)
         for seed in (0, 1)
     ]
-    comparison = compare.compare(rows)
+    comparison = comparisons.compare(rows)
     assert comparison.swept == {"train.steps": ["50", "100"]}
     assert effect(comparison, "train.steps").n_pairs == 2
 
@@ -756,7 +778,7 @@ def test_a_value_that_follows_an_axis_is_no_axis() -> None:
 def test_a_planted_interaction_is_estimated_and_large() -> None:
     rng = np.random.default_rng(0)
     planted = factorial(lambda a, b, s: 3 + 0.01 * s + (a == b == "false") * 0.5 + float(rng.normal(0, 0.01)), seeds=5)
-    [found] = compare.compare(planted).interactions
+    [found] = comparisons.compare(planted).interactions
     assert (found.keys, found.arms, found.n_seeds) == ((TIE, SCALING), ("false", "false"), 5)
     assert found.mean_difference == pytest.approx(0.5, abs=0.03)
     assert covers(found.ci95, 0.5)
@@ -768,36 +790,36 @@ def test_additive_effects_do_not_interact() -> None:
     additive = factorial(
         lambda a, b, s: 3 + 0.1 * s + (a == "false") + 2 * (b == "false") + float(rng.normal(0, 0.01)), seeds=5
     )
-    [found] = compare.compare(additive).interactions
+    [found] = comparisons.compare(additive).interactions
     assert covers(found.ci95)
     assert not found.large
-    exact = compare.compare(factorial(lambda a, b, s: 3 + (a == "false") + 2 * (b == "false"), seeds=2))
+    exact = comparisons.compare(factorial(lambda a, b, s: 3 + (a == "false") + 2 * (b == "false"), seeds=2))
     assert exact.interactions[0].mean_difference == pytest.approx(0)
 
 
 def test_an_interaction_below_the_seeds_or_open_to_zero_is_not_large() -> None:
     small = factorial(lambda a, b, s: 3 + s + (a == b == "false") * (0.1 + s / 100), seeds=4)
-    [found] = compare.compare(small).interactions
+    [found] = comparisons.compare(small).interactions
     assert not covers(found.ci95)
     assert not found.large
     unsure = factorial(lambda a, b, s: 3 + (a == b == "false") * (-1) ** s * (s + 1), seeds=4)
-    assert not compare.compare(unsure).interactions[0].large
+    assert not comparisons.compare(unsure).interactions[0].large
     far = factorial(lambda a, b, s: 3 + (a == b == "false") * (9 if s else 0.1), seeds=2)
-    [found] = compare.compare(far).interactions
+    [found] = comparisons.compare(far).interactions
     assert covers(found.ci95)
     assert not found.large
-    assert compare.compare(factorial(lambda a, b, s: 3 + (a == b), seeds=1)).interactions[0].ci95 is None
+    assert comparisons.compare(factorial(lambda a, b, s: 3 + (a == b), seeds=1)).interactions[0].ci95 is None
 
 
 def test_arms_that_never_met_have_no_interaction() -> None:
     rows = factorial(lambda a, b, s: 3.0, seeds=2)
     rows += [run("init.std=0.1", seed=seed) for seed in (0, 1)]
-    assert [item.keys for item in compare.compare(rows).interactions] == [(TIE, SCALING)]
+    assert [item.keys for item in comparisons.compare(rows).interactions] == [(TIE, SCALING)]
     three = arms("optimizer.lr", {"0.0003": [3.0], "0.001": [3.0], "0.01": [3.0]})
     for row in list(three[:2]):  # 0.01 was run tied alone
         lr = row["overrides"][0]
         three.append(run(lr, f"{TIE}=false", seed=0))
-    assert [item.arms for item in compare.compare(three).interactions] == [("0.001", "false")]
+    assert [item.arms for item in comparisons.compare(three).interactions] == [("0.001", "false")]
 
 
 def test_a_missing_run_of_a_third_axis_plants_no_interaction() -> None:
@@ -814,7 +836,7 @@ def test_a_missing_run_of_a_third_axis_plants_no_interaction() -> None:
         for seed in range(3)
     ]
     lost = next(r for r in rows if r["overrides"][:3] == [f"{TIE}=false", f"{SCALING}=false", "optimizer.lr=0.01"])
-    found = compare.compare([unfinished(row) if row is lost else row for row in rows]).interactions
+    found = comparisons.compare([unfinished(row) if row is lost else row for row in rows]).interactions
     by_keys = {item.keys: item.mean_difference for item in found}
     assert by_keys[TIE, SCALING] == pytest.approx(0)
     assert by_keys[SCALING, "optimizer.lr"] == pytest.approx(0)
@@ -881,22 +903,22 @@ def changed(**values: Any) -> Callable[[Path], None]:
 def test_folders_are_read_as_their_rows(tmp_path: Path) -> None:
     rows = arms(TIE, {"true": [3.0, 3.1, 3.2], "false": [2.0, 2.2, 2.1]})
     put_all(rows, tmp_path)
-    read = compare.read([tmp_path])
+    read = comparisons.read([tmp_path])
     assert [row["name"] for row in read] == [f"{number:03d}_job" for number in range(6)]
     assert all(Path(row["folder"]).is_absolute() for row in read)
-    assert [compare.asdict(e) for e in compare.compare(read).axes] == [
-        compare.asdict(e) for e in compare.compare(rows).axes
+    assert [comparisons.asdict(e) for e in comparisons.compare(read).axes] == [
+        comparisons.asdict(e) for e in comparisons.compare(rows).axes
     ]
-    json.dumps(compare.compare(read).as_dict(), allow_nan=False)
+    json.dumps(comparisons.compare(read).as_dict(), allow_nan=False)
 
 
 def test_sweeps_and_runs_are_joined_each_once(tmp_path: Path) -> None:
     first = put_all(arms(TIE, {"true": [3.0], "false": [2.0]}), tmp_path / "a")
     put_all(arms(TIE, {"true": [3.1, 9.0], "false": [2.1, 9.0]})[1::2], tmp_path / "b")
     lone = put(run(f"{TIE}=true", loss=3.5, seed=7), tmp_path, "lone")
-    read = compare.read([tmp_path / "a", first[1], tmp_path / "b", lone])
+    read = comparisons.read([tmp_path / "a", first[1], tmp_path / "b", lone])
     assert [row["name"] for row in read] == ["a/000_job", "a/001_job", "b/000_job", "b/001_job", "lone"]
-    assert compare.read([lone])[0]["name"] == "lone"
+    assert comparisons.read([lone])[0]["name"] == "lone"
     assert effect(read, TIE).n_pairs == 2
     assert effect(read, TIE).dropped_pairs == 1
 
@@ -918,7 +940,7 @@ def test_sweeps_and_runs_are_joined_each_once(tmp_path: Path) -> None:
 def test_a_damaged_run_is_listed_and_hides_nothing(tmp_path: Path, damage: Callable[[Path], None], error: str) -> None:
     folders = put_all(arms(TIE, {"true": [3.0, 3.1, 3.2], "false": [2.0, 2.2, 2.1]}), tmp_path)
     damage(folders[4])
-    comparison = compare.compare(compare.read([tmp_path]))
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
     [listed] = comparison.failed
     assert (listed["name"], listed["state"]) == ("004_job", "damaged")
     assert listed["error"] == f"summary.json is missing or damaged: {error}"
@@ -932,12 +954,12 @@ def test_a_killed_job_keeps_its_arm(tmp_path: Path) -> None:
     for folder in folders[2:]:
         (folder / "summary.json").unlink()
         (folder / "status.json").write_text(json.dumps({"state": "failed", "step": 0, "error": "killed by SIGKILL"}))
-    comparison = compare.compare(compare.read([tmp_path]))
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
     assert comparison.swept == {"optimizer.lr": ["0.0003", "0.01"]}
     assert [row["error"] for row in comparison.failed] == ["killed by SIGKILL"] * 2
     (folders[3] / ".hydra" / "config.yaml").write_text("optimizer: {lr: ${nowhere}}")
     (folders[2] / ".hydra" / "config.yaml").write_text("optimizer: [")
-    assert len(compare.compare(compare.read([tmp_path])).failed) == 2
+    assert len(comparisons.compare(comparisons.read([tmp_path])).failed) == 2
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -963,8 +985,8 @@ def test_the_command_writes_and_exits_with_0(tmp_path: Path) -> None:
     folders = put_all(arms(TIE, {"true": [3.0, 3.1, 3.2], "false": [2.0, 2.2, 2.1]}), tmp_path / "sweep")
     truncated(folders[5])
     code = (
-        "import sys\nfrom gpt2exp import conclude\n"
-        "code = conclude.command(sys.argv[1:])\nassert 'torch' not in sys.modules\nsys.exit(code)"
+        "import sys\nfrom gpt2exp import compare\n"
+        "code = compare.command(sys.argv[1:])\nassert 'torch' not in sys.modules\nsys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "sweep"), "--out", str(tmp_path / "new" / "out")],
@@ -1021,7 +1043,7 @@ def test_nothing_that_ended_is_nothing_to_compare(tmp_path: Path, capsys: pytest
 def test_a_running_run_waits_its_turn(tmp_path: Path) -> None:
     folders = put_all(arms(TIE, {"true": [3.0, 3.1], "false": [2.0, 2.2]}), tmp_path)
     running(folders[3])
-    comparison = compare.compare(compare.read([tmp_path]))
+    comparison = comparisons.compare(comparisons.read([tmp_path]))
     assert comparison.failed == [{"name": "003_job", "state": "running", "step": 4, "error": None}]
     assert effect(comparison, TIE).dropped_pairs == 1
 
@@ -1038,15 +1060,15 @@ def test_an_unwritable_place_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
 def flattenings(rows: Sequence[Row], monkeypatch: pytest.MonkeyPatch) -> int:
     """How often a comparison walks through a run's configuration: the work that grows, counted and not timed."""
     calls = []
-    real = compare.flatten
+    real = comparisons.flatten
 
     def counted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if not prefix:
             calls.append(prefix)
         return real(config, prefix)
 
-    monkeypatch.setattr(compare, "flatten", counted)
-    compare.compare(rows)
+    monkeypatch.setattr(comparisons, "flatten", counted)
+    comparisons.compare(rows)
     return len(calls)
 
 
@@ -1077,7 +1099,7 @@ def test_speed_is_judged_by_the_pairs_at_hardware_speed() -> None:
         got = {"requested": precision, "effective": precision, "emulated": emulated}
         overrides = (f"precision={precision}", f"init.residual_scaling={scaling}")
         rows.append(run(*overrides, seed=seed, tokens_per_second=speed, precision=got))
-    speeds = {item.key: item for item in compare.compare(rows).axes if item.metric == "tokens_per_second"}
+    speeds = {item.key: item for item in comparisons.compare(rows).axes if item.metric == "tokens_per_second"}
     assert speeds["precision"].verdict == "not_comparable"
     scaling_effect = speeds["init.residual_scaling"]
     assert (scaling_effect.verdict, scaling_effect.n_pairs) == ("better", 3)

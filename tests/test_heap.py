@@ -1,4 +1,4 @@
-"""What `gpt2exp.heap` asks of glibc really happens: a long run's memory is there before it is asked for, and is usable.
+"""What `heap` asks of glibc really happens: a long run's memory is there before it is asked for, and is usable.
 
 In a process of its own, since these settings are the process's. No time is asserted.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gpt2exp import heap
+from gpt2exp.training import heap
 
 CODE = """
 import json, re, sys, threading

@@ -23,9 +23,14 @@ from support import SMALL, read, run, run_folders, the_run
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-from gpt2exp import build, checkpoint, config, export, hub, tokens, train
+from gpt2exp import config, export
 from gpt2exp.config import BadRequest, DataConfig, InitConfig, InitScheme, ModelConfig, RunConfig
-from gpt2exp.model import GPT
+from gpt2exp.data import tokens
+from gpt2exp.model import huggingface, init
+from gpt2exp.model.gpt import GPT
+from gpt2exp.run import checkpoint
+from gpt2exp.sweep import launch
+from gpt2exp.training import setup
 
 QUIET = [*SMALL, "wandb.mode=disabled", "train.steps=2"]
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, tie_weights=True)
@@ -67,9 +72,9 @@ def ours(folder: Path, *, tie: bool = True, shape: ModelConfig = SHAPE) -> GPT:
             scheme=InitScheme.pretrained, path=str(folder), std=None, position_std=None, residual_scaling=False
         ),
     )
-    build.check_weights(asked.init, asked.model)
+    setup.check_weights(asked.init, asked.model)
     gpt = GPT(asked.model)
-    build.start(gpt, asked)
+    setup.start(gpt, asked)
     return gpt
 
 
@@ -99,6 +104,11 @@ def as_saved(source: Path, folder: Path, form: str) -> Path:
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         tensors |= {f"h.{n}.attn.bias": torch.ones(1, 1, 64, 64).tril() for n in range(2)}
         tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    if "wrapped" in form:  # as DDP, compile, FSDP and activation checkpoints name them, one around the other
+        tensors = {name.replace(".mlp.", "._checkpoint_wrapped_module.mlp."): held for name, held in tensors.items()}
+        tensors = {name.replace(".h.1.", ".h.1._fsdp_wrapped_module."): held for name, held in tensors.items()}
+        around = form.partition("wrapped ")[2]
+        tensors = {f"{around}{name}": tensor for name, tensor in tensors.items()}
     if "with head" in form:
         tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
 
@@ -122,10 +132,18 @@ def as_saved(source: Path, folder: Path, form: str) -> Path:
 
 
 FORMS = ["one file", "shards", "bin", "bin old", "bin shards", "bare", "bin bare old", "with head", "bin with head"]
+FORMS += [
+    "wrapped module._orig_mod.",
+    "bare wrapped module.",
+    "bin wrapped _orig_mod.module.",
+    "wrapped model.",
+    "wrapped ",
+]
 
 
 @pytest.mark.parametrize(
-    ("form", "tie"), [*((form, True) for form in FORMS), ("shards", False), ("bin bare old", False)]
+    ("form", "tie"),
+    [*((form, True) for form in FORMS), *((form, False) for form in ("shards", "bin bare old", "wrapped module."))],
 )
 def test_logits_equal_transformers_in_every_form(form: str, tie: bool, saved: dict[bool, Path], tmp_path: Path) -> None:
     folder = as_saved(saved[tie], tmp_path / "weights", form)
@@ -154,18 +172,18 @@ def test_names_and_shapes_of_the_four_sizes(size: str) -> None:
     """What a file is held to are the names and shapes of transformers, and who mistakes the size is told it."""
     from hydra._internal.utils import get_args_parser
 
-    from gpt2exp import plan
+    from gpt2exp.sweep import request
 
-    (job,) = plan.make(get_args_parser().parse_args([f"model={size}"])).jobs
+    (job,) = request.make(get_args_parser().parse_args([f"model={size}"])).jobs
     model = job.config.model
     known = GPT2Config(n_layer=model.n_layer, n_head=model.n_head, n_embd=model.n_embd)
     with torch.device("meta"):
         state = GPT2LMHeadModel(known).state_dict()
-    found = hub.Weights("x", Path(), known.to_dict(), ())
-    hub._check_shapes(found, {name: tensor.shape for name, tensor in state.items()}, model)
-    hub._check_config(found, model)
+    found = huggingface.Weights("x", Path(), known.to_dict(), ())
+    huggingface._check_shapes(found, {name: tensor.shape for name, tensor in state.items()}, model)
+    huggingface._check_config(found, model)
     with pytest.raises(BadRequest, match=rf"^model\.n_layer=2: x has {model.n_layer}; try model={size}$"):
-        hub._check_config(found, SHAPE)
+        huggingface._check_config(found, SHAPE)
 
 
 def test_lm_head_torn_from_wte_is_noticed(saved: dict[bool, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +193,7 @@ def test_lm_head_torn_from_wte_is_noticed(saved: dict[bool, Path], monkeypatch: 
         gpt.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]}, strict=True)
         gpt.lm_head.weight = torch.nn.Parameter(gpt.lm_head.weight.detach().clone())
 
-    monkeypatch.setattr(checkpoint, "load_weights", careless)
+    monkeypatch.setattr(init, "load_weights", careless)
     with pytest.raises(RuntimeError, match=r"lm_head\.weight and wte\.weight must be one tensor"):
         ours(saved[True])
 
@@ -186,7 +204,7 @@ def test_the_first_loss_is_the_one_transformers_computes(
 ) -> None:
     """The done-condition: on the run's own first batch; and what is recorded and printed of head and embedding."""
     words = ["init=pretrained", f"init.path={saved[tie]}", f"model.tie_weights={str(tie).lower()}"]
-    assert train.command([*QUIET, *words]) == 0
+    assert launch.command([*QUIET, *words]) == 0
     out = capsys.readouterr().out
     summary = read(the_run(tmp_path) / "summary.json")
     text = torch.from_numpy(tokens.prepare(DataConfig()).map()[: 4 * 32 + 1].astype("int64"))
@@ -197,7 +215,7 @@ def test_the_first_loss_is_the_one_transformers_computes(
     assert summary["loss_first"] == pytest.approx(expected, abs=1e-5)
     origin = summary["init"]
     assert origin["source"] == str(saved[tie])
-    assert origin["sha256"] == hub.find(str(saved[tie])).sha256
+    assert origin["sha256"] == huggingface.find(str(saved[tie])).sha256
     assert origin["tying"] == {"same_pointer": tie, "all_equal": tie}
     how = "one tensor (same data pointer), all elements equal" if tie else "two tensors, their elements differ"
     assert f"lm_head.weight and wte.weight: {how}" in out
@@ -208,20 +226,20 @@ def test_a_run_goes_on_without_the_folder_it_began_with(saved: dict[bool, Path],
     """A relative `init.path` is found from where the run was started; a checkpoint then has the weights."""
     shutil.copytree(saved[True], tmp_path / "mine")
     words = ["init=pretrained", "init.path=mine", "checkpoint.save_last=true"]
-    assert train.command([*QUIET, *words]) == 0
+    assert launch.command([*QUIET, *words]) == 0
     folder = the_run(tmp_path)
     (tmp_path / "mine").rename(tmp_path / "gone")
-    assert train.command([f"resume={folder}", "train.steps=4"]) == 0
+    assert launch.command([f"resume={folder}", "train.steps=4"]) == 0
     summary = read(folder / "summary.json")
     assert (summary["state"], summary["steps"]) == ("done", 4)
     assert summary["init"]["source"] == "mine"
-    assert train.command([*QUIET, *words]) == 2
+    assert launch.command([*QUIET, *words]) == 2
 
 
 def test_from_scratch_against_pretrained_in_one_line(saved: dict[bool, Path], tmp_path: Path) -> None:
     """A relative folder, each job in a process of its own; `init.path` is no axis."""
     shutil.copytree(saved[True], tmp_path / "mine")
-    assert train.command([*QUIET, "-m", "init=gpt2,pretrained", "init.path=mine", "sweep.isolate=true"]) == 0
+    assert launch.command([*QUIET, "-m", "init=gpt2,pretrained", "init.path=mine", "sweep.isolate=true"]) == 0
     (found,) = tmp_path.rglob("comparison.json")
     assert read(found)["swept"] == {"init": ["gpt2", "pretrained"]}
     sources = [read(folder / "summary.json")["init"]["source"] for folder in run_folders(tmp_path)]
@@ -229,7 +247,7 @@ def test_from_scratch_against_pretrained_in_one_line(saved: dict[bool, Path], tm
 
 
 def test_fine_tuning_is_a_study_like_any_other(saved: dict[bool, Path], tmp_path: Path) -> None:
-    assert train.command([*QUIET, "-m", "init=pretrained", f"init.path={saved[True]}", "precision=fp32,fp64"]) == 0
+    assert launch.command([*QUIET, "-m", "init=pretrained", f"init.path={saved[True]}", "precision=fp32,fp64"]) == 0
     single, double = (read(folder / "summary.json")["loss_first"] for folder in run_folders(tmp_path))
     assert single != double
     assert single == pytest.approx(double, abs=1e-5)
@@ -281,6 +299,10 @@ def spoilt(folder: Path, how: str) -> None:
     elif how == "a tensor less":
         del tensors["transformer.h.1.mlp.c_fc.bias"]
         save_file(tensors, weights)
+    elif how == "a wrapper unknown":
+        save_file({f"net.{name}": tensor for name, tensor in tensors.items()}, weights)
+    elif how == "twice":
+        save_file(tensors | {f"module.{name}": tensor.clone() for name, tensor in tensors.items()}, weights)
     elif how == "a tensor more":
         save_file(tensors | {"score.weight": torch.ones(2)}, weights)
     elif how == "transposed":
@@ -306,6 +328,12 @@ BAD = [
     ("a shard elsewhere", "init.path=bad: its model.safetensors.index.json names no shards", "download it again"),
     ("other head", "model.tie_weights=true: init.path=bad has an lm_head.weight", "try model.tie_weights=false"),
     ("a tensor less", "init.path=bad: transformer.h.1.mlp.c_fc.bias is missing", "copy or download"),
+    (
+        "a wrapper unknown",
+        "init.path=bad: its names begin with net.transformer., which no known wrapper",
+        "take it off",
+    ),
+    ("twice", "init.path=bad: holds both module.transformer.h.0.attn.c_attn.bias and transformer.h.0", "of one model"),
     ("a tensor more", "init.path=bad: transformer.score.weight is no part of GPT-2", "name other weights"),
     ("transposed", "init.path=bad: transformer.h.0.attn.c_attn.weight is (48, 16)", "copy or download both again"),
     ('{"model_type": "llama"}', "init.path=bad: its config.json says model_type=llama", "name weights of GPT-2"),
@@ -327,7 +355,7 @@ def test_refused_before_anything_is_written(
     shutil.copytree(saved[True], tmp_path / "bad")
     spoilt(tmp_path / "bad", how)
     before = sorted(tmp_path.rglob("*"))
-    assert train.command([*QUIET, "init=pretrained", "init.path=bad"]) == 2
+    assert launch.command([*QUIET, "init=pretrained", "init.path=bad"]) == 2
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert out == ""
@@ -340,7 +368,7 @@ def test_a_head_of_its_own_trains_untied(saved: dict[bool, Path], tmp_path: Path
     """The remedy that a differing head is answered with works."""
     shutil.copytree(saved[True], tmp_path / "bad")
     spoilt(tmp_path / "bad", "other head")
-    assert train.command([*QUIET, "init=pretrained", "init.path=bad", "model.tie_weights=false"]) == 0
+    assert launch.command([*QUIET, "init=pretrained", "init.path=bad", "model.tie_weights=false"]) == 0
 
 
 # --- by hub id -------------------------------------------------------------------------------------------------------
@@ -428,7 +456,7 @@ def test_a_hub_id(served: http.server.ThreadingHTTPServer, tmp_path: Path) -> No
 
 def test_a_hub_id_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert train.command([*QUIET, "init=pretrained", "init.path=gpt2"]) == 2
+    assert launch.command([*QUIET, "init=pretrained", "init.path=gpt2"]) == 2
     assert "no such folder; name a folder, or pip install 'gpt2exp[hub]'" in capsys.readouterr().err
 
 
@@ -438,7 +466,7 @@ def test_a_hub_id_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypa
 def trained(*words: str) -> Path:
     """A run with a checkpoint, in a folder of its own."""
     place = Path(f"run{len(list(Path.cwd().iterdir()))}").absolute()
-    assert train.command([*QUIET, "init.std=0.2", "checkpoint.save_last=true", f"hydra.run.dir={place}", *words]) == 0
+    assert launch.command([*QUIET, "init.std=0.2", "checkpoint.save_last=true", f"hydra.run.dir={place}", *words]) == 0
     return place
 
 
@@ -460,7 +488,7 @@ def test_an_exported_run_is_the_same_model_there(words: tuple[str, ...], tmp_pat
     assert read(out / "config.json")["tie_word_embeddings"] == tied
     shape, saved = checkpoint.of_run(place)
     gpt = GPT(shape)
-    checkpoint.load_weights(gpt, saved.weights())
+    init.load_weights(gpt, saved.weights())
     with torch.no_grad():
         got = hf.eval()(ids()).logits
         assert got.shape[-1] == 50257
@@ -489,7 +517,7 @@ def test_the_pipeline_writes_text_and_the_tokenizer_is_gpt2s(tmp_path: Path) -> 
 def test_export_refused(tmp_path: Path, saved: dict[bool, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """One line, code 2, and what lay there before is as it was."""
     place = trained("data=text", f"data.path={Path(__file__)}", "model.vocab_size=50256")
-    assert train.command([*QUIET, "hydra.run.dir=sweep/000"]) == 0
+    assert launch.command([*QUIET, "hydra.run.dir=sweep/000"]) == 0
     Path("sweep/sweep.json").write_text('{"jobs": [["seed=1"]]}')
     capsys.readouterr()
     (tmp_path / "full").mkdir()

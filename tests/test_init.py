@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from gpt2exp.config import InitConfig, InitScheme, ModelConfig
-from gpt2exp.diagnostics import InitError, check_init, expected_std, first_look
-from gpt2exp.model import GPT, initialise
+from gpt2exp.model.gpt import GPT
+from gpt2exp.model.init import InitError, check_init, expected_std, initialise
+from gpt2exp.training.trainer import first_look
 
 SCHEMES = [scheme.value for scheme in InitScheme if scheme is not InitScheme.pretrained]  # which draws nothing
 

@@ -23,7 +23,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpt2exp import precision, runtime
 from gpt2exp.config import (
     BadRequest,
     DeviceName,
@@ -34,7 +33,10 @@ from gpt2exp.config import (
     PrecisionName,
     Rounding,
 )
-from gpt2exp.model import GPT, initialise
+from gpt2exp.model.gpt import GPT
+from gpt2exp.model.init import initialise
+from gpt2exp.run import record
+from gpt2exp.training import hardware, precision
 
 CPU = torch.device("cpu")
 FP32 = PrecisionConfig()
@@ -341,47 +343,48 @@ class TestRuntime:
         ],
     )
     def test_peaks(self, device: str, kind: str, expected: float | None) -> None:
-        assert runtime.peak_flops(device, kind) == (None if expected is None else pytest.approx(expected))
+        assert hardware.peak_flops(device, kind) == (None if expected is None else pytest.approx(expected))
 
     def test_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         there = {"cuda": False, "mps": False}
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
-        assert runtime.resolve_device(DeviceName.auto) == CPU
+        assert hardware.resolve_device(DeviceName.auto) == CPU
         for name in (DeviceName.cuda, DeviceName.mps):
             with pytest.raises(BadRequest, match=rf"train\.device={name.value}: .*; use auto or one of: cpu$"):
-                runtime.resolve_device(name)
+                hardware.resolve_device(name)
         there["mps"] = True
-        assert runtime.resolve_device(DeviceName.auto) == torch.device("mps")
+        assert hardware.resolve_device(DeviceName.auto) == torch.device("mps")
         there["cuda"] = True
-        assert runtime.resolve_device(DeviceName.auto) == torch.device("cuda")
-        assert runtime.resolve_device(DeviceName.cpu) == CPU
+        assert hardware.resolve_device(DeviceName.auto) == torch.device("cuda")
+        assert hardware.resolve_device(DeviceName.cpu) == CPU
 
     def test_facts_are_an_allow_list(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_API_KEY", "secret" * 6)
         monkeypatch.setenv("HOME", "/home/somebody")
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
         monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
-        facts = runtime.facts()
+        facts = record.facts()
         assert facts.keys() == {"versions", "git", "platform", "machine"}
         expected = {"python", "gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb"}
         assert facts["versions"].keys() == expected
         assert facts["versions"]["torch"] == torch.__version__
         assert facts["git"] is None or facts["git"].keys() == {"commit", "dirty"}
-        overrides = runtime.environment_overrides()
-        assert overrides["OMP_NUM_THREADS"] == "3"
+        overrides = record.environment_overrides()
+        assert (overrides["OMP_NUM_THREADS"], overrides["GOMP_SPINCOUNT"]) == ("3", "1000")
         assert "NVIDIA_TF32_OVERRIDE" not in overrides
         recorded = json.dumps([facts, overrides])
         for private in ("secret", "somebody", os.environ["PATH"], str(Path.cwd()), platform.node()):
             assert private not in recorded
 
     def test_git_tells_the_commit_of_this_checkout(self) -> None:
-        root = Path(runtime.__file__).parent.parent
+        root = Path(hardware.__file__).parents[2]
         if not (root / ".git").exists():
-            assert runtime.facts()["git"] is None
+            assert record.facts()["git"] is None
             return
         head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        assert runtime.facts()["git"]["commit"] == head.stdout.strip()
+        assert record.facts()["git"]["commit"] == head.stdout.strip()
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset a process's peak")
     @pytest.mark.parametrize("keep", [True, False])

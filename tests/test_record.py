@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from support import read
 
-from gpt2exp import files, record
+from gpt2exp import files
+from gpt2exp.run import record
 
 FACTS: dict[str, Any] = {"overrides": ["seed=3"], "config": {"seed": 3}, "seed": 3}
 

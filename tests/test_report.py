@@ -29,9 +29,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from support import SMALL, OfflineRun, read, run, run_folders
 
-from gpt2exp import compare, conclude, figures, record, report, view
-from gpt2exp.compare import Comparison, Distance, Effect
+from gpt2exp.compare import __main__ as conclude
+from gpt2exp.compare import comparison as compare
+from gpt2exp.compare import figures, report
+from gpt2exp.compare.comparison import Comparison, Distance, Effect
 from gpt2exp.config import RunConfig, plain
+from gpt2exp.run import record, terminal
 
 Done = subprocess.CompletedProcess[str]
 SHORT = [*SMALL, "train.steps=6", "data.val_fraction=0.005", "train.eval_every=3", "train.measure_every=3"]
@@ -235,7 +238,7 @@ class TestWords:
         assert "at 1.50 times the speed, with 100 MiB (9.8%) less memory, with 3,000 more parameters" in text
 
     def test_no_control_character_reaches_a_terminal(self) -> None:
-        assert view.clean("a\x1b[31m\nb\x07\x9b\udc80\uffff") == "a�[31m�b����"
+        assert terminal.printable("a\x1b[31m\nb\x07\x9b\udc80\uffff") == "a�[31m�b��?�"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -479,16 +482,16 @@ class TestEscaping:
         assert sum(tag == "img" for tag, _ in page.tags) == len(list((hostile / "figures").iterdir())) >= 5
         text = "".join(page.text)
         for arm in HOSTILE:
-            assert view.clean(arm) in text
+            assert terminal.printable(arm) in text
         for row in read(hostile / "comparison.json")["runs"]:
-            assert view.clean(row["name"]) in page.text
+            assert terminal.printable(row["name"]) in page.text
 
     @given(st.text())
     @example("*a* _b_ `c` [d](e) ![f](g) ~~h~~ <b>i</b> &amp; j|k \\* ^l^")
     @settings(deadline=None, max_examples=30)
     def test_any_text_stays_itself(self, text: str) -> None:
         """Through Markdown, as an item and as a cell, to the page."""
-        said = f"x{view.clean(text)}x"
+        said = f"x{terminal.printable(text)}x"
         lines = [f"- {report.escaped(said)}", "", "| h |", "| --- |", f"| {report.escaped(said)} |"]
         page = _parsed(report.page("\n".join(lines), _comparison([], {}), Path(), []))
         assert page.text.count(said) == 2
@@ -705,7 +708,8 @@ def test_two_hundred_runs_without_torch(tmp_path: Path) -> None:
                 leave(tmp_path / f"{number:03d}", summary(seed, *axes, loss=3 + seed / 50 + lr, started=started), 1000)
                 number += 1
     code = (
-        "import sys; from pathlib import Path; from gpt2exp import compare, conclude\n"
+        "import sys; from pathlib import Path\n"
+        "from gpt2exp.compare import __main__ as conclude, comparison as compare\n"
         f"folder = Path({str(tmp_path)!r}); comparison = compare.compare(compare.read([folder]))\n"
         "conclude.write(comparison, folder)\n"
         "assert len(comparison.runs) == 200 and len(comparison.axes) == 18\n"
@@ -719,6 +723,6 @@ def test_two_hundred_runs_without_torch(tmp_path: Path) -> None:
 def test_imports_are_lazy() -> None:
     """Comparing and showing needs neither matplotlib nor jinja2."""
     heavy = ("torch", "matplotlib", "jinja2", "scipy", "numpy", "wandb")
-    code = f"import sys, gpt2exp.report; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, gpt2exp.compare.report; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"

@@ -31,8 +31,12 @@ from support import (
     wait_for_step,
 )
 
-from gpt2exp import owner, plan, record, resume
 from gpt2exp.config import BadRequest
+from gpt2exp.run import process as processes
+from gpt2exp.run import record
+from gpt2exp.sweep import request as requests
+from gpt2exp.sweep import resume
+from gpt2exp.training import load
 
 QUIET = "wandb.mode=disabled"
 STEPS = "train.steps=70"
@@ -78,7 +82,7 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def asked(*args: str) -> plan.Plan:
+def asked(*args: str) -> requests.Plan:
     """The plan of a request to go on."""
     request = resume.make(get_args_parser().parse_args(list(args)))
     assert request is not None
@@ -121,7 +125,10 @@ def test_bit_for_bit(mode: str, tmp_path: Path) -> None:
             assert summary[key] == expected[key], key
     assert [entry["from_step"] for entry in summary["parts"]] == [0, steps]
     assert [entry["from_step"] for entry in expected["parts"]] == [0]
-    assert summary["timed_steps"] == 70 - 3 - 3, "each part warms up"
+    rows = read(part / "metrics.jsonl")
+    timed = [row for row in rows if row["step"] not in (0, 1, 2, steps, steps + 1, steps + 2)]  # each part warms up
+    calm = [row for row in timed if row.get("waited_ms", 0) <= load.DISTURBED * row["step_ms"]]
+    assert summary["timed_steps"] == (len(calm) if 2 * len(calm) >= len(timed) else len(timed))
     assert summary["wall_seconds"]["train"] == pytest.approx(sum(entry["train"] for entry in summary["parts"]))
 
 
@@ -356,8 +363,8 @@ class TestOwner:
             found = record.read_status(tmp_path)
             assert (found["state"], found["step"]) == (state, 3)
         sleeper.kill()
-        status = {**owner.me(), "pid": sleeper.pid}
-        assert not owner.lives(status), "a zombie does not work on anything"
+        status = {**processes.me(), "pid": sleeper.pid}
+        assert not processes.lives(status), "a zombie does not work on anything"
         sleeper.wait()
 
     def test_a_killed_run_is_shown_as_interrupted(self, tmp_path: Path) -> None:

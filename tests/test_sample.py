@@ -15,9 +15,12 @@ import torch
 from support import SMALL, surroundings
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2exp import export, sample, tokens, train
+from gpt2exp import export, sample
 from gpt2exp.config import BadRequest, InitConfig, ModelConfig
-from gpt2exp.model import GPT, initialise
+from gpt2exp.data import tokens
+from gpt2exp.model.gpt import GPT
+from gpt2exp.model.init import initialise
+from gpt2exp.sweep import launch
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=64)
 
@@ -40,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint."""
     folder = tmp_path_factory.mktemp("run") / "run"
     words = ["train.steps=3", "checkpoint.save_last=true", "wandb.mode=disabled", "init.std=0.4", "train.seq_len=64"]
-    assert train.command([*SMALL, *words, f"hydra.run.dir={folder}"]) == 0
+    assert launch.command([*SMALL, *words, f"hydra.run.dir={folder}"]) == 0
     return folder
 
 

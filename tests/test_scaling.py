@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2exp import estimate, model, precision
 from gpt2exp.config import ModelConfig, PrecisionConfig, PrecisionName, RunConfig, TrainConfig
+from gpt2exp.model import gpt as models
+from gpt2exp.training import precision, setup
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "experiments" / "scaling"
@@ -111,7 +112,7 @@ def test_a_block_keeps_the_bytes_that_are_counted(name: str, kept: int) -> None:
 
     def saved(layers: int) -> int:
         torch.manual_seed(0)
-        gpt = model.GPT(ModelConfig(n_layer=layers, n_head=4, n_embd=width, block_size=seq_len, vocab_size=97))
+        gpt = models.GPT(ModelConfig(n_layer=layers, n_head=4, n_embd=width, block_size=seq_len, vocab_size=97))
         own = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
         storages: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -140,7 +141,7 @@ def test_the_programs_own_estimate_is_near_a_published_peak_and_not_below() -> N
     )
     train = TrainConfig(batch_size=64, seq_len=1024, loss_chunk=64 * 1024)
     config = RunConfig(train=train, precision=PrecisionConfig(name=PrecisionName.bf16))
-    need = estimate.memory(config, on_cpu=False, unfused_attention=False)
+    need = setup.memory(config, on_cpu=False, unfused_attention=False)
     assert published < need < 1.12 * published
-    assert estimate.memory(config, on_cpu=True, unfused_attention=False) > need
+    assert setup.memory(config, on_cpu=True, unfused_attention=False) > need
     assert math.isfinite(need)

@@ -14,13 +14,19 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 from support import SMALL, read, run, run_folders
 
-from gpt2exp import assets, config, secret, train
+from gpt2exp import config
+from gpt2exp.data import assets
+from gpt2exp.run import secret
+from gpt2exp.sweep import launch
 
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -82,7 +88,7 @@ class TestTypedCredentials:
         before = set(tmp_path.rglob("*"))
         if "oc.env" in line or not re.search("key|token|password|leaky", line, re.IGNORECASE):
             monkeypatch.setenv("WANDB_API_KEY", KEY)  # nothing but the value says what it is
-        code = train.command(shlex.split(line.replace("<>", KEY)))
+        code = launch.command(shlex.split(line.replace("<>", KEY)))
         out, err = capsys.readouterr()
         assert (code, out) == (2, "")
         assert KEY not in err
@@ -134,7 +140,8 @@ def test_no_record_holds_a_credential(tmp_path: Path) -> None:
     for folder in run_folders(here):
         summary = read(folder / "summary.json")
         assert set(summary["environment"]) <= {
-            "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
+            "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+            "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
         }  # fmt: skip
         assert summary["git"] is None or set(summary["git"]) == {"commit", "dirty"}
         assert set(summary["versions"]) == {"python", "gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb"}
@@ -149,7 +156,47 @@ FORBIDDEN_CALLS = {
 }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "gpt2exp").glob("*.py")), ids=lambda path: path.name)
+FIXED = {
+    "hydra-core": "1.3.7",  # CVE-2026-68508, CVE-2026-106439
+    "jinja2": "3.1.6",  # CVE-2025-27516, CVE-2024-56326
+    "filelock": "4.2.1",  # CVE-2025-68146, CVE-2026-22701, CVE-2026-112906, -112914, -112934
+    "torch": "2.11",  # CVE-2025-32434, CVE-2026-24747, CVE-2026-4538
+    "wandb": "0.28.2",  # of what its binary is built with: CVE-2026-71556, CVE-2026-56852
+    "scipy": "1.10",  # CVE-2023-25399
+    "transformers": "5.10",  # CVE-2026-1839, CVE-2026-4372, CVE-2026-5241, CVE-2026-9856
+    "joblib": "1.5",  # CVE-2022-21797, CVE-2024-34997
+    "ray": "2.54",  # CVE-2025-62593, CVE-2026-27482
+    "pytest": "9.0.3",  # CVE-2025-71176
+    "setuptools": "78.1.1",  # CVE-2025-47273
+}
+"""The first version of a dependency without a vulnerability that was published by November 2026."""
+
+
+def test_no_dependency_may_be_a_vulnerable_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
+    asked = [Requirement(text) for group in [*groups, project["build-system"]["requires"]] for text in group]
+    floors = {}
+    for requirement in asked:
+        if requirement.name in FIXED:
+            (floor,) = (bound.version for bound in requirement.specifier if bound.operator == ">=")
+            floors[requirement.name] = floor
+            assert Version(floor) >= Version(FIXED[requirement.name]), requirement
+    assert floors.keys() == FIXED.keys()
+
+
+SOURCES = sorted((ROOT / "gpt2exp").rglob("*.py"))
+
+
+def test_every_source_file_is_read() -> None:
+    """Whatever folders the package is sorted into: none that git knows is left out below."""
+    listed = ["git", "ls-files", "--", "gpt2exp/*.py"]  # git's * goes into folders
+    there = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert len(there) > 20
+    assert {ROOT / name for name in there} <= set(SOURCES)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_neither_unpickles_nor_evaluates(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

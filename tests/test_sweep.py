@@ -12,8 +12,9 @@ import torch
 from hydra._internal.utils import get_args_parser
 from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, shell_code, start, the_run, wait_for_step
 
-from gpt2exp import estimate, plan, runtime
 from gpt2exp.config import RunConfig, TrainConfig
+from gpt2exp.sweep import request as requests
+from gpt2exp.training import hardware, setup
 
 AXES = ["precision=tf32,fp32", "seed=1,2"]
 QUIET = "wandb.mode=disabled"
@@ -54,7 +55,7 @@ class TestSweep:
 
     def test_the_plan_is_what_hydra_ran(self, sweep: tuple[Done, list[Path]]) -> None:
         _, folders = sweep
-        request = plan.make(get_args_parser().parse_args(["-m", *AXES, *SMALL, "train.steps=4"]))
+        request = requests.make(get_args_parser().parse_args(["-m", *AXES, *SMALL, "train.steps=4"]))
         assert [list(job.overrides) for job in request.jobs] == [overrides(folder) for folder in folders]
         known = read(folders[0].parent / "sweep.json")
         assert known["jobs"] == [overrides(folder) for folder in folders]
@@ -110,8 +111,8 @@ def test_a_diverging_job_stops_no_other(tmp_path: Path) -> None:
 
 def test_a_diverging_job_and_one_refused_memory_leave_the_comparison(tmp_path: Path) -> None:
     """Eight jobs, of which those with the large batch cannot fit here and those with the large rate blow up."""
-    free = runtime.free_memory(torch.device("cpu"))
-    large = estimate.memory(
+    free = hardware.free_memory(torch.device("cpu"))
+    large = setup.memory(
         RunConfig(train=TrainConfig(batch_size=4096, seq_len=64, loss_chunk=10**6)),
         on_cpu=True,
         unfused_attention=False,

@@ -1,40 +1,48 @@
-"""That a large text is the text it says: cut anywhere it may be cut, read from any form, kept in shards, it gives the
-tokens that tiktoken gives for the whole; more of it than memory holds is no matter; and whatever is wrong with it, or
-happens meanwhile, is one line and leaves no half of it behind.
+"""That a large text is the text it says: cut anywhere it may be cut, read from any form, it gives the tokens that
+tiktoken gives for the whole; more of it than memory holds is no matter; and whatever is wrong with it, or happens
+meanwhile, is one line and leaves no half of it behind.
 """
 
 from __future__ import annotations
 
-import contextlib
+import bz2
+import codecs
 import functools
 import gzip
 import hashlib
 import http.server
+import io
+import itertools
 import json
+import lzma
 import os
+import pickle
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as arrow
 import pytest
+import safetensors.numpy
 import tiktoken
-import torch
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
+from pyarrow import feather, orc, parquet
 
-from gpt2exp import assets, data, documents, shards, texts, tokens, train
-from gpt2exp.config import BadRequest, DataConfig, DataName, DataOrder, TrainConfig
+from gpt2exp.config import BadRequest, DataConfig, DataName
+from gpt2exp.data import assets, documents, tokens
 
-CPU = torch.device("cpu")
 EOT = tokens.END_OF_TEXT
 FEW = settings(deadline=None, max_examples=150, derandomize=True)
 
@@ -61,9 +69,8 @@ def joined(*pieces: str) -> list[int]:
 
 
 def ids(source: tokens.TokenFile) -> list[int]:
-    """Every token, however many shards there are."""
-    mapped = source.map()
-    return mapped[np.arange(len(mapped))].tolist()
+    """Every token."""
+    return source.map().tolist()
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------
@@ -103,103 +110,63 @@ def test_a_stretch_without_white_space_is_kept_whole() -> None:
     assert list(documents.cut(["ab", "雪" * 5, "", "c d", " e"])) == ["ab" + "雪" * 5 + "c", " d", " e"]
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("unit", [" ", "\n", "\r\n", "\u3000\t", "\x1c"])
+def test_a_long_run_of_white_space(unit: str) -> None:
+    """Up to where tiktoken's regular expression gives up, what it makes of them; beyond, the same by the rule."""
+    for run in (tokens.LONG - 2, tokens.LONG, tokens.LONG + 2):
+        for before, after in (("x", "x"), ("", "'s"), ("x ", ".5  y"), ("x", "")):
+            whole = before + unit * (run // len(unit)) + after
+            assert tokens.encode_piece(encoding(), whole).tolist() == encode(whole)
+    beyond = tokens.encode_piece(encoding(), "we " + unit * 1_200_000 + "x\ud800").tolist()
+    assert encoding().decode(beyond) == "we " + unit * 1_200_000 + "x\ufffd"
+    last = encode(unit[-1] + "x\ud800")
+    assert beyond[-len(last) :] == last
 
 
-def written(folder: Path, parts: list[list[int]], shard_tokens: int) -> shards.Writer:
-    """A folder of shards of these parts."""
-    folder.mkdir()
-    writer = shards.Writer(folder, shard_tokens)
-    for part in parts:
-        writer.append(np.array(part, dtype="<u2"))
-    writer.close()
-    return writer
+@pytest.mark.parametrize("character", ["a", "7", "-", "雪", "'", "\x00", "\u0301"])
+def test_a_long_run_of_anything_else(character: str) -> None:
+    found = tokens.encode_piece(encoding(), character * 1_200_000).tolist()
+    assert encoding().decode(found) == character * 1_200_000
 
 
-@settings(FEW, max_examples=60)
-@given(
-    parts=st.lists(st.lists(st.integers(0, 50256), max_size=9), min_size=1, max_size=8).filter(any),
-    size=st.integers(1, 12),
-    pick=st.data(),
-)
-def test_shards_are_one_sequence(
-    parts: list[list[int]], size: int, pick: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    expected = np.array([number for part in parts for number in part], dtype="<u2")
-    folder = tmp_path_factory.mktemp("shards") / "a"
-    writer = written(folder, parts, size)
-    assert shards.whole(folder, writer.shards)
-    assert [shard["tokens"] for shard in writer.shards][:-1] == [size] * (len(writer.shards) - 1)
-    assert np.array_equal(writer.counts, np.bincount(expected, minlength=2**16))
-    mapped = shards.mapped(folder, writer.shards)
-    assert len(mapped) == writer.tokens == len(expected)
-    first, last = sorted(pick.draw(st.tuples(*[st.integers(0, len(expected))] * 2)))
-    some, there = mapped[first:last], expected[first:last]
-    assert len(some) == len(there)
-    if len(there):
-        shape = pick.draw(st.sampled_from([(5,), (2, 3), (0, 4), ()]))
-        index = np.array(pick.draw(st.lists(st.integers(0, len(there) - 1), min_size=6, max_size=6)))
-        index = np.resize(index, shape).astype(np.int64)
-        found = some[index]
-        assert found.dtype == np.uint16
-        assert np.array_equal(found, there[index])
-        assert found.shape == shape
+def test_a_text_with_a_million_blanks(tmp_path: Path, cold: Path) -> None:
+    (tmp_path / "a.txt").write_text("to be" + " " * 1_200_000 + "or not")
+    assert encoding().decode(ids(tokens.prepare(text(tmp_path / "a.txt")))) == (tmp_path / "a.txt").read_text()
 
 
-@pytest.mark.parametrize("order", list(DataOrder))
-def test_batches_do_not_know_of_shards(order: DataOrder, tmp_path: Path) -> None:
-    """Training and validation, over borders that fall in windows: the same as from one array, bit for bit."""
-    whole = np.random.default_rng(0).integers(0, 50257, 1000).astype("<u2")
-    writer = written(tmp_path / "a", [whole.tolist()], 37)
-    mapped = shards.mapped(tmp_path / "a", writer.shards)
-    assert isinstance(mapped, shards.Shards)
-    for one, other in zip(data.split(whole, 0.2), data.split(mapped, 0.2), strict=True):
-        config = TrainConfig(batch_size=3, seq_len=16)
-        plain, sharded = (data.Batches(part, config, order, 5, CPU) for part in (one, other))
-        assert plain.per_epoch == sharded.per_epoch
-        for number in range(2 * plain.per_epoch):
-            assert all(map(torch.equal, plain.at(number), sharded.at(number)))
-        windows = [data.validation_windows(part, 16, 3, CPU) for part in (one, other)]
-        for expected, found in zip(*windows, strict=True):
-            assert all(map(torch.equal, expected, found))
+# --- the token file --------------------------------------------------------------------------------------------------
 
 
-def test_a_number_outside_is_no_token(tmp_path: Path) -> None:
-    writer = written(tmp_path / "a", [[1, 2, 3]], 2)
-    mapped = shards.mapped(tmp_path / "a", writer.shards)
-    for index in (-1, 3):
-        with pytest.raises(IndexError, match="of 3 tokens"):
-            mapped[np.array([0, index])]
+@pytest.mark.parametrize("piece", [7, 2**20])
+def test_the_token_file_is_numpys(piece: int, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One `.npy`, however many pieces it was written in; its hash and counts are of what it holds."""
+    monkeypatch.setattr(documents, "BLOCK", piece)
+    (tmp_path / "a.txt").write_text("Before we proceed any further, hear me speak.\n" * 50)
+    source = tokens.prepare(text(tmp_path / "a.txt"))
+    found = np.load(source.folder / "tokens.npy", allow_pickle=False)
+    assert found.dtype == np.dtype("<u2")
+    assert found.tolist() == encode("Before we proceed any further, hear me speak.\n" * 50)
+    assert source.tokens_sha256 == hashlib.sha256(found.tobytes()).hexdigest()
+    assert np.load(source.folder / "counts.npy").tolist() == np.bincount(found, minlength=2**16).tolist()
+    assert isinstance(source.map(), np.memmap)
 
 
-def test_a_shard_is_llm_cs_file(tmp_path: Path) -> None:
-    """Read as llmc/dataloader.h and modded-nanogpt's `_load_data_shard` do."""
-    writer = written(tmp_path / "a", [[7, 50256, 40000, 1, 2]], 3)
-    found = []
-    for file in sorted((tmp_path / "a").glob("*.bin")):
-        header = np.fromfile(file, dtype="<i4", count=256)
-        assert (header[0], header[1]) == (20240520, 1)
-        assert file.stat().st_size == 256 * 4 + 2 * header[2]
-        part = np.fromfile(file, dtype="<u2", offset=256 * 4)
-        assert header[8:16].tobytes() == hashlib.sha256(part.tobytes()).digest()
-        assert not header[3:8].any()
-        assert not header[16:].any()
-        found += part.tolist()
-    assert found == [7, 50256, 40000, 1, 2]
-    assert len(writer.shards) == 2
-
-
-def test_a_copied_cache_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = written(tmp_path / "a", [[1, 2, 3]], 2)
-    for file in (tmp_path / "a").iterdir():
-        os.utime(file)
+def test_a_copied_cache_is_hashed_once(tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    source = tokens.prepare(text(tmp_path / "a.txt"))
+    os.utime(source.folder / "facts.json", (1e9, 1e9))
     hashed = []
-    real = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or real(file, name))
-    assert shards.whole(tmp_path / "a", writer.shards)
-    assert len(hashed) == 2
-    assert shards.whole(tmp_path / "a", writer.shards)
-    assert len(hashed) == 2
+
+    def sha256(content: Any = b"") -> Any:
+        hashed.extend([len(content)] if isinstance(content, memoryview) else [])
+        return real(content)
+
+    real = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", sha256)
+    assert source.whole
+    assert hashed == [source.tokens]
+    assert source.whole
+    assert len(hashed) == 1
 
 
 # --- forms -----------------------------------------------------------------------------------------------------------
@@ -219,16 +186,18 @@ def table(**columns: list[Any]) -> arrow.Table:
 
 def write(form: str, path: Path, field: str = "text") -> Path:
     path = path / f"a.{form}"
-    if form == "jsonl":
-        path.write_text(rows(field), encoding="utf-8")
-    elif form == "jsonl.gz":
-        path.write_bytes(gzip.compress(rows(field).encode()))
+    if form != "parquet":
+        content = rows(field).encode()
+        path.write_bytes(gzip.compress(content) if form.lower().endswith(".gz") else content)
     else:
         parquet.write_table(table(id=[*range(4)], **{field: DOCUMENTS}), path, row_group_size=2)
     return path
 
 
-@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
+FORMS = ["jsonl", "jsonl.gz", "ndjson", "ndjson.gz", "json", "JSON.GZ", "parquet"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_rows_are_documents(form: str, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "BLOCK", 8)  # so that documents are cut, and batched, too
     monkeypatch.setattr(documents, "ROWS", 3)
@@ -248,6 +217,74 @@ def test_a_folder_may_mix_them(tmp_path: Path, cold: Path) -> None:
         write(form, folder)
     (folder / "z.TXT").write_text("last")
     assert ids(tokens.prepare(text(folder))) == joined("# plain", *DOCUMENTS, *DOCUMENTS, "last")
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.gz", "a.txt", "a"])
+def test_packed_text_is_read_as_plain(name: str, tmp_path: Path, cold: Path) -> None:
+    """Whatever its name, in several members too; its hash is that of the file."""
+    content = gzip.compress(b"to be or ") + gzip.compress(b"not to be")
+    (tmp_path / name).write_bytes(content)
+    source = tokens.prepare(text(tmp_path / name))
+    assert ids(source) == encode("to be or not to be")
+    assert source.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_byte_order_mark_is_no_text(pack: Callable[[bytes], bytes], tmp_path: Path, cold: Path) -> None:
+    """Of each file of a folder; one in the midst of a text stays."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, content in {"a.txt": "to\ufeff be", "b.txt": "or not", "c.jsonl": '{"text": "x"}'}.items():
+        (folder / name).write_bytes(pack(content.encode("utf-8-sig")))
+    if pack is gzip.compress:
+        (folder / "c.jsonl").rename(folder / "c.jsonl.gz")
+    assert ids(tokens.prepare(text(folder))) == joined("to\ufeff be", "or not", "x")
+    (tmp_path / "late.txt").write_bytes(codecs.BOM_UTF8 + b"x " * 600_000 + b"\xe9")
+    with pytest.raises(BadRequest, match=r"late\.txt is not UTF-8 at byte 1200003"):
+        tokens.prepare(text(tmp_path / "late.txt"))
+
+
+def test_a_literal_end_of_text_is_noted_with_how_to_part(
+    tmp_path: Path, cold: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with the count and a command that a shell takes; what that makes has the documents."""
+    path = tmp_path / "my stories.txt"
+    path.write_text("to be<|endoftext|>or not\n<|endoftext|>" + "naïve " * 300_000 + "<|endoftext|>")
+    source = tokens.prepare(text(path))
+    assert EOT not in ids(source)
+    tokens.prepare(text(path))
+    (note,) = [record.getMessage() for record in caplog.records]
+    assert note.startswith(
+        "my stories.txt: holds <|endoftext|> 3 times, as letters: it parts no documents; to part them: "
+    )
+    command, _, made = note.partition("to part them: ")[2].partition(", and data.path=")
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, executable="/bin/sh", env={**os.environ, "PYTHONUTF8": "1"})
+    (place,) = shlex.split(made)
+    assert ids(tokens.prepare(text(place))) == joined("to be", "or not\n", "naïve " * 300_000)
+    caplog.clear()
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "a<|endoftext|>"}) + "\n" + json.dumps({"text": "b"}))
+    tokens.prepare(text(tmp_path / "b.jsonl"))
+    (note,) = [record.getMessage() for record in caplog.records]
+    assert note.startswith(
+        "b.jsonl: holds <|endoftext|> 1 time, as letters: it parts no documents; to part them, make each"
+    )
+
+
+def test_linked_folders_are_read_once(tmp_path: Path, cold: Path) -> None:
+    """Without end where links go in a circle; a real folder is known by its own name."""
+    folder, other = tmp_path / "texts", tmp_path / "other"
+    for place, content in {folder / "m" / "a": "real", other / "b": "linked", other / ".git" / "c": "no"}.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(content)
+    for name, place in {"a_twin": folder / "m", "other": other, "zz": other, "self": folder, ".hidden": other}.items():
+        (folder / name).symlink_to(place)
+    (other / "back").symlink_to(folder)
+    (folder / "file").symlink_to(other / "b")
+    assert ids(tokens.prepare(text(folder))) == joined("linked", "real", "linked")
+    (folder / "m" / "gone").symlink_to("nowhere")
+    with pytest.raises(BadRequest, match=r"data\.path=.*texts: m/gone is a link that leads nowhere; remove it"):
+        tokens.prepare(text(folder))
 
 
 def test_half_a_surrogate_pair_is_what_tiktoken_makes_of_it(tmp_path: Path, cold: Path) -> None:
@@ -274,8 +311,19 @@ def test_max_tokens(most: int, tmp_path: Path, cold: Path) -> None:
             r"data\.field=text: a\.jsonl line 2 has .* body; try data\.field=body",
         ),
         ("a.jsonl", b'{"text": null}', r"data\.field=text: a\.jsonl line 1 holds null, no text; name"),
-        ("a.jsonl", b"[1, 2]", r"data\.field=text: a\.jsonl line 1 is no row of named fields; name the field"),
-        ("a.jsonl", b'{"text": "\xe9"}', r"data\.path=.*: a\.jsonl line 1 is no JSON .*utf-8"),
+        ("a.jsonl", b"1", r"data\.field=text: a\.jsonl line 1 is no row of named fields; name the field"),
+        (
+            "a.jsonl",
+            b'{"text": "\xe9"}',
+            r"data\.path=.*: a\.jsonl is not UTF-8 in line 1; convert it: iconv -f LATIN1",
+        ),
+        ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl is one JSON array, no JSON lines; convert it: jq -c"),
+        ("a.jsonl", b'{"a":' * 100_000 + b"\n", r"a\.jsonl line 1 is no JSON"),
+        ("a.json", b'[\n{"text": "x"}\n]', r"a\.json is one JSON array, .*: jq -c '\.\[\]' /.*a\.json > OUT\.jsonl$"),
+        ("a.json", b'{\n"text": "x"\n}', r"a\.json line 1 is no JSON .*; write an object a line.*, or name it \.txt"),
+        ("a.json", b'{"data": ["x"]}', r"data\.field=text: a\.json line 1 has no such field, only data"),
+        ("a.txt", b'\n{"text": "x"}\n', r"a\.txt holds JSON lines; let its name end in \.jsonl"),
+        ("a", b'{"body": "x"}\n{"body": "y"}\n', r"a holds JSON lines; let its name end in \.jsonl"),
         ("a.jsonl", b"\n", r"the text has 0 tokens"),
         (
             "a.jsonl.gz",
@@ -304,6 +352,89 @@ def test_what_is_no_text_is_refused(
     assert not list(cold.glob("tokens/*"))
 
 
+def packed_tar() -> bytes:
+    """A tar archive with a text in it."""
+    with io.BytesIO() as out:
+        with tarfile.open(fileobj=out, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo("a.txt"))
+        return out.getvalue()
+
+
+def packed_zip() -> bytes:
+    """A zip archive with a text in it."""
+    with io.BytesIO() as out:
+        with zipfile.ZipFile(out, "w") as archive:
+            archive.writestr("a.txt", "to be")
+        return out.getvalue()
+
+
+def saved(write: Callable[[Any], object]) -> bytes:
+    """What a library writes to a file."""
+    with io.BytesIO() as out:
+        write(out)
+        return out.getvalue()
+
+
+OTHERS = {
+    "UTF-16": ("to be".encode("utf-16"), "UTF-16; convert it: iconv -f UTF-16 -t UTF-8 "),
+    "UTF-16 be": (codecs.BOM_UTF16_BE + "to be".encode("utf-16-be"), "UTF-16; convert it: iconv -f UTF-16 -t UTF-8 "),
+    "UTF-16 bare": ("to be".encode("utf-16-le"), "UTF-16; convert it: iconv -f UTF-16LE -t UTF-8 "),
+    "UTF-16 bare be": ("to be".encode("utf-16-be"), "UTF-16; convert it: iconv -f UTF-16BE -t UTF-8 "),
+    "UTF-32": ("to be".encode("utf-32"), "UTF-32; convert it: iconv -f UTF-32 -t UTF-8 "),
+    "gzip twice": (
+        gzip.compress(gzip.compress(b"x")),
+        "gzip; gunzip < .*a.txt > IN, then unpack it: gunzip < IN > OUT",
+    ),
+    "tar.gz": (
+        gzip.compress(packed_tar()),
+        "a tar archive; gunzip < .*a.txt > IN, then unpack it: mkdir OUT && tar -xf IN",
+    ),
+    "bz2": (bz2.compress(b"x"), "bzip2; unpack it: bunzip2 < "),
+    "bz2 empty": (bz2.compress(b""), "bzip2; unpack it: bunzip2 < "),
+    "xz": (lzma.compress(b"x"), "xz; unpack it: xz -dc "),
+    "zstd": (arrow.compress(b"x" * 99, "zstd", asbytes=True), "zstd; unpack it: zstd -dc "),
+    "zip": (packed_zip(), "a zip archive .*; unpack it: unzip "),
+    "tar": (packed_tar(), "a tar archive; unpack it: mkdir OUT && tar -xf "),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "a PDF; convert it: pdftotext "),
+    "PNG": (b"\x89PNG\r\n\x1a\n\x00", "a picture; name text files"),
+    "JPEG": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "a picture; name text files"),
+    "Parquet": (
+        saved(lambda out: parquet.write_table(arrow.table({"text": ["x"]}), out)),
+        "Parquet; let its name end in",
+    ),
+    "Feather": (saved(lambda out: feather.write_feather(arrow.table({"text": ["x"]}), out)), "a table .*; write it as"),
+    "ORC": (saved(lambda out: orc.write_table(arrow.table({"text": ["x"]}), out)), "a table .*; write it as .parquet"),
+    "safetensors": (safetensors.numpy.save({"a": np.zeros(3)}), "weights .*; name text files; init.path=FOLDER"),
+    "npy": (saved(lambda out: np.save(out, np.zeros(3))), "arrays or a pickle"),
+    "pickle": (pickle.dumps(["x"]), "arrays or a pickle"),
+    "tokens": (np.array([20240520, 1, 5], "<i4").tobytes(), "tokens .*; name the text that they were made from"),
+    "SQLite": (b"SQLite format 3\x00", "an SQLite database"),
+    "Word": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a document of Microsoft Office; save it as plain text"),
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS .*; fetch it: git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_a_file_is_its_first_bytes_tell(kind: str, name: str, tmp_path: Path, cold: Path) -> None:
+    content, complaint = OTHERS[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadRequest, match=f"a.[a-z]+ is {complaint.replace('a.txt', name)}") as refusal:
+        tokens.prepare(text(tmp_path / name))
+    assert "\n" not in str(refusal.value)
+    assert not list(cold.glob("tokens/*"))
+
+
+@FEW
+@given(st.sampled_from([content for content, _ in OTHERS.values()]), st.text(min_size=1))
+def test_no_text_is_taken_for_something_else(begun: bytes, more: str) -> None:
+    """What begins with the letters of such a mark ("ORCHARD", "ID3 tags", "GGUF is") is still text."""
+    start = "".join(itertools.takewhile(str.isprintable, begun.decode("latin-1")))
+    for whole in (more, start + " " + more, start + "Z" + more):
+        if "\x00" not in whole and not whole.startswith(("%PDF-", "BZh91AY", "version https://git-lfs")):
+            assert not any(re.match(mark[0], whole.encode(errors="replace"), re.DOTALL) for mark in documents.NOT_TEXT)
+
+
 def test_parquet_without_its_library(tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write("parquet", tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -319,60 +450,78 @@ def test_a_plain_texts_hash_is_what_it_always_was(tmp_path: Path, cold: Path) ->
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "b.txt").write_bytes(b"to be")
-    assert texts.find(text(folder / "b.txt")).sha256 == hashlib.sha256(b"to be").hexdigest()
-    assert texts.find(text(folder)).sha256 == hashlib.sha256(b"to be").hexdigest()
+    assert tokens.prepare(text(folder / "b.txt")).sha256 == hashlib.sha256(b"to be").hexdigest()
+    assert tokens.prepare(text(folder)).sha256 == hashlib.sha256(b"to be").hexdigest()
     (folder / "a.txt").write_bytes(b"or not")
     both = hashlib.sha256(hashlib.sha256(b"or not").digest() + hashlib.sha256(b"to be").digest())
-    assert texts.find(text(folder)).sha256 == both.hexdigest()
+    assert tokens.prepare(text(folder)).sha256 == both.hexdigest()
 
 
-def test_a_large_text_is_hashed_once_and_a_change_is_noticed(
+@pytest.mark.parametrize(
+    ("form", "more", "chosen"),
+    [
+        ("jsonl", {}, {"field": "text", "of": [True]}),
+        ("jsonl.gz", {}, {"field": "text", "of": [True]}),
+        ("parquet", {}, {"field": "text", "of": [True]}),
+        ("jsonl", {"max_tokens": 3}, {"field": "text", "of": [True], "max_tokens": 3}),
+        ("txt", {"max_tokens": 3}, {"max_tokens": 3}),
+    ],
+)
+def test_what_is_chosen_of_a_text_is_in_its_hash(
+    form: str, more: dict[str, int], chosen: dict[str, Any], tmp_path: Path, cold: Path
+) -> None:
+    """As before: of all the bytes, also where they were not read to the end, or not in their order."""
+    path = write(form, tmp_path) if form != "txt" else tmp_path / "a.txt"
+    if form == "txt":
+        path.write_text("to be or not to be " * 200_000)
+    known = json.dumps({"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **chosen}, sort_keys=True)
+    assert tokens.prepare(text(path, **more)).sha256 == hashlib.sha256(known.encode()).hexdigest()
+
+
+def test_a_text_is_read_once_and_a_change_is_noticed(
     tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "LARGE", 5)
+    """It is hashed while it is tokenised; a start that finds its tokens opens none of its files."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for name in "ab":
-        (folder / name).write_text("to be")
-        os.utime(folder / name, (1e9, 1e9))
-    hashed = []
-    real = texts._sha256
-    monkeypatch.setattr(texts, "_sha256", lambda item, advance: hashed.append(item.name) or real(item, advance))
-    first = texts.find(text(folder)).sha256
-    assert (texts.find(text(folder)).sha256, hashed) == (first, ["a", "b"])
-    (folder / "b").write_text("or is")  # as long, and the date says so
+        (folder / name).write_text("to be or not")
+    opened = []
+    real = Path.open
+
+    def counted(path: Path, *how: Any, **more: Any) -> Any:
+        opened.extend([path.name] if path.parent == folder else [])
+        return real(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", counted)
+    first = tokens.prepare(text(folder))
+    assert opened == ["a", "b"]
+    assert tokens.prepare(text(folder)) == first
+    assert opened == ["a", "b"]
+    (folder / "b").write_text("or is it bad")  # as long, and the date says so
     os.utime(folder / "b", (2e9, 2e9))
-    second = texts.find(text(folder)).sha256
-    assert (second != first, hashed) == (True, ["a", "b", "b"])
-    os.utime(folder / "b", (1e9, 1e9))
-    assert (texts.find(text(folder)).sha256, hashed) == (second, ["a", "b", "b", "b"])
-    (folder / "c").write_text("to be")
-    (folder / "c").replace(folder / "b")  # another file of the same length
-    os.utime(folder / "b", (1e9, 1e9))
-    assert texts.find(text(folder)).sha256 == first
+    second = tokens.prepare(text(folder))
+    assert second.sha256 != first.sha256
+    assert ids(second) == joined("to be or not", "or is it bad")
 
 
-def test_what_was_just_written_is_not_remembered(tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clocks tick: another content may follow with the same date."""
-    monkeypatch.setattr(texts, "LARGE", 5)
-    path = tmp_path / "a.txt"
-    path.write_text("to be")
-    stat = path.stat()
-    first = texts.find(text(path)).sha256
-    path.write_text("or is")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert texts.find(text(path)).sha256 != first
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_text_that_is_still_written_is_refused(
+    form: str, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(form, tmp_path)
+    real = documents.in_row
 
+    def meanwhile(*row: Any) -> Iterator[str | None]:
+        os.utime(path, (2e9, 2e9))
+        return real(*row)
 
-def test_a_text_that_is_still_written_is_refused(tmp_path: Path, cold: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("to be " * 100)
-    pieces = texts.find(text(path)).read(lambda _: None)
-    assert next(pieces) is None
-    with path.open("a") as file:
-        file.write("or not")
-    with pytest.raises(BadRequest, match=r"data\.path=.*a\.txt: a\.txt was changed while it was read; start again"):
-        list(pieces)
+    monkeypatch.setattr(documents, "in_row", meanwhile)
+    with pytest.raises(
+        BadRequest, match=rf"data\.path=.*a\.{form}: a\.{form} was changed while it was read; start again"
+    ):
+        tokens.prepare(text(path))
+    assert not list(cold.glob("tokens/*"))
 
 
 # --- size ------------------------------------------------------------------------------------------------------------
@@ -412,7 +561,7 @@ def test_killed_while_it_tokenises(tmp_path: Path, cold: Path) -> None:
     code = "import sys; from gpt2exp import tokens; from gpt2exp.config import DataConfig, DataName; "
     code += "tokens.prepare(DataConfig(name=DataName.text, path=sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)])
-    while not (found := list(cold.glob("tokens/.*.part/*.bin"))) and process.poll() is None:
+    while not (found := list(cold.glob("tokens/.*.part/*.npy"))) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -596,37 +745,3 @@ for more in json.loads(sys.argv[1]):
     assert again == [facts, found]
     assert kind == "AssetError"
     assert line.startswith("data.path=me/other: the Hub cannot be reached (")
-
-
-# --- a run -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_on_many_shards(tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command, on JSON lines in shards of 100 tokens: the losses of the same text in one shard."""
-    path = tmp_path / "a.jsonl"
-    path.write_text(rows() * 60, encoding="utf-8")
-    losses = []
-    for size in (shards.SHARD_TOKENS, 100):
-        monkeypatch.setattr(shards.Writer.__init__, "__defaults__", (size,))
-        monkeypatch.setenv("GPT2EXP_CACHE", str(cold))
-        (tmp_path / str(size)).mkdir()
-        with contextlib.chdir(tmp_path / str(size)):
-            small = ["model=nano", "model.n_layer=1", "model.n_head=1", "model.n_embd=8", "train.steps=3"]
-            code = train.command(
-                [
-                    *small,
-                    "data=text",
-                    f"data.path={path}",
-                    "data.val_fraction=0.1",
-                    "data.order=shuffled",
-                    "wandb.mode=disabled",
-                ]
-            )
-        assert code == 0
-        (summary,) = (tmp_path / str(size)).glob("runs/*/*/summary.json")
-        facts = json.loads(summary.read_text())
-        losses.append((facts["loss_first"], facts["loss_last"], facts["val_loss"], facts["loss_unseen_last"]))
-        source = tokens.prepare(text(path))
-        assert len(source.shards) == -(-source.tokens // size)
-        source.folder.rename(tmp_path / f"tokens{size}")
-    assert losses[0] == losses[1]

@@ -23,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gpt2exp import diagnostics, estimate, optim, runtime, tokens
 from gpt2exp.config import (
     DataConfig,
     DataOrder,
@@ -34,13 +33,19 @@ from gpt2exp.config import (
     Schedule,
     TrainConfig,
 )
-from gpt2exp.data import Batches, split
-from gpt2exp.model import GPT, initialise
-from gpt2exp.trainer import Diverged, Trainer
+from gpt2exp.data import tokens
+from gpt2exp.data.batches import Batches, split
+from gpt2exp.model.gpt import GPT
+from gpt2exp.model.init import initialise
+from gpt2exp.training import distributed, hardware, load, optimizers, setup
+from gpt2exp.training import trainer as trainers
+from gpt2exp.training.trainer import Diverged, Trainer
 
 CPU = torch.device("cpu")
 WORDS = 211
 ALWAYS = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second"}
+if load.waited() is not None:
+    ALWAYS.add("waited_ms")
 COSINE = {"schedule": Schedule.cosine}
 
 
@@ -154,7 +159,7 @@ def test_training_moves_no_global_random_state() -> None:
 @pytest.mark.parametrize("tie", [True, False])
 def test_matrices_and_embeddings_decay_and_the_rest_does_not(tie: bool) -> None:
     gpt = model(tie)
-    optimizer = optim.build(gpt, OptimizerConfig(weight_decay=0.3, betas=[0.8, 0.95], eps=1e-6, lr=0.01))
+    optimizer = optimizers.build(gpt, OptimizerConfig(weight_decay=0.3, betas=[0.8, 0.95], eps=1e-6, lr=0.01))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in gpt.named_parameters():
         leaf_decays = name.endswith(".weight") and ".ln_" not in name
@@ -175,11 +180,11 @@ class TestLearningRate:
     """A pure function of the step."""
 
     def test_constant(self) -> None:
-        assert {optim.learning_rate(OptimizerConfig(lr=0.1), step, 50) for step in range(50)} == {0.1}
+        assert {optimizers.learning_rate(OptimizerConfig(lr=0.1), step, 50) for step in range(50)} == {0.1}
 
     def test_cosine_at_its_turning_points(self) -> None:
         config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=10, **COSINE)
-        rate = [optim.learning_rate(config, step, 111) for step in range(111)]
+        rate = [optimizers.learning_rate(config, step, 111) for step in range(111)]
         assert rate[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
         assert rate[10] == 1.0  # the peak after the warm-up
         assert rate[60] == pytest.approx(0.55)  # half way
@@ -193,7 +198,7 @@ class TestLearningRate:
         warmup = data.draw(st.integers(0, steps))
         lr = data.draw(st.floats(1e-6, 10))
         config = OptimizerConfig(lr=lr, min_lr=lr * data.draw(st.floats(0, 1)), warmup_steps=warmup, **COSINE)
-        rate = [optim.learning_rate(config, step, steps) for step in range(steps)]
+        rate = [optimizers.learning_rate(config, step, steps) for step in range(steps)]
         slack = 1e-12 * lr
         assert all(0 < r <= lr + slack for r in rate[:warmup])
         assert all(config.min_lr - slack <= r <= lr + slack for r in rate[warmup:])
@@ -206,7 +211,7 @@ class TestLearningRate:
         config = OptimizerConfig(lr=0.01, warmup_steps=2, min_lr=0.001, **COSINE)
         job = trainer(optimizer=config, steps=6)
         for row in job.fit():
-            expected = optim.learning_rate(config, row["step"], 6)
+            expected = optimizers.learning_rate(config, row["step"], 6)
             assert row["lr"] == expected
             assert [group["lr"] for group in job.optimizer.param_groups] == [expected] * 2
 
@@ -215,16 +220,16 @@ def test_clipping_bounds_the_gradient_that_is_applied_and_only_then() -> None:
     free, bound = trainer(), trainer(optimizer=OptimizerConfig(grad_clip=0.05))
     free.step()
     bound.step()
-    natural = diagnostics.grad_norm(free.model)
+    natural = trainers.grad_norm(free.model)
     assert natural > 0.5
-    assert diagnostics.grad_norm(bound.model) == pytest.approx(0.05, rel=1e-4)
+    assert trainers.grad_norm(bound.model) == pytest.approx(0.05, rel=1e-4)
     for ours, theirs in zip(bound.model.parameters(), free.model.parameters(), strict=True):  # shortened, not turned
         assert ours.grad is not None
         assert theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad * (0.05 / natural), atol=1e-7, rtol=1e-3)
     loose = trainer(optimizer=OptimizerConfig(grad_clip=100.0))
     loose.step()
-    assert diagnostics.grad_norm(loose.model) == pytest.approx(natural, rel=1e-6)
+    assert trainers.grad_norm(loose.model) == pytest.approx(natural, rel=1e-6)
 
 
 def test_the_norm_recorded_is_the_one_before_clipping() -> None:
@@ -239,7 +244,7 @@ def test_grad_norm_is_the_length_of_all_gradients() -> None:
     idx = torch.arange(34).view(2, 17)
     gpt(idx[:, :-1], idx[:, 1:]).backward()
     squares = sum(float(p.grad.double().square().sum()) for p in gpt.parameters() if p.grad is not None)
-    assert diagnostics.grad_norm(gpt) == pytest.approx(math.sqrt(squares), rel=1e-6)
+    assert trainers.grad_norm(gpt) == pytest.approx(math.sqrt(squares), rel=1e-6)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -250,7 +255,7 @@ def test_the_embeddings_two_gradients_are_an_untied_models(tie: bool) -> None:
     idx = torch.randint(40, (4, 17), generator=torch.Generator().manual_seed(0))  # tokens that repeat
     x, y = idx[:, :-1], idx[:, 1:]
     gpt.transformer.gradient_in_place = tie
-    got = diagnostics.first_look(gpt, x, y)
+    got = trainers.first_look(gpt, x, y)
     assert all(parameter.grad is None for parameter in gpt.parameters())  # the training's gradient is left alone
     apart(x, y).backward()
     for key, weight in (("wte_grad_lookup", apart.transformer.wte.weight), ("wte_grad_head", apart.lm_head.weight)):
@@ -271,18 +276,18 @@ class TestLossUnseen:
             probabilities = gpt.double()(idx).softmax(-1)
         expected = float(-probabilities[..., seen].sum(-1).log().mean())
         assert expected > 1
-        assert diagnostics.loss_unseen(gpt.float(), idx, seen) == pytest.approx(expected, rel=1e-5)
+        assert trainers.loss_unseen(gpt.float(), idx, seen) == pytest.approx(expected, rel=1e-5)
 
     def test_is_nothing_when_every_token_occurs(self) -> None:
         idx = torch.randint(WORDS, (2, 16), generator=torch.Generator().manual_seed(0))
-        assert diagnostics.loss_unseen(model(), idx, torch.arange(WORDS)) == pytest.approx(0, abs=1e-6)
+        assert trainers.loss_unseen(model(), idx, torch.arange(WORDS)) == pytest.approx(0, abs=1e-6)
 
     def test_on_tiny_shakespeare_before_training(self, tiny: ModelConfig) -> None:
         source = tokens.prepare(DataConfig())
         gpt = GPT(tiny)
         initialise(gpt, InitConfig(), seed=0)
         x, y = Batches(source.map(), TrainConfig(), DataOrder.sequential, 0, CPU).at(0)
-        unseen = diagnostics.loss_unseen(gpt, x, torch.from_numpy(source.seen()))
+        unseen = trainers.loss_unseen(gpt, x, torch.from_numpy(source.seen()))
         assert unseen == pytest.approx(math.log(50257 / 11706), abs=0.01)
         assert float(gpt(x, y).detach()) == pytest.approx(math.log(50257), abs=0.05)
 
@@ -336,7 +341,7 @@ class TestFit:
         x, y = job.batches.at(0)
         row = next(job.fit())
         assert row["loss"] == pytest.approx(float(untouched(x, y).detach()), rel=1e-6)
-        assert row["loss_unseen"] == pytest.approx(diagnostics.loss_unseen(untouched, x, torch.arange(0, WORDS, 2)))
+        assert row["loss_unseen"] == pytest.approx(trainers.loss_unseen(untouched, x, torch.arange(0, WORDS, 2)))
         assert row["loss"] != pytest.approx(float(job.model(x, y).detach()), rel=1e-4)
 
     def test_it_goes_on_where_it_stands(self) -> None:
@@ -387,14 +392,14 @@ class TestTiming:
             nonlocal now
             now += seconds
 
-        monkeypatch.setattr("gpt2exp.trainer.time.perf_counter", lambda: now)
+        monkeypatch.setattr("gpt2exp.training.trainer.time.perf_counter", lambda: now)
         return advance
 
     def slowed(
         self, job: Trainer, clock: Callable[[float], None], seconds: list[float], monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[dict[str, Any]]:
         """A run whose steps take these seconds and everything else a thousand."""
-        real_step, real_evaluate, real_unseen = job.step, job.evaluate, diagnostics.loss_unseen
+        real_step, real_evaluate, real_unseen = job.step, job.evaluate, trainers.loss_unseen
 
         def step() -> Tensor:
             clock(seconds[job.steps_done])
@@ -410,7 +415,7 @@ class TestTiming:
 
         monkeypatch.setattr(job, "step", step)
         monkeypatch.setattr(job, "evaluate", evaluate)
-        monkeypatch.setattr(diagnostics, "loss_unseen", unseen)
+        monkeypatch.setattr(trainers, "loss_unseen", unseen)
         return job.fit()
 
     def test_only_the_step_is_on_the_clock(
@@ -427,8 +432,10 @@ class TestTiming:
         job = trainer(steps=2)
         real = job.step
         monkeypatch.setattr(job, "step", lambda: (events.append("step"), real())[1])
-        monkeypatch.setattr(runtime, "synchronize", lambda device: events.append("synchronize"))
-        monkeypatch.setattr("gpt2exp.trainer.time.perf_counter", lambda: events.append("clock") or float(len(events)))
+        monkeypatch.setattr(hardware, "synchronize", lambda device: events.append("synchronize"))
+        monkeypatch.setattr(
+            "gpt2exp.training.trainer.time.perf_counter", lambda: events.append("clock") or float(len(events))
+        )
         list(job.fit())
         assert events == ["synchronize", "clock", "step", "synchronize", "clock"] * 2
 
@@ -453,8 +460,43 @@ class TestTiming:
         assert timing["tokens_per_second"] == pytest.approx(64 / median)
 
     def test_before_the_first_step_there_is_none(self) -> None:
-        empty = {"step_ms": None, "first_step_ms": None, "tokens_per_second": None, "timed_steps": 0}
-        assert trainer().timing() == empty
+        empty = dict.fromkeys(("step_ms", "first_step_ms", "tokens_per_second", "speed_disturbed"))
+        assert trainer().timing() == {**empty, "timed_steps": 0}
+
+    @pytest.mark.parametrize(
+        ("waits", "kept", "share"),
+        [
+            ([0.0, 0.05, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0], 0.0),  # a twentieth of the step is none
+            ([0.0, 0.0, 0.4, 0.4], [1.0, 2.0], 0.5),
+            ([0.0, 0.3, 0.4, 0.5], [1.0, 2.0, 3.0, 4.0], 0.75),  # most: what is left would be no measurement
+            ([None, None, None, None], [1.0, 2.0, 3.0, 4.0], None),
+            ([None, None, 0.4, 0.0], [4.0], 0.5),  # known since the run went on, with this version
+            ([], [1.0, 2.0, 3.0, 4.0], None),
+        ],
+    )
+    def test_steps_that_waited_for_a_core_are_left_out(
+        self, waits: list[float | None], kept: list[float], share: float | None
+    ) -> None:
+        job = trainer(warmup_steps=1)
+        job.step_seconds = [9.0, 1.0, 2.0, 3.0, 4.0]
+        job.step_waits = [100.0, *waits] if waits else []  # the warm-up's does not count
+        timing = job.timing()
+        assert (timing["speed_disturbed"], timing["timed_steps"]) == (share, len(kept))
+        assert timing["tokens_per_second"] == pytest.approx(64 / statistics.median(kept))
+
+    def test_the_longest_wait_of_the_processes_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = itertools.count()
+        monkeypatch.setattr(load, "waited", lambda: 0.5 * next(clock))
+        monkeypatch.setattr(distributed, "largest", lambda number: [2 * number])
+        job = trainer(steps=2)
+        assert [row["waited_ms"] for row in job.fit()] == [1000, 1000]
+        assert job.step_waits == [1, 1]
+
+    def test_where_the_system_does_not_say_nothing_is_recorded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(load, "waited", lambda: None)
+        job = trainer(steps=2)
+        assert not any("waited_ms" in row for row in job.fit())
+        assert job.timing()["speed_disturbed"] is None
 
     def test_the_tutorials_throughput(self) -> None:
         job = trainer(batch_size=16, seq_len=32)
@@ -521,9 +563,9 @@ def test_the_batch_suggested_fits_and_is_a_power_of_two() -> None:
     told = {"on_cpu": True, "unfused_attention": False}
 
     def need(batch: int) -> int:
-        return estimate.memory(replace(config, train=replace(config.train, batch_size=batch)), **told)
+        return setup.memory(replace(config, train=replace(config.train, batch_size=batch)), **told)
 
-    assert estimate.fitting_batch(config, need(16), **told) == 16
-    assert estimate.fitting_batch(config, need(16) - 1, **told) == 8
-    assert estimate.fitting_batch(config, need(1) - 1, **told) is None
-    assert estimate.fitting_batch(config, need(1000), **told) == 32
+    assert setup.fitting_batch(config, need(16), **told) == 16
+    assert setup.fitting_batch(config, need(16) - 1, **told) == 8
+    assert setup.fitting_batch(config, need(1) - 1, **told) is None
+    assert setup.fitting_batch(config, need(1000), **told) == 32

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, start, the_run, wait_for_step
+from conftest import Command
+from support import (
+    SMALL,
+    OfflineRun,
+    finish,
+    losses,
+    offline_records,
+    read,
+    run,
+    run_folders,
+    start,
+    the_run,
+    wait_for_step,
+)
 
-from gpt2exp import mirror
 from gpt2exp.config import RunConfig, WandbConfig, WandbMode, plain
+from gpt2exp.run import tracking
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -116,6 +130,171 @@ class TestOfflineFile:
         assert not list(folder.rglob("wandb-metadata.json"))
 
 
+def test_what_a_step_measured_always_arrives(tmp_path: Path) -> None:
+    """With `log_every` above 1 wandb and the terminal get the same steps: its multiples and those with a measure."""
+    often = ["train.steps=24", "train.log_every=10", "train.measure_every=9", "train.eval_every=7"]
+    done = run(tmp_path / "here", *SMALL, *often, "data.val_fraction=0.01")
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = the_run(tmp_path / "here")
+    rows, sent = read(folder / "metrics.jsonl"), OfflineRun(folder)
+    steps = [0, 6, 9, 10, 13, 18, 20, 23]
+    assert [row["step"] for row in sent.history] == steps
+    assert [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("step ")] == steps
+    for key in ("val_loss", "grad_norm", "loss_unseen", "residual_rms/0", "wte_grad_head"):
+        name, _, index = key.partition("/")
+        measured = [row[name][int(index)] if index else row[name] for row in rows if name in row]
+        assert [row[key] for row in sent.history if key in row] == measured
+    assert sum("val_loss" in row for row in rows) == 4
+
+
+class TestVariables:
+    """Each of wandb's variables holds where its key is not typed, or is said not to."""
+
+    def test_of_a_run(self, tmp_path: Path) -> None:
+        """What is typed wins; the rest holds, the run's id too, and what does not is one line each."""
+        around = {
+            "WANDB_PROJECT": "theirs",
+            "WANDB_ENTITY": "team",
+            "WANDB_NAME": "2024_01_15",
+            "WANDB_TAGS": "red, green",
+            "WANDB_RUN_GROUP": "a group",
+            "WANDB_NOTES": "why",
+            "WANDB_JOB_TYPE": "trial",
+            "WANDB_RUN_ID": "abc",
+            "WANDB_SWEEP_ID": "sweep1",
+            "WANDB_DIR": str(tmp_path),
+            "WANDB_MODE": "dryrun",
+            "WANDB_CONSOLE": "wrap",
+            "WANDB_DISABLE_CODE": "true",
+        }
+        done = run(tmp_path / "here", *SMALL, "train.steps=2", "wandb.entity=mine", **around)
+        assert (done.returncode, done.stderr) == (0, "")
+        notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+        assert notes == ["note: WANDB_CONSOLE=wrap: not used; in gpt2exp it is off"]
+        entry = OfflineRun(tmp_path).run
+        assert (entry.project, entry.display_name, entry.run_group) == ("theirs", "2024_01_15", "a group")
+        assert (list(entry.tags), entry.notes, entry.job_type) == (["red", "green"], "why", "trial")
+        assert (entry.run_id, entry.sweep_id, entry.host) == ("abc", "sweep1", "")
+        config = read(the_run(tmp_path / "here") / "summary.json")["config"]["wandb"]
+        assert (config["project"], config["entity"]) == ("theirs", "mine")
+
+    @pytest.mark.parametrize("isolate", ["false", "true"])
+    def test_of_a_sweep(self, tmp_path: Path, isolate: str) -> None:
+        """Every job and the comparison has an id of its own, is in no sweep of wandb's, and is named to be uploaded."""
+        around = {
+            "WANDB_RUN_ID": "abc",
+            "WANDB_RESUME": "allow",
+            "WANDB_SWEEP_ID": "sweep1",
+            "WANDB_DIR": str(tmp_path),
+        }
+        more = ["-m", "seed=1,2", *SMALL, "train.steps=2", f"sweep.isolate={isolate}"]
+        done = run(tmp_path / "here", *more, **around)
+        assert (done.returncode, done.stderr) == (0, "")
+        (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: WANDB")]
+        assert note.startswith("note: WANDB_RUN_ID, WANDB_RESUME, WANDB_SWEEP_ID: not used in a sweep; ")
+        kept = sorted((tmp_path / "wandb").glob("offline-run-*"))
+        entries = [
+            next(r.run for r in offline_records(next(folder.glob("*.wandb"))) if r.HasField("run")) for folder in kept
+        ]
+        assert sorted(entry.job_type for entry in entries) == ["comparison", "train", "train"]
+        assert len({entry.run_id for entry in entries} | {"abc"}) == 4
+        assert not any(entry.sweep_id or entry.resume for entry in entries)
+        (sync,) = [line for line in done.stdout.splitlines() if line.startswith("to upload: wandb sync ")]
+        assert sorted(tmp_path / "here" / word for word in sync.split()[4:]) == kept
+
+    def test_a_run_that_goes_on(self, tmp_path: Path) -> None:
+        """It is a new run in wandb, of the project it began with; the line says what is passed over."""
+        first = run(tmp_path / "here", *SMALL, "train.steps=2", "checkpoint.save_last=true", WANDB_RUN_ID="abc")
+        assert first.returncode == 0
+        folder = the_run(tmp_path / "here")
+        around = {"WANDB_RUN_ID": "abc", "WANDB_PROJECT": "other", "WANDB_NOTES": "why"}
+        done = run(tmp_path / "here", f"resume={folder}", "train.steps=4", **around)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "note: WANDB_RUN_ID: not used by a run that goes on, unless" in done.stdout
+        assert "note: WANDB_PROJECT: not used by a run that goes on; wandb.project=VALUE changes it" in done.stdout
+        files = list(folder.glob("wandb/offline-run-*/*.wandb"))
+        entries = {r.run.run_id: r.run for file in files for r in offline_records(file) if r.HasField("run")}
+        assert len(entries) == 2
+        assert entries.pop("abc").project == "gpt2exp"
+        (entry,) = entries.values()
+        assert (entry.project, entry.notes) == ("gpt2exp", "why\ngoes on at step 2 from abc")
+
+    def test_nothing_is_passed_over_silently(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every setting that we give wandb has its variables in one of the tables, or takes them over."""
+        import wandb
+
+        given: dict[str, Any] = {}
+        monkeypatch.setattr(
+            wandb, "init", lambda **words: given.update(words) or (_ for _ in ()).throw(OSError("stop"))
+        )
+        tracking.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x") | {"notes": "x"}).ready()
+        fields = given.pop("settings").model_fields_set | given.keys() - {"config"}
+        fields = {{"x_": "_"}.get(field[:2], field[:2]) + field[2:] for field in fields}
+        known = {name for names in tracking.KEYS.values() for name in names} | tracking.FIXED.keys()
+        taken = {"WANDB_MODE", "WANDB_JOB_TYPE", "WANDB_NOTES", "WANDB_INIT_TIMEOUT", "WANDB_SILENT", "WANDB_HOST"}
+        assert {f"WANDB_{field.upper()}".replace("_GROUP", "_RUN_GROUP") for field in fields} <= known | taken
+
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            ("WANDB_MODE", "nonsense", "WANDB_MODE=nonsense: not used; choose online, offline or disabled"),
+            ("WANDB_SAVE_CODE", "1", "WANDB_SAVE_CODE=1: not used; in gpt2exp it is false"),
+            ("WANDB_SAVE_CODE", "0", None),
+            ("WANDB_DISABLED", "true", "WANDB_DISABLED=true: not used; in gpt2exp it is false"),
+            ("WANDB_RUN_ID", "abc", None),
+            ("WANDB_PROJECT", "theirs", None),
+        ],
+    )
+    def test_lines(self, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str | None) -> None:
+        monkeypatch.setenv(name, value)
+        assert tracking.ignored(WandbConfig(), sweep=False, resumed=False) == ([said] if said else [])
+        assert tracking.ignored(WandbConfig(mode=WandbMode.disabled), sweep=True, resumed=False) == []
+
+    def test_a_value_that_wandb_refuses(self, tmp_path: Path) -> None:
+        """One line that names it, and the run goes on."""
+        done = run(tmp_path / "here", *SMALL, "train.steps=2", WANDB_RESUME="perhaps")
+        assert done.returncode == 0
+        (line, *_) = done.stderr.splitlines()
+        assert line.startswith("warning: wandb could not start offline (resume: Input should be 'allow', ")
+
+    def test_a_project_that_cannot_be(self, gpt2exp: Command) -> None:
+        done = gpt2exp(WANDB_PROJECT="a/b")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("gpt2exp: wandb.project=a/b: must be ")
+
+
+AGENT = """
+import os, signal, sys, threading
+import wandb
+from gpt2exp import engines, signals, train
+wandb.setup()
+codes = []
+def trial():
+    os.environ |= {"WANDB_RUN_ID": "abc", "WANDB_SWEEP_ID": "sweep1"}
+    wandb.teardown()
+    with signals.heralded(lambda: None), signals.terminable():
+        codes.append(train.command([*sys.argv[1:], "hydra.run.dir=alone"]))
+        codes.append(train.command(["-m", "seed=1,2", *sys.argv[1:], "hydra.sweep.dir=sweep"]))
+thread = threading.Thread(target=trial)
+thread.start()
+thread.join()
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+print(codes)
+"""
+
+
+def test_from_a_thread(tmp_path: Path) -> None:
+    """A run and a sweep in a thread, as `wandb.agent(function=...)` calls a function: the run is the agent's."""
+    program = [sys.executable, "-c", AGENT]
+    done = run(tmp_path / "here", *SMALL, "train.steps=2", "wandb.mode=offline", program=program)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["[0, 0]"]), done.stderr
+    alone = OfflineRun(tmp_path / "here" / "alone").run
+    assert (alone.run_id, alone.sweep_id) == ("abc", "sweep1")
+    jobs = [OfflineRun(folder).run for folder in run_folders(tmp_path / "here" / "sweep")]
+    assert len({job.run_id for job in jobs} | {"abc"}) == 3
+    assert not any(job.sweep_id for job in jobs)
+
+
 def about(name: str) -> dict[str, Any]:
     """What a run tells `wandb.init`."""
     return {"config": {"seed": 3}, "name": name, "group": None, "tags": []}
@@ -136,7 +315,7 @@ def test_several_runs_in_one_process(tmp_path: Path) -> None:
     for number, failed in enumerate((False, True, False)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), folder, about(f"run {number}"))
+        files = tracking.Mirror(WandbConfig(mode=WandbMode.offline), folder, about(f"run {number}"))
         assert files.ready() == "offline"
         files.log({"step": 0, "tokens": 128, "loss": float(number)})
         kept.append(files.finish({"state": "done"}, failed=failed))
@@ -152,33 +331,33 @@ class TestMode:
     """`auto` is online with credentials, else offline; a mode typed is obeyed."""
 
     def test_without_credentials(self) -> None:
-        assert mirror.resolve_mode(WandbConfig()) == "offline"
+        assert tracking.resolve_mode(WandbConfig()) == "offline"
 
     def test_with_a_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        assert mirror.resolve_mode(WandbConfig()) == "online"
+        assert tracking.resolve_mode(WandbConfig()) == "online"
 
     def test_with_netrc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
         (tmp_path / ".netrc").chmod(0o600)
-        assert mirror.resolve_mode(WandbConfig()) == "online"
+        assert tracking.resolve_mode(WandbConfig()) == "online"
         monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-        assert mirror.resolve_mode(WandbConfig()) == "offline", "the key is another server's"
+        assert tracking.resolve_mode(WandbConfig()) == "offline", "the key is another server's"
 
     @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
     def test_environment_wins_over_auto_alone(self, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
         monkeypatch.setenv("WANDB_MODE", mode)
-        assert mirror.resolve_mode(WandbConfig()) == mode
+        assert tracking.resolve_mode(WandbConfig()) == mode
         for typed in (WandbMode.online, WandbMode.offline, WandbMode.disabled):
-            assert mirror.resolve_mode(WandbConfig(mode=typed)) == typed.value
+            assert tracking.resolve_mode(WandbConfig(mode=typed)) == typed.value
 
     def test_an_unknown_mode_in_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_MODE", "nonsense")
-        assert mirror.resolve_mode(WandbConfig()) == "offline"
+        assert tracking.resolve_mode(WandbConfig()) == "offline"
 
 
 def test_disabled_writes_nothing(tmp_path: Path, warnings: list[str]) -> None:
-    files = mirror.Mirror(WandbConfig(mode=WandbMode.disabled), tmp_path, about("quiet"))
+    files = tracking.Mirror(WandbConfig(mode=WandbMode.disabled), tmp_path, about("quiet"))
     assert files.ready() == "disabled"
     files.log({"step": 0, "loss": 1.0})
     assert files.finish({}, failed=False) is None
@@ -195,7 +374,7 @@ class TestFailingWandb:
             raise RuntimeError("no wandb today\nat all")
 
         monkeypatch.setattr(wandb, "init", fail)
-        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
+        files = tracking.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
         assert files.ready() == "disabled"
         files.describe({"a": 1})
         files.log({"step": 0, "loss": 1.0})
@@ -204,7 +383,7 @@ class TestFailingWandb:
 
     @pytest.mark.parametrize("method", ["log", "finish"])
     def test_later(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str], method: str) -> None:
-        files = mirror.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
+        files = tracking.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x"))
         files.ready()
         real = files._run
 

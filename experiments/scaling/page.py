@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 from scipy.optimize import least_squares
 
-from gpt2exp import figures
+from gpt2exp.compare import figures
 from gpt2exp.config import ModelConfig
 
 HERE = Path(__file__).parent

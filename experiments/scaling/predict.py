@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from gpt2exp.config import LOSS_ROWS, ModelConfig
-from gpt2exp.runtime import PEAK_TFLOPS
+from gpt2exp.training.hardware import PEAK_TFLOPS
 
 # --- the hardware, as published --------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ class Setup:
     parallel: str = "ddp"
     """Or `fsdp`: weights, gradients and moments in shares, a block's weights gathered when it is due."""
     loss: str = "chunks"
-    """`gpt2exp.loss`, or `whole`: the logits of the batch stand at once, and their loss is compiled with the model."""
+    """`model.loss`, or `whole`: the logits of the batch stand at once, and their loss is compiled with the model."""
 
     @property
     def tokens(self) -> int:

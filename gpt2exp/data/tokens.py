@@ -1,0 +1,401 @@
+"""Text to tokens, once: GPT-2's, by tiktoken on every core, into one `.npy` that is memory-mapped ever after.
+
+The only place that imports tiktoken. A tokenised text is a folder of the cache, under the text's key (`texts.Text`), so
+an edited text is a new folder. The folder is written beside its place and moved there: it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from gpt2exp import machine
+from gpt2exp.config import BadRequest, DataConfig, TrainConfig
+from gpt2exp.data import assets, documents, progress, texts
+from gpt2exp.data.texts import Text
+from gpt2exp.files import beside, replacing, write_json
+
+if TYPE_CHECKING:
+    import tiktoken
+
+
+END_OF_TEXT = 50256
+"""`MARK`'s id: placed between documents."""
+
+MARK = "<|endoftext|>"
+"""What it is called; in a text these are letters."""
+
+FORMAT = "gpt2-npy"
+"""The tokenizer, and the version of what lies in a folder: another one, another folder."""
+
+BIGRAM_TOKENS = 10_000_000
+"""The longest text whose pairs of tokens are counted: that takes some 30 bytes a token, 0.3 GB here."""
+
+T = TypeVar("T")
+
+Tokens: TypeAlias = npt.NDArray[np.uint16]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A tokenised text: where it lies and what is known of it."""
+
+    folder: Path
+    name: str
+    sha256: str
+    """Of the text; see `texts.Text`."""
+    tokens: int
+    distinct_tokens: int
+    max_token: int
+    unigram_entropy: float
+    """Of the tokens, in nats: the loss of always guessing by frequency."""
+    bigram_entropy: float | None
+    """Of a token given the one before, in nats, both counted in this text; None if longer than `BIGRAM_TOKENS`."""
+    tokens_sha256: str
+    """Of the tokens as little-endian uint16."""
+    revision: str | None = None
+    """The commit, of a dataset on the Hub."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the record."""
+        known: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
+        known |= {"tokens": self.tokens, "distinct_tokens": self.distinct_tokens}
+        known |= {"revision": self.revision} if self.revision else {}
+        return known | {"unigram_entropy": self.unigram_entropy, "bigram_entropy": self.bigram_entropy}
+
+    def map(self) -> Tokens:
+        """The tokens, (tokens,), memory-mapped read-only.
+
+        Raises:
+            OSError, ValueError: the file is gone, or not what was written.
+        """
+        found: Tokens = np.load(self.folder / TOKENS, mmap_mode="r", allow_pickle=False)
+        return found
+
+    @property
+    def whole(self) -> bool:
+        """Whether the files are as they were written.
+
+        The tokens are hashed, at a second or two a gigabyte, only if their file is dated after `facts.json`: it was
+        copied or touched, or something else wrote to it.
+        """
+        path = self.folder / TOKENS
+        try:
+            mapped, written, known = self.map(), path.stat().st_mtime_ns, (self.folder / FACTS).stat().st_mtime_ns
+            self.seen()
+        except (OSError, ValueError):
+            return False
+        if (mapped.dtype, mapped.shape) != (np.dtype("<u2"), (self.tokens,)):
+            return False
+        if written <= known:
+            return True
+        if hashlib.sha256(mapped.data).hexdigest() != self.tokens_sha256:
+            return False
+        with contextlib.suppress(OSError):  # of a cache that may only be read
+            os.utime(path, ns=(known, known))  # so that it is hashed once
+        return True
+
+    def seen(self) -> npt.NDArray[np.int64]:
+        """The ids that occur, sorted, (distinct_tokens,)."""
+        return np.flatnonzero(np.load(self.folder / COUNTS, allow_pickle=False))
+
+
+TOKENS, COUNTS, FACTS = "tokens.npy", "counts.npy", "facts.json"
+
+IDS = 2**16
+"""Ids that a uint16 can name."""
+
+
+def prepare(config: DataConfig) -> TokenFile:
+    """The tokens of a data section, made if the cache has none.
+
+    Raises:
+        BadRequest: `data.path` cannot be read, is not of the form its name says, or holds less than two tokens.
+        assets.AssetError: the text or the BPE files could not be fetched, or the cache cannot be written.
+    """
+    text = texts.find(config)
+    return _cached(text) or _made(text, config)
+
+
+def held_out(tokens: int, val_fraction: float) -> int:
+    """How many of a text's tokens, from its end, are kept for validation."""
+    return round(tokens * val_fraction)
+
+
+def check_fits(tokens: int, data: DataConfig, train: TrainConfig) -> None:
+    """Raise `BadRequest` if one micro-batch, or one validation window, is larger than its part of the data."""
+    val = held_out(tokens, data.val_fraction)
+    need = train.micro_batch_tokens + 1  # the last input needs a target
+    if tokens - val < need:
+        most = (tokens - val - 1) // train.seq_len
+        remedy = f"try train.batch_size={most}" if most else f"try train.seq_len={max(1, tokens - val - 1)}"
+        size = f"a batch of {train.batch_size} x {train.seq_len} + 1 = {need:,} tokens is larger than the data"
+        raise BadRequest(f"train.batch_size={train.batch_size}: {size}, {tokens - val:,} training tokens; {remedy}")
+    if val and val < train.seq_len + 1:
+        why = f"leaves {val:,} tokens, too few for one window of train.seq_len={train.seq_len} and its target"
+        enough = min(0.5, round((train.seq_len + 2) / tokens + 0.005, 2))
+        raise BadRequest(f"data.val_fraction={data.val_fraction}: {why}; try data.val_fraction={enough} or 0")
+
+
+def _folder(text: Text) -> Path:
+    return assets.cache_folder() / "tokens" / f"{text.key}.{FORMAT}"
+
+
+def _cached(text: Text) -> TokenFile | None:
+    folder = _folder(text)
+    try:
+        known = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        found = TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
+    except (OSError, ValueError, TypeError):
+        return None  # absent or damaged: made again
+    return found if found.whole else None
+
+
+def _made(text: Text, config: DataConfig) -> TokenFile:
+    """Tokenise a text, or wait for the process that already does."""
+    folder = _folder(text)
+    with assets.writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(folder.parent)
+        lock = FileLock(_lock(folder))
+        try:
+            lock.acquire(timeout=5)
+        except Timeout:
+            log.warning("%s: another process is tokenising it; waiting until it has", text.name)
+            lock.acquire()
+        except NotImplementedError:  # a file system without locks: both tokenise, and the last one's stays
+            pass
+    try:
+        return _cached(text) or _tokenise(text, config, folder)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # who waits looks again at which file it has locked
+        lock.release()
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _clear_leftovers(place: Path) -> None:
+    """Remove what processes left that were killed: theirs are the unfinished folders that nobody holds the lock of."""
+    for part in place.glob(f".*.{FORMAT}.*.part"):
+        name = part.name[1:].partition(f".{FORMAT}.")[0]
+        lock = FileLock(_lock(place / f"{name}.{FORMAT}"), timeout=0)
+        with contextlib.suppress(Timeout, NotImplementedError), lock:
+            shutil.rmtree(part, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
+    part = beside(folder)
+    counts, digest, most = np.zeros(IDS, np.int64), hashlib.sha256(), config.max_tokens
+    marks: Counter[str] = Counter()
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, part, ignore_errors=True)
+        with assets.writing(folder.parent):
+            part.mkdir()
+            file = cleanup.enter_context((part / TOKENS).open("wb"))
+            _write_header(file, 0)
+        with progress.reading(f"tokenising {text.name}", text.size) as advance:
+            for tokens in encoded(_counted(text.read(advance), marks)):
+                tokens = tokens[: None if most is None else most - counts.sum()]
+                counts += np.bincount(tokens, minlength=IDS)
+                digest.update(tokens.data)
+                with assets.writing(folder.parent):
+                    file.write(tokens.data)
+                if counts.sum() == most:
+                    break
+        total = int(counts.sum())
+        if total < 2:
+            what = f"{total} token{'s' if total != 1 else ''}"
+            raise BadRequest(
+                f"data.path={text.name}: the text has {what}; a target needs at least 2, give a longer text"
+            )
+        sha256 = text.sha256()
+        with assets.writing(folder.parent):
+            file.seek(0)
+            _write_header(file, total)
+            file.close()
+            known: dict[str, Any] = {
+                "sha256": sha256,
+                "tokens": total,
+                "distinct_tokens": int(np.count_nonzero(counts)),
+                "max_token": int(np.flatnonzero(counts)[-1]),
+                "unigram_entropy": _entropy(counts),
+                "bigram_entropy": _bigram_entropy(part) if total <= BIGRAM_TOKENS else None,
+                "tokens_sha256": digest.hexdigest(),
+            }
+            np.save(part / COUNTS, counts)
+            write_json(part / FACTS, known)  # after the tokens: `TokenFile.whole` looks at the dates
+            _put_in_place(part, folder)
+    if marks[MARK]:
+        log.warning("%s: %s", text.name, _how_to_part(marks[MARK], config))
+    return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
+
+
+def _counted(pieces: documents.Pieces, marks: Counter[str]) -> documents.Pieces:
+    """The same pieces; adds to `marks` how often `MARK` stands in them (no cut goes through it)."""
+    for piece in pieces:
+        marks[MARK] += piece.count(MARK) if piece else 0
+        yield piece
+
+
+def _how_to_part(count: int, config: DataConfig) -> str:
+    """A note on a text that writes `MARK` itself, with the command that makes JSON lines of a single plain file."""
+    note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it parts no documents"
+    path = Path(str(config.path)).expanduser()
+    if not path.is_file() or path.suffix not in ("", ".txt", ".md"):
+        return f"{note}; to part them, make each a row, or a file, of its own"
+    code = (
+        f"import json, sys; [print(json.dumps({{'text': part}})) for part in sys.stdin.read().split('{MARK}') if part]"
+    )
+    place = shlex.quote(f"{path.with_suffix('')}.jsonl")
+    return f'{note}; to part them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
+
+
+def _write_header(file: BinaryIO, tokens: int) -> None:
+    """Write the header of the `.npy`, for which numpy takes 128 bytes whatever the number.
+
+    How many tokens there will be is known only after the last, so it is written first with 0 and again with the
+    number; `open_memmap` would have to know it at once.
+    """
+    np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    if folder.exists():  # damaged, or it would have been used
+        damaged = beside(folder)
+        folder.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    part.rename(folder)
+
+
+def encoded(pieces: documents.Pieces) -> Iterator[Tokens]:
+    """The tokens of a stream of documents, `<|endoftext|>` between them, in order and in parts of about a piece.
+
+    Threads are enough: tiktoken leaves the interpreter to the others while it works. No more than a few pieces for each
+    are held at a time.
+    """
+    encoding = gpt2_encoding()
+
+    def encode(pieces: list[str | None]) -> Tokens:
+        return np.concatenate([END if piece is None else encode_piece(encoding, piece) for piece in pieces])
+
+    next(pieces, None)  # the None before the first document: nothing to end there
+    cores = machine.cores()
+    pool = ThreadPoolExecutor(cores)
+    try:
+        yield from _in_order(pool, encode, _batched(pieces), ahead=2 * cores)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+END = np.array([END_OF_TEXT], dtype="<u2")
+
+WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+
+LONG = 100_000
+"""Characters of white space in a row that tiktoken's regular expression still takes: by a million its stack is full."""
+
+_LONG_RUN = re.compile(rf"{WHITE}{{{LONG},}}(?:\Z|(?={WHITE}))")
+
+
+def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
+    """The tokens of a text, (tokens,): no id of its own is a control token, "<|endoftext|>" in it is letters.
+
+    A long run of white space goes to the byte pairs past the regular expression, whose stack it would overflow: all of
+    it where the text ends there, else all but its last character, which that leaves to what follows.
+    """
+    parts, at = [], 0
+    if any(piece[start : start + LONG // 2].isspace() for start in range(0, len(piece), LONG // 2)):
+        for run in _LONG_RUN.finditer(piece):
+            parts += [encode_piece(encoding, piece[at : run.start()]), np.array(encoding._encode_single_piece(run[0]))]
+            at = run.end()
+    try:
+        parts.append(encoding.encode_to_numpy(piece[at:], disallowed_special=()))
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold: tiktoken puts U+FFFD there
+        parts.append(np.array(encoding.encode_ordinary(piece[at:])))
+    return np.concatenate(parts).astype("<u2")
+
+
+def _batched(pieces: documents.Pieces) -> Iterator[list[str | None]]:
+    """Short documents together, so that each task is worth its while."""
+    batch: list[str | None] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece or "")
+        if size >= documents.BLOCK // 2:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[T], Tokens], items: Iterator[T], ahead: int
+) -> Iterator[Tokens]:
+    """`map` of a pool that takes no more than `ahead` items before their results are asked for."""
+    waiting: deque[Future[Tokens]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _entropy(counts: npt.NDArray[np.int64]) -> float:
+    """Of a draw by these counts, in nats."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def _bigram_entropy(folder: Path) -> float:
+    """Of a token given the one before it, in nats: by the chain rule H(b | a) = H(a, b) - H(a)."""
+    wide = np.load(folder / TOKENS, allow_pickle=False).astype(np.int64)
+    pairs = np.unique(wide[:-1] * IDS + wide[1:], return_counts=True)[1]
+    return _entropy(pairs) - _entropy(np.bincount(wide[:-1]))
+
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    """Tiktoken's own `gpt2` encoding, its two files taken from our verified store, also offline."""
+    import tiktoken
+
+    # tiktoken looks in this folder for files named by the sha1 of their address
+    folder = assets.cache_folder() / "tiktoken"
+    for asset in (assets.VOCAB_BPE, assets.ENCODER_JSON):
+        link = folder / hashlib.sha1(asset.url.encode()).hexdigest()
+        if not link.exists() or hashlib.sha256(link.read_bytes()).hexdigest() != asset.sha256:
+            source = assets.fetch(asset)
+            with assets.writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(link) as part:
+                    part.write_bytes(source.read_bytes())
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+    try:
+        return tiktoken.get_encoding("gpt2")
+    finally:
+        del os.environ["TIKTOKEN_CACHE_DIR"]
+        if before is not None:
+            os.environ["TIKTOKEN_CACHE_DIR"] = before

@@ -1,0 +1,1 @@
+"""GPT-2: the modules, the loss, how the weights start, Hugging Face's format."""

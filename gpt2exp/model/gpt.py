@@ -1,0 +1,179 @@
+"""GPT-2 as OpenAI wrote it (Radford et al. 2019; github.com/openai/gpt-2, src/model.py), with Hugging Face's names.
+
+Reads top to bottom: attention, MLP, block, GPT, then how the weights start. Shapes in comments: B sequences, T tokens,
+C = n_embd channels, H heads, V words in the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt2exp.config import ModelConfig
+from gpt2exp.model.loss import HeadLoss
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without PyTorch's own draw: `initialise` sets every weight, and no global random state moves."""
+
+    residual = False
+    """Writes into the residual stream, so that its std is scaled down with depth."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` without PyTorch's own draw."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and those before it (Vaswani et al. 2017)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads at once
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_proj.residual = True
+        self.n_head = config.n_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        B, T, C = x.shape  # noqa: N806
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Two layers around GELU in its tanh form (Hendrycks and Gimpel 2016), four times as wide inside."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj.residual = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+def _look_up(weight: Tensor, idx: Tensor) -> Tensor:
+    """Rows `idx` of a tied embedding, whose backward adds the rows' gradient straight into `weight.grad`.
+
+    Autograd would fill a dense gradient of all V rows for the look-up and add it to the head's: at small batches a
+    fifth of a CPU step. The head is the last layer, so its gradient is in `weight.grad` long before this one runs;
+    were it not, the addition would only come first. Invisible to `torch.autograd.grad` and to hooks on `weight`.
+    """
+    rows = F.embedding(idx, weight.detach())
+    if torch.is_grad_enabled():
+
+        def add(gradient: Tensor) -> None:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad.index_add_(0, idx.reshape(-1), gradient.reshape(-1, gradient.size(-1)))
+
+        rows.requires_grad_().register_hook(add)  # type: ignore[no-untyped-call]
+    return rows
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the blocks, and a last LayerNorm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.gradient_in_place = False
+        """See `_look_up`: for a caller that trains by `loss.backward()` alone and ties the weights."""
+        self.recompute = False
+        """Keep only what enters a block and compute the rest again in backward (Chen et al. 2016): of a block's
+        17 numbers per token and channel, 1 stays."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Tokens (B, T) to what the head reads, (B, T, C)."""
+        *_, x = self.stream(idx)
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def look_up(self, idx: Tensor) -> Tensor:
+        """Token embeddings (B, T, C) of tokens (B, T)."""
+        return _look_up(self.wte.weight, idx) if self.gradient_in_place else F.embedding(idx, self.wte.weight)
+
+    def stream(self, idx: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
+        """The residual stream (B, T, C) as embedded, then after each block; `rows` in place of `look_up(idx)`."""
+        x = self.look_up(idx) if rows is None else rows
+        x = x + self.wpe(torch.arange(idx.size(1), device=idx.device))
+        yield x
+        for block in self.h:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+            else:
+                x = block(x)
+            yield x
+
+
+class GPT(nn.Module):
+    """The transformer and the head over the vocabulary. The weights are memory as found until `initialise`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight  # one tensor, used twice; both gradients add
+
+        self.loss_rows = 1024
+        """Rows of logits that stand at a time while the loss is computed."""
+        self._padded: Tensor | None = None
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T); with targets (B, T), their mean cross-entropy in nats instead."""
+        x = self.transformer(idx)
+        return self.lm_head(x) if targets is None else self.loss(x, self.lm_head.weight, targets)
+
+    def loss(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of a head `weight` (V, C) that reads `x` (B, T, C), against targets (B, T)."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if dtype is torch.float16:  # its gradient must be scaled before the head, not after
+            return F.cross_entropy(F.linear(x, weight).float(), targets)
+        padded = self._padded if weight is self.lm_head.weight else None
+        return HeadLoss.apply(x, weight, targets, self.loss_rows, dtype, padded)  # type: ignore[no-any-return, no-untyped-call]
+
+    def pad_vocabulary(self, multiple: int = 64) -> None:
+        """Let the head's weight go on in memory, zeros up to a multiple of rows, for products of a rounder size.
+
+        The parameter itself keeps its V rows: nothing that counts, saves, draws or optimises it sees the padding.
+        Call it when the model is on its device in its type.
+        """
+        weight = self.lm_head.weight
+        self._padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % multiple))
+        weight.data = self._padded[: len(weight)]

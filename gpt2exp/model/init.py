@@ -1,0 +1,191 @@
+"""How the weights of GPT-2 start, and the check of what was drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from gpt2exp.config import BadRequest, InitConfig, InitScheme, ModelConfig
+from gpt2exp.model.gpt import GPT, Embedding, Linear
+
+
+def initialise(model: GPT, config: InitConfig, seed: int) -> None:
+    """Fill every parameter of `model` in place; the one place where weights start.
+
+    | tensor                      | gpt2, openai           | xavier           | torch                         |
+    |-----------------------------|------------------------|------------------|-------------------------------|
+    | c_attn, c_fc, lm_head, wte  | N(0, std)              | N(0, 1/sqrt(in)) | U(-1/sqrt(in), 1/sqrt(in))    |
+    | c_proj (flag `residual`)    | the same, times (2·n_layer)^-0.5 if `residual_scaling`                 |||
+    | wpe                         | N(0, position_std)     | likewise         | N(0, 1)                       |
+    | biases                      | 0                      | 0                | U(-1/sqrt(in), 1/sqrt(in))    |
+    | LayerNorm weight, bias      | 1, 0                   | 1, 0             | 1, 0                          |
+
+    As an embedding alone (untied) `wte` is N(0, 1) under `torch`; tied it is the head's tensor, as in the tutorial,
+    where the head's draw is the one that survives.
+
+    Each parameter is drawn on the CPU from a generator of its own, seeded by `seed` and its name, so toggling tying,
+    scaling or the device changes only what it names, and draws can run side by side.
+
+    Raises:
+        ValueError: a parameter this function does not know.
+    """
+    draws = [
+        (name, parameter, *rule_of(name, parameter, model, config)) for name, parameter in model.named_parameters()
+    ]
+
+    def fill(name: str, parameter: Tensor, kind: str, scale: float) -> None:
+        generator = torch.Generator().manual_seed(_seed_of(name, seed))
+        # always drawn in fp32 on the CPU, so that every device and precision starts from the same numbers
+        in_place = parameter.device.type == "cpu" and parameter.dtype is torch.float32
+        value = parameter.data if in_place else torch.empty(parameter.shape, dtype=torch.float32)
+        if kind == "normal":
+            value.normal_(0.0, scale, generator=generator)
+        elif kind == "uniform":
+            value.uniform_(-scale, scale, generator=generator)
+        else:
+            value.fill_(scale)
+        if not in_place:
+            parameter.data.copy_(value)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda draw: fill(*draw), draws))
+
+
+def rule_of(name: str, parameter: Tensor, model: GPT, config: InitConfig) -> tuple[str, float]:
+    """How one parameter starts: ("normal", std), ("uniform", bound) or ("constant", value)."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    of_torch = config.scheme is InitScheme.torch
+    if isinstance(module, nn.LayerNorm):
+        return "constant", 1.0 if leaf == "weight" else 0.0
+    if isinstance(module, Embedding):
+        if module is model.transformer.wpe:
+            return "normal", 1.0 if config.position_std is None else config.position_std
+        if of_torch and not model.config.tie_weights:
+            return "normal", 1.0
+    elif not isinstance(module, Linear):
+        raise ValueError(f"{name}: no rule says how this parameter starts; add one to gpt2exp.model.init.rule_of")
+    fan_in = module.embedding_dim if isinstance(module, Embedding) else module.in_features
+    if leaf == "bias":
+        return ("uniform", 1 / math.sqrt(fan_in)) if of_torch else ("constant", 0.0)
+    scale = 1 / math.sqrt(fan_in) if config.std is None else config.std
+    if config.residual_scaling and isinstance(module, Linear) and module.residual:
+        scale *= (2 * model.config.n_layer) ** -0.5  # two additions to the stream per layer
+    return "uniform" if of_torch else "normal", scale
+
+
+def _seed_of(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+
+
+class InitError(RuntimeError):
+    """The initial weights are not what the configuration says."""
+
+
+def norm(tensor: Tensor) -> float:
+    """Euclidean norm, a row at a time: one fp32 sum over the 38 million squares of `wte` is off by 0.2 %."""
+    return math.sqrt(float(tensor.norm(dim=-1).square().sum()))
+
+
+def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:
+    """The standard deviation each kind of weight should start with, from the published rules alone.
+
+    Kept apart from `rule_of`, which goes by flags on modules, so that one can catch the other: Hugging
+    Face's GPT-2 skipped residual scaling for years without a word (huggingface/transformers#47458).
+    """
+    c = model.n_embd
+    residual = (2 * model.n_layer) ** -0.5 if init.residual_scaling else 1.0
+    uniform = math.sqrt(1 / 3) if init.scheme is InitScheme.torch else 1.0  # std of U(-1, 1)
+
+    def matrix(fan_in: int) -> float:
+        return uniform / math.sqrt(fan_in) if init.std is None else init.std
+
+    wte = 1.0 if init.scheme is InitScheme.torch and not model.tie_weights else matrix(c)
+    return {
+        "wte": wte,
+        "wpe": 1.0 if init.position_std is None else init.position_std,
+        "attn.c_attn": matrix(c),
+        "attn.c_proj": residual * matrix(c),
+        "mlp.c_fc": matrix(c),
+        "mlp.c_proj": residual * matrix(4 * c),
+        "lm_head": matrix(c),
+    }
+
+
+def check_tying(model: GPT) -> dict[str, bool]:
+    """Whether `lm_head.weight` and `wte.weight` are one tensor (`same_pointer`) and `all_equal`.
+
+    Raises:
+        InitError: they are not one where the model ties them, or one where it does not.
+    """
+    head, wte = model.lm_head.weight, model.transformer.wte.weight
+    one = head.data_ptr() == wte.data_ptr()
+    if one != model.config.tie_weights:
+        must = "be one tensor" if model.config.tie_weights else "be two tensors"
+        raise InitError(
+            f"initialisation: lm_head.weight and wte.weight must {must}; a weight was put in another's place"
+        )
+    return {"same_pointer": one, "all_equal": head.equal(wte)}
+
+
+def check_init(model: GPT, init: InitConfig) -> dict[str, float]:
+    """Measured std of each kind of weight, held against `expected_std`; biases and LayerNorms against their constants.
+
+    The tolerance is six standard errors of a sample's std, 1/sqrt(2n) relative for n draws.
+
+    Raises:
+        InitError: a kind is off, naming it, what was measured and what was expected.
+    """
+    expected = expected_std(model.config, init)
+    values: dict[str, list[Tensor]] = {kind: [] for kind in expected}
+    for name, module in model.named_modules():
+        kind = next((kind for kind in expected if name.endswith(kind)), None)
+        if kind:
+            values[kind].append(module.weight.detach())
+    measured = {}
+    for kind, tensors in values.items():
+        count = sum(tensor.numel() for tensor in tensors)
+        square = sum(norm(tensor) ** 2 for tensor in tensors)  # the mean is zero by design
+        measured[kind] = math.sqrt(square / count)
+        if abs(measured[kind] / expected[kind] - 1) > 6 / math.sqrt(2 * count):
+            raise InitError(
+                f"initialisation: the std of {kind} is {measured[kind]:.5f}, expected {expected[kind]:.5f}; "
+                "a module misses its flag or a rule of model.init.rule_of is off"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and not (bool((module.weight == 1).all()) and not module.bias.any()):
+            raise InitError(f"initialisation: {name} must start with weight 1 and bias 0")
+        bias = getattr(module, "bias", None)
+        if isinstance(module, nn.Linear) and bias is not None and init.scheme is not InitScheme.torch and bias.any():
+            raise InitError(f"initialisation: {name}.bias must start at 0")
+    return measured
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into the model, name by name.
+
+    Raises:
+        BadRequest: a name or shape is not the model's.
+    """
+    parameters = dict(model.named_parameters())
+    if "lm_head.weight" in parameters.keys() - weights.keys():
+        why = "the weights saved are tied, with no lm_head.weight of their own"
+        raise BadRequest(f"model.tie_weights=false: {why}; try model.tie_weights=true")
+    if "lm_head.weight" in weights.keys() - parameters.keys():
+        why = "the weights saved are not tied, and have an lm_head.weight of their own"
+        raise BadRequest(f"model.tie_weights=true: {why}; try model.tie_weights=false")
+    if odd := sorted(parameters.keys() ^ weights.keys()):
+        raise BadRequest(f"model: {odd[0]} is not in both checkpoint and model; give the model.* keys the run had")
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)} in the checkpoint, {tuple(parameter.shape)} in the model"
+            raise BadRequest(f"model: {name} is {shapes}; give the model.* keys the run had")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

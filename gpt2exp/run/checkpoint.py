@@ -1,0 +1,225 @@
+"""A run's whole state on disk, so that it can go on as if it had never stopped.
+
+`RUN/checkpoints/step_000050/` holds `model.safetensors` (the weights under Hugging Face's names, a tied tensor once),
+`training.safetensors` (AdamW's moments and the random state) and `state.json` (the step, facts to read, and the sha256
+of each file). Nothing in it is ever unpickled. The folder is written under another name, synced and renamed: a reader
+sees a whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig, first_line
+from gpt2exp.files import beside, sha256, write_json
+from gpt2exp.run.record import CHECKPOINTS, saved
+from gpt2exp.training import hardware
+
+SPARE = 2**20
+"""Bytes left free on the disk: a checkpoint that filled it would take the room of the metrics as well."""
+
+WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
+
+log = logging.getLogger("gpt2exp")
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are what its `state.json` says."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.state["step"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters by name, on the CPU."""
+        return load_file(self.folder / WEIGHTS)
+
+    def training(self) -> dict[str, Tensor]:
+        """What training needs beside the weights, by name, on the CPU."""
+        return load_file(self.folder / TRAINING)
+
+
+def newest(run: Path, *, at_most: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint that is whole, of at most `at_most` steps; each damaged one on the way is a warning."""
+    for step, folder in saved(run).items():
+        if at_most is not None and step > at_most:
+            log.warning("%s is passed over: metrics.jsonl ends at step %d", folder.name, at_most)
+            continue
+        try:
+            return read(folder)
+        except Damaged as error:
+            log.warning("%s is damaged (%s); trying the one before", folder.name, error)
+    return None
+
+
+def of_run(run: Path) -> tuple[ModelConfig, Checkpoint]:
+    """The model of a run (`record.check_run`) and its newest whole checkpoint.
+
+    Raises:
+        BadRequest: no checkpoint of it is whole.
+    """
+    found = newest(run)
+    if found is None:
+        raise BadRequest(f"{run}: every checkpoint of it is damaged; copy the folder again, or name another run")
+    return ModelConfig(**found.state["config"]["model"]), found
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in a `step_N` folder, every byte of it checked.
+
+    Raises:
+        Damaged: a file is missing, cannot be read, or is not what was written.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        hashes = state.pop("sha256")
+        for name in (WEIGHTS, TRAINING):
+            if sha256(folder / name) != hashes[name]:
+                raise Damaged(f"{name} is not what was written")
+        if _sha256_of(state) != hashes[STATE]:
+            raise Damaged(f"{STATE} is not what was written")
+    except OSError as error:
+        raise Damaged(f"{Path(error.filename or folder).name}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise error if isinstance(error, Damaged) else Damaged(f"{STATE} cannot be read") from error
+    return Checkpoint(folder, state)
+
+
+def _sha256_of(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tensor], state: dict[str, Any]) -> Path:
+    """Write the checkpoint of `state["step"]` steps and return its folder; one of the same step is replaced.
+
+    Raises:
+        OSError, SafetensorError: it could not be written; what lay there before is as it was.
+    """
+    target = run / CHECKPOINTS / f"step_{state['step']:06d}"
+    part = beside(target)
+    try:
+        part.mkdir(parents=True)
+        needed = _bytes(weights, training)
+        if shutil.disk_usage(part).free < needed + SPARE:
+            raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB are needed and not free", str(target))
+        save_file(dict(weights), part / WEIGHTS)
+        save_file(dict(training), part / TRAINING)
+        hashes = {name: sha256(part / name) for name in (WEIGHTS, TRAINING)}
+        write_json(part / STATE, {**state, "sha256": {**hashes, STATE: _sha256_of(state)}})
+        for path in (part / WEIGHTS, part / TRAINING, part / STATE, part):
+            if path.suffix == ".safetensors":
+                shutil.copymode(part / STATE, path)  # the library's are its owner's alone to read, whatever the umask
+            _sync(path)
+        if target.exists():
+            _remove(target)
+        part.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint's name away first: killed half-way, this leaves no half of one."""
+    part = folder.rename(beside(folder))
+    shutil.rmtree(part)
+
+
+def _bytes(*parts: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for part in parts for tensor in part.values())
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file, or a folder's names, before what comes next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Saver:
+    """Saves a run as it goes. What goes wrong is one warning: training goes on, and the older checkpoints stay.
+
+    In the background the state is copied to host memory and written by a thread while the next steps run: for an
+    accelerator, whose steps need little of the host. On a CPU the thread would take cores from the step being timed, so
+    there a save is written between two steps, off their clock; the same where host memory has no room for the copy.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig, from_step: int, *, background: bool) -> None:
+        """`from_step`: steps done as it begins or goes on; checkpoints beyond are of no use, and set aside."""
+        self.run, self.keep, self.background = run, config.keep, background
+        self.last = from_step
+        """Steps done at the newest checkpoint."""
+        self._thread: threading.Thread | None = None
+        self._failed = False
+        # of a process killed while it wrote: ours is the only one now
+        for part in run.glob(f"{CHECKPOINTS}/.step_*.part"):
+            shutil.rmtree(part, ignore_errors=True)
+        for step, folder in saved(run).items():
+            if step > from_step:
+                with contextlib.suppress(OSError):
+                    folder.rename(folder.with_name(f"{folder.name}.aside-{secrets.token_hex(2)}"))
+
+    def save(self, weights: Mapping[str, Tensor], training: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Save the state after `state["step"]` steps, unless it is saved already."""
+        self.wait()
+        if state["step"] == self.last:
+            return
+        if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+            return  # the step's loss was finite, its update was not: the next loss says so, and the last good one stays
+        size = _bytes(weights, training)
+        free = hardware.free_memory(torch.device("cpu")) or 0
+        if self.background and free > 2 * size:
+            self._thread = threading.Thread(target=self._write, args=(_copies(weights), _copies(training), state))
+            self._thread.start()
+        else:
+            self._write(weights, training, state)
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, weights: Mapping[str, Tensor], training: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        try:
+            write(self.run, weights, training, state)
+            self.last = state["step"]
+            for folder in list(saved(self.run).values())[self.keep :]:
+                _remove(folder)
+        except (OSError, SafetensorError) as error:
+            if not self._failed:
+                why = getattr(error, "strerror", None) or first_line(error)
+                log.warning("no checkpoint at step %d (%s); training goes on", state["step"], why)
+            self._failed = True

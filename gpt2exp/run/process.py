@@ -1,0 +1,244 @@
+"""How a command begins and ends: signals, the folder's lock, arguments, exit codes. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import platform
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from gpt2exp.config import BadRequest
+from gpt2exp.data.assets import AssetError
+from gpt2exp.run import terminal
+
+LOCK = ".lock"
+"""Held by the process at work on a folder; the system lets go of it however that process ends."""
+
+log = logging.getLogger("gpt2exp")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep every other process away from a run or sweep folder inside the block.
+
+    Raises:
+        BadRequest: another process holds it, or it cannot be written.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        why = "another process is at work on it"
+        raise BadRequest(f"resume={folder}: {why}; wait until it has ended, or stop it") from error
+    except NotImplementedError:  # a file system without locks, such as some network ones
+        log.warning("%s lies where files cannot be locked: start no second process on it", folder)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or error})"
+        raise BadRequest(f"resume={folder}: {why}; copy it to a place that can be") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@functools.cache
+def machine() -> str:
+    """Tells machines apart without naming them."""
+    return hashlib.sha256(f"{platform.node()}/{uuid.getnode()}".encode()).hexdigest()[:12]
+
+
+def me() -> dict[str, Any]:
+    """Who writes a `status.json`: the process by `pid` and when it was `born` (seconds since 1970), and the machine."""
+    return _signature(os.getpid())
+
+
+@functools.cache
+def _signature(pid: int) -> dict[str, Any]:  # by pid, so that a forked child does not go by its parent's
+    import psutil
+
+    return {"pid": pid, "born": psutil.Process(pid).create_time(), "machine": machine()}
+
+
+def lives(status: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote a `status.json` still runs; True too where that cannot be known from here.
+
+    A process is its number and the moment it began, since numbers are used again.
+    """
+    if status.get("machine") != machine() or not {"pid", "born"} <= status.keys():
+        return True
+    import psutil
+
+    try:
+        process = psutil.Process(status["pid"])
+        return bool(abs(process.create_time() - status["born"]) < 2 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, met like Ctrl-C: what runs is closed properly."""
+
+
+class Preempted(KeyboardInterrupt):
+    """The launcher's signal to a job that it will queue again; `args[0]` is the signal."""
+
+
+def code(interrupt: KeyboardInterrupt) -> int:
+    """The exit code a shell expects: 143 after SIGTERM, 130 after SIGINT."""
+    return 143 if isinstance(interrupt, Terminated) else 130
+
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+@contextlib.contextmanager
+def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
+    """These handlers inside the block, by signal; in a thread, where Python lets none be set, those there are."""
+    before: dict[int, Handler] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside the block."""
+
+    def raise_it(*_: object) -> None:
+        raise Terminated
+
+    with handling({signal.SIGTERM: raise_it}):
+        yield
+
+
+@contextlib.contextmanager
+def heralded(herald: Callable[[], object]) -> Iterator[None]:
+    """A first SIGINT or SIGTERM inside the block calls `herald` before it raises; a second raises at once."""
+    asked: KeyboardInterrupt | None = None
+
+    def tell(number: int, _: object) -> None:
+        nonlocal asked
+        if asked is None:
+            asked = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+            herald()
+        raise asked
+
+    with handling({signal.SIGINT: tell, signal.SIGTERM: tell}):
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            raise asked or interrupt from None  # what interrupts Ray comes out as a KeyboardInterrupt of its own
+
+
+def requeued_by() -> list[int]:
+    """The signals after which submitit, whose job this process is, queues it again; none in any other process."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return []
+    return [number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))]
+
+
+@dataclass
+class Stop:
+    """Whether an end was asked for."""
+
+    asked: KeyboardInterrupt | None = None
+    waiting: bool = False
+    """The block will look at `asked` by itself; until then a signal raises."""
+    warned: bool = False
+    """The end may come any moment without another word: what is not saved by then is lost."""
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Stop]:
+    """A first signal inside the block sets `asked`, and raises it unless `waiting`; a second ends the process at once.
+
+    At once means without closing anything: every file of a run is whole at every moment. A signal that was submitit's
+    to handle reaches it once the block is left, and then queues the job again.
+    """
+    stop, requeuing = Stop(), requeued_by()
+    # Slurm sends SIGTERM when it is about to take the node away, or the job out: who ends by it is not queued again
+    warnings = [signal.SIGTERM] if requeuing and os.environ["SUBMITIT_EXECUTOR"] == "slurm" else []
+
+    def note(number: int, _: object) -> None:
+        if number in warnings:
+            stop.warned = True
+            return
+        if isinstance(stop.asked, Preempted) and number in requeuing:
+            return
+        if stop.asked is not None:
+            if os.isatty(1):
+                os.write(1, b"\x1b[?25h")  # the progress bar had hidden the cursor
+            os._exit(128 + number)
+        kinds = {signal.SIGTERM: Terminated(), **{number: Preempted(number) for number in requeuing}}
+        stop.asked = kinds.get(number, KeyboardInterrupt())
+        if not stop.waiting:
+            raise stop.asked
+
+    told = (signal.SIGINT, signal.SIGTERM, *requeuing)
+    try:
+        # a shell's background ignores Ctrl-C, and so do we
+        with handling({number: note for number in told if signal.getsignal(number) != signal.SIG_IGN}):
+            yield stop
+    finally:
+        if isinstance(stop.asked, Preempted):
+            signal.raise_signal(stop.asked.args[0])
+
+
+def parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose errors are `BadRequest`."""
+    made = argparse.ArgumentParser(prog=program, description=description, epilog=f"example: {program} {example}")
+    return strict(made, program)
+
+
+def strict(made: argparse.ArgumentParser, program: str) -> argparse.ArgumentParser:
+    """The same parser, its errors made `BadRequest`."""
+
+    def error(message: str) -> NoReturn:
+        raise BadRequest(f"{message}; {program} --help shows what can be typed")
+
+    made.error = error  # type: ignore[method-assign]
+    return made
+
+
+def unwritable(error: OSError) -> str:
+    """The line for a disk that filled up or a folder that was taken away."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    return f"{what}; make room, or name another folder"
+
+
+def carry_out(program: str, action: Callable[[], int | None], unwritable: Callable[[OSError], str] = unwritable) -> int:
+    """Do it; the exit code: its own, else 0 done, 1 a file could not be fetched or written, 2 a bad request, 130/143
+    interrupted. `unwritable` makes the line of an `OSError`.
+    """
+    full_error = terminal.wants_traces()
+    terminal.show_warnings(traces=full_error)
+    try:
+        with terminable():
+            return action() or 0
+    except (BadRequest, AssetError) as error:
+        terminal.refuse(str(error), program=program, trace=full_error)
+        return 2 if isinstance(error, BadRequest) else 1
+    except OSError as error:
+        terminal.refuse(unwritable(error), program=program, trace=full_error)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        return code(interrupt)

@@ -1,0 +1,345 @@
+"""The readable half of a run: what its folder holds, every file of it plain JSON.
+
+`metrics.jsonl` grows by a line a step, `status.json` says how far the run came, `summary.json` is what comparisons
+read. The local files are the record; wandb mirrors them (gpt2exp.run.tracking). No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gpt2exp.config import BadRequest
+from gpt2exp.files import replacing, write_json
+from gpt2exp.run import process
+from gpt2exp.training import load
+
+
+def facts() -> dict[str, Any]:
+    """Versions and source revision: an allow-list, so that nothing of the environment leaks into a record."""
+    import torch
+
+    names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in names}
+    versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
+    return {
+        "versions": versions,
+        "git": _git(),
+        "platform": platform.platform(terse=True),
+        "machine": process.machine(),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout this package runs from, and whether it was changed; None for an installed wheel."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
+
+
+def environment_overrides() -> dict[str, str]:
+    """Environment variables that change the arithmetic or the speed behind the configuration's back, where set."""
+    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ}
+
+
+SWEEP = "sweep.json"
+"""In a sweep's folder: `argv` as typed, where (`cwd`) and when, `jobs`, the overrides of each, and their `folders`."""
+
+CHECKPOINTS = "checkpoints"
+"""In a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)."""
+
+LAST = 10
+"""Steps behind `loss_mean_last10`."""
+
+MEASURED = (
+    "step_ms",
+    "first_step_ms",
+    "tokens_per_second",
+    "timed_steps",
+    "speed_disturbed",
+    "mfu",
+    "peak_memory_bytes",
+)
+"""The summary's fields about speed and memory, null until measured."""
+
+
+class Record:
+    """Writes a run's files as it goes; `finish` closes it with a state.
+
+    A run that was stopped and went on has several parts; each is an entry of the summary's `parts`, and times are
+    added up over them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        *,
+        began: float,
+        metrics: Sequence[dict[str, Any]] = (),
+        parts: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """`facts` open the summary, more may be added; `began`: `time.monotonic()` when this part's time began.
+
+        A run that goes on gives the `metrics` of the steps it goes on from, and its earlier `parts`.
+        """
+        self.folder, self.facts, self.began = folder, facts, began
+        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)
+        """What the run measured of itself so far, `MEASURED` by name."""
+        self.metrics = list(metrics)
+        self._parts = list(parts)
+        self._part: dict[str, Any] = {"from_step": len(self.metrics), "started": _now()}
+        self._opened = time.time()
+        self._training_began: float | None = None
+        for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
+            left.unlink(missing_ok=True)
+        write_status(folder, "running", len(self.metrics))
+        (folder / "summary.json").unlink(missing_ok=True)  # of an earlier part: with one, a run counts as ended
+        with replacing(folder / "metrics.jsonl") as part:  # steps after the checkpoint are done again
+            part.write_text("".join(f"{json.dumps(row)}\n" for row in self.metrics), encoding="utf-8")
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def training_begins(self, **facts: Any) -> None:
+        """Everything before this moment is start-up; `facts` tell more of this part."""
+        self._training_began = time.monotonic()
+        self._part |= facts
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Parts so far, this one last: `from_step`, `started`, seconds of `startup` and of `train`, hardware, wandb.
+
+        `span` is when it was at work, from its record's opening to now, in seconds since 1970.
+        """
+        now = time.monotonic()
+        trained_from = now if self._training_began is None else self._training_began
+        times = {"startup": round(trained_from - self.began, 3), "train": round(now - trained_from, 3)}
+        return [*self._parts, self._part | times | {"span": [round(self._opened, 3), round(time.time(), 3)]}]
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Append one step's metrics; ValueError if one of them is no finite number, and then none is kept."""
+        line = json.dumps(metrics, allow_nan=False)
+        self.metrics.append(metrics)
+        self._file.write(line + "\n")
+        self._file.flush()
+        write_status(self.folder, "running", len(self.metrics))
+
+    def sync(self) -> None:
+        """Have the disk hold the steps so far: a checkpoint is worth nothing without them."""
+        os.fsync(self._file.fileno())
+
+    def finish(self, state: str, error: str | None = None) -> dict[str, Any]:
+        """Write `summary.json`, then `status.json` with the final state (done, failed, diverged, interrupted)."""
+        parts = self.parts
+        wall = {name: sum(part[name] for part in parts) for name in ("startup", "train")}
+        wall["total"] = wall["startup"] + wall["train"]
+        summary = {
+            "state": state,
+            "error": error,
+            **self.facts,
+            **losses(self.metrics),
+            "steps": len(self.metrics),
+            "tokens": self.metrics[-1]["tokens"] if self.metrics else 0,
+            **self.measured,
+            "wall_seconds": {name: round(seconds, 3) for name, seconds in wall.items()},
+            "started": parts[0]["started"],
+            "parts": parts,
+        }
+        self._file.close()
+        write_json(self.folder / "summary.json", summary)
+        write_status(self.folder, state, len(self.metrics), error)
+        return summary
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
+    """`status.json`: the state, steps done, the error if any, and whose process it is."""
+    status = {"state": state, "step": step, "error": error, **process.me(), "updated": time.time()}
+    write_json(folder / "status.json", status)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """`status.json` of a run folder; the state is `not run` where there is none to read.
+
+    Where it says `running` and its process is no more, the state is `interrupted`.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        if isinstance(status, dict):
+            if status.get("state") == "running" and not process.lives(status):
+                return status | {"state": "interrupted", "error": "its process ended without a word: killed?"}
+            return status
+    return {"state": "not run", "step": 0, "error": None}
+
+
+def losses(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The summary's losses from the steps' metrics, each null where nothing was measured."""
+    loss = [row["loss"] for row in metrics]
+    unseen = [row["loss_unseen"] for row in metrics if "loss_unseen" in row]
+    val = [row["val_loss"] for row in metrics if "val_loss" in row]
+    return {
+        "loss_first": loss[0] if loss else None,
+        "loss_last": loss[-1] if loss else None,
+        "loss_mean_last10": statistics.fmean(loss[-LAST:]) if loss else None,
+        "val_loss": val[-1] if val else None,
+        "loss_unseen_first": unseen[0] if unseen else None,
+        "loss_unseen_last": unseen[-1] if unseen else None,
+    }
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names."""
+    found = {path.parent.parent for path in folder.glob("**/.hydra/config.yaml")}
+    return sorted(found)
+
+
+def saved(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run folder, whole or damaged, by the steps done at each, newest first."""
+    found = {int(path.name[5:]): path for path in folder.glob(f"{CHECKPOINTS}/step_*") if path.name[5:].isdigit()}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def run_around(folder: Path) -> Path | None:
+    """The run whose `checkpoints`, or one of them, a folder is."""
+    place = folder.resolve()
+    if CHECKPOINTS not in (place.name, place.parent.name):
+        return None
+    return next((above for above in (place.parent, place.parent.parent) if (above / ".hydra").is_dir()), None)
+
+
+def check_run(folder: Path) -> None:
+    """Refuse a folder that is not a run's with a checkpoint, and name the one that was probably meant.
+
+    Raises:
+        BadRequest: it is not there, is a sweep's, a checkpoint's or another one, or the run saved nothing.
+    """
+    such = "name a run's folder, such as runs/DAY/TIME-ID"
+    if not folder.is_dir():
+        raise BadRequest(f"{folder}: no such folder; {such}")
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        if above := run_around(folder):
+            raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {shlex.quote(str(above))}")
+        if below := runs_below(folder):
+            newest = max(below, key=lambda run: (bool(saved(run)), run.stat().st_mtime))
+            what = "a sweep" if _is_sweep(folder / SWEEP) else "a folder above runs"
+            raise BadRequest(f"{folder}: {what}; name one run of it, such as {shlex.quote(str(newest))}")
+        raise BadRequest(f"{folder}: no run's folder; {such}")
+    if not saved(folder):
+        remedy = "train with checkpoint.save_last=true (a run that was interrupted has one)"
+        raise BadRequest(f"{folder}: this run saved no checkpoint; {remedy}")
+
+
+def text_of(folder: Path) -> str | None:
+    """The sha256 of the text that a run folder's newest checkpoint was trained on; None without one that says so."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
+        newest = next(iter(saved(folder).values()))
+        return str(json.loads((newest / "state.json").read_text(encoding="utf-8"))["data"]["sha256"])
+    return None
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """`summary.json` of a run folder.
+
+    Raises:
+        OSError, ValueError: there is none, or it is no summary.
+    """
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if not isinstance(summary, dict):
+        raise ValueError(f"{folder / 'summary.json'} is no summary")
+    return summary
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The steps' metrics of a run folder; a line that a killed process left half written is skipped."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    try:
+        rows = json.loads(f"[{','.join(lines)}]")  # one call is several times faster than one a line
+    except ValueError:
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def kept_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of the steps from the first to the first that is missing."""
+    rows = enumerate(read_metrics(folder))
+    return [row for number, row in itertools.takewhile(lambda pair: pair[0] == pair[1].get("step"), rows)]
+
+
+def row(folder: Path, above: Path) -> dict[str, Any]:
+    """A run's summary, or where it left none its status, under its `name` as seen from `above`."""
+    name = str(folder.relative_to(above)) if folder != above else folder.name
+    try:
+        return {"name": name, **read_summary(folder)}
+    except (OSError, ValueError):
+        return {"name": name, **read_status(folder)}
+
+
+def sweep_of(folder: Path) -> Path | None:
+    """The sweep folder around a job's folder, if there is one; another program's `sweep.json` makes none."""
+    return next((above for above in folder.parents if _is_sweep(above / SWEEP)), None)
+
+
+def _is_sweep(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(known, dict) and isinstance(known.get("jobs"), list)
+    return False
+
+
+def progress(sweep: Path, folder: Path) -> str:
+    """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the pace so far, however many run at once."""
+    request = json.loads((sweep / SWEEP).read_text(encoding="utf-8"))
+    folders = request.get("folders", [])  # none where a sweeper makes up the jobs as it goes
+    others = [other for other in runs_below(sweep) if other != folder]
+    number = folders.index(folder.name) if folder.name in folders else len(others)
+    if not folders:
+        return f"job {number + 1}"
+    text = f"job {number + 1} of {len(folders)}"
+    ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
+    now = [status for status in ended if status["updated"] > request["launched"]]
+    if now:
+        pace = (time.time() - request["launched"]) / len(now)
+        text += f", about {pace * (len(folders) - len(ended)):.0f} s left"
+    return text
+
+
+def objective(folder: Path) -> float:
+    """The loss by which a sweeper may judge a run: validation's, else the last steps' mean; infinite if not done."""
+    found = row(folder, folder)
+    if found["state"] != "done":
+        return math.inf
+    return float(found["loss_mean_last10"] if found["val_loss"] is None else found["val_loss"])

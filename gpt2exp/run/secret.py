@@ -1,0 +1,55 @@
+"""Credentials stay out of requests, and so out of every record: what names or holds one is refused, its value unsaid.
+
+A request reaches many records (`sweep.json`, `.hydra/`, `summary.json`, wandb, the report), so it is checked once, at
+the door. Credentials belong into the environment or `wandb login`, where wandb finds them by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2exp.config import BadRequest
+
+NAME = r"[\w-]*(?:api[_-]?key|access[_-]?key|private[_-]?key|token(?!s)|secret|passw|credential)[\w-]*"
+"""What a key or an environment variable is called that holds a credential (`tokens` are counted, not kept secret)."""
+
+SHORTEST = 8
+"""Characters of a credential; a flag such as `TOKENS=true` is none."""
+
+REMEDY = "set WANDB_API_KEY in the environment, or run wandb login"
+
+
+def check_typed(texts: Iterable[str]) -> None:
+    """Raise `BadRequest` if an override, or a mapping inside one, sets a key that names a credential, or holds one."""
+    for text in texts:
+        found = re.search(rf"(?:^|[.{{,~+@/\s'\"])({NAME})['\"]?\s*[=:]", text, re.IGNORECASE)
+        if found:
+            whole = text[: found.end(1)].lstrip("+~") if "=" not in text[: found.start(1)] else found[1]
+            raise BadRequest(f"{whole}: credentials are no part of a request, which is kept on disk; {REMEDY}")
+        _check_text(text.partition("=")[0], text)
+
+
+def check_values(tree: Any, key: str = "") -> None:
+    """Raise `BadRequest` if a composed configuration names or holds a credential, by dotted key."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            inside = f"{key}.{name}" if key else str(name)
+            if value is not None and re.fullmatch(NAME, str(name), re.IGNORECASE):
+                raise BadRequest(f"{inside}: credentials are no part of a configuration; {REMEDY}")
+            check_values(value, inside)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            check_values(value, key)
+    elif isinstance(tree, str):
+        _check_text(key, tree)
+
+
+def _check_text(key: str, text: str) -> None:
+    for name, value in os.environ.items():
+        held = len(value) >= SHORTEST and value in text and re.fullmatch(NAME, name, re.IGNORECASE)
+        if held and not Path(value).exists():  # the place of a credential is none
+            raise BadRequest(f"{key}: holds the value of {name}, which no record may keep; leave it out")

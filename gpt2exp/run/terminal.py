@@ -1,0 +1,387 @@
+"""What people see: the header, a line a step, the closing table; the same text goes to `run.log`. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import re
+import shlex
+import sys
+import traceback
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from gpt2exp.config import InitConfig, InitScheme, RunConfig, TrainConfig, typed
+from gpt2exp.training import distributed, load
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+log = logging.getLogger("gpt2exp")
+
+
+class _Lines(logging.Handler):
+    """Warnings and errors as lines of a console, an error's traceback too where asked for."""
+
+    def __init__(self, console: Console, *, traces: bool) -> None:
+        super().__init__(logging.WARNING)
+        self.console, self.traces = console, traces
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        self.console.print(Text(printable(line), style="yellow"), soft_wrap=True)
+        if self.traces and record.exc_info:
+            self.console.print(Text(logging.Formatter().formatException(record.exc_info)), soft_wrap=True)
+
+
+class Patient:
+    """A text stream that goes quiet, instead of ending the program, once it is `gone`: nobody reads it, or its disk is
+    full.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.gone = stream, False
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without our characters gets `?` for them
+
+    def write(self, text: str) -> int:
+        with self._quietly():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._quietly():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # what is buffered, and the interpreter's last flush, need a place to go
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            self.gone = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """The console of this process; piped, it has no colour and room for every line of ours."""
+    stream = Patient(sys.stderr if stderr else sys.stdout)
+    console = Console(file=cast(TextIO, stream), stderr=stderr, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
+    return console
+
+
+def show_warnings(*, traces: bool = False) -> None:
+    """Print the package's warnings on standard error, with tracebacks or not; a second call changes nothing."""
+    log.propagate = False
+    if not any(isinstance(handler, _Lines) for handler in log.handlers):
+        log.addHandler(_Lines(terminal(stderr=True), traces=traces))
+
+
+class View:
+    """One run on the terminal and, in full, in `run.log`: a context in which `step` may be called.
+
+    A run alone shows its header, a line a step and its closing table. A job of a sweep shows a line when it begins and
+    one when it ends.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, overrides: Sequence[str], progress: str | None) -> None:
+        """`progress`: where the job stands in its sweep; None for a run alone."""
+        self.config, self.overrides, self.progress = config, overrides, progress
+        self.console = terminal()
+        self._file = cast(TextIO, Patient((folder / "run.log").open("a", encoding="utf-8")))
+        self._log = Console(file=self._file, width=110, highlight=False)
+        self._handler = _Lines(self._log, traces=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> View:
+        log.addHandler(self._handler)
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("training", total=self.config.train.steps, visible=False)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_progress()
+        log.removeHandler(self._handler)
+        self._file.close()
+
+    def _end_progress(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @property
+    def _consoles(self) -> list[Console]:
+        return [self._log] if self.progress else [self.console, self._log]
+
+    def _print(self, text: str, *consoles: Console, style: str = "") -> None:
+        for console in consoles:
+            console.print(Text(text, style=style), soft_wrap=True)
+        self._file.flush()
+
+    def rows(self, rows: dict[str, str]) -> None:
+        """Labelled lines: a grid on a terminal, one unbroken line each where a program may read them."""
+        width = max(map(len, rows))
+        for console in self._consoles:
+            if console.is_terminal:
+                console.print(_grid(rows))
+                continue
+            for label, text in rows.items():
+                console.print(Text(f"{label:<{width}}  {text}"), soft_wrap=True)
+        self._file.flush()
+
+    def header(self, facts: dict[str, Any], folder: Path, config: RunConfig) -> None:
+        """What is about to run: `config`, with what it left open settled."""
+        model, train = config.model, config.train
+        parameters, precision, data = facts["parameters"], facts["precision"], facts["data"]
+        emulated = " (emulated: its speed is not a hardware speed)" if precision["emulated"] else ""
+        batch = f"{train.sequences} x {train.seq_len} tokens"
+        if train.grad_accum_steps > 1:
+            batch += f" x {train.grad_accum_steps} micro-batches"
+        if train.activation_checkpointing is True:
+            batch += ", activations computed again in backward"
+        if train.sequences % 2 and train.sequences > 1:
+            batch += "; an even batch, best a power of two, suits most hardware better"
+        per_epoch = data["train_tokens"] // train.step_tokens
+        shared = f"; {facts['processes']} processes by {facts['distributed']}" if facts["distributed"] else ""
+        rows = {
+            "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
+            f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {_init(config.init)}, "
+            f"seed {config.seed}",
+            "device": f"{facts['device']}, {facts['threads']} threads{shared}; "
+            f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed{' by each' if shared else ''}",
+            "precision": f"{precision['requested']} requested, {precision['effective']}{emulated}: "
+            f"a matrix product is off by {precision['matmul_relative_error']:.1e}",
+            "data": f"{data['name']}: {data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} to validate, "
+            f"{data['distinct_tokens']:,} of {model.vocab_size:,} ids occur",
+            "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
+            "folder": short(folder),
+        }
+        self._print(f"{distributed.program()} {pasted(*self.overrides)}".rstrip(), *self._consoles, style="bold")
+        if self.progress:
+            self._print(f"{self.progress}: {' '.join(self.overrides)}", self.console)
+        self.rows(rows)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Count a step; print its line if one is due."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=metrics["step"] + 1, visible=True)
+        if due(metrics, self.config.train):
+            self._print(step_line(metrics), *self._consoles)
+
+    def close(self, summary: dict[str, Any], folder: Path, sync: Path | None) -> None:
+        """How it went; `sync`: wandb's folder to upload, if it was offline."""
+        self._end_progress()
+        self.rows(closing_rows(summary, self.config, folder))
+        if self.progress:
+            self._print(f"  {closing_line(summary)}", self.console)
+        # unbroken lines, to be copied
+        if summary["state"] in ("interrupted", "failed"):
+            self._print(f"to go on: {to_go_on(folder)}", *self._consoles)
+        if sync is not None:
+            self._print(f"to upload: {pasted('wandb', 'sync', sync)}", *self._consoles)
+
+
+def _init(init: InitConfig) -> str:
+    if init.scheme is InitScheme.pretrained:
+        return f"pretrained from {init.path}"
+    return f"{init.scheme.value}, residual scaling {'on' if init.residual_scaling else 'off'}"
+
+
+def origin_line(init: dict[str, Any]) -> str:
+    """Where a model's weights came from, and whether head and embedding are one."""
+    came = "drawn" if init["source"] is None else f"{init['source']} (sha256 {init['sha256'][:8]})"
+    equal = "all elements equal" if init["tying"]["all_equal"] else "their elements differ"
+    one = "one tensor (same data pointer)" if init["tying"]["same_pointer"] else "two tensors"
+    return f"{came}; lm_head.weight and wte.weight: {one}, {equal}"
+
+
+def short(path: Path) -> str:
+    """A path as seen from the current folder where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second"}
+"""The figures that every step has; all others are measured at some of them."""
+
+
+def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
+    """Whether a step goes to the terminal and to wandb: each `log_every`-th, the last, each with something measured."""
+    number = metrics["step"]
+    return number % train.log_every == 0 or number + 1 == train.steps or not metrics.keys() <= STEP
+
+
+def place(path: Path) -> str:
+    """A path as an argument: `short`, and never taken for a flag or a home folder."""
+    text = short(path)
+    return str(path.absolute()) if text.startswith(("-", "~")) else text
+
+
+def pasted(*words: str | Path) -> str:
+    """A command to be pasted into a shell: each word quoted as far as it needs to be."""
+    return shlex.join(place(word) if isinstance(word, Path) else word for word in words)
+
+
+def to_go_on(folder: Path) -> str:
+    """The command that goes on with a run or a sweep."""
+    return f"{distributed.program()} {pasted(typed('resume', place(folder)))}"
+
+
+def step_line(metrics: dict[str, Any]) -> str:
+    """The tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured."""
+    line = (
+        f"step {metrics['step']:5d} | loss {metrics['loss']:9.6f} | {metrics['step_ms']:9.2f} ms | "
+        f"{metrics['tokens_per_second']:11,.1f} tok/s"
+    )
+    for key, label in (("grad_norm", "norm"), ("loss_unseen", "unused tokens"), ("val_loss", "val loss")):
+        if key in metrics:
+            line += f" | {label} {metrics[key]:.4f}"
+    return line
+
+
+def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> dict[str, str]:
+    """The closing table of a run, label to text."""
+    rows = {"state": summary["state"] + (f": {summary['error']}" if summary["error"] else "")}
+    if summary["loss_first"] is not None:
+        expected = math.log(config.model.vocab_size)
+        rows["loss"] = (
+            f"{summary['loss_first']:.4f} → {summary['loss_last']:.4f}, mean of the last ten "
+            f"{summary['loss_mean_last10']:.4f} (a uniform guess costs ln {config.model.vocab_size} = {expected:.3f})"
+        )
+        data = summary["data"]
+        rows["for scale"] = (
+            f"guessing among the {data['distinct_tokens']:,} ids that occur {math.log(data['distinct_tokens']):.3f}, "
+            f"by frequency {data['unigram_entropy']:.3f}"
+        )
+        if data["bigram_entropy"] is not None:  # of a long text it is not counted
+            rows["for scale"] += f", by the token before {data['bigram_entropy']:.3f}"
+    if summary["val_loss"] is not None:
+        rows["validation loss"] = f"{summary['val_loss']:.4f}"
+    if summary["loss_unseen_first"] is not None:
+        gained = summary["loss_unseen_first"] - summary["loss_unseen_last"]
+        fall = summary["loss_first"] - summary["loss_last"]
+        share = f", {gained / fall:.0%} of the fall" if fall > 0 else ""
+        first, last = summary["loss_unseen_first"], summary["loss_unseen_last"]
+        rows["of it, tokens that never occur"] = f"{first:.4f} → {last:.4f}{share}"
+    if summary["tokens_per_second"] is not None:
+        ms = summary["step_ms"]
+        speed = f"{summary['tokens_per_second']:,.1f} tokens/s: median step {ms['median']:.1f} ms"
+        speed += f" (p10 {ms['p10']:.1f}, p90 {ms['p90']:.1f}, n={summary['timed_steps']}),"
+        speed += f" first step {summary['first_step_ms']:.0f} ms"
+        if summary["precision"]["emulated"]:
+            speed += "; emulated, not a hardware speed"
+        if summary.get("speed_disturbed"):
+            what = "not this run's own speed" if load.too_many(summary) else "left out"
+            speed += f"; {summary['speed_disturbed']:.0%} of the steps waited for a core in use by others: {what}"
+        rows["speed"] = speed
+    if summary["mfu"] is not None:
+        rows["MFU"] = f"{summary['mfu']:.1%} of the device's {summary['precision']['effective']} peak"
+    if summary["peak_memory_bytes"]:
+        rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+    wall = summary["wall_seconds"]
+    rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
+    rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
+    return rows
+
+
+def closing_line(summary: dict[str, Any]) -> str:
+    """A job of a sweep in a line."""
+    if summary["state"] != "done":
+        return f"{summary['state']}: {summary['error']}"
+    loss = "val_loss" if summary["val_loss"] is not None else "loss_mean_last10"
+    waited = " while most steps waited for a core" if load.too_many(summary) else ""
+    return (
+        f"done: {loss} {summary[loss]:.4f}, {summary['tokens_per_second']:,.1f} tokens/s{waited}, "
+        f"{summary['wall_seconds']['total']:.1f} s"
+    )
+
+
+def runs_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
+    """The runs of a sweep, a row each."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    right = ("loss", "val loss", "tokens/s", "peak GiB")
+    for column in ("run", "state", "loss", "val loss", "tokens/s", "peak GiB", "precision"):
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        cells = [row["name"], row["state"]]
+        for key, form in (("loss_mean_last10", ".4f"), ("val_loss", ".4f"), ("tokens_per_second", ",.1f")):
+            cells.append("–" if row.get(key) is None else format(row[key], form))
+        peak = row.get("peak_memory_bytes")
+        cells.append("–" if peak is None else f"{peak / 2**30:.2f}")
+        precision = row.get("precision")
+        cells.append(
+            "–" if precision is None else precision["effective"] + (" emulated" if precision["emulated"] else "")
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def plan_table(rows: Sequence[dict[str, str]]) -> Table:
+    """The runs of a dry run: rows of the same columns."""
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("run", "precision") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row.values()))
+    return table
+
+
+def _grid(rows: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows.items():
+        table.add_row(label, Text(text))
+    return table
+
+
+def wants_traces() -> bool:
+    """Whether the user asked for tracebacks beside the one line, as Hydra has it."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Text whose control characters, which a terminal would obey, are shown as � and whose broken Unicode as ?.
+
+    `keep`: control characters that are left, such as the line break.
+    """
+    whole = str(text).encode("utf-8", "replace").decode("utf-8")
+    whole = re.sub("[\ufffe\uffff]", "�", whole)  # which no XML, so no SVG, can hold
+    return "".join("�" if unicodedata.category(char) == "Cc" and char not in keep else char for char in whole)
+
+
+def refuse(message: str, *, program: str = "gpt2exp", trace: bool = False) -> None:
+    """One line on standard error; `trace`: after the traceback of what is being handled."""
+    if trace:
+        traceback.print_exc()
+    print(printable(f"{program}: {message}"), file=sys.stderr)

@@ -1,0 +1,64 @@
+"""What `gpt2exp --help` says: the groups, every key, some examples; all but the examples from conf/ and the schema."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from importlib import resources
+
+from omegaconf import DictConfig, OmegaConf
+
+from gpt2exp.config import options, show
+
+EXAMPLES = """\
+  gpt2exp                                              GPT-2 124M, 50 steps on Tiny Shakespeare
+  gpt2exp model=nano train.steps=200                   seconds on a laptop
+  gpt2exp data=text data.path=book.txt data.val_fraction=0.1
+  gpt2exp -m precision=fp32,tf32 seed=1,2,3 model=nano   a sweep: every combination
+  gpt2exp experiment=weight_tying                      a shipped study: a sweep by itself"""
+
+
+def text() -> str:
+    """The whole page."""
+    return f"""\
+gpt2exp trains GPT-2 and tells whether a choice mattered.
+
+usage: gpt2exp [-m] [KEY=VALUE ...]
+
+groups, each a choice of files (default first):
+{groups()}
+
+keys, with their defaults:
+{keys()}
+
+flags: -m, --multirun  run every combination of comma-separated values
+       torchrun --nproc-per-node 8 -m gpt2exp.train ...   one run on 8 GPUs, shared out by distributed=ddp or fsdp
+       --cfg job       print the configuration
+       --hydra-help    Hydra's own flags
+
+examples:
+{EXAMPLES}
+
+A run leaves runs/DAY/TIME-ID/ with summary.json, metrics.jsonl and run.log; a sweep leaves sweeps/DAY/TIME-ID/ with
+a folder a run. Exit code: 0 done, 1 a run failed, 2 a bad request, 130 interrupted (143 by SIGTERM)."""
+
+
+def groups() -> str:
+    """The groups of the packaged configuration with their members, a line each."""
+    conf = resources.files("gpt2exp.conf")
+    lines = []
+    for default in OmegaConf.create((conf / "config.yaml").read_text(encoding="utf-8")).defaults:
+        if isinstance(default, DictConfig) and (group := str(next(iter(default)))) and " " not in group:
+            names = sorted(item.name for item in (conf / group).iterdir())
+            members = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
+            lines.append(f"  {group}={'|'.join(sorted(members, key=lambda name: name != default[group]))}")
+    return "\n".join(lines)
+
+
+def keys() -> str:
+    """The keys of the schema with their defaults, and beside them what they are, wrapped to the terminal."""
+    width = max(80, min(120, shutil.get_terminal_size().columns))
+    return "\n".join(
+        textwrap.fill(about, width, initial_indent=f"  {key + '=' + show(default):36} ", subsequent_indent=" " * 39)
+        for key, default, about in options()
+    )

@@ -1,0 +1,1 @@
+"""The training step: trainer, optimizer, precision, devices, several processes."""

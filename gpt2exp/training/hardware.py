@@ -1,0 +1,158 @@
+"""What is process-global and not precision: device, memory and the peaks of GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import platform
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gpt2exp.config import AUTO, BadRequest, DeviceName, TrainConfig, require
+from gpt2exp.training import distributed, heap
+
+PEAK_TFLOPS = {
+    # dense peaks by name as CUDA reports it, from NVIDIA's data sheets (without sparsity); fp16 runs at bf16's rate
+    "A100": {"fp64": 9.7, "fp32": 19.5, "tf32": 156.0, "bf16": 312.0},
+    "A10": {"fp32": 31.2, "tf32": 62.5, "bf16": 125.0},
+    "A40": {"fp32": 37.4, "tf32": 74.8, "bf16": 149.7},
+    "RTX A6000": {"fp32": 38.7, "tf32": 77.4, "bf16": 154.8},
+    "H100 PCIe": {"fp64": 25.6, "fp32": 51.2, "tf32": 378.0, "bf16": 756.0},
+    "H100": {"fp64": 33.5, "fp32": 66.9, "tf32": 494.7, "bf16": 989.4},
+    "H200": {"fp64": 33.5, "fp32": 66.9, "tf32": 494.7, "bf16": 989.4},
+    "L4": {"fp32": 30.3, "tf32": 60.0, "bf16": 121.0},
+    "L40S": {"fp32": 91.6, "tf32": 183.0, "bf16": 362.0},
+    "RTX 3090": {"fp32": 35.6, "tf32": 35.6, "bf16": 71.0},
+    "RTX 4090": {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2},
+    "V100": {"fp64": 7.8, "fp32": 15.7},
+    "T4": {"fp32": 8.1},
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak floating-point operations per second of a GPU in a precision; None where it is not known."""
+    for known in sorted(PEAK_TFLOPS, key=len, reverse=True):
+        if re.search(rf"\b{re.escape(known)}\b", device_name.replace("-", " ")):
+            tflops = PEAK_TFLOPS[known].get("bf16" if precision == "fp16" else precision)
+            return None if tflops is None else tflops * 1e12
+    return None
+
+
+def resolve_device(name: DeviceName) -> torch.device:
+    """The device to compute on; of several processes on a machine each has a GPU of its own.
+
+    Raises:
+        BadRequest: it was named and is not there, or there are fewer GPUs than processes.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind, found in there.items() if found) if name is DeviceName.auto else name.value
+    if not there[kind]:
+        found = ", ".join(kind for kind, present in there.items() if present)
+        raise BadRequest(f"train.device={kind}: PyTorch sees no such device here; use auto or one of: {found}")
+    if distributed.size() == 1:
+        return torch.device(kind)
+    if kind == "cuda":
+        gpus = torch.cuda.device_count()
+        why = f"torchrun started {distributed.local_size()} processes here, and there are {gpus} GPUs"
+        require(distributed.local_size() <= gpus, "train.device", kind, why, f"try torchrun --nproc-per-node {gpus}")
+        return torch.device(kind, distributed.local_rank())
+    require(kind == "cpu", "train.device", kind, "processes cannot share Apple's GPU", "start one without torchrun")
+    return torch.device(kind)
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware's own name, such as `NVIDIA A100-SXM4-80GB` or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return found[1].strip() if found else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished what was queued, so that a clock read next is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+WORTH_COMPILING = 1000
+"""Steps from which `train.compile=auto` compiles on CUDA: a guess, not measured; on the CPU nothing was won."""
+
+
+def settle(train: TrainConfig, device: torch.device) -> TrainConfig:
+    """`train` with `compile` settled."""
+    if train.compile != AUTO:
+        return train
+    return replace(train, compile=device.type == "cuda" and train.steps >= WORTH_COMPILING)
+
+
+def pads_vocabulary(choice: bool | str, device: torch.device) -> bool:
+    """`model.pad_vocab` settled.
+
+    Tensor cores want round sizes (NVIDIA's guide on matrix multiplication). On a processor with AVX2 alone the head's
+    products were half as fast again; with AVX-512 the sizes made no difference.
+    """
+    if isinstance(choice, bool):
+        return choice
+    return device.type == "cuda" or (device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2")
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """PyTorch's random states, bytes each: `random.cpu`, and the accelerator's."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["random.mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def restore_random_state(device: torch.device, states: dict[str, torch.Tensor]) -> None:
+    """Set what `random_state` said, as far as it is of this device."""
+    torch.set_rng_state(states["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in states:
+        torch.cuda.set_rng_state(states["random.cuda"], device)
+    elif device.type == "mps" and "random.mps" in states:
+        torch.mps.set_rng_state(states["random.mps"])
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a run could still take on the device; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return heap.available()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak, so that each job of a sweep that shares a process has its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a sandbox without it: the peak is then the process's own
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc(5)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes since `reset_peak_memory`: the allocator's on CUDA and MPS, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

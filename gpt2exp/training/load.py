@@ -1,0 +1,107 @@
+"""What other programs on the same cores do to a run: how long its threads wait for a core, and that they wait quietly.
+
+PyTorch's wheel for Linux ships GNU's OpenMP, whose threads spin for milliseconds where they wait for each other. That
+makes a lone run fast. Beside another program a thread spins for one that has no core, and keeps that core busy: two
+runs at once were 30 to 50 times slower each. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+"""Environment variables that say how long OpenMP's threads spin; a user who sets one is left alone."""
+
+DISTURBED = 0.05
+"""A step is disturbed if its threads waited longer for a core, all together, than this share of its duration."""
+
+HELD = 0.2
+"""From this share on another program holds a core for good, and spinning does more harm than good."""
+
+TOO_MANY = 0.5
+"""Above this share of disturbed steps a run's speed is the machine's load and not the run's."""
+
+
+def waited() -> float | None:
+    """Seconds that threads of this process were ready to run and had no core, all together, since they began.
+
+    From Linux's scheduler, which counts each wait (`schedstat`, proc(5)): a thread that spins uses its core fully, so
+    CPU time would not tell. Python's other threads (wandb's, a progress bar's) do not compute and do not count. None
+    where the system does not say. Takes 0.05 ms.
+    """
+    idle = {thread.native_id for thread in threading.enumerate()} - {threading.get_native_id()}
+    nanoseconds = 0
+    try:
+        for thread in os.scandir("/proc/self/task"):
+            if int(thread.name) not in idle:
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                    file = os.open(f"{thread.path}/schedstat", os.O_RDONLY)
+                    try:
+                        nanoseconds += int(os.read(file, 100).split()[1])
+                    finally:
+                        os.close(file)
+    except (OSError, ValueError, IndexError):
+        return None
+    return nanoseconds / 1e9 if nanoseconds else None  # a kernel that does not count says 0
+
+
+def too_many(summary: Mapping[str, Any]) -> bool:
+    """Whether a run's speed is not its own; a summary from before this was measured says nothing."""
+    share = summary.get("speed_disturbed")
+    return isinstance(share, (int, float)) and share > TOO_MANY
+
+
+class Spinning:
+    """Has OpenMP's threads spin long or hardly at all while the process runs; where that is not possible, nothing.
+
+    A setting of the environment (`SPINNING`) would hold for the whole process: many spins slow down a run beside
+    another, few a lone one. But GNU's OpenMP spins 100 times instead of 300,000 while it knows of more threads than
+    cores. So a team of that many, which does nothing, lives as long as spinning should be brief.
+    """
+
+    def __init__(self, threads: int) -> None:
+        """`threads`: how many compute; brief from the start, since the first step cannot know. After torch."""
+        self._end: threading.Event | None = None
+        self._openmp: ctypes.CDLL | None = None
+        if threads > 1 and not any(name in os.environ for name in SPINNING):
+            with contextlib.suppress(OSError, AttributeError):  # another OpenMP, or none, is loaded
+                self._openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        self.brief(self._openmp is not None)
+
+    def after_step(self, share: float | None) -> None:
+        """Decide for the next step; `share`: seconds that threads waited for a core in the last, over its duration.
+
+        None: not known, and so as OpenMP has it.
+        """
+        if self._openmp is not None:
+            self.brief(share is not None and share > (DISTURBED if self._end else HELD))
+
+    def brief(self, wanted: bool) -> None:
+        """Set it."""
+        if wanted and self._end is None:
+            self._end, ready = threading.Event(), threading.Event()
+            threading.Thread(target=self._crowd, args=(self._end, ready), name="spin", daemon=True).start()
+            ready.wait()
+        elif not wanted and self._end is not None:
+            self._end.set()
+            self._end = None
+
+    def _crowd(self, end: threading.Event, ready: threading.Event) -> None:
+        """Be the first of a team of more threads than there are cores; it goes when this thread does."""
+        assert self._openmp is not None
+        nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL) does nothing
+        self._openmp.GOMP_parallel(nothing, None, len(os.sched_getaffinity(0)) + 1, 0)
+        ready.set()
+        end.wait()
+
+
+@functools.cache
+def spinning(threads: int) -> Spinning:
+    """The one of this process: what a sweep's job found is where the next begins."""
+    return Spinning(threads)

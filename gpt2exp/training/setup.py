@@ -1,0 +1,236 @@
+"""From a checked configuration to a trainer: memory estimated, `auto` settled, everything built."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, PrecisionName, RunConfig
+from gpt2exp.data import tokens
+from gpt2exp.model import huggingface
+from gpt2exp.training import distributed, heap
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpt2exp.model.gpt import GPT
+    from gpt2exp.run.checkpoint import Checkpoint
+    from gpt2exp.training.precision import Precision
+    from gpt2exp.training.trainer import Trainer
+
+
+def prepare_heap(config: RunConfig) -> int | None:
+    """Make the heap ready for a run, before torch is imported; the bytes that were free before."""
+    heap.give_back()
+    free = heap.available()
+    free = None if free is None else free // distributed.local_size()
+    if heap.computes_here(config.train.device):
+        how = {"on_cpu": True, "unfused_attention": False}
+        likely = fit(config, free, 2**30, **how)
+        heap.prepare(
+            memory(likely, **how) - PROCESS_BYTES,
+            certain=16 * config.model.parameters["total"],
+            steps=config.train.steps,
+            tight=likely.train.activation_checkpointing is True,
+        )
+    return free
+
+
+def smallest(config: RunConfig) -> RunConfig:
+    """With a batch of one sequence where the batch is left open."""
+    return replace(config, train=replace(config.train, batch_size=1)) if config.train.batch_size == AUTO else config
+
+
+def check_text(config: RunConfig, source: tokens.TokenFile) -> None:
+    """Raise `BadRequest` if the text is too short for a batch, or has ids that the model has no embedding for."""
+    tokens.check_fits(source.tokens, config.data, config.train)
+    if source.max_token >= config.model.vocab_size:
+        why = f"token {source.max_token} of {source.name} needs at least {source.max_token + 1}"
+        raise BadRequest(f"model.vocab_size={config.model.vocab_size}: {why}; try model.vocab_size=50257")
+
+
+def check_weights(init: InitConfig, model: ModelConfig) -> None:
+    """Raise `BadRequest` if `init` names weights that are not there, or not this model's."""
+    if init.scheme is InitScheme.pretrained:
+        huggingface.check(huggingface.find(str(init.path)), model)
+
+
+def settled(
+    config: RunConfig, device: torch.device, got: Precision, source: tokens.TokenFile, free: int | None
+) -> tuple[RunConfig, int]:
+    """`config` with every `auto` of its `train` decided, and its estimated peak memory in bytes."""
+    from gpt2exp.training import hardware
+
+    how = {"on_cpu": device.type == "cpu", "unfused_attention": got.emulated}
+    training = source.tokens - tokens.held_out(source.tokens, config.data.val_fraction)
+    config = fit(config, free, (training - 1) // config.train.seq_len, **how)
+    config = replace(config, train=hardware.settle(config.train, device))
+    return config, memory(config, **how)
+
+
+def trainer(
+    config: RunConfig,
+    device: torch.device,
+    got: Precision,
+    source: tokens.TokenFile,
+    saved: Checkpoint | None = None,
+) -> Trainer:
+    """The trainer of a settled configuration, at its first step or with the weights of a checkpoint.
+
+    Called, and stepped, inside `precision.applied`, which gave `got`.
+    """
+    import torch
+
+    from gpt2exp.data import batches
+    from gpt2exp.model.gpt import GPT
+    from gpt2exp.training import hardware
+    from gpt2exp.training.trainer import Trainer
+
+    train_tokens, val_tokens = batches.split(source.map(), config.data.val_fraction)
+    with torch.device(device):
+        gpt = GPT(config.model).to(got.weights)
+    if hardware.pads_vocabulary(config.model.pad_vocab, device) and not distributed.shards(config.distributed):
+        gpt.pad_vocabulary()
+    origin = start(gpt, config, saved)
+    return Trainer(
+        gpt,
+        batches.Batches(
+            train_tokens, config.train, config.data.order, config.seed, device, distributed.rank(), distributed.size()
+        ),
+        config.train,
+        config.optimizer,
+        seen=torch.from_numpy(source.seen()).to(device),
+        validation=val_tokens if len(val_tokens) else None,
+        autocast=got.autocast,
+        origin=origin,
+        distributed=config.distributed,
+    )
+
+
+def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:
+    """Give the model its first weights, or a checkpoint's; where they came from and how they are tied, for the record.
+
+    Raises:
+        BadRequest: `init.path` holds no weights of this model, or the checkpoint's are of another.
+        diagnostics.InitError: the weights are not what the configuration says.
+    """
+    from gpt2exp.model.init import check_init, check_tying, initialise, load_weights
+
+    if not distributed.first():
+        return {}  # it takes them from the first
+    origin: dict[str, Any] = {"source": None, "files": [], "sha256": None}
+    if saved is not None:
+        load_weights(gpt, saved.weights())
+        origin = saved.state.get("init", origin)
+    elif config.init.scheme is InitScheme.pretrained:
+        origin = huggingface.load(gpt, config.init)
+    else:
+        initialise(gpt, config.init, config.seed)
+        check_init(gpt, config.init)
+    return {"scheme": config.init.scheme.value, **origin, "tying": check_tying(gpt)}
+
+
+def _process_bytes() -> int:
+    found = importlib.util.find_spec("torch")
+    cuda = Path(found.origin).parent / "lib" / "libtorch_cuda.so" if found and found.origin else None
+    return (700 if cuda and cuda.exists() else 340) * 2**20  # 681 and 319 MiB measured with PyTorch 2.13
+
+
+PROCESS_BYTES = _process_bytes()
+"""Resident memory of Python with PyTorch and wandb loaded: counted on a CPU, where the process is what fills up.
+PyTorch built for CUDA, which PyPI gives to Linux, takes twice as much, with or without a GPU."""
+
+SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")
+"""Keys of `train` that a run reports as they came out."""
+
+NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)
+"""Sizes that `train.batch_size=auto` tries, largest first."""
+
+
+def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
+    """Estimated peak bytes of training, of one process where the run has several.
+
+    Weights, gradients and AdamW's two moments take 16 bytes a parameter (fp64: 32). At the start of the backward pass
+    the activations are whole, the head's gradient is there (`gpt2exp.model.loss`) and the others are still to come: per
+    layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value, attention's output
+    twice, and the MLP's hidden layer before and after GELU), or, computed again in backward, 1·n_embd and one layer's
+    17. Under autocast on a GPU all but LayerNorms' inputs are halves, which makes 10 of 17, and the weights' copies
+    come on top; a CPU's peak showed nothing of it. Unfused attention keeps scores and probabilities as well. The peak
+    is the larger of that and the moment when all gradients are there. Sharded (FSDP), a process holds its part of the
+    parameters, gradients and moments, and whole only the embeddings, the head's gradient and a block.
+    """
+    model, train = config.model, config.train
+    size = 8 if config.precision.name is PrecisionName.fp64 else 4
+    width, tokens = model.n_embd, train.micro_batch_tokens // distributed.size()
+    halves = not on_cpu and config.precision.name in (PrecisionName.bf16, PrecisionName.fp16)
+    layer = (10 if halves else 17) * width
+    if unfused_attention:
+        layer += 3 * model.n_head * train.seq_len + 4 * width
+    kept = model.n_layer * width + layer if train.activation_checkpointing is True else model.n_layer * layer
+    head = model.vocab_size * width
+    rows = min(tokens, train.loss_rows)
+    # a product of emulated TF32 has rounded copies of both operands beside it
+    logits = rows * model.vocab_size * (2 if unfused_attention else 1)
+    if config.precision.name is PrecisionName.fp16:  # takes the plain way: logits, log-softmax and its gradient
+        logits = 3 * tokens * model.vocab_size
+    backward = tokens * (kept + 3 * width) + head + logits + (head if unfused_attention else 0)
+    parameters = model.parameters["total"]
+    extra = parameters // 2 if halves else 0
+    if distributed.shards(config.distributed):
+        extra += parameters - model.parameters["blocks"] + 2 * model.parameters["blocks"] // model.n_layer
+        parameters //= distributed.size()
+    elif distributed.size() > 1:  # DDP keeps every gradient's memory, whole and filled or not
+        backward += parameters
+    peak = size * (3 * parameters + extra + max(parameters + head // 2, backward))
+    return peak + (PROCESS_BYTES if on_cpu else 0)
+
+
+def fit(config: RunConfig, free: int | None, most: int, **how: Any) -> RunConfig:
+    """`config` with `train`'s batch size, loss chunk and activation checkpointing settled where they were left open.
+
+    The batch is the largest of `NICE_BATCHES` that needs no more than `free` bytes (None: not known) by `memory`
+    (which takes `how`), is at most `most` sequences and divides `train.tokens_per_step`; without checkpointing if one
+    fits so. A batch that was given stays, and activations are computed again where it fits only so.
+    """
+    recompute = config.train.activation_checkpointing
+    for again in (False, True) if recompute == AUTO else (recompute,):
+        for candidate in _batches(config, most):
+            settled = _settled(config, batch_size=candidate, activation_checkpointing=again)
+            if free is None or memory(settled, **how) <= free:
+                return settled
+    return _settled(config, batch_size=candidate, activation_checkpointing=recompute is not False)
+
+
+def _batches(config: RunConfig, most: int) -> Iterator[int]:
+    if config.train.batch_size != AUTO:
+        yield config.train.sequences
+        return
+    windows = (config.train.tokens_per_step or 0) // config.train.seq_len
+    for share in NICE_BATCHES:  # a process's
+        batch = share * distributed.size()
+        if share == 1 or (batch <= most and windows % batch == 0):
+            yield batch
+
+
+def _settled(config: RunConfig, **choices: Any) -> RunConfig:
+    train = config.train
+    pieces = train.grad_accum_steps if train.tokens_per_step is None else 1  # shared out anew
+    return replace(config, train=replace(train, grad_accum_steps=pieces, loss_chunk=train.loss_rows, **choices))
+
+
+def fitting_batch(config: RunConfig, free: int, **how: Any) -> int | None:
+    """The largest batch below `train.batch_size`, a power of two for each process, whose estimate is at most `free`
+    bytes; None if not even 1 is.
+    """
+    share = config.train.sequences // distributed.size()
+    share = 2 ** ((share - 1).bit_length() - 1) if share > 1 else 0
+    while share:
+        batch = share * distributed.size()
+        smaller = replace(config, train=replace(config.train, batch_size=batch, tokens_per_step=None))
+        if memory(smaller, **how) <= free:
+            return batch
+        share //= 2
+    return None

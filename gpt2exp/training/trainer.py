@@ -1,0 +1,303 @@
+"""The training step, its clock, and the loop around it.
+
+Knows neither Hydra nor wandb: it takes a model, an optimizer and batches, and yields a dict of metrics per step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2exp.config import Distributed, OptimizerConfig, TrainConfig
+from gpt2exp.data.batches import Batches, validation_windows
+from gpt2exp.data.tokens import Tokens
+from gpt2exp.model.gpt import GPT
+from gpt2exp.model.init import norm
+from gpt2exp.training import distributed, hardware, load, optimizers, precision
+from gpt2exp.training import distributed as dist
+
+
+def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
+    """The part of the loss that tokens cost which never occur in the data, in nats per token.
+
+    The loss of a target y splits into -log p(y | seen) - log p(seen): choosing among the tokens that occur, and
+    choosing one of them at all. This is the mean of the second over the positions of `idx` (B, T); `seen` (S,) are the
+    ids that occur. Forgetting the others can lower the loss by this much and no more.
+    """
+    shares = []
+    with torch.no_grad():
+        for rows in torch.split(idx, max(1, 256 // idx.size(1))):  # in parts: never the memory of the step itself
+            logits = model(rows)
+            logits = logits.float() if logits.dtype.itemsize == 2 else logits
+            shares.append(logits.logsumexp(-1) - logits[..., seen].logsumexp(-1))
+        return float(distributed.mean(torch.cat(shares).mean()))
+
+
+def grad_norm(model: nn.Module) -> float:
+    """Euclidean norm of the whole gradient as it stands."""
+    return math.hypot(*(norm(distributed.whole(p.grad)) for p in model.parameters() if p.grad is not None))
+
+
+def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | list[float]]:
+    """The residual stream and the token embedding's two gradients on one batch, by one pass through the model.
+
+    `residual_rms`: root mean square of the stream as embedded and after each block, n_layer + 1 numbers.
+    `wte_grad_lookup`, `wte_grad_head`: norms of the gradients that the embedding gets as look-up table and as head.
+    Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use steers it. Of several
+    processes each gives its rows of the batch.
+    """
+    transformer = model.transformer
+    rows = F.embedding(idx, transformer.wte.weight.detach()).requires_grad_()
+    head = model.lm_head.weight.detach().requires_grad_()
+    rms = []
+    for x in transformer.stream(idx, rows):
+        rms.append(float(distributed.mean(x.detach().float().square().mean()).sqrt()))
+    loss = model.loss(transformer.ln_f(x), head, targets)
+    by_row, by_head = torch.autograd.grad(loss, [rows, head])
+    by_token = torch.zeros_like(by_head).index_add_(0, idx.reshape(-1), by_row.flatten(0, 1))  # its positions add up
+    lookup, head_use = (norm(distributed.mean(gradient)) for gradient in (by_token, by_head))
+    return {"residual_rms": rms, "wte_grad_lookup": lookup, "wte_grad_head": head_use}
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is no longer a finite number; `step` says at which step."""
+
+    def __init__(self, step: int, what: str, value: float) -> None:
+        super().__init__(f"{what} became {value} at step {step}")
+        self.step = step
+
+
+class Trainer:
+    """A model in training: `step` advances it, `evaluate` judges it, `fit` does the whole run."""
+
+    def __init__(
+        self,
+        model: GPT,
+        batches: Batches,
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        *,
+        seen: Tensor | None = None,
+        validation: Tokens | None = None,
+        autocast: torch.dtype | None = None,
+        origin: dict[str, Any] | None = None,
+        distributed: Distributed = Distributed.ddp,
+    ) -> None:
+        """`seen` (S,): ids that occur in the data, for `loss_unseen`; `validation`: tokens held out, if any.
+
+        `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
+        (Micikevicius et al. 2018). `distributed`: how the model is spread, where the run has several processes.
+        `origin`: where the weights came from, for the record.
+        """
+        self.model, self.batches, self.config, self.optimizer_config = model, batches, train, optimizer
+        # several processes exchange gradients as autograd reports them, which this one would not be
+        model.transformer.gradient_in_place = model.config.tie_weights and dist.size() == 1
+        model.transformer.recompute = train.activation_checkpointing is True
+        model.loss_rows = train.loss_rows
+        if train.compile is True:
+            for block in model.transformer.h:  # alike, so that one compilation serves all: PyTorch's regional recipe
+                block.compile()
+        self.sharded = dist.shards(distributed)
+        self.module = dist.spread(model, distributed, batches.device)
+        """`model`, or what stands around it to train it together with other processes."""
+        self.optimizer = optimizers.build(model, optimizer)
+        self.seen, self.validation = seen, validation
+        self.autocast, self.origin = autocast, origin
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
+        self.steps_done = 0
+        self._unclipped: Tensor | None = None
+        self.step_seconds: list[float] = []
+        """Duration of every step done, the first ones included."""
+        self.step_waits: list[float | None] = []
+        """Seconds that the threads waited for a core in each (`load.waited`); None where that is not known."""
+        self._spinning = load.spinning(torch.get_num_threads() if self.device.type == "cpu" else 1)
+        self.began_at = [0]
+        """Which of them were the first of a part: a run that was stopped and goes on warms up again."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.batches.device
+
+    def step(self) -> Tensor:
+        """One optimizer step: next batch, forward, loss, backward, clip if asked, AdamW. Returns the loss, a scalar.
+
+        With accumulation the loss and the gradient are the means over `grad_accum_steps` micro-batches of equal size,
+        so that they equal one batch of them all; so is the gradient over several processes, while the loss returned is
+        that of this one's rows. The gradient stays in `.grad` until the next step.
+        """
+        config = self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for micro in range(config.grad_accum_steps):
+            x, y = self.batches.at(self.steps_done * config.grad_accum_steps + micro)
+            with dist.reducing(self.module, micro == config.grad_accum_steps - 1):
+                with precision.cast(self.device, self.autocast):
+                    loss = self.module(x, y) / config.grad_accum_steps
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
+        if self.optimizer_config.grad_clip > 0:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
+            self._unclipped = dist.whole(norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.steps_done += 1
+        if self.device.type == "cuda":  # its kernels are queued, not done: the next batch can travel meanwhile
+            self.batches.prefetch(self.steps_done * config.grad_accum_steps)
+        return torch.stack(losses).sum()
+
+    def timed_step(self) -> tuple[Tensor, float, float | None]:
+        """`step`, its duration in seconds, the device synchronised at both ends, and the seconds waited for a core.
+
+        Those are the longest of the run's processes, and None on an accelerator: there the processor's threads may wait
+        and no step take longer.
+        """
+        hardware.synchronize(self.device)
+        before = load.waited() if self.device.type == "cpu" else None
+        start = time.perf_counter()
+        loss = self.step()
+        hardware.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        after = None if before is None else load.waited()
+        waits = None if after is None or before is None else max(0.0, after - before)  # a thread may have ended
+        self._spinning.after_step(None if waits is None else waits / seconds)
+        (most,) = dist.largest(-1 if waits is None else round(waits * 1e9))
+        return loss, seconds, None if most < 0 else most / 1e9
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        return optimizers.learning_rate(self.optimizer_config, self.steps_done, self.config.steps)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """What the steps to come depend on beside the configuration: weights and other tensors by name, and numbers.
+
+        `micro_batches` is the position in the data: a batch is a pure function of its number. Every process calls this;
+        the first one's answer is the run's, and knows nothing of how many they are.
+        """
+        weights = dist.gathered(dict(self.model.named_parameters()))
+        tensors = dist.gathered(optimizers.state(self.model, self.optimizer)) | hardware.random_state(self.device)
+        scaler = self.scaler.state_dict()
+        numbers: dict[str, Any] = {
+            "step": self.steps_done,
+            "micro_batches": self.steps_done * self.config.grad_accum_steps,
+        }
+        numbers["scaler"] = {key: scaler[key] for key in ("scale", "_growth_tracker") if key in scaler}
+        return weights, tensors, numbers
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Go on from what `state` said in the first process; the weights are the caller's."""
+        numbers = dist.from_first(numbers)
+        if dist.first():  # the others have none, and nothing is drawn from it
+            hardware.restore_random_state(self.device, tensors)
+        optimizers.restore(self.model, self.optimizer, tensors)
+        self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
+        self.steps_done = numbers["step"]
+
+    def evaluate(self) -> float:
+        """Mean loss in nats over every validation window."""
+        assert self.validation is not None
+        total, count = 0.0, 0
+        config = self.config
+        share = self.batches.rank, self.batches.processes
+        with torch.no_grad(), precision.cast(self.device, self.autocast):
+            for x, y in validation_windows(self.validation, config.seq_len, config.sequences, self.device, *share):
+                loss = self.model(x, y)  # also of no rows at all, since a sharded model needs every process
+                if len(y):
+                    total += float(loss) * y.numel()
+                    count += y.numel()
+        dist.reshard(self.model)
+        sums = dist.total(torch.tensor([total, count], dtype=torch.float64))
+        return float(sums[0] / sums[1])
+
+    def fit(self) -> Iterator[dict[str, Any]]:
+        """Train to the last step, yielding each step's metrics.
+
+        Only the step is on the clock, the device synchronised at both ends; measures, validation and whatever the
+        caller does with the metrics are not. `loss` is the loss before the step's update, `step` counts from 0. Losses,
+        norms and tokens are those of all processes together.
+
+        Raises:
+            Diverged: a loss, or the gradient's norm where it is measured, is infinite or not a number.
+        """
+        config = self.config
+        while self.steps_done < config.steps:
+            number, last = self.steps_done, self.steps_done == config.steps - 1
+            due = bool(config.eval_every) and (number + 1) % config.eval_every == 0
+            measure = last or due or number % config.measure_every == 0
+            metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
+            if measure and self.seen is not None:
+                metrics |= self._before(thorough=number == 0 or last or due)
+            loss, seconds, waits = self.timed_step()
+            metrics |= {
+                "loss": float(dist.mean(loss)),
+                "tokens": self.steps_done * config.step_tokens,
+                "step_ms": seconds * 1e3,
+                "tokens_per_second": config.step_tokens / seconds,
+            }
+            if waits is not None:
+                metrics["waited_ms"] = waits * 1e3
+            if not math.isfinite(metrics["loss"]):
+                raise Diverged(number, "loss", metrics["loss"])
+            if measure:
+                norm = grad_norm(self.model) if self._unclipped is None else float(self._unclipped)
+                if math.isfinite(norm):
+                    metrics["grad_norm"] = norm
+                elif not self.scaler.is_enabled():  # a scaled step that overflows is skipped, and the scale lowered
+                    raise Diverged(number, "grad_norm", norm)
+            if self.validation is not None and (last or due):
+                metrics["val_loss"] = self.evaluate()
+                if not math.isfinite(metrics["val_loss"]):  # the update just made broke the model
+                    raise Diverged(number, "val_loss", metrics["val_loss"])
+            self.step_seconds.append(seconds)
+            self.step_waits.append(waits)
+            yield metrics
+
+    def _before(self, *, thorough: bool) -> dict[str, Any]:
+        """What is measured on the next step's first micro-batch before the step, off the clock."""
+        assert self.seen is not None
+        self.optimizer.zero_grad(set_to_none=True)  # of the step before: its memory is needed here
+        x, y = self.batches.at(self.steps_done * self.config.grad_accum_steps)
+        with precision.cast(self.device, self.autocast):
+            measured: dict[str, Any] = {"loss_unseen": loss_unseen(self.model, x, self.seen)}
+            if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
+                measured |= first_look(self.model, x, y)
+        return measured
+
+    def timing(self) -> dict[str, Any]:
+        """Step times of the run so far, the first `warmup_steps` of each part left out but never the last step.
+
+        `tokens_per_second` is that of the median step, so that one slow step does not colour the figure.
+        `speed_disturbed` is the share of these steps whose threads waited for a core (`load.DISTURBED`), None where
+        that is not known; such steps are left out too, unless they are most (`load.TOO_MANY`).
+        """
+        if not self.step_seconds:
+            empty = dict.fromkeys(("step_ms", "first_step_ms", "tokens_per_second", "speed_disturbed"))
+            return {**empty, "timed_steps": 0}
+        cold = {start + number for start in self.began_at for number in range(self.config.warmup_steps)}
+        steps = list(itertools.zip_longest(self.step_seconds, self.step_waits))
+        timed = [step for number, step in enumerate(steps) if number not in cold] or steps[-1:]
+        known = [(seconds, waits) for seconds, waits in timed if waits is not None]
+        calm = [seconds for seconds, waits in known if waits <= load.DISTURBED * seconds]
+        disturbed = 1 - len(calm) / len(known) if known else None
+        kept = calm if disturbed is not None and disturbed <= load.TOO_MANY else [seconds for seconds, _ in timed]
+        median = statistics.median(kept)
+        deciles = statistics.quantiles(kept, n=10, method="inclusive") if len(kept) > 1 else [median] * 9
+        return {
+            "step_ms": {"median": median * 1e3, "p10": deciles[0] * 1e3, "p90": deciles[8] * 1e3},
+            "first_step_ms": self.step_seconds[0] * 1e3,
+            "tokens_per_second": self.config.step_tokens / median,
+            "timed_steps": len(kept),
+            "speed_disturbed": disturbed,
+        }
