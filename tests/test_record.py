@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,19 @@ import pytest
 from support import read
 
 from gpt2exp import files
-from gpt2exp.run import record
+from gpt2exp.run import process, record
+from gpt2exp.run.metrics import MEASURED, losses
 
-FACTS: dict[str, Any] = {"overrides": ["seed=3"], "config": {"seed": 3}, "seed": 3}
+FACTS: dict[str, Any] = {
+    "overrides": ["seed=3"],
+    "config": {"seed": 3},
+    "seed": 3,
+    "parameters": {"total": 7},
+    "precision": {"effective": "fp32", "emulated": False},
+    "data": {},
+    "device": "cpu",
+    "threads": 1,
+}
 
 
 def opened(folder: Path) -> record.Record:
@@ -29,7 +40,9 @@ def metrics(step: int, **more: float) -> dict[str, Any]:
 
 def test_a_run(tmp_path: Path) -> None:
     files_of_run = opened(tmp_path)
-    assert record.read_status(tmp_path)["state"] == "running"
+    with process.held(tmp_path):
+        assert record.read_status(tmp_path)["state"] == "running"
+    assert record.read_status(tmp_path)["state"] == "interrupted", "nobody holds the lock"
     assert not (tmp_path / "summary.json").exists()
     files_of_run.training_begins()
     for step in range(3):
@@ -39,20 +52,20 @@ def test_a_run(tmp_path: Path) -> None:
         assert read(tmp_path / "metrics.jsonl")[-1] == metrics(step), "a step is on disk when it is done"
     files_of_run.measured["peak_memory_bytes"] = 7
     summary = files_of_run.finish("done")
-    assert summary == read(tmp_path / "summary.json") == record.read_summary(tmp_path)
+    assert summary == read(tmp_path / "summary.json")
     assert (summary["state"], summary["error"]) == ("done", None)
     assert (summary["steps"], summary["tokens"], summary["seed"]) == (3, 384, 3)
     assert (summary["loss_first"], summary["loss_last"], summary["loss_mean_last10"]) == (10.0, 8.0, 9.0)
     assert (summary["peak_memory_bytes"], summary["mfu"], summary["val_loss"]) == (7, None, None)
     assert record.read_status(tmp_path)["state"] == "done"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "status.json", "summary.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "metrics.jsonl", "status.json", "summary.json"]
 
 
 def test_a_run_that_failed_before_its_first_step(tmp_path: Path) -> None:
     """Its summary has every field, null where nothing was measured."""
     summary = opened(tmp_path).finish("failed", "no luck")
     assert (summary["state"], summary["error"], summary["steps"], summary["tokens"]) == ("failed", "no luck", 0, 0)
-    for key in (*record.MEASURED, "loss_first", "loss_last", "loss_mean_last10", "val_loss", "loss_unseen_first"):
+    for key in (*MEASURED, "loss_first", "loss_last", "loss_mean_last10", "val_loss", "loss_unseen_first"):
         assert summary[key] is None
     assert summary["wall_seconds"].keys() == {"startup", "train", "total"}
     assert summary["wall_seconds"]["train"] == 0
@@ -78,11 +91,11 @@ def test_losses() -> None:
     rows = [metrics(step) for step in range(12)]
     rows[0]["loss_unseen"], rows[5]["loss_unseen"] = 1.5, 0.5
     rows[3]["val_loss"], rows[11]["val_loss"] = 9.0, 8.0
-    got = record.losses(rows)
+    got = losses(rows)
     assert (got["loss_first"], got["loss_last"]) == (10.0, -1.0)
     assert got["loss_mean_last10"] == sum(10.0 - step for step in range(2, 12)) / 10
     assert (got["loss_unseen_first"], got["loss_unseen_last"], got["val_loss"]) == (1.5, 0.5, 8.0)
-    assert set(record.losses([]).values()) == {None}
+    assert set(losses([]).values()) == {None}
 
 
 class TestReplacing:
@@ -122,7 +135,7 @@ class TestReplacing:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Path:
+def sweep(tmp_path: Path) -> Iterator[Path]:
     """A sweep of four jobs: done, failed without a summary, running, not begun."""
     jobs = [[f"seed={seed}"] for seed in range(4)]
     files.write_json(tmp_path / record.SWEEP, {"argv": ["-m", "seed=0,1,2,3"], "jobs": jobs})
@@ -136,7 +149,8 @@ def sweep(tmp_path: Path) -> Path:
     finished.finish("done")
     record.write_status(failed, "failed", 5, "killed")
     opened(running)
-    return tmp_path
+    with process.held(running):
+        yield tmp_path
 
 
 def test_rows(sweep: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any, cast
 from gpt2exp.compare.inference import ALPHA, fixed, holm, pooled_std
 from gpt2exp.config import MOVED, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
 from gpt2exp.run import record, secret
-from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, Summary, figure
+from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, Summary, number_of
 from gpt2exp.training import load
 
 GROUPS = {"precision": "name", "init": "scheme", "data": "name", "optimizer": "name"}
@@ -396,7 +396,7 @@ class Grid:
         at = list(self.axes).index(key)
         by_arms: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for (_, arms), row in self.cells.items():
-            if arms[at] in among and figure(row, metric.key) is not None:
+            if arms[at] in among and number_of(row, metric.key) is not None:
                 by_arms[arms].append(_compared(row, metric))
         return pooled_std(by_arms.values())
 
@@ -424,7 +424,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
         for row in rows
         if row["state"] != "done"
     ]
-    everywhere = [m for m in LOSSES if done and all(figure(row, m.key) is not None for row in done)]
+    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
     loss = everywhere[-1] if everywhere else LOSSES[0]
     grid = Grid(known, axes)
     contended = _contended(known)
@@ -490,7 +490,7 @@ def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, conte
         return effect
     first = pairs[0]
     effect.parameters = {"baseline": first.baseline["parameters"]["total"], "arm": first.arm["parameters"]["total"]}
-    if any(figure(row, metric.key) is None for pair in pairs for row in (pair.baseline, pair.arm)):
+    if any(number_of(row, metric.key) is None for pair in pairs for row in (pair.baseline, pair.arm)):
         effect.verdict, effect.reason = "not_comparable", "not measured in every run"
         return effect
     by_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
@@ -525,7 +525,7 @@ def _emulated(pair: Pair) -> bool:
 
 def _compared(row: Row, metric: Metric) -> float:
     """A measured figure on the scale on which it is compared."""
-    value = cast(float, figure(row, metric.key))
+    value = cast(float, number_of(row, metric.key))
     return math.log(value) if metric.ratio else float(value)
 
 
@@ -610,7 +610,7 @@ def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
                 corner = list(arms)
                 corner[at_a], corner[at_b] = arm_a, arm_b
                 corners.append(grid.cells.get((seed, tuple(corner))))
-            losses = [_compared(row, metric) for row in corners if row and figure(row, metric.key) is not None]
+            losses = [_compared(row, metric) for row in corners if row and number_of(row, metric.key) is not None]
             if len(losses) == 4:
                 by_arms[arms[at_a], arms[at_b]][seed].append(losses[0] - losses[1] - losses[2] + losses[3])
         for pair in itertools.product(a_arms[1:], b_arms[1:]) if by_arms else ():
@@ -665,7 +665,7 @@ def _optima(grid: Grid, metric: Metric, effects: Sequence[Effect]) -> Iterator[O
         return
     (key,) = grid.axes
     try:
-        found = [(math.log(float(arm)), arm, figure(row, metric.key)) for (_, (arm,)), row in grid.cells.items()]
+        found = [(math.log(float(arm)), arm, number_of(row, metric.key)) for (_, (arm,)), row in grid.cells.items()]
     except ValueError:  # a word, or a number that has no logarithm
         return
     known = [(x, arm, float(y)) for x, arm, y in found if y is not None and math.isfinite(y)]

@@ -28,13 +28,12 @@ from urllib.parse import quote
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Optimum, Row
 from gpt2exp.config import WandbConfig, parse
 from gpt2exp.run import record, terminal
+from gpt2exp.run.metrics import BY_KEY, METRICS, number_of, shown
 from gpt2exp.run.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOSS = {"val_loss": "validation loss", "loss_mean_last10": "loss, the mean of the last ten steps"}
-METRICS = {**dict.fromkeys(LOSS, "loss, nats"), SPEED.key: "speed, ratio", MEMORY.key: "memory, MiB"}
 COLOURS = {"better": "green", "worse": "red", "indistinguishable": "cyan", "inconclusive": "yellow"}
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
 INTERACTIONS = (
@@ -137,8 +136,7 @@ def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, st
     mean = effect.mean_difference if ratio is None else ratio
     if mean is None:
         return "", ""
-    scale = 2.0**20 if effect.metric == MEMORY.key else 1.0
-    values = [value / scale for value in (mean, *(effect.ci95 or []))]
+    values = [value / BY_KEY[effect.metric].scale for value in (mean, *(effect.ci95 or []))]
     resolution = (values[2] - values[1]) / 2 if effect.ci95 else 0.0
     resolution = resolution or abs(values[0]) / 10
     if ratio is not None:
@@ -153,9 +151,8 @@ def deviation(effect: Effect) -> str:
     """The seed-to-seed std of an effect's metric in the same unit, in per cent of the speed; empty if unknown."""
     if effect.seed_std is None:
         return ""
-    if effect.metric == SPEED.key:
-        return f"{spell(effect.seed_std * 100)} %"
-    return spell(effect.seed_std / (2**20 if effect.metric == MEMORY.key else 1))
+    metric = BY_KEY[effect.metric]
+    return f"{spell(effect.seed_std * 100)} %" if metric.ratio else spell(effect.seed_std / metric.scale)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -186,10 +183,11 @@ def sentences(comparison: Comparison) -> list[Sentence]:
 
 
 def _seeds_only(comparison: Comparison) -> Iterable[Sentence]:
-    values = [row[comparison.metric] for row in comparison.runs if row["state"] == "done"]
+    done = [number_of(row, comparison.metric) for row in comparison.runs if row["state"] == "done"]
+    values = [value for value in done if value is not None]
     if values:
         std = statistics.stdev(values) if len(values) > 1 else 0.0
-        text = f"{LOSS[comparison.metric]}: {spell(statistics.fmean(values), std or 0.005)} nats"
+        text = f"{BY_KEY[comparison.metric].name}: {spell(statistics.fmean(values), std or 0.005)} nats"
         known = f"on average over {_plain_count(len(values), 'run')}, seed-to-seed std {spell(std)}"
         yield Sentence("", f"{text} {known}." if len(values) > 1 else f"{text} in one run.")
 
@@ -257,7 +255,7 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
 
 def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
     """What a search found, how sure that is, and the sweep that makes it surer."""
-    best, loss = f"{float(item.best):.3g}", LOSS[comparison.metric]
+    best, loss = f"{float(item.best):.3g}", BY_KEY[comparison.metric].name
     text = f"of {item.n} values tried, {subject(item.key, best)} ended with the least {loss}, {spell(item.loss, 0.001)}"
     if item.at is None or item.ci95 is None:
         text += "; the least is not between the values around it: search beyond them"
@@ -267,7 +265,9 @@ def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
     text += f"(95 % interval {low} to {high})"
     if item.n_seeds > 1:
         return f"{text}, {_plain_count(item.n_seeds, 'seed')}."
-    (row,) = [row for row in comparison.runs if row["state"] == "done" and row[comparison.metric] == item.loss][:1]
+    row = next(
+        row for row in comparison.runs if row["state"] == "done" and number_of(row, comparison.metric) == item.loss
+    )
     kept = [word for word in row["overrides"] if word.partition("=")[0] not in (item.key, "seed")]
     arms = ",".join(dict.fromkeys((low, at, high)))
     surer = shlex.join(map(printable, ["gpt2exp", "-m", "seed=1,2,3,4,5", f"{item.key}={arms}", *kept]))
@@ -311,11 +311,12 @@ def effects_table(comparison: Comparison) -> Table:
     names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "verdict", "reason")
     rows = []
     for effect in comparison.axes if not comparison.optima else ():  # a value tried once differs from another by chance
+        metric = BY_KEY[effect.metric]
         rows.append(
             [
                 printable(effect.key),
                 f"{printable(effect.arm)} against {printable(effect.baseline)}",
-                METRICS[effect.metric],
+                f"{metric.compared}, {'ratio' if metric.ratio else metric.unit}",
                 str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
                 *amounts(effect),
                 "" if effect.p_holm is None else probability(effect.p_holm).removeprefix("="),
@@ -355,7 +356,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     from rich.text import Text
 
     if comparison.axes and not comparison.optima:
-        _show_table(effects_table(comparison), console, f"compared in {LOSS[comparison.metric]}")
+        _show_table(effects_table(comparison), console, f"compared in {BY_KEY[comparison.metric].name}")
     for sentence in sentences(comparison):
         mark = Text(f"{SIGNS[sentence.verdict]} ", style=COLOURS.get(sentence.verdict, "dim"))
         console.print(mark + Text(sentence.text), soft_wrap=True)
@@ -503,25 +504,18 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def runs_table(comparison: Comparison) -> Table:
     """A row a run, its name first."""
     keys = list(comparison.swept)
-    forms: dict[str, Callable[[Row], str]] = {
-        "loss": lambda row: f"{row['loss_mean_last10']:.4f}",
-        "val loss": lambda row: f"{row['val_loss']:.4f}",
-        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-        "peak MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f}",
-        "seconds": lambda row: f"{row['wall_seconds']['total']:,.1f}",
-    }
+    figures = [metric for metric in METRICS if metric.column]
     rows = []
     for row in comparison.runs:
         seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", [""] * len(keys))
         cells = [printable(row["name"]), printable(row["state"]), *map(printable, arms), str(seed)]
-        for form in forms.values():
-            try:
-                cells.append(form(row))
-            except (KeyError, TypeError, ValueError):
-                cells.append("")
-        rows.append(cells)
+        cells += [shown(row, metric.key) for metric in figures]
+        rows.append([*cells, f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"])
     words = [Column(name) for name in ("run", "state", *map(printable, keys))]
-    return Table([*words, *(Column(name, number=True) for name in ("seed", *forms))], rows)
+    return Table(
+        [*words, *(Column(name, number=True) for name in ("seed", *(metric.column for metric in figures), "seconds"))],
+        rows,
+    )
 
 
 def title(comparison: Comparison) -> str:
@@ -533,7 +527,7 @@ def summary(comparison: Comparison) -> str:
     """How many runs there are and what is compared."""
     runs, seeds = _plain_count(len(comparison.runs), "run"), _plain_count(len(comparison.seeds), "seed")
     text = f"{runs}, {len(comparison.runs) - len(comparison.failed)} finished, {seeds}"
-    return f"{text}; compared in {LOSS[comparison.metric]}" if comparison.axes else text
+    return f"{text}; compared in {BY_KEY[comparison.metric].name}" if comparison.axes else text
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------

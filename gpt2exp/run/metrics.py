@@ -151,8 +151,11 @@ class Summary(TypedDict, total=False):
     processes: int
     threads: int
     machine: str
+    platform: str
     versions: dict[str, str]
-    git: dict[str, Any] | None
+    environment: dict[str, str]
+    git: Any
+    """`commit` and `dirty`; null without a checkout."""
     wall_seconds: dict[str, float]
     started: str
     parts: list[dict[str, Any]]
@@ -164,14 +167,14 @@ DONE = (*ALWAYS, "steps", "tokens", "parameters", "precision", "data", "device",
 """What the summary of a finished run cannot lack; of any other, `ALWAYS`."""
 
 
-def figure(summary: Mapping[str, Any], key: str) -> float | None:
+def number_of(summary: Mapping[str, Any], key: str) -> float | None:
     """A figure of a run by its key in `METRICS`; None where it was not measured."""
     return cast("float | None", summary.get(key))
 
 
 def shown(summary: Mapping[str, Any], key: str, form: str | None = None) -> str:
     """A figure as tables of runs show it, or by another format, without its unit; – where it was not measured."""
-    value, metric = figure(summary, key), BY_KEY[key]
+    value, metric = number_of(summary, key), BY_KEY[key]
     return "–" if value is None else format(value / metric.scale if metric.scale != 1 else value, form or metric.form)
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gpt2exp.config import BadRequest, RunConfig, leaves, parse, stored
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
-from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, figure, judged, losses
+from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, judged, losses, number_of
 from gpt2exp.training import load
 
 if TYPE_CHECKING:
@@ -394,5 +394,5 @@ def progress(sweep: Path, folder: Path) -> str:
 def objective(folder: Path) -> float:
     """The loss by which a sweeper may judge a run (`judged`); infinite if it is not done."""
     found = row(folder, folder)
-    loss = figure(found, judged(found)) if found["state"] == "done" else None
+    loss = number_of(found, judged(found)) if found["state"] == "done" else None
     return math.inf if loss is None else loss
