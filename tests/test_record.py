@@ -13,7 +13,7 @@ from support import read
 
 from gpt2exp import files
 from gpt2exp.run import process, record
-from gpt2exp.run.metrics import MEASURED, losses
+from gpt2exp.run.metrics import MEASURED, METRICS, Summary, losses, shown
 
 FACTS: dict[str, Any] = {
     "overrides": ["seed=3"],
@@ -172,6 +172,28 @@ def test_a_damaged_file_is_no_run(sweep: Path, text: str) -> None:
     assert record.row(folder, sweep)["state"] == "not run"
     with pytest.raises((ValueError, OSError)):
         record.read_summary(folder)
+
+
+@pytest.mark.parametrize("lost", ["val_loss", "mfu", "speed_disturbed", "error"])
+def test_a_summary_of_an_older_version(sweep: Path, lost: str) -> None:
+    """A figure that it does not have yet reads as not measured."""
+    folder = record.runs_below(sweep)[0]
+    kept = {key: value for key, value in read(folder / "summary.json").items() if key != lost}
+    files.write_json(folder / "summary.json", kept)
+    summary = record.row(folder, sweep)
+    assert (summary["state"], summary["steps"], summary[lost]) == ("done", 1, None)  # type: ignore[literal-required]
+
+
+def test_the_table_of_metrics() -> None:
+    """Every figure of a summary has a row, and what is compared or shown in tables all that this needs."""
+    fields = {*losses([]), *MEASURED}
+    assert fields <= Summary.__annotations__.keys()
+    for metric in METRICS:
+        assert not metric.column or metric.key in fields
+        assert not metric.compared or (metric.name and metric.unit and metric.better and metric.column)
+    (metric,) = [metric for metric in METRICS if metric.compared == "memory"]
+    assert shown({"peak_memory_bytes": 3 * 2**30}, metric.key) == "3,072", "in its unit"
+    assert shown({"peak_memory_bytes": None}, metric.key) == "–"
 
 
 def test_sweep_of(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

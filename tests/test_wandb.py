@@ -121,6 +121,10 @@ class TestOfflineFile:
         assert {"tokens", "step", "*"} <= named.keys()
         assert named["*"].step_metric == "tokens"
         assert named["*"].options.step_sync
+        for name, least in {"loss": True, "grad_norm": False, "val_loss": False}.items():
+            assert named[name].step_metric == "tokens"
+            assert named[name].summary.min is least
+        assert named["val_loss"].summary.none, "the summary's is the run's"
 
     def test_closed(self, sent: OfflineRun) -> None:
         assert sent.exit_codes == [0]
