@@ -167,7 +167,8 @@ def test_rows(sweep: Path) -> None:
 def test_a_damaged_file_is_no_run(sweep: Path, text: str) -> None:
     folder = record.runs_below(sweep)[0]
     (folder / "summary.json").write_text(text)
-    assert record.row(folder, sweep)["state"] == "done", "the status stands in"
+    row = record.row(folder, sweep)
+    assert (row["state"], row["steps"]) == ("done", 1), "the status stands in"
     (folder / "status.json").write_text(text)
     assert record.row(folder, sweep)["state"] == "not run"
     with pytest.raises((ValueError, OSError)):

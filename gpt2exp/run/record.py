@@ -354,12 +354,13 @@ def kept_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def row(folder: Path, above: Path) -> Summary:
-    """A run's summary, or where it left none its status, under its `name` as seen from `above`."""
+    """A run's summary, or where it left none that can be read its status, under its `name` as seen from `above`."""
     name = str(folder.relative_to(above)) if folder != above else folder.name
     try:
         return {**read_summary(folder), "name": name}
     except (OSError, ValueError):
-        return cast("Summary", {"name": name, **read_status(folder)})
+        status = read_status(folder)
+        return cast("Summary", {"name": name, "steps": status["step"], **status})
 
 
 def sweep_of(folder: Path) -> Path | None:

@@ -203,10 +203,12 @@ def _init(run: dict[str, Any], mode: Any) -> Any:
     )
     # finish_previous: the default would hand a sweep's next job the run before
     opened = wandb.init(mode=mode, reinit="finish_previous", settings=settings, **run)
+    opened.define_metric("*", step_metric="tokens", step_sync=True)
+    for metric in METRICS:
+        if metric.step:
+            opened.define_metric(metric.key, step_metric="tokens", step_sync=True, summary=metric.best)
     for name in ("tokens", "step"):
         opened.define_metric(name, hidden=True)
-    for name, best in {"*": None, **{metric.key: metric.best for metric in METRICS if metric.step}}.items():
-        opened.define_metric(name, step_metric="tokens", step_sync=True, summary=best)
     return opened
 
 
