@@ -13,7 +13,7 @@ from support import read
 
 from gpt2exp import files
 from gpt2exp.run import process, record
-from gpt2exp.run.metrics import MEASURED, METRICS, Summary, losses, shown
+from gpt2exp.run.metrics import COLUMNS, MEASURED, METRICS, Summary, losses, shown
 
 FACTS: dict[str, Any] = {
     "overrides": ["seed=3"],
@@ -192,6 +192,7 @@ def test_the_table_of_metrics() -> None:
     for metric in METRICS:
         assert not metric.column or metric.key in fields
         assert not metric.compared or (metric.name and metric.unit and metric.better and metric.column)
+    assert [metric.column for metric in COLUMNS] == ["loss", "val loss", "tokens/s", "peak MiB"]
     (metric,) = [metric for metric in METRICS if metric.compared == "memory"]
     assert shown({"peak_memory_bytes": 3 * 2**30}, metric.key) == "3,072", "in its unit"
     assert shown({"peak_memory_bytes": None}, metric.key) == "–"

@@ -28,7 +28,7 @@ from urllib.parse import quote
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Optimum, Row
 from gpt2exp.config import WandbConfig, parse
 from gpt2exp.run import record, terminal
-from gpt2exp.run.metrics import BY_KEY, METRICS, number_of, shown
+from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
 if TYPE_CHECKING:
@@ -504,16 +504,15 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def runs_table(comparison: Comparison) -> Table:
     """A row a run, its name first."""
     keys = list(comparison.swept)
-    figures = [metric for metric in METRICS if metric.column]
     rows = []
     for row in comparison.runs:
         seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", [""] * len(keys))
         cells = [printable(row["name"]), printable(row["state"]), *map(printable, arms), str(seed)]
-        cells += [shown(row, metric.key) for metric in figures]
+        cells += [shown(row, metric.key) for metric in COLUMNS]
         rows.append([*cells, f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"])
     words = [Column(name) for name in ("run", "state", *map(printable, keys))]
     return Table(
-        [*words, *(Column(name, number=True) for name in ("seed", *(metric.column for metric in figures), "seconds"))],
+        [*words, *(Column(name, number=True) for name in ("seed", *(metric.column for metric in COLUMNS), "seconds"))],
         rows,
     )
 

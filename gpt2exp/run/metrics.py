@@ -67,7 +67,12 @@ METRICS = (
     Metric(key="peak_memory_bytes", measured=True, name="memory", unit="MiB", scale=2.0**20, better="lower",
            column="peak MiB", form=",.0f", compared="memory"),
 )  # fmt: skip
-"""The figures of a run, in the order in which a step's line and tables of runs show them."""
+"""The figures of a run, in the order in which a step's line shows them."""
+
+COLUMNS = sorted(
+    (row for row in METRICS if row.column), key=lambda row: ("loss", "speed", "memory").index(row.compared)
+)
+"""Those that tables of runs show, in their order."""
 
 BY_KEY = {metric.key: metric for metric in METRICS}
 

@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2exp.config import InitConfig, InitScheme, RunConfig, TrainConfig, typed
-from gpt2exp.run.metrics import METRICS, Summary, judged, shown
+from gpt2exp.run.metrics import COLUMNS, METRICS, Summary, judged, shown
 from gpt2exp.training import distributed, load
 
 log = logging.getLogger("gpt2exp")
@@ -330,15 +330,16 @@ def closing_line(summary: Summary) -> str:
 def runs_table(rows: Iterable[Summary], title: str) -> Table:
     """The runs of a sweep, a row each."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    columns = {row.column: row.key for row in METRICS if row.column}
-    for head in ("run", "state", *columns, "precision"):
-        table.add_column(head, justify="right" if head in columns else "left", overflow="fold")
+    figures = [row.column for row in COLUMNS]
+    for head in ("run", "state", *figures, "precision"):
+        table.add_column(head, justify="right" if head in figures else "left", overflow="fold")
     for summary in rows:
-        figures = [shown(summary, key) for key in columns.values()]
         precision = summary.get("precision")
         emulated = " emulated" if precision and precision["emulated"] else ""
         arithmetic = precision["effective"] + emulated if precision else "–"
-        table.add_row(*map(Text, (summary["name"], summary["state"], *figures, arithmetic)))
+        table.add_row(
+            *map(Text, (summary["name"], summary["state"], *(shown(summary, row.key) for row in COLUMNS), arithmetic))
+        )
     return table
 
 
