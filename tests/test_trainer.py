@@ -39,7 +39,6 @@ from gpt2exp.data.batches import Batches, split
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import job as jobs
-from gpt2exp.sweep import launch
 from gpt2exp.training import distributed, hardware, load, optimizers, setup
 from gpt2exp.training import trainer as trainers
 from gpt2exp.training.precision import Precision
@@ -79,7 +78,7 @@ def trainer(
     **train: int,
 ) -> Trainer:
     """A trainer on the text in order."""
-    config = TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 5, **launch})
+    config = TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 5, **train})
     batches = Batches(stream() if text is None else text, config, DataOrder.sequential, 0, CPU)
     settings_ = optimizer or OptimizerConfig()
     return Trainer(gpt or model(), batches, config, settings_, seen=seen, validation=validation)
