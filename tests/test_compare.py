@@ -710,7 +710,7 @@ def test_spellings_of_one_value_are_one_arm() -> None:
         run(seed=1),
     ]
     comparison = comparisons.compare(rows)
-    assert comparison.swept == {"optimizer.betas": ["[0.9, 0.999]", "[0.9, 0.95]"]}
+    assert comparison.swept == {"optimizer.betas": ["[0.9,0.999]", "[0.9,0.95]"]}
     assert effect(comparison, "optimizer.betas").n_seeds == 2
     quoted = [run("model=nano", typed=["model='nano'"]), run("model=nano", typed=["+model=nano"]), run("model=gpt2")]
     assert comparisons.compare(quoted).swept == {"model": ["gpt2", "nano"]}
@@ -1066,7 +1066,10 @@ def test_the_distance_from_fp64_has_no_sign(tmp_path: Path) -> None:
     assert (found.arm, found.n_seeds) == ("fp32", 2)
     assert (found.largest, found.mean) == (pytest.approx(0.25), pytest.approx(0.2))
     assert found.seed_std == pytest.approx((1 + 3) / 2 / math.sqrt(2)), "of fp64's own losses at a step, over its seeds"
-    assert comparisons.compare(comparisons.read([tmp_path / "000_job", tmp_path / "002_job"])).distances[0].seed_std is None
+    assert (
+        comparisons.compare(comparisons.read([tmp_path / "000_job", tmp_path / "002_job"])).distances[0].seed_std
+        is None
+    )
     with (tmp_path / "002_job" / "metrics.jsonl").open("a") as file:  # another length: not the same steps
         file.write(json.dumps({"step": 2, "loss": 9.0, "tokens": 128}) + "\n")
     [found] = comparisons.compare(comparisons.read([tmp_path])).distances
@@ -1079,7 +1082,9 @@ def test_the_distance_from_fp64_has_no_sign(tmp_path: Path) -> None:
 def searched(rates: Sequence[float], seed: int = 0) -> list[Row]:
     """Runs whose loss is a parabola over the logarithm of the rate, least at 0.0008, and no parabola far from it."""
     away = [abs(math.log(rate / 0.0008)) for rate in rates]
-    return [run(f"optimizer.lr={r}", loss=3 + x**2 if x < 4 else 9, seed=seed) for r, x in zip(rates, away, strict=True)]
+    return [
+        run(f"optimizer.lr={r}", loss=3 + x**2 if x < 4 else 9, seed=seed) for r, x in zip(rates, away, strict=True)
+    ]
 
 
 def test_a_search_names_the_least_and_where_the_parabola_near_it_is_least() -> None:
