@@ -232,6 +232,7 @@ def test_precedence_of_verdicts() -> None:
     assert judged(-2, 0.5, p=0.001).reason == ""
     assert judged(0.1, 0.5, p=0.6).verdict == "indistinguishable"
     assert judged(0.1, 0.5, p=0.6, margin=0.3).verdict == "inconclusive"  # a margin replaces the std
+    assert judged(0.1, 0.5, p=0.6, margin=0.3).reason == "the interval reaches beyond ±0.3: add seeds"
     wide = judged(0.1, 1.5, p=0.8)
     assert (wide.verdict, wide.reason) == (
         "inconclusive",
@@ -815,6 +816,11 @@ def test_an_interaction_below_the_seeds_or_open_to_zero_is_not_large() -> None:
     assert not found.large
     unsure = factorial(lambda a, b, s: 3 + (a == b == "false") * (-1) ** s * (s + 1), seeds=4)
     assert not comparisons.compare(unsure).interactions[0].large
+    for sign in (1, -1):  # only just open to zero, and far above the seeds
+        just = factorial(lambda a, b, s, sign=sign: 3 + sign * (a == b == "false") * (0.2, 0.9, 1.6, 0.3)[s], seeds=4)
+        [found] = comparisons.compare(just).interactions
+        assert covers(found.ci95)
+        assert not found.large
     far = factorial(lambda a, b, s: 3 + (a == b == "false") * (9 if s else 0.1), seeds=2)
     [found] = comparisons.compare(far).interactions
     assert covers(found.ci95)
