@@ -151,6 +151,17 @@ def test_the_refusal_shown_is_real() -> None:
         assert str(caught.value) == line
 
 
+@pytest.mark.parametrize("page", ["README.md", "conf/README.md"])
+def test_every_choice_is_in_its_groups_row(page: str) -> None:
+    """Each file of a group, in the table of groups."""
+    rows = {row.split("`")[1]: row for row in PAGES[ROOT / page].splitlines() if row.startswith("| `")}
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        group = path.parent.relative_to(ROOT / "conf").as_posix()
+        if group not in (".", "wandb"):
+            row = rows.get(group) or next(row for row in rows.values() if f"`{group}`" in row)
+            assert f"`{path.stem}`" in row, path
+
+
 def test_help_says_what_the_schema_says() -> None:
     """Every key with the default that it has, and its choices; the groups with all members, the default first."""
     page = help.text()
