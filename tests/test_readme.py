@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra._internal.utils import get_args_parser
 from support import SMALL, run, run_folders
 
 from gpt2exp import bench, config
-from gpt2exp.sweep import help
+from gpt2exp.sweep import composing, help
 from gpt2exp.sweep import request as requests
 
 ROOT = Path(__file__).parent.parent
@@ -52,9 +51,9 @@ def small(words: list[str]) -> list[str]:
     return [word for word in words if word not in given] + given + shrunk
 
 
-def compose(words: list[str]) -> requests.Plan:
+def compose(words: list[str]) -> requests.Request:
     """The checked plan of a request."""
-    return requests.make(get_args_parser().parse_args(words))
+    return requests.make(composing.arguments(words))
 
 
 BENCH = [shlex.split(line)[1:] for line in LINES if line.startswith("gpt2exp-bench ")]

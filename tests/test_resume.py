@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-from hydra._internal.utils import get_args_parser
 from safetensors.torch import load_file
 from support import (
     PROGRAM,
@@ -36,6 +35,7 @@ from gpt2exp.run import process as processes
 from gpt2exp.run import record
 from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
+from gpt2exp.sweep.composing import arguments
 from gpt2exp.training import load
 
 QUIET = "wandb.mode=disabled"
@@ -82,9 +82,9 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def asked(*args: str) -> requests.Plan:
+def asked(*args: str) -> requests.Request:
     """The plan of a request to go on."""
-    request = resume.make(get_args_parser().parse_args(list(args)))
+    request = resume.make(arguments(list(args)))
     assert request is not None
     return request
 

@@ -30,26 +30,38 @@ def check_typed(texts: Iterable[str]) -> None:
         if found:
             whole = text[: found.end(1)].lstrip("+~") if "=" not in text[: found.start(1)] else found[1]
             raise BadRequest(f"{whole}: credentials are no part of a request, which is kept on disk; {REMEDY}")
-        _check_text(text.partition("=")[0], text)
+        _check_text(text.partition("=")[0], text, _held())
 
 
 def check_values(tree: Any, key: str = "") -> None:
     """Raise `BadRequest` if a composed configuration names or holds a credential, by dotted key."""
+    _check(tree, key, _held())
+
+
+def _check(tree: Any, key: str, held: Mapping[str, str]) -> None:
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             inside = f"{key}.{name}" if key else str(name)
             if value is not None and re.fullmatch(NAME, str(name), re.IGNORECASE):
                 raise BadRequest(f"{inside}: credentials are no part of a configuration; {REMEDY}")
-            check_values(value, inside)
+            _check(value, inside, held)
     elif isinstance(tree, (list, tuple)):
         for value in tree:
-            check_values(value, key)
+            _check(value, key, held)
     elif isinstance(tree, str):
-        _check_text(key, tree)
+        _check_text(key, tree, held)
 
 
-def _check_text(key: str, text: str) -> None:
-    for name, value in os.environ.items():
-        held = len(value) >= SHORTEST and value in text and re.fullmatch(NAME, name, re.IGNORECASE)
-        if held and not Path(value).exists():  # the place of a credential is none
+def _held() -> dict[str, str]:
+    """The credentials in the environment, by name."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST and re.fullmatch(NAME, name, re.IGNORECASE)
+    }
+
+
+def _check_text(key: str, text: str, held: Mapping[str, str]) -> None:
+    for name, value in held.items():
+        if value in text and not Path(value).exists():  # the place of a credential is none
             raise BadRequest(f"{key}: holds the value of {name}, which no record may keep; leave it out")
