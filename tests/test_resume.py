@@ -531,8 +531,8 @@ class TestSweep:
         jobs = asked(f"resume={sweep}", "seed=2").jobs
         assert [(job.config.seed, job.config.optimizer.min_lr, job.done) for job in jobs] == [
             (1, 1e-3, True),
-            (2, 1e-3, False),
             (1, 3e-4, True),
+            (2, 1e-3, False),
             (2, 3e-4, False),
         ]
         comparison = read(sweep / "comparison.json")

@@ -178,7 +178,8 @@ def test_an_isolated_job_is_stopped_with_its_sweep(tmp_path: Path, number: signa
     folder = wait_for_step(tmp_path / "here", process)
     process.send_signal(number)
     assert shell_code(finish(process)) == code
-    assert run_folders(tmp_path / "here") == [folder]
+    first, second = run_folders(tmp_path / "here")
+    assert (first, (second / "status.json").exists()) == (folder, False)
     assert read(folder / "status.json")["state"] == read(folder / "summary.json")["state"] == "interrupted"
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import hydra
 from hydra import initialize_config_module
@@ -161,8 +161,7 @@ def checked(composed: DictConfig) -> RunConfig:
 
 def as_plain(composed: Any) -> dict[str, Any]:
     """Dicts, lists and values, interpolations as they stand."""
-    found: dict[str, Any] = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
-    return found
+    return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
 
 
 def is_hydra(key: str) -> bool:
