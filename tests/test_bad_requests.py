@@ -354,15 +354,3 @@ def test_a_control_character_is_not_obeyed(world: Path, capsys: pytest.CaptureFi
     assert conclude.command(["no\x1b[31m\nfolder"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gpt2exp-compare: no�[31m�folder: no such folder")
-
-
-@pytest.mark.parametrize("name", ["a\\b", "it's", "end\\", "two\\\\", "a\\'b", "ü b"])
-def test_a_folder_of_any_name_is_the_one_used(name: str, tmp_path: Path) -> None:
-    """What is composed in the plan is what Hydra is told: the pin is read back as it was meant."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from gpt2exp.sweep import request
-
-    pin, _ = request.Plan((), False, tmp_path / name, True).pins
-    (override,) = OverridesParser.create().parse_overrides([pin])
-    assert override.value() == str(tmp_path / name)

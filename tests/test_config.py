@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from support import SMALL, read, run
@@ -21,14 +20,15 @@ from gpt2exp import config
 from gpt2exp.config import BadRequest, InitScheme, ModelConfig, RunConfig, Section, option
 from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
+from gpt2exp.sweep.composing import SECTIONS, arguments
 from gpt2exp.training import distributed
 
 CONF = Path(requests.__file__).parents[2] / "conf"
 
 
-def make(*args: str) -> requests.Plan:
+def make(*args: str) -> requests.Request:
     """The plan of a command line; flags first, as the program puts them."""
-    return requests.make(get_args_parser().parse_args(args))
+    return requests.make(arguments(args))
 
 
 def only(*args: str) -> RunConfig:
@@ -133,7 +133,7 @@ class TestBounds:
 
     def test_the_sections_have_them(self) -> None:
         """Every number of the schema is bounded, and every key has a help text."""
-        for section in (RunConfig(), *(getattr(RunConfig(), name) for name in requests.SECTIONS)):
+        for section in (RunConfig(), *(getattr(RunConfig(), name) for name in SECTIONS)):
             if not isinstance(section, Section):
                 continue
             for item in dataclasses.fields(section):
@@ -402,7 +402,7 @@ def test_errors_without_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     def fail(*_: object, **__: object) -> None:
         raise ValueError
 
-    args = get_args_parser().parse_args([f"resume={tmp_path}"])
+    args = arguments([f"resume={tmp_path}"])
     with monkeypatch.context() as patch:
         patch.setattr("gpt2exp.sweep.resume.OmegaConf.load", fail)
         with pytest.raises(BadRequest, match=r"cannot be read \(ValueError\)"):

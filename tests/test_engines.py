@@ -28,7 +28,6 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from hydra._internal.utils import get_args_parser
 from support import SMALL, OfflineRun, losses, read, run, run_folders, surroundings, the_run
 
 from gpt2exp import machine
@@ -40,6 +39,7 @@ from gpt2exp.run import record
 from gpt2exp.sweep import engines
 from gpt2exp.sweep import launch as launching
 from gpt2exp.sweep import request as requests
+from gpt2exp.sweep.composing import arguments
 from gpt2exp.training import hardware
 
 ROOT = Path(__file__).parent.parent
@@ -468,7 +468,7 @@ def test_the_commands_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     groups = (ROOT / "conf" / "README.md").read_text()
     lines = re.findall(r"^gpt2exp (-m .+?) +#", section, re.MULTILINE)
     for line in lines:
-        assert requests.make(get_args_parser().parse_args(line.replace("1,2,3,4", "1").split())).jobs
+        assert requests.make(arguments(line.replace("1,2,3,4", "1").split())).jobs
     presets = [path for kind in ("launcher", "sweeper") for path in (ROOT / "conf" / "hydra" / kind).glob("*.yaml")]
     shown = {re.findall(r"hydra/(\w+)=(\w+)", line)[0] for line in lines}
     assert shown == {(path.parent.name, path.stem) for path in presets}

@@ -246,11 +246,10 @@ def test_half_precision_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_names_and_shapes_of_the_four_sizes(size: str) -> None:
     """What a file is held to are the names and shapes of transformers, and who mistakes the size is told it."""
-    from hydra._internal.utils import get_args_parser
-
     from gpt2exp.sweep import request
+    from gpt2exp.sweep.composing import arguments
 
-    (job,) = request.make(get_args_parser().parse_args([f"model={size}"])).jobs
+    (job,) = request.make(arguments([f"model={size}"])).jobs
     model = job.config.model
     known = GPT2Config(n_layer=model.n_layer, n_head=model.n_head, n_embd=model.n_embd)
     with torch.device("meta"):

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra._internal.utils import get_args_parser
 from support import SMALL, read, run, surroundings, the_run
 
 from gpt2exp.compare import report
@@ -17,6 +16,7 @@ from gpt2exp.config import BadRequest, DataConfig, typed
 from gpt2exp.run import terminal
 from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
+from gpt2exp.sweep.composing import arguments, composing
 
 NAMES = [
     "plain",
@@ -75,7 +75,7 @@ def bash(line: str) -> list[str]:
 def said(request: list[str]) -> str:
     """What a request to go on is refused with."""
     with pytest.raises(BadRequest) as refused:
-        resume.make(get_args_parser().parse_args(request))
+        resume.make(arguments(request))
     return str(refused.value)
 
 
@@ -113,14 +113,14 @@ def test_commands_of_other_programs(name: str, here: Path) -> None:
 
 def test_an_override() -> None:
     """`typed` is read back by Hydra as the same text, one value of no sweep; so is a hint that holds one."""
-    with requests.composing(get_args_parser().parse_args([])) as loader:
+    with composing(arguments([])) as composer:
         for name in NAMES:
             with pytest.raises(BadRequest) as refused:
                 DataConfig(path=name)
             section, hint = bash(str(refused.value).partition("; try ")[2])
             assert section == "data=text"
             for text in (typed("data.path", name), hint):
-                (override,) = requests.read(loader, [text])
+                (override,) = requests.read(composer, [text])
                 assert (override.key_or_group, override.value()) == ("data.path", name)
                 assert not override.is_sweep_override()
 

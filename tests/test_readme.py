@@ -8,12 +8,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra._internal.utils import get_args_parser
 from support import SMALL, read, run, run_folders
 
 from gpt2exp import bench, config, export, sample
 from gpt2exp.compare import __main__ as comparing
-from gpt2exp.sweep import help, resume
+from gpt2exp.sweep import composing, help, resume
 from gpt2exp.sweep import request as requests
 
 ROOT = Path(__file__).parent.parent
@@ -57,9 +56,9 @@ def one_seed(words: list[str]) -> list[str]:
     return [*words, "seed=1"] if study else words
 
 
-def compose(words: list[str]) -> requests.Plan:
+def compose(words: list[str]) -> requests.Request:
     """The checked plan of a request."""
-    args = get_args_parser().parse_args(words)
+    args = composing.arguments(words)
     return resume.make(args) or requests.make(args)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from hydra._internal.utils import get_args_parser
 from safetensors.torch import load_file
 from support import (
     PROGRAM,
@@ -38,6 +37,7 @@ from gpt2exp.run import process as processes
 from gpt2exp.run import record
 from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
+from gpt2exp.sweep.composing import arguments
 from gpt2exp.training import load
 
 QUIET = "wandb.mode=disabled"
@@ -84,9 +84,9 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def asked(*args: str) -> requests.Plan:
+def asked(*args: str) -> requests.Request:
     """The plan of a request to go on."""
-    request = resume.make(get_args_parser().parse_args(list(args)))
+    request = resume.make(arguments(list(args)))
     assert request is not None
     return request
 
@@ -533,8 +533,8 @@ class TestSweep:
         jobs = asked(f"resume={sweep}", "seed=2").jobs
         assert [(job.config.seed, job.config.optimizer.min_lr, job.done) for job in jobs] == [
             (1, 1e-3, True),
-            (2, 1e-3, False),
             (1, 3e-4, True),
+            (2, 1e-3, False),
             (2, 3e-4, False),
         ]
         comparison = read(sweep / "comparison.json")

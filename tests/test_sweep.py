@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra._internal.utils import get_args_parser
 from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, shell_code, start, the_run, wait_for_step
 
 from gpt2exp.config import RunConfig, TrainConfig
 from gpt2exp.sweep import request as requests
+from gpt2exp.sweep.composing import arguments
 from gpt2exp.training import hardware, setup
 
 AXES = ["precision=tf32,fp32", "seed=1,2"]
@@ -55,7 +55,7 @@ class TestSweep:
 
     def test_the_plan_is_what_hydra_ran(self, sweep: tuple[Done, list[Path]]) -> None:
         _, folders = sweep
-        request = requests.make(get_args_parser().parse_args(["-m", *AXES, *SMALL, "train.steps=4"]))
+        request = requests.make(arguments(["-m", *AXES, *SMALL, "train.steps=4"]))
         assert [list(job.overrides) for job in request.jobs] == [overrides(folder) for folder in folders]
         known = read(folders[0].parent / "sweep.json")
         assert known["jobs"] == [overrides(folder) for folder in folders]
@@ -178,7 +178,8 @@ def test_an_isolated_job_is_stopped_with_its_sweep(tmp_path: Path, number: signa
     folder = wait_for_step(tmp_path / "here", process)
     process.send_signal(number)
     assert shell_code(finish(process)) == code
-    assert run_folders(tmp_path / "here") == [folder]
+    first, second = run_folders(tmp_path / "here")
+    assert (first, (second / "status.json").exists()) == (folder, False)
     assert read(folder / "status.json")["state"] == read(folder / "summary.json")["state"] == "interrupted"
 
 

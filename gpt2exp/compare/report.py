@@ -461,10 +461,8 @@ def commands(rows: Sequence[Row]) -> list[str]:
         sweep = record.sweep_of(Path(row["folder"]))
         argv = row.get("overrides", [])
         if sweep is not None:
-            try:
-                argv = json.loads((sweep / record.SWEEP).read_text(encoding="utf-8"))["argv"]
-            except (OSError, ValueError, KeyError):
-                continue
+            known = record.Sweep.read(sweep)
+            argv = known.argv if known else []
         found[shlex.join(["gpt2exp", *(printable(word) for word in argv)])] = None
     return list(found)
 

@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -73,7 +74,7 @@ def environment_overrides() -> dict[str, str]:
 
 
 SWEEP = "sweep.json"
-"""In a sweep's folder: `argv` as typed, where (`cwd`) and when, `jobs`, the overrides of each, and their `folders`."""
+"""In a sweep's folder: `Sweep`."""
 
 CHECKPOINTS = "checkpoints"
 """In a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)."""
@@ -280,7 +281,7 @@ def check_run(folder: Path) -> None:
             raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {shlex.quote(str(above))}")
         if below := runs_below(folder):
             newest = max(below, key=lambda run: (bool(saved(run)), run.stat().st_mtime))
-            what = "a sweep" if _is_sweep(folder / SWEEP) else "a folder above runs"
+            what = "a sweep" if Sweep.read(folder) else "a folder above runs"
             raise BadRequest(f"{folder}: {what}; name one run of it, such as {shlex.quote(str(newest))}")
         raise BadRequest(f"{folder}: no run's folder; {such}")
     if not saved(folder):
@@ -363,32 +364,54 @@ def row(folder: Path, above: Path) -> Summary:
         return cast("Summary", {"name": name, "steps": status["step"], **status})
 
 
+@dataclass
+class Sweep:
+    """What a sweep's folder knows of it: `sweep.json`."""
+
+    argv: list[str]
+    """The command line that asks for all of it."""
+    jobs: list[list[str]]
+    """The overrides of each job; of a sweeper that makes them up as it goes, what they have in common."""
+    folders: list[str] | None = None
+    """The jobs' folders by number; None where a sweeper makes up the jobs as it goes."""
+    cwd: str = "."
+    """Where relative paths start."""
+    launched: float = 0.0
+    """When its newest launch began, in seconds since 1970."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Sweep | None:
+        """The sweep whose folder this is; None if it is none, as with another program's `sweep.json`."""
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+            if isinstance(known, dict) and isinstance(known.get("jobs"), list):
+                return cls(
+                    **{"argv": []} | {field.name: known[field.name] for field in fields(cls) if field.name in known}
+                )
+        return None
+
+    def write(self, folder: Path) -> None:
+        """Keep it in that folder."""
+        write_json(folder / SWEEP, {key: value for key, value in asdict(self).items() if value is not None})
+
+
 def sweep_of(folder: Path) -> Path | None:
-    """The sweep folder around a job's folder, if there is one; another program's `sweep.json` makes none."""
-    return next((above for above in folder.parents if _is_sweep(above / SWEEP)), None)
+    """The sweep folder around a job's folder, if there is one."""
+    return next((above for above in folder.parents if Sweep.read(above)), None)
 
 
-def _is_sweep(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return isinstance(known, dict) and isinstance(known.get("jobs"), list)
-    return False
-
-
-def progress(sweep: Path, folder: Path) -> str:
+def progress(folder: Path, job: Path) -> str:
     """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the pace so far, however many run at once."""
-    request = json.loads((sweep / SWEEP).read_text(encoding="utf-8"))
-    folders = request.get("folders", [])  # none where a sweeper makes up the jobs as it goes
-    others = [other for other in runs_below(sweep) if other != folder]
-    number = folders.index(folder.name) if folder.name in folders else len(others)
-    if not folders:
-        return f"job {number + 1}"
-    text = f"job {number + 1} of {len(folders)}"
+    sweep, others = Sweep.read(folder), [other for other in runs_below(folder) if other != job]
+    if sweep is None or not sweep.folders:
+        return f"job {len(others) + 1}"
+    place = str(job.relative_to(folder))
+    text = f"job {(sweep.folders.index(place) if place in sweep.folders else len(others)) + 1} of {len(sweep.folders)}"
     ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
-    now = [status for status in ended if status["updated"] > request["launched"]]
+    now = [status for status in ended if status["updated"] > sweep.launched]
     if now:
-        pace = (time.time() - request["launched"]) / len(now)
-        text += f", about {pace * (len(folders) - len(ended)):.0f} s left"
+        pace = (time.time() - sweep.launched) / len(now)
+        text += f", about {pace * (len(sweep.folders) - len(ended)):.0f} s left"
     return text
 
 
