@@ -12,14 +12,13 @@ import logging
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from support import PROGRAM, run
+from support import COMPARE, PROGRAM, run
 
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.sweep import launch
@@ -327,7 +326,6 @@ def test_a_text_without_permission(world: Path) -> None:
     assert "data.path=private.txt: private.txt cannot be read (Permission denied)" in done.stderr
 
 
-COMPARE = [sys.executable, "-m", "gpt2exp.compare"]
 PROCESSES: list[tuple[Bad, list[str]]] = [
     (REQUESTS[0], PROGRAM),
     (FLAGS[0], PROGRAM),

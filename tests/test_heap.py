@@ -18,7 +18,7 @@ CODE = """
 import json, re, sys, threading
 from pathlib import Path
 import numpy as np
-from gpt2exp import heap
+from gpt2exp.training import heap
 
 def resident():
     return int(re.search(r"^VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) / 1024

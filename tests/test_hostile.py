@@ -22,7 +22,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from support import PROGRAM, SMALL, finish, losses, read, run, run_folders, start, the_run
+from support import COMPARE, PROGRAM, SMALL, finish, losses, read, run, run_folders, start, the_run
 
 from gpt2exp.compare import comparison
 from gpt2exp.data import assets
@@ -30,7 +30,6 @@ from gpt2exp.run import record
 
 QUIET = "wandb.mode=disabled"
 SHORT = [*SMALL, "train.steps=3", QUIET]
-COMPARE = [sys.executable, "-m", "gpt2exp.compare"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -74,6 +73,7 @@ class TestDisks:
         assert status["step"] in (len(rows), len(rows) - 1)
         assert not list(kept.rglob("*.part"))
 
+    @pytest.mark.slow
     def test_output_full_in_an_isolated_sweep(self, tmp_path: Path) -> None:
         place = tmp_path / "disk"
         more = ["train.steps=5000", "sweep.isolate=true", f"hydra.sweep.dir={place}/sweep"]
@@ -89,7 +89,7 @@ class TestDisks:
         said = f"gpt2exp: hydra.run.dir={place}/run: Read-only file system; choose a folder that can be written"
         assert done.stderr.splitlines() == [said]
 
-    @pytest.mark.parametrize("room", ["256k", "3m"], ids=["for nothing", "for the texts alone"])
+    @pytest.mark.parametrize("room", [pytest.param("256k", marks=pytest.mark.slow), "3m"], ids=["nothing", "the texts"])
     def test_cache_full(self, room: str, tmp_path: Path) -> None:
         """A cold cache: nothing half-written is left, and the line says that room is what is missing."""
         place, kept = tmp_path / "disk", tmp_path / "kept"
@@ -105,6 +105,7 @@ class TestDisks:
         whole = {asset.sha256 for asset in (assets.TINY_SHAKESPEARE, assets.VOCAB_BPE, assets.ENCODER_JSON)}
         assert {hashlib.sha256(content).hexdigest() for content in contents(kept).values()} <= whole
 
+    @pytest.mark.slow
     def test_cache_read_only_and_cold(self, tmp_path: Path) -> None:
         place = tmp_path / "disk"
         done = run(tmp_path / "here", *SHORT, program=on_disk(place, "ro"), GPT2EXP_CACHE=str(place))
@@ -112,6 +113,7 @@ class TestDisks:
         (line,) = done.stderr.splitlines()
         assert "(Read-only file system); set GPT2EXP_CACHE to a folder that can be written" in line
 
+    @pytest.mark.slow
     def test_cache_read_only_and_warm(self, tmp_path: Path, cache: Path) -> None:
         """Nothing needs to be written there again."""
         place = tmp_path / "disk"
@@ -121,6 +123,7 @@ class TestDisks:
         done = run(tmp_path / "here", *SHORT, program=program, GPT2EXP_CACHE=str(place))
         assert (done.returncode, done.stderr) == (0, "")
 
+    @pytest.mark.slow
     def test_cache_and_output_each_on_a_file_system_of_its_own(self, tmp_path: Path) -> None:
         """Every file is put in its place by a move within one file system."""
         place, kept = tmp_path / "disk", tmp_path / "kept"
@@ -131,6 +134,7 @@ class TestDisks:
         done = run(tmp_path / "here", *SHORT, program=on_disk(place, "size=64m"), GPT2EXP_CACHE=str(place))
         assert (done.returncode, done.stderr) == (0, "")
 
+    @pytest.mark.slow
     def test_wandb_full(self, tmp_path: Path) -> None:
         """Training does not notice; one warning says that wandb's file is no whole one."""
         place = tmp_path / "disk"
@@ -236,12 +240,12 @@ class TestNetwork:
         shutil.rmtree(wheel)
         assert assets.fetch(self.asset(f"{web}/whole")).read_bytes() == RIGHT
 
-    @pytest.mark.parametrize("path", ["half", "portal", "redirect", "error", "mute"])
+    @pytest.mark.parametrize("path", ["half", "redirect", pytest.param("mute", marks=pytest.mark.slow)])
     def test_the_second_source_stands_in(self, path: str, web: str, tmp_path: Path) -> None:
         assert assets.fetch(self.asset(f"{web}/{path}")).read_bytes() == RIGHT
         assert contents(tmp_path / "cache") == {"assets/text.txt": RIGHT}
 
-    @pytest.mark.parametrize("path", ["half", "portal", "redirect", "error"])
+    @pytest.mark.parametrize("path", ["portal", "redirect", "error"])
     def test_without_a_second_source_nothing_wrong_is_used(
         self, path: str, web: str, wheel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -268,6 +272,7 @@ class TestNetwork:
 # --- company ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_and_a_parallel_sweep_begin_with_a_cold_cache(tmp_path: Path) -> None:
     """All at once, the sweep's jobs in joblib's processes: the same losses, and nothing half-written in the cache."""
     cache, here = tmp_path / "cache", tmp_path / "here"
@@ -363,6 +368,7 @@ int clock_gettime(clockid_t which, struct timespec *now) {
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_backwards(tmp_path: Path) -> None:
     """An hour at every look: durations are positive, the runs in order, the sweep compared."""
     compiler = shutil.which("cc")
@@ -385,6 +391,7 @@ def test_a_clock_that_goes_backwards(tmp_path: Path) -> None:
     assert [row["seed"] for row in rows] == [1, 2]
 
 
+@pytest.mark.slow
 class TestTerminal:
     """Nobody reading, no room where the output goes, a terminal of ASCII: the run is done and recorded all the same."""
 

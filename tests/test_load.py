@@ -58,12 +58,13 @@ def test_a_comparison_beside_other_programs(tmp_path: Path) -> None:
     assert speed["reason"] == "in 2 of 2 runs most steps waited for a core that another program used"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_core")
 def test_only_threads_that_compute_count() -> None:
     """What waits beside a busy process: this thread, not one of Python's that works for wandb or a progress bar."""
     code = """
 import hashlib, threading
-from gpt2exp import load
+from gpt2exp.training import load
 def work(turns):
     for _ in range(turns):
         hashlib.sha256(bytes(20_000_000)).digest()  # lets others run meanwhile
@@ -109,7 +110,7 @@ def test_what_the_terminal_says() -> None:
 
 WORK = """
 import json, os, time, torch
-from gpt2exp import load
+from gpt2exp.training import load
 def spent():  # by all other threads, in seconds of CPU time
     times = [open(f"/proc/self/task/{t}/schedstat").read().split()[0] for t in os.listdir("/proc/self/task")]
     return sum(map(int, times)) / 1e9 - time.thread_time()
@@ -139,6 +140,7 @@ def spun(**env: str) -> list[tuple[float, int]]:
     return [(spent, threads) for spent, threads in json.loads(done.stdout)]
 
 
+@pytest.mark.slow
 def test_threads_spin_only_where_nobody_else_wants_the_core() -> None:
     """Brief at first, long after a calm step, brief beside a program that holds a core, until a step that is not known
     to have waited.
@@ -152,6 +154,7 @@ def test_threads_spin_only_where_nobody_else_wants_the_core() -> None:
     assert calm[1] == bit[1] == again[1], "the team has gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "active"}, {"OMP_NUM_THREADS": "1"}])
 def test_what_the_user_set_stands(env: dict[str, str]) -> None:
     assert len({threads for _, threads in spun(**env)}) == 1, "no team was made"

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-LOOSE = {"bf16": 1e-2, "fp16": 2e-3}
+LOOSE = {"bf16, recomputed": 1e-2, "fp16": 2e-3}
 """Products in half precision round otherwise for other numbers of rows; fp32 and emulated TF32 hardly do."""
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_equal_one(tmp_path: Path, processes: int) -> None:
     file = tmp_path / "found.safetensors"
     command = [*TORCHRUN, str(processes), str(Path(shared_runs.__file__)), str(file)]
@@ -44,6 +44,7 @@ def test_several_equal_one(tmp_path: Path, processes: int) -> None:
                     assert off < 1e-5, f"{how} {case}: the losses are off by {off:.1e}"
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     args = [*support.SMALL, "train.steps=400", "checkpoint.every=5", "distributed=fsdp", "hydra.run.dir=run"]
     program = [*TORCHRUN, "2", "-m", "gpt2exp.train"]
@@ -87,6 +88,7 @@ def test_a_sweep_is_refused_with_what_to_type(tmp_path: Path) -> None:
     assert not (tmp_path / "work" / "sweeps").exists()
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     program = [*TORCHRUN, "2", "-m", "gpt2exp.train"]
     refused = support.run(tmp_path / "work", *support.SMALL, "train.batch_size=3", program=program)

@@ -621,6 +621,7 @@ class TestChromium:
         assert folders == [Path(row["folder"]) for row in read(folder / "comparison.json")["runs"]]
         assert all(path.is_dir() for path in folders)
 
+    @pytest.mark.slow
     def test_screenshot_is_no_blank_page(self, sweep: tuple[Done, Path], tmp_path: Path) -> None:
         from matplotlib import image
 
@@ -697,6 +698,7 @@ class TestWandb:
         assert "to upload" not in done.stdout
 
 
+@pytest.mark.slow
 def test_two_hundred_runs_without_torch(tmp_path: Path) -> None:
     """As many runs as a large study has, in a process that never imports torch, nor wandb."""
     number = 0

@@ -98,7 +98,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return the_run(folder)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["everything", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode != "everything")]
+)
 def test_bit_for_bit(mode: str, tmp_path: Path) -> None:
     """Stopped by a signal and gone on with, from another folder and with nothing typed again."""
     args = [*SMALL, *MODES[mode], STEPS, LAST, "train.measure_every=20"]
@@ -147,6 +149,7 @@ def test_wandb_goes_on_beside_the_first_part(tmp_path: Path) -> None:
     assert [row["loss"] for row in first.history + second.history] == losses(part)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     """Nothing more is saved, and the folder tells what happened."""
     args = ["train.batch_size=32", "train.seq_len=64", "train.warmup_steps=0", QUIET]  # a second or so a step
@@ -218,9 +221,9 @@ class TestDone:
         assert request.composed is not None
         assert request.composed.optimizer.grad_clip == 6
 
-    @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "state.json"])
-    def test_a_damaged_checkpoint(self, done: Path, tmp_path: Path, file: str) -> None:
-        """The one before it is used, and that is said."""
+    def test_a_damaged_checkpoint(self, done: Path, tmp_path: Path) -> None:
+        """The one before it is used, and that is said; test_checkpoint.py damages each file in each way."""
+        file = "training.safetensors"
         folder = shutil.copytree(done, tmp_path / "copy")
         data = bytearray((folder / "checkpoints" / "step_000006" / file).read_bytes())
         data[len(data) // 2] ^= 4
@@ -354,6 +357,7 @@ class TestOwner:
         assert "another process is at work on it" in refused.stderr
         assert [row["step"] for row in read(part / "metrics.jsonl")] == list(range(150))
 
+    @pytest.mark.slow
     def test_a_running_run_is_left_alone(self, tmp_path: Path) -> None:
         process = start(tmp_path / "here", *SMALL, "train.steps=100000", "train.log_every=1000", QUIET)
         folder = wait_for_step(tmp_path / "here", process)
@@ -400,6 +404,7 @@ def stamps(folders: list[Path]) -> list[int]:
     return [(folder / "summary.json").stat().st_mtime_ns for folder in folders]
 
 
+@pytest.mark.slow
 def test_out_of_memory(tmp_path: Path) -> None:
     """The allocator itself refuses, under a limit that the estimate cannot see; smaller, the run would go."""
     limited = ["bash", "-c", 'ulimit -v 5000000 && exec "$0" "$@"', *PROGRAM]
@@ -426,7 +431,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
 class TestSweep:
     """What is done stays, the rest is done, and axes gain values."""
 
-    @pytest.mark.parametrize("isolate", ["false", "true"])
+    @pytest.mark.parametrize("isolate", ["false", pytest.param("true", marks=pytest.mark.slow)])
     def test_it_goes_on(self, tmp_path: Path, isolate: str) -> None:
         """Stopped in its second job: the first is kept, the second goes on from its checkpoint, the others follow."""
         args = ["seed=1,2,3", *SMALL, STEPS, LAST, f"sweep.isolate={isolate}", QUIET]
@@ -477,6 +482,7 @@ class TestSweep:
         assert comparison["seeds"] == [1, 2, 3]
         assert {effect["n_pairs"] for effect in comparison["axes"]} == {3}
 
+    @pytest.mark.slow
     def test_failed_is_tried_again_and_diverged_is_a_result(self, tmp_path: Path) -> None:
         args = ["optimizer.lr=1e9,1e-3", "seed=1", *SMALL, STEPS, "checkpoint.every=5", "sweep.isolate=true", QUIET]
         process = start(tmp_path / "here", "-m", *args)
@@ -539,6 +545,7 @@ class TestSweep:
         assert comparison["swept"] == {"optimizer.lr": ["0.0003", "0.001"]}
         assert {effect["n_pairs"] for effect in comparison["axes"]} == {1}
 
+    @pytest.mark.slow
     def test_two_go_on_with_one_sweep(self, tmp_path: Path) -> None:
         process = start(tmp_path / "here", "-m", "seed=1,2", *SMALL, STEPS, QUIET)
         folder = wait_for_step(tmp_path / "here", process)

@@ -14,7 +14,6 @@ import pickle
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from zipfile import ZipFile
@@ -23,7 +22,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
-from support import SMALL, read, run, run_folders
+from support import COMPARE, SMALL, read, run, run_folders
 
 from gpt2exp import config
 from gpt2exp.data import assets
@@ -32,7 +31,6 @@ from gpt2exp.sweep import launch
 
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789abcdef0123456789abcdef01234567"
-COMPARE = [sys.executable, "-m", "gpt2exp.compare"]
 
 
 def holding(folder: Path, text: str) -> list[Path]:

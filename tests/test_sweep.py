@@ -109,6 +109,7 @@ def test_a_diverging_job_stops_no_other(tmp_path: Path) -> None:
     assert second == third == [0]
 
 
+@pytest.mark.slow
 def test_a_diverging_job_and_one_refused_memory_leave_the_comparison(tmp_path: Path) -> None:
     """Eight jobs, of which those with the large batch cannot fit here and those with the large rate blow up."""
     free = hardware.free_memory(torch.device("cpu"))
@@ -153,6 +154,7 @@ def test_peak_memory_is_each_jobs_own(tmp_path: Path) -> None:
     assert big - small > 150e6
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
     process = start(tmp_path / "here", "-m", "train.steps=1000000,3", *SMALL, "sweep.isolate=true", QUIET)
     first = wait_for_step(tmp_path / "here", process)
@@ -171,6 +173,7 @@ def test_a_killed_job_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
     assert "1 of 2 runs done" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_isolated_job_is_stopped_with_its_sweep(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """The signal reaches the job, which closes its record; no further job begins."""
@@ -180,14 +183,3 @@ def test_an_isolated_job_is_stopped_with_its_sweep(tmp_path: Path, number: signa
     assert shell_code(finish(process)) == code
     assert run_folders(tmp_path / "here") == [folder]
     assert read(folder / "status.json")["state"] == read(folder / "summary.json")["state"] == "interrupted"
-
-
-def test_two_sweeps_at_once(tmp_path: Path) -> None:
-    """Two sweep folders with all their jobs, none written twice."""
-    both = [start(tmp_path / "here", "-m", "seed=1,2", *SMALL, "train.steps=2", QUIET) for _ in range(2)]
-    assert [finish(process).returncode for process in both] == [0, 0]
-    folders = run_folders(tmp_path / "here")
-    assert len(folders) == 4
-    assert sorted(folder.name for folder in folders) == ["000_seed=1", "000_seed=1", "001_seed=2", "001_seed=2"]
-    for folder in folders:
-        assert len(losses(folder)) == read(folder / "summary.json")["steps"] == 2

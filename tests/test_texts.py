@@ -527,6 +527,7 @@ def test_a_text_that_is_still_written_is_refused(
 # --- size ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a program's own peak")
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, cold: Path) -> None:
     """Twenty times the text, the same memory, but for the pairs of a short text's tokens; on two cores at most."""
@@ -554,6 +555,7 @@ for path in sys.argv[1:]:
 # --- company and faults ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_while_it_tokenises(tmp_path: Path, cold: Path) -> None:
     """Nothing of it is ever used, and the next one that tokenises anything clears it away."""
     path = tmp_path / "a.txt"

@@ -178,7 +178,7 @@ class TestVariables:
         config = read(the_run(tmp_path / "here") / "summary.json")["config"]["wandb"]
         assert (config["project"], config["entity"]) == ("theirs", "mine")
 
-    @pytest.mark.parametrize("isolate", ["false", "true"])
+    @pytest.mark.parametrize("isolate", ["false", pytest.param("true", marks=pytest.mark.slow)])
     def test_of_a_sweep(self, tmp_path: Path, isolate: str) -> None:
         """Every job and the comparison has an id of its own, is in no sweep of wandb's, and is named to be uploaded."""
         around = {
@@ -266,13 +266,14 @@ class TestVariables:
 AGENT = """
 import os, signal, sys, threading
 import wandb
-from gpt2exp import engines, signals, train
+from gpt2exp import train
+from gpt2exp.run import process
 wandb.setup()
 codes = []
 def trial():
     os.environ |= {"WANDB_RUN_ID": "abc", "WANDB_SWEEP_ID": "sweep1"}
     wandb.teardown()
-    with signals.heralded(lambda: None), signals.terminable():
+    with process.heralded(lambda: None), process.terminable():
         codes.append(train.command([*sys.argv[1:], "hydra.run.dir=alone"]))
         codes.append(train.command(["-m", "seed=1,2", *sys.argv[1:], "hydra.sweep.dir=sweep"]))
 thread = threading.Thread(target=trial)
@@ -283,6 +284,7 @@ print(codes)
 """
 
 
+@pytest.mark.slow
 def test_from_a_thread(tmp_path: Path) -> None:
     """A run and a sweep in a thread, as `wandb.agent(function=...)` calls a function: the run is the agent's."""
     program = [sys.executable, "-c", AGENT]
@@ -418,6 +420,7 @@ class TestFailingWandb:
             assert KEY.encode() not in file.read_bytes(), file
         assert KEY not in done.stdout + done.stderr
 
+    @pytest.mark.slow
     def test_a_wrong_key(self, tmp_path: Path) -> None:
         """A server that knows nobody by it: offline, the key nowhere."""
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
@@ -431,6 +434,7 @@ class TestFailingWandb:
         self.kept_offline(tmp_path)
         assert KEY not in done.stdout + done.stderr
 
+    @pytest.mark.slow
     def test_a_key_that_is_none(self, tmp_path: Path) -> None:
         surroundings = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "secret-but-short"}
         done = run(tmp_path / "here", *SMALL, "train.steps=3", "wandb.mode=online", **surroundings)
@@ -439,6 +443,7 @@ class TestFailingWandb:
         self.kept_offline(tmp_path)
         assert "secret-but-short" not in done.stdout + done.stderr
 
+    @pytest.mark.slow
     def test_a_server_that_never_answers(self, tmp_path: Path) -> None:
         """It accepts the connection and says nothing: the run waits for `INIT_TIMEOUT`, not for ever."""
         with socket.socket() as mute:
@@ -460,6 +465,7 @@ class TestFailingWandb:
         for file in (path for path in tmp_path.rglob("*") if path.is_file()):
             assert not any(key in file.read_bytes() for key in (KEY.encode(), b"secret-but-short")), file
 
+    @pytest.mark.slow
     def test_its_process_is_killed(self, tmp_path: Path) -> None:
         """SIGKILL to wandb's own process in mid-run: one warning, every step recorded, the next job mirrored whole."""
         process = start(tmp_path / "here", "-m", "seed=1,2", *SMALL, "train.steps=60", "wandb.mode=offline")

@@ -12,6 +12,7 @@ import pytest
 from support import SMALL, read, surroundings, the_run
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
