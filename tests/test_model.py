@@ -104,33 +104,6 @@ def test_logits_loss_and_every_gradient_equal_hugging_face(tie: bool, in_place: 
     assert_same_gradients(ours, gradients(hf))
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2, 3])
-def test_in_place_gradient_equals_plain_autograd(micro_batches: int) -> None:
-    found = []
-    for in_place in (False, True):
-        model = small()
-        model.transformer.gradient_in_place = in_place
-        for micro in range(micro_batches):
-            rows = tokens(2, 17, seed=micro)
-            (model(rows[:, :-1], rows[:, 1:]) / micro_batches).backward()
-        found.append(gradients(model))
-    assert_same_gradients(found[1], found[0])
-
-
-def test_in_place_gradient_survives_zeroing_and_leaves_inference_alone() -> None:
-    model, idx = small(), tokens(2, 17)
-    model.transformer.gradient_in_place = True
-    with torch.no_grad():
-        quiet = model(idx[:, :-1])
-    assert not quiet.requires_grad
-    assert model.transformer.wte.weight.grad is None
-    model(idx[:, :-1], idx[:, 1:]).backward()
-    first = model.transformer.wte.weight.grad.clone()
-    model.zero_grad(set_to_none=True)
-    model(idx[:, :-1], idx[:, 1:]).backward()
-    torch.testing.assert_close(model.transformer.wte.weight.grad, first, atol=0, rtol=0)
-
-
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_are_the_published(size: str, tie: bool) -> None:

@@ -357,16 +357,6 @@ class TestOwner:
         assert "another process is at work on it" in refused.stderr
         assert [row["step"] for row in read(part / "metrics.jsonl")] == list(range(150))
 
-    @pytest.mark.slow
-    def test_a_running_run_is_left_alone(self, tmp_path: Path) -> None:
-        process = start(tmp_path / "here", *SMALL, "train.steps=100000", "train.log_every=1000", QUIET)
-        folder = wait_for_step(tmp_path / "here", process)
-        refused = run(tmp_path / "here", f"resume={folder}")
-        process.send_signal(signal.SIGTERM)
-        finish(process)
-        assert refused.returncode == 2
-        assert "another process is at work on it" in refused.stderr
-
     def test_a_dead_process(self, tmp_path: Path) -> None:
         """`running` by a process that is no more is interrupted; another's with its number is not it."""
         record.write_status(tmp_path, "running", 3)
@@ -554,6 +544,7 @@ class TestSweep:
         assert refused.returncode == 2
         assert "another process is at work on it" in refused.stderr
 
+    @pytest.mark.slow
     def test_a_study(self, tmp_path: Path) -> None:
         """Its preset axes gain values too, and none of it is run twice."""
         shape = ["model.n_layer=1", "model.n_head=1", "model.n_embd=8", "model.tie_weights=true"]

@@ -43,37 +43,43 @@ class TestTypedCredentials:
     """A request that names a credential, or holds one, is refused, its value unsaid and nothing written."""
 
     @pytest.mark.parametrize(
-        "line",
+        ("line", "full"),
         [
-            "wandb.api_key=<>",
-            "+wandb.api_key=<>",
-            "++wandb.api_key=<>",
-            "~wandb.api_key=<>",
-            "wandb.api_key=[<>",
-            "wandb.apikey='<>'",
-            "wandb.token=<>",
-            "wandb.password=<>",
-            "wandb={api_key:<>}",
-            "api_key=<>",
-            "WANDB_API_KEY=<>",
-            "HF_TOKEN=<>",
-            "--api-key=<>",
-            "--api_key=<>",
-            "-m wandb.api_key=<>,other",
-            "+hydra.job.env_set.WANDB_API_KEY=<>",
-            "+hydra.job.env_set={WANDB_API_KEY:<>}",
-            "+hydra.job.env_set={FOO:1,'AWS_SECRET_ACCESS_KEY':<>}",
-            "--config-dir conf +study=leaky",
-            "wandb.name=<>",
-            "wandb.tags=[a,<>]",
-            "-m wandb.group=<>,b",
-            "data=text data.path=/home/<>/x",
-            "wandb.name=${oc.env:WANDB_API_KEY}",
-            "hydra.run.dir=<>",
-            "+hydra.job.env_set.FOO=<>",
+            ("wandb.api_key=<>", "1"),
+            ("-m wandb.group=<>,b", "1"),
+            *(
+                (line, "")
+                for line in (
+                    "wandb.api_key=<>",
+                    "+wandb.api_key=<>",
+                    "++wandb.api_key=<>",
+                    "~wandb.api_key=<>",
+                    "wandb.api_key=[<>",
+                    "wandb.apikey='<>'",
+                    "wandb.token=<>",
+                    "wandb.password=<>",
+                    "wandb={api_key:<>}",
+                    "api_key=<>",
+                    "WANDB_API_KEY=<>",
+                    "HF_TOKEN=<>",
+                    "--api-key=<>",
+                    "--api_key=<>",
+                    "-m wandb.api_key=<>,other",
+                    "+hydra.job.env_set.WANDB_API_KEY=<>",
+                    "+hydra.job.env_set={WANDB_API_KEY:<>}",
+                    "+hydra.job.env_set={FOO:1,'AWS_SECRET_ACCESS_KEY':<>}",
+                    "--config-dir conf +study=leaky",
+                    "wandb.name=<>",
+                    "wandb.tags=[a,<>]",
+                    "-m wandb.group=<>,b",
+                    "data=text data.path=/home/<>/x",
+                    "wandb.name=${oc.env:WANDB_API_KEY}",
+                    "hydra.run.dir=<>",
+                    "+hydra.job.env_set.FOO=<>",
+                )
+            ),
         ],
     )
-    @pytest.mark.parametrize("full", ["", "1"], ids=["", "full error"])
     def test_refused(
         self, line: str, full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -124,19 +124,7 @@ def by_hand(
     return losses
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_twenty_steps_equal_the_textbooks_loop(tie: bool) -> None:
-    ours, theirs = model(tie), model(tie)
-    expected = by_hand(theirs, stream(), 20, 4, 16)
-    got = [row["loss"] for row in trainer(ours, steps=20).fit()]
-    assert got == pytest.approx(expected, rel=1e-5)
-    assert got[-1] < got[0] - 0.1
-    for name, weight in state(ours).items():
-        torch.testing.assert_close(weight, state(theirs)[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize(("pieces", "tie"), [(2, True), (4, False)])
 def test_accumulation_equals_one_batch(pieces: int, tie: bool) -> None:
     whole = trainer(model(tie), batch_size=8)
     parts = trainer(model(tie), batch_size=8 // pieces, grad_accum_steps=pieces)
@@ -360,10 +348,6 @@ class TestFit:
         seen = torch.arange(WORDS)
         watched = trainer(validation=stream()[:100], seen=seen, eval_every=1, measure_every=1, steps=6)
         assert [row["loss"] for row in watched.fit()] == [row["loss"] for row in trainer(steps=6).fit()]
-
-    def test_measured_at_every_interval_and_at_both_ends(self) -> None:
-        rows = trainer(seen=torch.arange(WORDS), steps=8, measure_every=3).fit()
-        assert [row["step"] for row in rows if "loss_unseen" in row and "grad_norm" in row] == [0, 3, 6, 7]
 
     def test_without_validation_and_seen_there_is_none(self) -> None:
         for row in trainer(measure_every=2).fit():

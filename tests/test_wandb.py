@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command
 from support import (
     SMALL,
     OfflineRun,
@@ -257,8 +256,8 @@ class TestVariables:
         (line, *_) = done.stderr.splitlines()
         assert line.startswith("warning: wandb could not start offline (resume: Input should be 'allow', ")
 
-    def test_a_project_that_cannot_be(self, gpt2exp: Command) -> None:
-        done = gpt2exp(WANDB_PROJECT="a/b")
+    def test_a_project_that_cannot_be(self, tmp_path: Path) -> None:
+        done = run(tmp_path / "here", WANDB_PROJECT="a/b")
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("gpt2exp: wandb.project=a/b: must be ")
 
