@@ -1,8 +1,7 @@
-"""A request that cannot be carried out: exit code 2, one line that names the key and the remedy, nothing written.
+"""A bad request ends with exit code 2 and one line that names the key and the remedy; nothing is written.
 
-A row for each rule and kind of field; the bounds themselves are in test_config.py. A row is a command line as a user
-types it, carried out by the real command in a folder that holds texts, configuration files and runs in every state of
-disrepair; afterwards nothing there is new or changed. To extend it, add a row, and what it needs to `world`.
+Each row is a command line as a user types it, run in a folder with texts, configuration files and damaged runs; the
+folder must be unchanged afterwards. Bounds of single fields are in test_config.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`gpt2exp-bench` times the real step beside a real peer, and its last line is what it printed; no time is asserted."""
+"""`gpt2exp-bench` times the real training step beside a peer, and its last line repeats the result as JSON."""
 
 from __future__ import annotations
 

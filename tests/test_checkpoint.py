@@ -1,5 +1,5 @@
-"""A checkpoint is whole or not there, whatever goes wrong while it is written; damage is seen; training never stops for
-one. Pickles are never read: the files are safetensors and JSON.
+"""A checkpoint is complete or absent, whatever fails while it is written; damage is found by its hashes; a failed
+checkpoint never stops training; and training from a checkpoint equals training without a stop, bit for bit.
 """
 
 from __future__ import annotations

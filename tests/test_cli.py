@@ -1,6 +1,6 @@
-"""The command as a user meets it: exit codes, what is printed and written, what is left when it is stopped.
+"""The command line: exit codes, the files of a run, what is printed, and what is left after a signal.
 
-Every test starts real processes; those that only look share one run.
+Tests that only read share one run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""That a verdict can be believed: the statistics are scipy's, intervals cover the truth as often as they say, effects
-are found as often as theory says, and the replicate is the seed. And that what cannot be compared is said to be so:
-broken pairs counted, unlike runs refused, damaged folders named, each in a line.
+"""The comparison's verdicts are right: statistics equal SciPy's, intervals cover the truth at their stated rate, effects
+are found at the rate of theory, and the replicate is the seed. What cannot be compared is refused or marked with a
+reason: broken pairs, unlike runs, damaged folders.
 """
 
 from __future__ import annotations

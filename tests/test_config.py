@@ -1,4 +1,4 @@
-"""A request is checked whole before anything runs: the composed values, and what is said of those that cannot be."""
+"""The configuration: bounds of fields, defaults, choices, and how a command line is composed into jobs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Killed at any instant, a run or a sweep goes on and ends where the uninterrupted one did, to the last bit.
+"""A run or sweep killed at any moment can be resumed, and ends with the weights of one that was never killed.
 
-Real runs are ended by SIGKILL: anywhere from start-up to the end, in the middle of writing a checkpoint, and about the
-time one job of a sweep follows another; half of them once more as they go on. Each instant is random, by its number.
-Six by default; `GPT2EXP_CRASHES=40 pytest tests/test_crash.py` takes some ten minutes.
+SIGKILL comes during start-up, during training, while a checkpoint is written, or between two jobs of a sweep; half of
+the runs are killed twice. The moments are drawn by number. `GPT2EXP_CRASHES=40` sets how many (default 6).
 """
 
 from __future__ import annotations

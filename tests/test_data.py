@@ -1,6 +1,5 @@
-"""That every run reads the text it says: the right bytes, tokenised once by the real tiktoken, in windows that follow
-each other as build-nanogpt's, the same in every arm. A batch off by one, an epoch that repeats a window or a damaged
-cache would not stop a run; it would train on something else.
+"""Every run trains on the text it names: fetched bytes have the right hash, tokens are tiktoken's, windows follow each
+other as in build-nanogpt and are equal in every arm; a damaged cache is made again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Sweeps on other engines than Hydra's own launcher: the same losses, the same comparison, stopped and gone on with.
+"""Sweeps by joblib, Ray, submitit, Slurm, Optuna and wandb's agent give the losses of Hydra's own launcher.
 
-Real here: joblib's workers, Ray on a local cluster of two workers, submitit's local executor, Optuna, and the code by
-which wandb's agent starts a run (without its server). Faked: Slurm, whose `sbatch` only keeps the script, and GPUs,
-which are names in `CUDA_VISIBLE_DEVICES`.
+Real: joblib, Ray with two local workers, submitit's local executor, Optuna, and the code with which wandb's agent starts
+a run. Faked: Slurm's `sbatch`, which only keeps the script, and GPUs, which are names in `CUDA_VISIBLE_DEVICES`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The findings are what the runs said: the index follows from the records beside it, and every study has a page."""
+"""The committed findings: the index follows from the records beside it, and every study has a page."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Every fast path of the step trains as the plain one does: same losses, same weights, same probabilities.
+"""Every fast path of the training step gives the losses and weights of a plain loop over 20 steps.
 
-The plain path is written out here: whole logits, `F.cross_entropy`, dense gradients, AdamW one tensor at a time. Held
-against it, over 20 steps: the head and loss in chunks, the gradient added in place, the padded vocabulary, activations
-computed again, compiled blocks and micro-batches, tied and untied, in fp32, bf16 and emulated TF32. Also protects what
-`auto` settles to and that padding shows nowhere.
+The plain loop is written out here: whole logits, `F.cross_entropy`, autograd's own gradients, AdamW one tensor at a
+time. Compared with it: the loss in chunks, the embedding's gradient added in place, the padded vocabulary, activation
+checkpointing, compiled blocks and micro-batches, in fp32, bf16 and emulated TF32. Also: what `auto` is set to.
 """
 
 from __future__ import annotations

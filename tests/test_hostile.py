@@ -1,8 +1,7 @@
-"""Hostile surroundings: full and read-only disks, bad networks, strangers' files, odd clocks and terminals.
+"""Full or read-only disks, bad networks, other programs' files, a clock that goes back, terminals that close.
 
-The faults are real. Disks are small or read-only mounts in a mount namespace of the process's own, so that they vanish
-with it; the network is an https server here and pip on a folder of wheels; the clock is turned back under the process
-by a preloaded library.
+The faults are real: small or read-only mounts in a mount namespace, an https server, pip on a folder of wheels, and a
+preloaded library that turns the clock back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""Real weights in and out. What transformers saved trains here with the loss transformers computes, and what was
-trained here is the same model there, tied or not, in every form the files come in. A transpose forgotten, a head that
-silently came untied or a file half read would train all the same; a wrong folder is answered before anything is
-written, and no pickle runs.
+"""Hugging Face weights: what transformers saved loads here with equal logits and loss, in each file format; what was
+trained here is exported as the same model; wrong or damaged weights are refused in one line; no pickle runs code.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""That an interval covers as often as it says, also after many looks: formulas against integration, SciPy's tests and
-simulation, invariants by hypothesis, and numbers of seeds against textbook figures.
+"""Confidence intervals cover the truth at their stated rate, also after many looks. Formulas are checked against
+numerical integration, SciPy, simulation and textbook tables.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""That the weights start as documented and that arms are pairs: toggling tying, scaling or a std changes what it names
-and not one bit more, and no global random state moves. A flag lost on the way (as in Hugging Face's GPT-2,
-huggingface/transformers#47458) has to stop a run instead of quietly turning two arms into one.
+"""Initial weights have the documented distributions; changing tying, scaling or a std changes only the tensors it
+names; no global random state moves; and a model whose residual scaling was lost is refused
+(huggingface/transformers#47458).
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""That a speed measured under another program's load is known to be: beside a real busy process on its core a run says
-that its steps waited, and a comparison does not take its speed for the arm's. And that OpenMP's threads spin hardly at
-all beside another program, long alone, and as a user wants who said so. No duration is asserted.
+"""A speed measured while another program used the core is marked as disturbed and not compared; and OpenMP's threads
+spin only while no other program wants the core. No duration is asserted.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""That the model is GPT-2: equal to Hugging Face's in logits, loss and every gradient, tied where it says so, counted
-as published, and blind to later tokens. A wrong transpose, a missing gradient of the tied tensor or a leak from the
-future would train all the same, and every comparison made with it would be about another model.
+"""The model is GPT-2: logits, loss and every gradient equal Hugging Face's, parameters are counted as published, tied
+weights are one tensor, and no token sees a later one.
 """
 
 from __future__ import annotations

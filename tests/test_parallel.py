@@ -1,6 +1,5 @@
-"""Protects runs in several processes: they compute what a lone one does, and a lost process costs no whole step saved.
-
-Real torchrun and gloo on this machine's CPU; NCCL and GPUs were not there to be tested.
+"""Runs in several processes (torchrun, gloo on the CPU) compute what one process does; a killed process is named and
+the run can be resumed with another number of processes. NCCL and GPUs were not tested.
 """
 
 from __future__ import annotations

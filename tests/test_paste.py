@@ -1,4 +1,4 @@
-"""What is printed to be pasted works when pasted: through a real shell and Hydra's grammar, whatever the path."""
+"""Every command that is printed can be pasted into a shell, whatever characters the path has."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""That a precision is what the hardware did and not what was asked for: TF32's rounding to the bit, forward and
-backward, the probe that tells arithmetics apart, and a process put back as it was. An fp32 arm that follows a tf32 arm
-and silently keeps its switches would make the comparison one of an arm with itself. Also the facts of the
-surroundings that a record keeps: peaks, devices, memory, versions, and nothing private.
+"""A precision is what the hardware computed: the TF32 emulation rounds to the bit, forward and backward; the probe
+tells fp32, TF32 and bf16 apart; and every switch is put back, so that an fp32 run after a tf32 run is a plain fp32 run.
+Also what a record holds of the machine: peak memory, device, versions, nothing private.
 """
 
 from __future__ import annotations

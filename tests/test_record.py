@@ -1,4 +1,4 @@
-"""The readable half of a run: files that are whole at every moment and say the same thing."""
+"""The files of a run (metrics.jsonl, status.json, summary.json) are complete at every moment and agree."""
 
 from __future__ import annotations
 

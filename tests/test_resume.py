@@ -1,5 +1,5 @@
-"""A run that was stopped goes on as if it never had been, bit for bit; a sweep keeps what is done and does the rest;
-what would make another run of it is refused; and no two processes do the same work.
+"""A stopped run that is resumed ends bit for bit like one that was not stopped; a resumed sweep keeps its finished jobs
+and does the others; a resume that would change the run is refused; two processes never work on one folder.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Text out: the same seed gives the same text, temperature 0 is greedy as transformers is, characters arrive whole, no
-id that the tokenizer lacks is drawn, and what reads the stream may leave.
+"""`gpt2exp-sample`: one seed gives one text, temperature 0 equals transformers' greedy search, characters are printed
+whole, and no id beyond the tokenizer is drawn.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The predictions for GPUs are what their code says, from figures that stand in their sources' words, and the bytes it
-counts are the ones that autograd keeps.
+"""The predicted figures for GPUs follow from the code beside them, published figures stand in their source's words,
+and the counted bytes are those that autograd keeps.
 """
 
 from __future__ import annotations

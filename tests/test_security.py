@@ -1,8 +1,4 @@
-"""No credential reaches a record, nothing that is read can run, and nothing that is fetched leaves its place.
-
-Each promise is put to the real thing: the command with keys in its surroundings, a pickle that would run code, a wheel
-that would write outside its folder. What the report's page does with hostile names is in test_report.py, in a browser.
-"""
+"""No credential reaches a file or the terminal, no input is executed, and nothing downloaded is written elsewhere."""
 
 from __future__ import annotations
 

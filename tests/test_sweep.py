@@ -1,4 +1,4 @@
-"""A sweep's jobs share a process and nothing else: no folder, no precision, no peak memory, no failure."""
+"""The jobs of a sweep share one process but no folder, precision, peak memory or failure."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""That a large text is the text it says: cut anywhere it may be cut, read from any form, it gives the tokens that
-tiktoken gives for the whole; more of it than memory holds is no matter; and whatever is wrong with it, or happens
-meanwhile, is one line and leaves no half of it behind.
+"""A large text or dataset gives exactly the tokens that tiktoken gives for the whole, from any supported file format
+and in bounded memory; a bad file is refused in one line, and nothing half-written stays in the cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""That a training step is the textbook's: accumulation is one batch, the levers change no number, groups, schedule and
-clipping do what they say, and what is measured (loss, unseen tokens' share, time, memory) is measured right. An
-accumulation that divides wrongly trains worse and says nothing (build-nanogpt PR 30).
+"""The training step: accumulation equals one batch, and parameter groups, learning rate, clipping, time, tokens, memory
+and the loss of unseen tokens are what they are called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Weights & Biases receives, read back from its own offline file, and that nothing it does reaches training."""
+"""What Weights & Biases receives, read back from its offline file; and a failing wandb never stops training."""
 
 from __future__ import annotations
 

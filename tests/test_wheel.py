@@ -1,4 +1,4 @@
-"""The package as strangers get it: a wheel, in another place than the checkout, run from an empty folder."""
+"""The built wheel has every file, and runs from an empty folder."""
 
 from __future__ import annotations
 
