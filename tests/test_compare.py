@@ -1,4 +1,4 @@
-"""The comparison's verdicts are right: statistics equal SciPy's, intervals cover the truth at their stated rate, effects
+"""The comparison's verdicts are right: statistics are SciPy's, intervals cover the truth at their stated rate, effects
 are found at the rate of theory, and the replicate is the seed. What cannot be compared is refused or marked with a
 reason: broken pairs, unlike runs, damaged folders.
 """

@@ -1,6 +1,6 @@
 """Sweeps by joblib, Ray, submitit, Slurm, Optuna and wandb's agent give the losses of Hydra's own launcher.
 
-Real: joblib, Ray with two local workers, submitit's local executor, Optuna, and the code with which wandb's agent starts
+Real: joblib, Ray with two local workers, submitit's local executor, Optuna, and the code by which wandb's agent starts
 a run. Faked: Slurm's `sbatch`, which only keeps the script, and GPUs, which are names in `CUDA_VISIBLE_DEVICES`.
 """
 
