@@ -16,6 +16,7 @@ import pytest
 # One thread a process, here and in every subprocess: tests run side by side, and bitwise comparisons hold for one
 # thread count. Before torch is imported, which reads it.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else torch.compile starts workers that import torch themselves
 
 from gpt2exp.config import DataConfig, ModelConfig
 from gpt2exp.data import assets, tokens

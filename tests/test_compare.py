@@ -145,6 +145,7 @@ def covers(interval: Sequence[float] | None, truth: float = 0.0) -> bool:
     return interval[0] <= truth <= interval[1]
 
 
+@pytest.mark.slow
 def test_null_sweeps_of_one_axis() -> None:
     rng = np.random.default_rng(1)
     found = [effect(simulated_axis(rng, 5), TIE) for _ in range(SIMULATIONS)]
@@ -180,6 +181,7 @@ def test_null_factorial_sweeps_count_seeds_and_not_pairs() -> None:
     assert naive / SIMULATIONS < 0.88
 
 
+@pytest.mark.slow
 def test_null_factorial_sweeps_with_runs_missing() -> None:
     """Broken pairs leave some seeds with one pair and some with two: coverage holds."""
     rng = np.random.default_rng(1)
@@ -197,7 +199,7 @@ def test_null_factorial_sweeps_with_runs_missing() -> None:
     assert 0.93 <= covered / total <= 0.97
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_true_effect_of_two_standard_errors_is_found_at_the_rate_of_theory(seeds: int) -> None:
     rng = np.random.default_rng(1)
     error = 0.01 * math.sqrt(2) / math.sqrt(seeds)

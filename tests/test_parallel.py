@@ -59,10 +59,6 @@ def test_a_killed_process_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     assert "one of the run's 2 processes ended" in status["error"]
     more = support.run(tmp_path / "work", "resume=run", "train.steps=50", "checkpoint.save_last=true", program=program)
     assert more.returncode == 0, more.stderr
-    four = [*TORCHRUN, "4", "-m", "gpt2exp.train"]
-    args_four = ("resume=run", "train.steps=55", "distributed=ddp", "checkpoint.save_last=true")
-    again = support.run(tmp_path / "work", *args_four, program=four)
-    assert again.returncode == 0, again.stderr
     done = support.run(tmp_path / "work", "resume=run", "train.steps=60")
     assert done.returncode == 0, done.stderr
     whole = support.run(tmp_path / "work", *args[:-1], "train.steps=60", "hydra.run.dir=whole")
