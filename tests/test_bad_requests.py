@@ -7,11 +7,9 @@ folder must be unchanged afterwards. Bounds of single fields are in test_config.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -265,16 +263,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quiet(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In that folder, without credentials; the package's logger is put back as it was."""
+def quiet(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In that folder, without credentials."""
     monkeypatch.chdir(world)
     monkeypatch.setenv("HOME", str(world))
     for name in [name for name in os.environ if name.startswith(("WANDB_", "HYDRA_"))]:
         monkeypatch.delenv(name)
-    log = logging.getLogger("gpt2exp")
-    handlers, propagate = list(log.handlers), log.propagate
-    yield
-    log.handlers[:], log.propagate = handlers, propagate
 
 
 def seen(folder: Path) -> dict[str, tuple[int, int]]:
@@ -327,10 +321,7 @@ def test_a_text_without_permission(world: Path) -> None:
 
 PROCESSES: list[tuple[Bad, list[str]]] = [
     (REQUESTS[0], PROGRAM),
-    (FLAGS[0], PROGRAM),
-    (TEXTS[3], PROGRAM),
     (COMPARISONS[3], COMPARE),
-    (COMPARISONS[7], COMPARE),
 ]
 
 

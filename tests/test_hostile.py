@@ -21,8 +21,9 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from support import COMPARE, PROGRAM, SMALL, finish, losses, read, run, run_folders, start, the_run
+from support import PROGRAM, SMALL, finish, losses, read, run, run_folders, start, the_run
 
+from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison
 from gpt2exp.data import assets
 from gpt2exp.run import record
@@ -293,21 +294,32 @@ def test_two_runs_and_a_parallel_sweep_begin_with_a_cold_cache(tmp_path: Path) -
     assert not pids & {begun[2].pid}
 
 
-def test_strangers_files_in_a_sweep(tmp_path: Path) -> None:
+@pytest.fixture
+def sweep(tmp_path: Path, made: Path) -> Path:
+    """A copy of a sweep of two rates and two seeds."""
+    return shutil.copytree(made, tmp_path / "here" / "sweep")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sweep itself."""
+    here = tmp_path_factory.mktemp("made") / "here"
+    assert run(here, "-m", *SHORT, "optimizer.lr=1e-3,1e-2", "seed=1,2").returncode == 0
+    (folder,) = here.glob("sweeps/*/*")
+    return folder
+
+
+def test_strangers_files_in_a_sweep(sweep: Path) -> None:
     """Notes, links to nowhere, folders of other programs: the comparison sees the runs alone."""
-    here = tmp_path / "here"
-    assert run(here, "-m", "seed=1,2", *SHORT).returncode == 0
-    (sweep,) = here.glob("sweeps/*/*")
     before = read(sweep / "comparison.json")
     (sweep / "notes.txt").write_text("remember the milk")
     (sweep / "dangling").symlink_to("nowhere")
     (sweep / "loop").symlink_to(".")
     (sweep / "summary.json").write_text("not ours")
     (sweep / ".hydra").write_text("a file")
-    (sweep / "000_seed=1" / "metrics.jsonl.bak").write_bytes(b"\xff")
+    (next(iter(run_folders(sweep))) / "metrics.jsonl.bak").write_bytes(b"\xff")
     (sweep / "odd" / ".hydra" / "config.yaml").mkdir(parents=True)
-    done = run(here, str(sweep), program=COMPARE)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert conclude.command([str(sweep)]) == 0
     after = read(sweep / "comparison.json")
     assert [row["name"] for row in after["runs"] if row["state"] == "done"] == [row["name"] for row in before["runs"]]
 
@@ -327,26 +339,19 @@ def test_another_programs_sweep_json(text: str, tmp_path: Path) -> None:
         assert "of " not in done.stdout.splitlines()[0]
 
 
-def test_a_sweep_copied_to_another_machine(tmp_path: Path) -> None:
+def test_a_sweep_copied_to_another_machine(sweep: Path, made: Path) -> None:
     """Compared there it says the same; beside runs of that machine, speed is not compared."""
-    here, there = tmp_path / "here", tmp_path / "there"
-    more = [*SHORT, "optimizer.lr=1e-3,1e-2", "seed=1,2"]
-    assert run(here, "-m", *more).returncode == 0
-    (sweep,) = here.glob("sweeps/*/*")
     before = read(sweep / "comparison.json")
-    shutil.move(sweep, there)
-    shutil.rmtree(here)
-    for folder in run_folders(there):  # the other machine is another processor
+    for folder in run_folders(sweep):  # the other machine is another processor
         if "lr=0.01" in folder.name:
             facts = read(folder / "summary.json") | {"machine": "0" * 12, "device": "cpu: another"}
             (folder / "summary.json").write_text(json.dumps(facts))
-    done = run(tmp_path / "home", str(there), program=COMPARE)
-    assert (done.returncode, done.stderr) == (0, "")
-    after = read(there / "comparison.json")
+    assert conclude.command([str(sweep)]) == 0
+    after = read(sweep / "comparison.json")
     old, new = ({effect["metric"]: effect for effect in known["axes"]} for known in (before, after))
     assert new["loss_mean_last10"]["differences"] == old["loss_mean_last10"]["differences"]
     assert new["tokens_per_second"]["verdict"] == "not_comparable"
-    assert str(here) not in (there / "report.html").read_text()
+    assert str(made.parent) not in (sweep / "report.html").read_text()
 
 
 # --- clock and terminal ----------------------------------------------------------------------------------------------
