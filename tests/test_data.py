@@ -313,31 +313,6 @@ class TestOwnText:
         assert sorted(item.name for item in first.folder.iterdir()) == ["counts.npy", "facts.json", "tokens.npy"]
         assert list(first.folder.parent.iterdir()) == [first.folder]
 
-    @pytest.mark.parametrize(
-        ("content", "complaint"),
-        [
-            (b"caf\xe9 au lait", r"x\.txt is not UTF-8 at byte 3; convert it: iconv"),
-            (b"\x00\x01\x02\x03", r"x\.txt holds zero bytes, so it is not text"),
-            (b"", r"the text has 0 tokens; a target needs at least 2"),
-            (b"a", r"the text has 1 token; a target needs at least 2"),
-            (None, r"no such file or folder"),
-            ("folder", r"the folder holds no files"),
-        ],
-    )
-    def test_what_is_no_text_is_refused(
-        self, content: bytes | str | None, complaint: str, tmp_path: Path, cold: Path
-    ) -> None:
-        path = tmp_path / "x.txt"
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        elif content == "folder":
-            path.mkdir()
-            (path / ".hidden").write_text("not for us")
-        with pytest.raises(BadRequest, match=rf"data\.path=.*{complaint}") as refusal:
-            tokens.prepare(text(path))
-        assert "\n" not in str(refusal.value)
-        assert not list(cold.glob("tokens/*"))
-
 
 class TestTiktoken:
     """The real encoding, without its own downloads."""
