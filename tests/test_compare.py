@@ -145,7 +145,6 @@ def covers(interval: Sequence[float] | None, truth: float = 0.0) -> bool:
     return interval[0] <= truth <= interval[1]
 
 
-@pytest.mark.slow
 def test_null_sweeps_of_one_axis() -> None:
     rng = np.random.default_rng(1)
     found = [effect(simulated_axis(rng, 5), TIE) for _ in range(SIMULATIONS)]
@@ -157,6 +156,7 @@ def test_null_sweeps_of_one_axis() -> None:
     assert all(e.n_seeds == e.n_pairs == 5 for e in found)
 
 
+@pytest.mark.slow
 def test_null_factorial_sweeps_count_seeds_and_not_pairs() -> None:
     """The seed's taste for an axis is shared by its pairs: ten pairs taken for ten replicates would deceive."""
     rng = np.random.default_rng(1)
