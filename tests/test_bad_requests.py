@@ -227,11 +227,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts: dict[str, bytes] = {
         "book.txt": b"It was the best of times, it was the worst of times. " * 40,
         "empty.txt": b"",
+        "letter.txt": b"a",
+        "utf16.txt": "to be".encode("utf-16"),
         "rows.jsonl": b'{"body": "To be"}',
         "latin.txt": b"caf\xe9 au lait",
         "zeros.txt": b"text\x00text",
         "hidden/.secret": b"text",
         "mixed/a.txt": b"It was the best of times",
+        "mixed/picture.png": b"\x89PNG\r\n\x1a\n\x00",
         "conf/model/list.yaml": b"- 1\n",
         "conf/model/broken.yaml": b"n_layer: [1\n  n_head: }\n",
         "conf/model/latin.yaml": b"n_layer: 1 # caf\xe9\n",
@@ -244,6 +247,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    (folder / "void").mkdir()
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
     done = run(folder / "first", "model=nano", "model.n_layer=1", "train.steps=1", "wandb.mode=disabled")
