@@ -16,7 +16,7 @@ from gpt2exp import bench, config
 from gpt2exp.sweep import help
 from gpt2exp.sweep import request as requests
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -153,8 +153,8 @@ def test_every_fault_has_its_test() -> None:
     for row in rows:
         named = re.fullmatch(r"\| [^|]+ \| [^|]+ \| `(test_\w+\.py)::(test_\w+)` \|", row)
         assert named is not None, row
-        source = (ROOT / "tests" / named[1]).read_text(encoding="utf-8")
-        assert re.search(rf"^ *def {named[2]}\(", source, re.MULTILINE), row
+        (file,) = (ROOT / "tests").rglob(named[1])
+        assert re.search(rf"^ *def {named[2]}\(", file.read_text(encoding="utf-8"), re.MULTILINE), row
 
 
 class TestOpeningCommands:

@@ -19,7 +19,7 @@ from gpt2exp.config import ModelConfig, PrecisionConfig, PrecisionName, RunConfi
 from gpt2exp.model import gpt as models
 from gpt2exp.training import precision, setup
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments" / "scaling"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import SMALL, read, surroundings, the_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 

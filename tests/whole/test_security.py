@@ -25,7 +25,7 @@ from gpt2exp.data import assets
 from gpt2exp.run import secret
 from gpt2exp.sweep import launch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -41,7 +41,7 @@ from gpt2exp.sweep import launch as launching
 from gpt2exp.sweep import request as requests
 from gpt2exp.training import hardware
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUIET = "wandb.mode=disabled"
 AXES = ["optimizer.lr=1e-3,3e-3", "seed=1,2"]
 SHORT = [*SMALL, "train.steps=12", QUIET]

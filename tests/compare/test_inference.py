@@ -34,7 +34,7 @@ from gpt2exp.compare.inference import (
     reach,
 )
 
-FOLDER = Path(__file__).parent.parent / "experiments" / "sequential"
+FOLDER = Path(__file__).parents[2] / "experiments" / "sequential"
 LOOKS = tuple(range(3, 13))
 WAYS: dict[str, Callable[[Sequence[float]], Interval]] = {
     "fixed": fixed,
