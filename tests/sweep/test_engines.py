@@ -98,8 +98,8 @@ def test_threads_are_no_more_than_the_cores_unless_the_user_says_so(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if typed is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", typed)
-    real = gpt.ThreadPoolExecutor
-    monkeypatch.setattr(gpt, "ThreadPoolExecutor", lambda threads: (pools.append(threads), real(threads))[1])
+    real = init.ThreadPoolExecutor
+    monkeypatch.setattr(init, "ThreadPoolExecutor", lambda threads: (pools.append(threads), real(threads))[1])
     try:
         torch.set_num_threads(3)
         hardware.resolve_device(DeviceName.cpu)
