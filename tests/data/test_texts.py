@@ -533,7 +533,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, cold: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from gpt2exp import tokens
+from gpt2exp.data import tokens
 from gpt2exp.config import DataConfig, DataName
 os.sched_setaffinity(0, [*os.sched_getaffinity(0)][:2])
 tokens.BIGRAM_TOKENS = 0
@@ -559,7 +559,7 @@ def test_killed_while_it_tokenises(tmp_path: Path, cold: Path) -> None:
     """Nothing of it is ever used, and the next one that tokenises anything clears it away."""
     path = tmp_path / "a.txt"
     path.write_text("Before we proceed any further, hear me speak.\n" * 400_000)
-    code = "import sys; from gpt2exp import tokens; from gpt2exp.config import DataConfig, DataName; "
+    code = "import sys; from gpt2exp.data import tokens; from gpt2exp.config import DataConfig, DataName; "
     code += "tokens.prepare(DataConfig(name=DataName.text, path=sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)])
     while not (found := list(cold.glob("tokens/.*.part/*.npy"))) and process.poll() is None:
@@ -712,7 +712,7 @@ def test_the_hub_is_asked_once(endpoint: str, tmp_path: Path, cold: Path) -> Non
     """Its commit is recorded, and later starts need no network; what it has not is said by name."""
     code = """
 import json, sys
-from gpt2exp import assets, tokens
+from gpt2exp.data import assets, tokens
 from gpt2exp.config import BadRequest, DataConfig, DataName
 for more in json.loads(sys.argv[1]):
     try:

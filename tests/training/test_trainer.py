@@ -661,7 +661,9 @@ def test_a_process_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 MEASURE = """
 import json, sys, torch
 torch.set_num_threads(2)
-from gpt2exp import data, estimate, heap, model, precision, runtime, tokens, trainer
+from gpt2exp.data import batches as windows, tokens
+from gpt2exp.model import gpt as models, init
+from gpt2exp.training import hardware, heap, precision, setup, trainer
 from gpt2exp.config import ModelConfig, PrecisionConfig, PrecisionName, RunConfig, TrainConfig
 import wandb
 shape, train, name, kept = json.loads(sys.argv[1])
@@ -671,18 +673,18 @@ config = RunConfig(
 cpu = torch.device("cpu")
 if kept:
     heap.prepare(2**30, certain=2**28, steps=heap.LONG)
-runtime.reset_peak_memory(cpu)
+hardware.reset_peak_memory(cpu)
 source = tokens.prepare(config.data)
 with precision.applied(config.precision, cpu) as got:
-    gpt = model.GPT(config.model)
-    model.initialise(gpt, config.init, config.seed)
-    batches = data.Batches(source.map(), config.train, config.data.order, config.seed, cpu)
+    gpt = models.GPT(config.model)
+    init.initialise(gpt, config.init, config.seed)
+    batches = windows.Batches(source.map(), config.train, config.data.order, config.seed, cpu)
     job = trainer.Trainer(gpt, batches, config.train, config.optimizer, seen=torch.from_numpy(source.seen()))
     for _ in job.fit():
         pass
-need = estimate.memory(config, on_cpu=kept, unfused_attention=got.emulated)
-need += 0 if kept else estimate.PROCESS_BYTES
-print(need, runtime.peak_memory(cpu), sum(p.numel() for p in gpt.parameters()), config.model.parameters["total"])
+need = setup.memory(config, on_cpu=kept, unfused_attention=got.emulated)
+need += 0 if kept else setup.PROCESS_BYTES
+print(need, hardware.peak_memory(cpu), sum(p.numel() for p in gpt.parameters()), config.model.parameters["total"])
 """
 
 
