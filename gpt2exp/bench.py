@@ -32,7 +32,7 @@ from gpt2exp.sweep.request import as_meant, make
 from gpt2exp.training import setup
 
 if TYPE_CHECKING:
-    from gpt2exp.data.batches import Batches
+    from gpt2exp.data.batches import Windows
     from gpt2exp.training.precision import Precision
 
 UNTIMED = 2
@@ -265,7 +265,7 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
         raise BadRequest("--peer hf: transformers is not installed; pip install 'gpt2exp[bench]'") from error
     import torch
 
-    from gpt2exp.data.batches import Batches
+    from gpt2exp.data.batches import Windows
     from gpt2exp.training import hardware, optimizers, precision
 
     device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
@@ -275,7 +275,7 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
         model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))
         forward = torch.compile(model) if compiled else model
         optimizer = optimizers.build(model, config.optimizer)
-        batches = Batches(source.map(), config.train, config.data.order, config.seed, device)
+        batches = Windows(source.map(), config.train, config.data, config.seed, device)
         pieces = config.train.grad_accum_steps
         step = _plain_step(lambda x: forward(x).logits, optimizer, batches, pieces, got)
         losses, times = _step(step, steps, lambda: hardware.synchronize(device))
@@ -283,7 +283,7 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
 
 
 def _plain_step(
-    logits_of: Callable[[Any], Any], optimizer: Any, batches: Batches, pieces: int, got: Precision
+    logits_of: Callable[[Any], Any], optimizer: Any, batches: Windows, pieces: int, got: Precision
 ) -> Callable[[], Any]:
     """A step as anyone writes it: `pieces` micro-batches through whole logits and their cross-entropy, then AdamW."""
     import torch
@@ -297,7 +297,7 @@ def _plain_step(
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for _ in range(pieces):
-            x, y = batches.at(next(numbers))
+            x, y = batches.train(next(numbers))
             with precision.cast(batches.device, got.autocast):
                 logits = logits_of(x)
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), y.reshape(-1)) / pieces

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2exp.config import (
     BadRequest,
-    DataOrder,
+    DataConfig,
     InitConfig,
     ModelConfig,
     OptimizerConfig,
@@ -32,7 +32,7 @@ from gpt2exp.config import (
     RunConfig,
     TrainConfig,
 )
-from gpt2exp.data.batches import Batches
+from gpt2exp.data.batches import Windows
 from gpt2exp.model import loss as loss_
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
@@ -54,8 +54,8 @@ def gpt(tie: bool) -> GPT:
     return model
 
 
-def batches(train: TrainConfig) -> Batches:
-    return Batches(TOKENS, train, DataOrder.sequential, 0, CPU)
+def batches(train: TrainConfig) -> Windows:
+    return Windows(TOKENS, train, DataConfig(), 0, CPU)
 
 
 def plain(tie: bool, autocast: torch.dtype | None = None) -> tuple[list[float], GPT]:
@@ -66,7 +66,7 @@ def plain(tie: bool, autocast: torch.dtype | None = None) -> tuple[list[float], 
     optimizer = torch.optim.AdamW(groups, lr=3e-3, foreach=False, fused=False)
     losses = []
     for step in range(STEPS):
-        x, y = source.at(step)
+        x, y = source.train(step)
         optimizer.zero_grad()
         with precision.cast(CPU, autocast):
             logits = model(x)
