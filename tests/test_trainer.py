@@ -78,7 +78,7 @@ def trainer(
     **train: int,
 ) -> Trainer:
     """A trainer on the text in order."""
-    config = TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 5, **launch})
+    config = TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 5, **train})
     text = stream() if text is None else text
     held_out = 0 if validation is None else len(validation)
     whole = text if validation is None else np.concatenate([text, validation])
