@@ -38,7 +38,6 @@ from gpt2exp.data.batches import Windows
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import job as jobs
-from gpt2exp.sweep import launch
 from gpt2exp.training import distributed, hardware, load, optimizers, setup
 from gpt2exp.training import trainer as trainers
 from gpt2exp.training.precision import Precision
