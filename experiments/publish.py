@@ -4,7 +4,8 @@ Writes `experiments/NAME/results.csv` (the comparison, a row an axis, arm and me
 run), the figures, and the part of its README between the `results` markers. `python experiments/publish.py index`
 rewrites the table of claims in `experiments/README.md` from those files, `python experiments/publish.py speed SWEEP`
 the speeds by precision, `... gpt2 SWEEP` the residual stream of GPT-2, `... bench` the tables of what `gpt2exp-bench
---out` wrote into `throughput/bench/`, here and in the README. No figure in these pages is typed by hand.
+--out` and `throughput/roofline.py` wrote into `throughput/bench/`, here and in the README. No figure in
+these pages is typed by hand.
 """
 
 from __future__ import annotations
