@@ -1077,7 +1077,7 @@ def test_the_command_writes_and_exits_with_0(tmp_path: Path) -> None:
     folders = put_all(arms(TIE, {"true": [3.0, 3.1, 3.2], "false": [2.0, 2.2, 2.1]}), tmp_path / "sweep")
     truncated(folders[5])
     code = (
-        "import sys\nfrom gpt2exp import compare\n"
+        "import sys\nfrom gpt2exp.compare import __main__ as compare\n"
         "code = compare.command(sys.argv[1:])\nassert 'torch' not in sys.modules\nsys.exit(code)"
     )
     done = subprocess.run(

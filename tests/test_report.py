@@ -24,11 +24,13 @@ from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from support import SMALL, OfflineRun, read, run, run_folders
 
 from gpt2exp.compare import __main__ as conclude
-from gpt2exp.compare import comparison as comparisons
+from gpt2exp.compare import comparison as compare
 from gpt2exp.compare import figures, report
 from gpt2exp.compare.comparison import Comparison, Distance, Effect
 from gpt2exp.config import RunConfig, plain
@@ -109,6 +111,7 @@ def leave(folder: Path, facts: dict[str, Any], steps: int = 20) -> Path:
     (folder / ".hydra" / "config.yaml").write_text("{}")
     (folder / "summary.json").write_text(json.dumps(facts))
     rows = [{"step": step, "tokens": 128 * (step + 1), "loss": 10 - step / steps} for step in range(steps)]
+    rows[0]["residual_rms"] = [0.02, 0.3, 2.0]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -123,7 +126,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
             leave(folder / f"{name}{seed}", facts | {"started": f"2026-01-01T{number:02d}:{seed:02d}:00+00:00"})
     leave(folder / "failed", summary(1, f"+note={HOSTILE[0]}", state="failed", error=f"{HOSTILE[1]}\n{HOSTILE[4]}"))
     (folder / "sweep.json").write_text(json.dumps({"argv": ["-m", f"+note={HOSTILE[0]},{HOSTILE[2]}"], "jobs": []}))
-    conclude.write(comparisons.compare(comparisons.read([folder])), folder)
+    conclude.write(compare.compare(compare.read([folder])), folder)
     return folder
 
 
@@ -235,7 +238,7 @@ class TestWords:
         assert "at 1.50 times the speed, with 100 MiB (9.8%) less memory, with 3,000 more parameters" in text
 
     def test_no_control_character_reaches_a_terminal(self) -> None:
-        assert terminal.printable("a\x1b[31m\nb\x07\x9b\udc80") == "a�[31m�b��?"
+        assert terminal.printable("a\x1b[31m\nb\x07\x9b\udc80\uffff") == "a�[31m�b��?�"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ class TestFiles:
     def test_the_sweep_ends_in_its_comparison(self, sweep: tuple[Done, Path]) -> None:
         done, folder = sweep
         assert (done.returncode, done.stderr) == (0, "")
-        comparison = comparisons.compare(comparisons.read([folder]))
+        comparison = compare.compare(compare.read([folder]))
         assert "6 of 6 runs done" in done.stdout
         for item in report.sentences(comparison):
             assert item.text in done.stdout.splitlines()[-4:][0] or item.text in done.stdout
@@ -267,15 +270,43 @@ class TestFiles:
             said |= {"ci95_low": low, "ci95_high": high}
             said |= {f"{side}_parameters": parameters[side] for side in parameters}
             assert row == {key: "" if value is None else str(value) for key, value in said.items()}
-        comparison = comparisons.compare(comparisons.read([folder]))
+        comparison = compare.compare(compare.read([folder]))
         lines = (folder / "report.md").read_text().splitlines()
         table = [line for line in lines if line.startswith("| init.residual_scaling ")]
-        assert [[cell.strip() for cell in line.strip("|").split(" | ")][:9] for line in table] == [
-            [*(cell.replace("<", "&lt;") for cell in line.cells), report.name_of(line.verdict)]
-            for line in report.lines(comparison)
+        shown = report.effects_table(comparison)
+        reasons = ["", *report.reasons_of(shown)]
+        assert [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table] == [
+            [
+                *(cell.replace("<", "&lt;") for cell in cells),
+                report.verdict_text(verdict) + (f" \\[{reasons.index(reason)}\\]" if reason else ""),
+            ]
+            for *cells, verdict, reason in shown.rows
+        ]
+        assert [line for line in lines if line.startswith("- \\[")] == [
+            f"- \\[{number}\\] {reason}" for number, reason in enumerate(reasons) if reason
         ]
         for item in report.sentences(comparison):
-            assert f"- {report.SIGNS[item.verdict]} {item.text.replace('<', '&lt;')}" in lines
+            assert f"- {report.verdict_text(item.verdict)} {item.text.replace('<', '&lt;')}" in lines
+
+    def test_columns_of_numbers_stand_to_the_right(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each column says itself whether it is one, so that a new one puts no other out of line."""
+        for tie in ("true", "false"):
+            leave(tmp_path / tie, summary(7, f"model.tie_weights={tie}"))
+        comparison = compare.compare(compare.read([tmp_path]))
+        runs = report.runs_table(comparison)
+        numbers = {column.name for column in runs.columns if column.number}
+        assert numbers == {"seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"}
+        wider = report.Table([*runs.columns, report.Column("remark")], [[*row, "none"] for row in runs.rows])
+        monkeypatch.setattr(report, "runs_table", lambda _: wider)
+        text = report.markdown(comparison, tmp_path, [])
+        rules = [line for line in text.splitlines() if line.startswith("| -")]
+        assert rules == [
+            "| --- | --- | --- | --: | --: | --- | --: | --: | --- |",  # the comparison: n, difference, p, seed std
+            f"| {' | '.join('--:' if column.number else '---' for column in wider.columns)} |",
+        ]
+        page = report.page(text, comparison, tmp_path, [])
+        assert page.count("<td>none</td>") == 2
+        assert page.count('<td style="text-align:right">7</td>') == 2, "the seeds"
 
     def test_every_form_has_every_run(self, sweep: tuple[Done, Path]) -> None:
         _, folder = sweep
@@ -286,31 +317,12 @@ class TestFiles:
             assert f"[{name}]({name}/)" in text
             assert f'<a href="{name}/">{name}</a>' in page
 
-    def test_columns_of_numbers_stand_to_the_right(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Each column says itself whether it is one, so that a new one puts no other out of line."""
-        for tie in ("true", "false"):
-            leave(tmp_path / tie, summary(7, f"model.tie_weights={tie}"))
-        comparison = comparisons.compare(comparisons.read([tmp_path]))
-        columns, rows = report.runs_table(comparison)
-        numbers = {column.name for column in columns if column.number}
-        assert numbers == {"seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"}
-        wider = [*columns, report.Column("remark")], [(row, [*cells, "none"]) for row, cells in rows]
-        monkeypatch.setattr(report, "runs_table", lambda _: wider)
-        right = ' class="right"'
-        head = [f"<th{right * column.number}>{column.name}</th>" for column in wider[0]]
-        page = report.page(comparison, tmp_path, [])
-        assert "".join(head) in page
-        assert page.count('<td class="cut">none</td>') == 2
-        assert page.count('<td class="right">7</td>') == 2, "the seeds"
-        rule = ["--:" if column.number else "---" for column in wider[0]]
-        assert f"| {' | '.join(rule)} |" in report.markdown(comparison, tmp_path, [])
-
     def test_figures_are_linked_and_white(self, sweep: tuple[Done, Path]) -> None:
         from matplotlib import image
 
         _, folder = sweep
         linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (folder / "report.md").read_text())
-        kinds = ("loss", "gap", "difference", "speed", "memory", "unseen", "residual", "uses")
+        kinds = ("loss", "gap", "difference", "residual", "speed", "memory", "unseen")
         assert linked == [f"figures/1-init.residual-scaling-{kind}.png" for kind in kinds]
         for name in linked:
             pixels = image.imread(str(folder / name))
@@ -340,7 +352,7 @@ class TestFiles:
             assert (out / unquote(address)).resolve() in run_folders(folder)
 
     def test_nothing_that_is_no_json_number(self, tmp_path: Path) -> None:
-        comparison = comparisons.compare([dict(summary(seed), name=str(seed), folder="/nowhere") for seed in (1, 2)])
+        comparison = compare.compare([dict(summary(seed), name=str(seed), folder="/nowhere") for seed in (1, 2)])
         comparison.axes.append(Effect("k", "a", "b", "loss_mean_last10", p_value=math.nan, ci95=[-math.inf, 1.0]))
         assert report.finite(comparison.as_dict())["axes"][0]["ci95"] == [None, 1.0]
         assert ",nan" not in report.table(comparison)
@@ -359,7 +371,7 @@ class TestEnds:
             assert (folder / name).is_file()
         known = read(folder / "comparison.json")
         assert [row["state"] for row in known["failed"]] == ["diverged"] * 2
-        comparison = comparisons.compare(comparisons.read([folder]))
+        comparison = compare.compare(compare.read([folder]))
         texts = [item.text for item in report.sentences(comparison)]
         assert "init.residual_scaling=false ended" in texts[1]
         assert "(n=1: no interval, add seeds)" in texts[1]
@@ -374,7 +386,7 @@ class TestEnds:
     def test_seeds_only(self, tmp_path: Path) -> None:
         for seed in (1, 2, 3):
             leave(tmp_path / str(seed), summary(seed, loss=3 + seed / 10))
-        comparison = comparisons.compare(comparisons.read([tmp_path]))
+        comparison = compare.compare(compare.read([tmp_path]))
         conclude.write(comparison, tmp_path)
         assert read(tmp_path / "comparison.json")["axes"] == []
         text = "loss, the mean of the last ten steps: 3.20 nats on average over 3 runs, seed-to-seed std 0.10."
@@ -387,7 +399,7 @@ class TestEnds:
             for lr in ("0.0003", "0.1"):
                 facts = summary(seed, f"optimizer.lr={lr}", state="diverged")
                 leave(tmp_path / f"{seed}-{lr}", facts)
-        comparison = comparisons.compare(comparisons.read([tmp_path]))
+        comparison = compare.compare(compare.read([tmp_path]))
         conclude.write(comparison, tmp_path)
         assert not (tmp_path / "figures").exists()
         assert spoken(comparison).count("diverged after step 20: loss became nan at step 3") == 4
@@ -405,7 +417,7 @@ class TestEnds:
         other = summary(2)
         other["config"]["model"]["n_layer"] = 3
         leave(tmp_path / "2", other)
-        log = report.log
+        log = conclude.log
         propagate, log.propagate = log.propagate, True
         try:
             conclude.conclude(tmp_path, Console(file=io.StringIO()))
@@ -421,9 +433,9 @@ class TestEnds:
             for size, steps in (("4", 20), ("8", 10)):
                 facts = summary(seed, f"train.batch_size={size}", steps=steps, tokens=20 * 128)
                 leave(tmp_path / f"{seed}-{size}", facts, steps)
-        comparison = comparisons.compare(comparisons.read([tmp_path]))
+        comparison = compare.compare(compare.read([tmp_path]))
         (section,) = figures.draw(comparison)
-        assert "tokens trained on" in section.drawings[0].svg
+        assert b"tokens trained on" in section.drawings[0].svg
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -462,23 +474,27 @@ class TestEscaping:
     def test_page_has_only_our_own_tags(self, hostile: Path) -> None:
         page = _parsed((hostile / "report.html").read_text())
         tags = {tag for tag, _ in page.tags}
-        assert not tags & {"script", "img", "iframe", "object", "embed", "form", "base", "video", "audio"}
+        assert not tags & {"script", "iframe", "object", "embed", "form", "base", "video", "audio"}
         assert sum(tag == "style" for tag, _ in page.tags) == 1
-        for _, attributes in page.tags:
+        for tag, attributes in page.tags:
             assert not [name for name in attributes if name.startswith("on")]
+            assert tag != "img" or (attributes["src"] or "").startswith("data:image/svg+xml;base64,")
+        assert sum(tag == "img" for tag, _ in page.tags) == len(list((hostile / "figures").iterdir())) >= 5
         text = "".join(page.text)
         for arm in HOSTILE:
             assert terminal.printable(arm) in text
+        for row in read(hostile / "comparison.json")["runs"]:
+            assert terminal.printable(row["name"]) in page.text
 
-    def test_identifiers_are_unique(self, hostile: Path) -> None:
-        page = _parsed((hostile / "report.html").read_text())
-        names = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-        assert len(names) > 100
-        assert len(names) == len(set(names))
-        used = re.findall(r"url\(#([^)]+)\)", (hostile / "report.html").read_text())
-        used += [(attributes.get("href") or "").removeprefix("#") for tag, attributes in page.tags if tag == "use"]
-        assert used
-        assert set(used) <= set(names)
+    @given(st.text())
+    @example("*a* _b_ `c` [d](e) ![f](g) ~~h~~ <b>i</b> &amp; j|k \\* ^l^")
+    @settings(deadline=None, max_examples=30)
+    def test_any_text_stays_itself(self, text: str) -> None:
+        """Through Markdown, as an item and as a cell, to the page."""
+        said = f"x{terminal.printable(text)}x"
+        lines = [f"- {report.escaped(said)}", "", "| h |", "| --- |", f"| {report.escaped(said)} |"]
+        page = _parsed(report.page("\n".join(lines), _comparison([], {}), Path(), []))
+        assert page.text.count(said) == 2
 
     def test_links_resolve(self, hostile: Path) -> None:
         addresses = _links((hostile / "report.html").read_text())
@@ -497,28 +513,23 @@ class TestEscaping:
             assert "<img" not in line
             if line.startswith("| +note") or line.startswith("| note"):
                 rows += 1
-                assert len(re.findall(r"(?<!\\)\|", line)) == 11
+                assert len(re.findall(r"(?<!\\)\|", line)) == 10
         assert rows == 3 * (len(HOSTILE) - 1)
 
     def test_terminal_gets_no_escape_code(self, hostile: Path) -> None:
-        comparison = comparisons.compare(comparisons.read([hostile]))
+        comparison = compare.compare(compare.read([hostile]))
         text = spoken(comparison, hostile)
         assert "\x1b" not in text
         assert "<script>alert(1)</script>" in text
 
-    def test_svg_is_clean(self, hostile: Path) -> None:
-        comparison = comparisons.compare(comparisons.read([hostile]))
-        (section,) = figures.draw(comparison)
+    def test_figures_have_the_words_as_text(self, hostile: Path) -> None:
+        """Well-formed, with no mathtext made of a name, and no axis labelled in it either."""
+        (section,) = figures.draw(compare.compare(compare.read([hostile])))
         for drawing in section.drawings:
             root = ElementTree.fromstring(drawing.svg)
-            assert {element.tag.rpartition("}")[2] for element in root.iter()} <= {
-                "svg", "g", "path", "defs", "use", "text", "tspan", "clipPath", "rect", "pattern", "title"
-            }  # fmt: skip
-            assert figures.INK not in drawing.svg
-            assert "currentColor" in drawing.svg
-            for element in root.iter():
-                assert element.get("href", "#").startswith("#")
-                assert "font-family" not in element.get("style", "")
+            words = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+            assert not [word for word in words if "mathdefault" in word]
+            assert drawing.name.endswith(("gap", "difference")) or any("\\frac" in word for word in words)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -529,16 +540,23 @@ FLAGS = (
 )
 PROBE = """<script>
 addEventListener("load", () => {
-  const html = document.documentElement, text = document.querySelector("svg text");
-  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, svg") &&
+  const html = document.documentElement, images = [...document.querySelectorAll("p img")];
+  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest("table *") &&
     e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + "." + e.className);
-  const small = [...document.querySelectorAll("svg")].map(svg =>
-    svg.getBoundingClientRect().width / svg.viewBox.baseVal.width * 9);
+  const ink = image => {  // the mean of what the page shows of an image, on black and on white
+    const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
+    canvas.filter = getComputedStyle(image).filter;
+    canvas.drawImage(image, 0, 0, image.width, image.height);
+    const data = canvas.getImageData(0, 0, image.width, image.height).data;
+    const opaque = [...data.keys()].filter(at => at % 4 == 0 && data[at + 3] > 250);
+    const grey = opaque.filter(at => Math.max(...data.slice(at, at + 3)) - Math.min(...data.slice(at, at + 3)) < 9);
+    return grey.reduce((sum, at) => sum + data[at], 0) / grey.length;
+  };
   parent.postMessage(JSON.stringify({
     width: innerWidth, scrolled: html.scrollWidth, wide, dark: matchMedia("(prefers-color-scheme: dark)").matches,
-    paper: getComputedStyle(document.body).backgroundColor, figures: document.querySelectorAll("figure svg").length,
-    ink: text && getComputedStyle(text).fill, small: Math.min(...small),
-    loaded: performance.getEntriesByType("resource").map(entry => entry.name),
+    paper: getComputedStyle(document.body).backgroundColor, figures: images.filter(e => e.naturalWidth).length,
+    ink: images.length && ink(images[0]), small: Math.min(...images.map(e => e.width / 360 * 9)),
+    loaded: performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:")),
     links: [...document.querySelectorAll("td a")].map(a => a.href),
   }), "*");
 });
@@ -580,9 +598,9 @@ def probe(page: Path, tmp_path: Path, *, dark: bool, width: int) -> dict[str, An
 class TestChromium:
     """The page in a real browser."""
 
-    @pytest.mark.parametrize("which", ["sweep", "failing", "hostile"])
-    @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-    @pytest.mark.parametrize("width", [360, 1600])
+    @pytest.mark.parametrize(
+        ("which", "dark", "width"), [("sweep", False, 1600), ("failing", True, 1600), ("hostile", True, 360)]
+    )
     def test_renders(self, which: str, dark: bool, width: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
         got = request.getfixturevalue(which)
         folder = got if isinstance(got, Path) else got[1]
@@ -597,9 +615,8 @@ class TestChromium:
         assert seen["figures"] >= 3
         assert seen["loaded"] == []
         assert seen["small"] >= 7.5  # pixels of the smallest text
-        paper, ink = _rgb(seen["paper"]), _rgb(seen["ink"])
-        assert (sum(paper) < 150) == dark
-        assert (sum(ink) > 600) == dark
+        assert (sum(_rgb(seen["paper"])) < 150) == dark
+        assert seen["ink"] > 200 if dark else seen["ink"] < 50  # the text and axes of a figure: not black on black
         folders = [Path(urllib.request.url2pathname(urlsplit(link).path)) for link in seen["links"]]
         assert folders == [Path(row["folder"]) for row in read(folder / "comparison.json")["runs"]]
         assert all(path.is_dir() for path in folders)
@@ -618,8 +635,7 @@ class TestChromium:
         """The same probes on a page that errs, loads and overflows."""
         bad = tmp_path / "bad.html"
         bad.write_text(
-            "<!doctype html><body><div style='width:3000px'>x</div><img src='http://127.0.0.1:9/x.png'>"
-            "<svg viewBox='0 0 9 9'><text>x</text></svg></body>"
+            "<!doctype html><body><div style='width:3000px'>x</div><img src='http://127.0.0.1:9/x.png'></body>"
         )
         seen = probe_quietly(bad, tmp_path)
         assert seen["scrolled"] > 360
@@ -692,9 +708,10 @@ def test_two_hundred_runs_without_torch(tmp_path: Path) -> None:
                 leave(tmp_path / f"{number:03d}", summary(seed, *axes, loss=3 + seed / 50 + lr, started=started), 1000)
                 number += 1
     code = (
-        "import sys; from pathlib import Path; from gpt2exp import compare, report\n"
+        "import sys; from pathlib import Path\n"
+        "from gpt2exp.compare import __main__ as conclude, comparison as compare\n"
         f"folder = Path({str(tmp_path)!r}); comparison = compare.compare(compare.read([folder]))\n"
-        "report.write(comparison, folder)\n"
+        "conclude.write(comparison, folder)\n"
         "assert len(comparison.runs) == 200 and len(comparison.axes) == 18\n"
         "print([name for name in ('torch', 'wandb', 'tiktoken') if name in sys.modules])\n"
     )

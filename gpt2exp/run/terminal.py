@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -375,6 +376,7 @@ def printable(text: object, keep: str = "") -> str:
     `keep`: control characters that are left, such as the line break.
     """
     whole = str(text).encode("utf-8", "replace").decode("utf-8")
+    whole = re.sub("[\ufffe\uffff]", "�", whole)  # which no XML, so no SVG, can hold
     return "".join("�" if unicodedata.category(char) == "Cc" and char not in keep else char for char in whole)
 
 
