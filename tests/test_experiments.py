@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import importlib
+import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -57,3 +60,45 @@ def test_every_effect_stands_on_its_page() -> None:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 assert f"{row['arm']} against {row['baseline']}" in page
+
+
+@pytest.fixture
+def lr_search(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script beside the search."""
+    monkeypatch.syspath_prepend(str(FINDINGS / "lr_search"))
+    return importlib.import_module("optimum")
+
+
+def test_the_optimum_of_a_search(lr_search: Any) -> None:
+    """The vertex of numpy's own fit, with an interval that holds the truth as often as it says."""
+    x = np.linspace(-7, -3, 9)
+    assert lr_search.vertex(x, 2 + (x + 4.5) ** 2) == pytest.approx([-4.5] * 3)
+    assert lr_search.vertex(x, (2 - (x + 4.5) ** 2)) is None, "a hill has no least"
+    assert lr_search.vertex(x, (2 + (x + 9) ** 2)) is None, "beyond the values"
+    random, held = np.random.default_rng(1), 0
+    for _ in range(400):
+        y = (x + 4.5) ** 2 + random.normal(0, 0.2, len(x))
+        _, b, a = np.polynomial.polynomial.polyfit(x, y, 2)
+        low, at, high = lr_search.vertex(x, y)
+        assert at == pytest.approx(-b / (2 * a))
+        held += low <= -4.5 <= high
+    assert 0.92 < held / 400 < 0.98
+
+
+def test_a_search_is_read_from_its_comparison(lr_search: Any) -> None:
+    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+    losses = [8 + (math.log10(rate) + 2.9) ** 2 + noise for rate, noise in zip(rates, (0.01, -0.01) * 3, strict=False)]
+    told = [
+        {"state": "done", "val_loss": y, "overrides": ["model=nano", f"optimizer.lr={x}"]}
+        for x, y in zip(rates, losses, strict=True)
+    ]
+    told.append({"state": "diverged", "overrides": ["model=nano", "optimizer.lr=1.0"]})
+    comparison = {"swept": {"optimizer.lr": []}, "metric": "val_loss", "runs": told}
+    text = lr_search.optimum(comparison)
+    assert re.match(r"of 5 values tried, optimizer\.lr=0\.001 ended with the least val_loss, 8\.0\d+; a parabola", text)
+    low, at, high = map(float, re.search(r"least at (\S+) .*interval (\S+) to (\S+)\)", text).group(2, 1, 3))
+    assert low < at < high
+    assert at == pytest.approx(10**-2.9, rel=0.1)
+    assert text.endswith(f"gpt2exp -m seed=1,2,3,4,5 optimizer.lr={low:g},{at:g},{high:g} model=nano")
+    with pytest.raises(ValueError, match="2 values with a loss; 5 are needed"):
+        lr_search.optimum(comparison | {"runs": told[:2]})

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Optimum, Row
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Row
 from gpt2exp.config import WandbConfig, parse
 from gpt2exp.run import record, terminal
 from gpt2exp.run.terminal import printable
@@ -173,8 +173,8 @@ class Sentence:
 def sentences(comparison: Comparison) -> list[Sentence]:
     """A sentence an arm: the loss first, then what it costs. One for all runs where there are no arms."""
     by_arm: dict[tuple[str, str], dict[str, Effect]] = {}
-    if comparison.optima:
-        return [Sentence("", optimum_sentence(item, comparison)) for item in comparison.optima]
+    if comparison.searched:
+        return _least(comparison)
     for effect in comparison.axes:
         by_arm.setdefault((effect.key, effect.arm), {})[effect.metric] = effect
     if not by_arm:
@@ -255,23 +255,16 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
     )
 
 
-def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
-    """What a search found, how sure that is, and the sweep that makes it surer."""
-    best, loss = f"{float(item.best):.3g}", LOSS[comparison.metric]
-    text = f"of {item.n} values tried, {subject(item.key, best)} ended with the least {loss}, {spell(item.loss, 0.001)}"
-    if item.at is None or item.ci95 is None:
-        text += "; the least is not between the values around it: search beyond them"
-        return f"{text}."
-    low, at, high = (f"{value:.3g}" for value in (item.ci95[0], item.at, item.ci95[1]))
-    text += f"; a parabola in its logarithm through the {item.fitted} values nearest to it is least at {at} "
-    text += f"(95 % interval {low} to {high})"
-    if item.n_seeds > 1:
-        return f"{text}, {_plain_count(item.n_seeds, 'seed')}."
-    (row,) = [row for row in comparison.runs if row["state"] == "done" and row[comparison.metric] == item.loss][:1]
-    kept = [word for word in row["overrides"] if word.partition("=")[0] not in (item.key, "seed")]
-    arms = ",".join(dict.fromkeys((low, at, high)))
-    surer = shlex.join(map(printable, ["gpt2exp", "-m", "seed=1,2,3,4,5", f"{item.key}={arms}", *kept]))
-    return f"{text}, all by one seed; to be surer: {surer}"
+def _least(comparison: Comparison) -> list[Sentence]:
+    """The best value of a search."""
+    (key,), metric = comparison.swept, comparison.metric
+    tried = [row for row in comparison.runs if row["state"] == "done" and row[metric] is not None]
+    if not tried:
+        return []
+    best = min(tried, key=lambda row: row[metric])
+    (arm,) = [text for text in best["overrides"] if text.lstrip("+").startswith(f"{key}=")][:1] or [key]
+    text = f"of {len(tried)} values tried, {printable(arm)} ended with the least {LOSS[metric]}"
+    return [Sentence("", f"{text}, {spell(best[metric], 0.001)}; each ran once, so that no two can be told apart.")]
 
 
 def distance_sentence(item: Distance) -> str:
@@ -310,7 +303,9 @@ def effects_table(comparison: Comparison) -> Table:
     numeric = ("n", "difference", "p", "seed std")
     names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "verdict", "reason")
     rows = []
-    for effect in comparison.axes if not comparison.optima else ():  # a value tried once differs from another by chance
+    for effect in (
+        comparison.axes if not comparison.searched else ()
+    ):  # a value tried once differs from another by chance
         rows.append(
             [
                 printable(effect.key),
@@ -354,7 +349,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     """Table, sentences, failed runs unless told elsewhere, and notes; `out`: where the report was written."""
     from rich.text import Text
 
-    if comparison.axes and not comparison.optima:
+    if comparison.axes and not comparison.searched:
         _show_table(effects_table(comparison), console, f"compared in {LOSS[comparison.metric]}")
     for sentence in sentences(comparison):
         mark = Text(f"{SIGNS[sentence.verdict]} ", style=COLOURS.get(sentence.verdict, "dim"))
