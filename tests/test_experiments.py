@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import SMALL
+
+from gpt2exp.sweep import launch
 
 ROOT = Path(__file__).parent.parent
 FINDINGS = ROOT / "experiments"
@@ -29,11 +32,46 @@ def test_the_index_follows_from_the_records(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.syspath_prepend(str(FINDINGS))
     for name in ("publish", "claims"):
         sys.modules.pop(name, None)
-    publish = importlib.import_module("publish")
-    assert block((FINDINGS / "README.md").read_text(), "claims") == publish.index()
+    publish, claims = importlib.import_module("publish"), importlib.import_module("claims")
+    assert block((FINDINGS / "README.md").read_text(), "claims") == claims.index()
     assert block((ROOT / "README.md").read_text(), "bench") == publish.bench_table()
     tables = f"{publish.bench_table()}\n\n{publish.floor_table()}"
     assert block((FINDINGS / "throughput" / "README.md").read_text(), "bench") == tables
+
+
+def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page, the tables and the figures, from the comparison itself."""
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    monkeypatch.chdir(tmp_path)
+    publish = importlib.import_module("publish")
+    monkeypatch.setattr(publish, "HERE", tmp_path)
+    words = [*SMALL, "wandb.mode=disabled", "train.steps=2", "data.val_fraction=0.01", "hydra.sweep.dir=sweep"]
+    assert launch.command(["-m", "init.std=0.02,0.04", "seed=1,2", *words]) == 0
+    page = tmp_path / "init_std" / "README.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    publish.publish("init_std", [tmp_path / "sweep"])
+    text = page.read_text()
+    assert text.startswith("before\n<!-- results -->\n- ")
+    assert "old" not in text
+    for part in (
+        "init.std=0.04",
+        "0.04 against 0.02",
+        "![loss](loss.png)",
+        "```sh\ngpt2exp -m init.std=0.02,0.04",
+        "- parameters: ",
+    ):
+        assert part in text
+    assert (page.parent / "loss.png").stat().st_size > 1000
+    (row, *_) = publish.runs_of("init_std")
+    assert (row["state"], len(publish.runs_of("init_std"))) == ("done", 4)
+    assert len(publish.having(publish.runs_of("init_std"), "init.std=0.04")) == 2
+    assert publish.effect("init_std", "init.std", "0.04", "val_loss")["n_seeds"] == "2"
+    (tmp_path / "precision").mkdir()
+    (tmp_path / "precision" / "README.md").write_text("<!-- speed -->\n<!-- /speed -->\n")
+    publish.publish_speed(tmp_path / "sweep")
+    assert "speed, ratio" in (tmp_path / "precision" / "README.md").read_text()
+    assert "loss, nats" not in (tmp_path / "precision" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -558,23 +558,41 @@ def _fenced(texts: Sequence[str]) -> list[str]:
     return [f"{fence}sh", *texts, fence]
 
 
-def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
-    """`report.md`, whose links and figures are relative to `out`."""
-    text = [f"# {escaped(title(comparison))}", "", f"{summary(comparison)}.", ""]
-    text += [f"- {verdict_text(item.verdict)} {escaped(item.text)}" for item in sentences(comparison)]
+def verdicts(comparison: Comparison) -> list[str]:
+    """What was found, a line of Markdown each."""
+    text = [f"- {verdict_text(item.verdict)} {escaped(item.text)}" for item in sentences(comparison)]
     large = [item for item in comparison.interactions if item.large]
     text += [f"- **× interaction** {escaped(interaction_sentence(item, comparison))}" for item in large]
     text += [f"- **↔ from fp64** {escaped(distance_sentence(item))}" for item in comparison.distances]
-    text += [f"- note: {escaped(printable(note))}" for note in comparison.notes]
-    effects = effects_table(comparison)
-    if effects.rows:
-        reasons = reasons_of(effects)
-        rows = [
-            [*map(escaped, cells), verdict_text(verdict) + (f" \\[{reasons.index(reason) + 1}\\]" if reason else "")]
-            for *cells, verdict, reason in effects.rows
-        ]
-        text += ["", "## Comparison", "", *_md_table(Table(effects.columns[:-1], rows))]
-        text += ["", *(f"- \\[{number + 1}\\] {escaped(reason)}" for number, reason in enumerate(reasons))]
+    return text + [f"- note: {escaped(printable(note))}" for note in comparison.notes]
+
+
+def effects(comparison: Comparison, metrics: Sequence[str] = ()) -> list[str]:
+    """The table of effects in Markdown, of these metrics or all, and the reasons of its verdicts."""
+    shown = effects_table(comparison)
+    shown.rows = [row for row in shown.rows if row[2] in metrics or not metrics]
+    if not shown.rows:
+        return []
+    reasons = reasons_of(shown)
+    rows = [
+        [*map(escaped, cells), verdict_text(verdict) + (f" \\[{reasons.index(reason) + 1}\\]" if reason else "")]
+        for *cells, verdict, reason in shown.rows
+    ]
+    notes = [f"- \\[{number + 1}\\] {escaped(reason)}" for number, reason in enumerate(reasons)]
+    return [*_md_table(Table(shown.columns[:-1], rows)), "", *notes]
+
+
+def reproduce(comparison: Comparison) -> list[str]:
+    """The commands and the facts that a repetition needs, in Markdown."""
+    known = [f"- {label}: {escaped(value)}" for label, value in facts(comparison.runs)]
+    return [*_fenced(commands(comparison.runs)), "", *known]
+
+
+def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
+    """`report.md`, whose links and figures are relative to `out`."""
+    text = [f"# {escaped(title(comparison))}", "", f"{summary(comparison)}.", "", *verdicts(comparison)]
+    if compared := effects(comparison):
+        text += ["", "## Comparison", "", *compared]
     if comparison.failed:
         text += ["", "## Not finished", ""]
         text += [f"- **{escaped(name)}** {escaped(fate)}" for name, fate in failures(comparison)]
@@ -596,8 +614,7 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
         for row, (name, state, *cells) in zip(comparison.runs, runs.rows, strict=True)
     ]
     text += ["", "## Runs", "", *_md_table(runs)]
-    text += ["", "## Reproduce", "", *_fenced(commands(comparison.runs)), ""]
-    text += [f"- {label}: {escaped(value)}" for label, value in facts(comparison.runs)]
+    text += ["", "## Reproduce", "", *reproduce(comparison)]
     text += ["", "## How to read this", "", *(f"{paragraph}\n" for paragraph in METHOD)]
     return "\n".join(text).rstrip() + "\n"
 
