@@ -3,8 +3,8 @@
 Writes `experiments/NAME/results.csv` (the comparison, a row an axis, arm and metric), `runs.csv` (the figures of each
 run), the figures, and the part of its README between the `results` markers. `python experiments/publish.py speed SWEEP`
 writes the speeds by precision, `... gpt2 SWEEP` the residual stream of GPT-2, `... bench` the tables of what
-`gpt2exp-bench --out` and `throughput/roofline.py` wrote into `throughput/bench/`, here and in the README. `claims.py`
-then rewrites the table of claims. No figure in these pages is typed by hand.
+`gpt2exp-bench --out` and `throughput/roofline.py` wrote into `throughput/bench/`, `... keys` the table of keys in
+`conf/README.md`. `claims.py` then rewrites the table of claims. No figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from gpt2exp.compare import figures, inference, report
 from gpt2exp.compare.comparison import compare, read
+from gpt2exp.config import options, show
 
 HERE = Path(__file__).parent
 FIGURES = {
@@ -182,9 +183,22 @@ def floor_table() -> str:
 
 
 def publish_bench() -> None:
-    """Rewrite the tables of the README and of the finding."""
-    replace_block(HERE.parent / "README.md", "bench", bench_table())
+    """Rewrite the tables of the finding."""
     replace_block(HERE / "throughput" / "README.md", "bench", f"{bench_table()}\n\n{floor_table()}")
+
+
+# --- the configuration -----------------------------------------------------------------------------------------------
+
+
+def key_tables() -> str:
+    """Every key of the schema with its default and its help, a table a section."""
+    tables: dict[str, list[str]] = {}
+    for key, default, help in options():
+        section = key.rpartition(".")[0] or "Keys without a section"
+        rows = tables.setdefault(section, [f"### {section}", "", "| key | default | what it is |", "|---|---|---|"])
+        escaped = help.replace("|", r"\|")
+        rows.append(f"| `{key}` | `{show(default)}` | {escaped} |")
+    return "\n\n".join("\n".join(rows) for rows in tables.values())
 
 
 # --- what a comparison of one axis does not say ----------------------------------------------------------------------
@@ -292,6 +306,8 @@ def main(argv: list[str]) -> None:
     """See the module's docstring."""
     if argv[:1] == ["bench"]:
         publish_bench()
+    elif argv[:1] == ["keys"]:
+        replace_block(HERE.parent / "conf" / "README.md", "keys", key_tables())
     elif argv[0] in ("speed", "gpt2"):
         (publish_speed if argv[0] == "speed" else publish_gpt2)(Path(argv[1]))
     else:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,6 +277,16 @@ class TestTrouble:
         assert names(small_disk / "run") == ["step_000002"]
         found = checkpoint.newest(small_disk / "run")
         assert found is not None
+
+    def test_a_disk_without_room_is_not_filled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The metrics need what is left."""
+        free = checkpoint.SPARE + checkpoint._bytes(tensors(), tensors())
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        save(tmp_path, 1)
+        free -= 1
+        with pytest.raises(OSError, match="MB are needed and not free"):
+            save(tmp_path, 2)
+        assert names(tmp_path) == ["step_000001"]
 
     def test_a_file_in_the_way(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         logging.getLogger("gpt2exp").propagate = True

@@ -26,6 +26,7 @@ from scipy import stats
 from gpt2exp import config
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison as comparisons
+from gpt2exp.compare import report
 from gpt2exp.compare.comparison import Comparison, Effect, Row
 from gpt2exp.compare.inference import fixed, holm, pooled_std
 from gpt2exp.config import BadRequest, parse, plain
@@ -232,6 +233,7 @@ def test_precedence_of_verdicts() -> None:
     assert judged(-2, 0.5, p=0.001).reason == ""
     assert judged(0.1, 0.5, p=0.6).verdict == "indistinguishable"
     assert judged(0.1, 0.5, p=0.6, margin=0.3).verdict == "inconclusive"  # a margin replaces the std
+    assert judged(0.1, 0.5, p=0.6, margin=0.3).reason == "the interval reaches beyond ±0.3: add seeds"
     wide = judged(0.1, 1.5, p=0.8)
     assert (wide.verdict, wide.reason) == (
         "inconclusive",
@@ -478,7 +480,7 @@ def test_two_roundings_of_the_emulation_are_two_precisions() -> None:
     assert verdicts(same, "precision")["loss_mean_last10"][0] == "not_comparable"
 
 
-@pytest.mark.parametrize("changed", [{"device": "cuda: A100"}, {"threads": 8}])
+@pytest.mark.parametrize("changed", [{"device": "cuda: A100"}, {"threads": 8}, {"processes": 2}])
 def test_other_hardware_compares_only_the_loss(changed: dict[str, Any]) -> None:
     found = verdicts(two_by_two(TIE, "true", "false", changed), TIE)
     assert found["loss_mean_last10"][0] == "better"
@@ -559,6 +561,19 @@ def test_a_long_start_up_is_no_overlap() -> None:
     rows = spans(("a", 0, 1), ("a", 1, 1))
     rows[0]["wall_seconds"] = {"startup": 40.0, "train": 60.0, "total": 100.0}
     assert comparisons._contended(rows) == set()
+
+
+def test_each_part_of_a_run_counts_where_and_when_it_was_at_work() -> None:
+    """By its span, which is from before `started`; what lies between two parts is free."""
+    day = datetime.fromisoformat(at(0)).timestamp()
+    rows = spans(("a", 0, 1), ("a", 10, 1))
+
+    def part(machine: str, begin: float, end: float) -> dict[str, Any]:
+        return {"started": at(99), "train": 1.0, "machine": machine, "span": [day + 60 * begin, day + 60 * end]}
+
+    for second, shared in ((("a", 20, 21), False), (("b", 10, 11), False), (("a", 9, 10.1), True)):
+        rows[0]["parts"] = [part("a", 0, 1), part(*second)]
+        assert comparisons._contended(rows) == ({row["folder"] for row in rows} if shared else set())
 
 
 def test_shared_machines_compare_no_speed() -> None:
@@ -697,7 +712,7 @@ def test_spellings_of_one_value_are_one_arm() -> None:
         run(seed=1),
     ]
     comparison = comparisons.compare(rows)
-    assert comparison.swept == {"optimizer.betas": ["[0.9, 0.999]", "[0.9, 0.95]"]}
+    assert comparison.swept == {"optimizer.betas": ["[0.9,0.999]", "[0.9,0.95]"]}
     assert effect(comparison, "optimizer.betas").n_seeds == 2
     quoted = [run("model=nano", typed=["model='nano'"]), run("model=nano", typed=["+model=nano"]), run("model=gpt2")]
     assert comparisons.compare(quoted).swept == {"model": ["gpt2", "nano"]}
@@ -802,6 +817,11 @@ def test_an_interaction_below_the_seeds_or_open_to_zero_is_not_large() -> None:
     assert not found.large
     unsure = factorial(lambda a, b, s: 3 + (a == b == "false") * (-1) ** s * (s + 1), seeds=4)
     assert not comparisons.compare(unsure).interactions[0].large
+    for sign in (1, -1):  # only just open to zero, and far above the seeds
+        just = factorial(lambda a, b, s, sign=sign: 3 + sign * (a == b == "false") * (0.2, 0.9, 1.6, 0.3)[s], seeds=4)
+        [found] = comparisons.compare(just).interactions
+        assert covers(found.ci95)
+        assert not found.large
     far = factorial(lambda a, b, s: 3 + (a == b == "false") * (9 if s else 0.1), seeds=2)
     [found] = comparisons.compare(far).interactions
     assert covers(found.ci95)
@@ -1046,12 +1066,48 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 def test_the_distance_from_fp64_has_no_sign(tmp_path: Path) -> None:
     """Above at one step and below at the next is far from it, not on it."""
     rows = [run(f"precision={name}", seed=seed) for name in ("fp64", "fp32") for seed in (0, 1)]
-    for folder, gaps in zip(put_all(rows, tmp_path), ((0, 0), (0, 0), (0.1, -0.3), (-0.2, 0.2)), strict=True):
+    for folder, gaps in zip(put_all(rows, tmp_path), ((0, 0), (1, 3), (0.1, -0.3), (0.8, 3.2)), strict=True):
         lines = ({"step": step, "loss": 9 - step + gap, "tokens": 128} for step, gap in enumerate(gaps))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     [found] = comparisons.compare(comparisons.read([tmp_path])).distances
     assert (found.arm, found.n_seeds) == ("fp32", 2)
     assert (found.largest, found.mean) == (pytest.approx(0.25), pytest.approx(0.2))
+    assert found.seed_std == pytest.approx((1 + 3) / 2 / math.sqrt(2)), "of fp64's own losses at a step, over its seeds"
+    assert (
+        comparisons.compare(comparisons.read([tmp_path / "000_job", tmp_path / "002_job"])).distances[0].seed_std
+        is None
+    )
+    with (tmp_path / "002_job" / "metrics.jsonl").open("a") as file:  # another length: not the same steps
+        file.write(json.dumps({"step": 2, "loss": 9.0, "tokens": 128}) + "\n")
+    [found] = comparisons.compare(comparisons.read([tmp_path])).distances
+    assert found.largest == pytest.approx(0.2)
+
+
+# --- searches --------------------------------------------------------------------------------------------------------
+
+
+def searched(rates: Sequence[float], seed: int = 0) -> list[Row]:
+    """Runs whose loss is a parabola over the logarithm of the rate, least at 0.0008, and no parabola far from it."""
+    away = [abs(math.log(rate / 0.0008)) for rate in rates]
+    return [
+        run(f"optimizer.lr={r}", loss=3 + x**2 if x < 4 else 9, seed=seed) for r, x in zip(rates, away, strict=True)
+    ]
+
+
+def test_a_search_names_the_best_value_and_compares_none() -> None:
+    found = comparisons.compare(searched([0.0001, 0.0003, 0.001, 0.003, 0.01]))
+    assert found.searched
+    [sentence] = report.sentences(found)
+    assert sentence.text.startswith("of 5 values tried, optimizer.lr=0.001 ended with the least ")
+    assert report.effects(found) == []
+
+
+def test_few_values_several_seeds_and_words_are_no_search() -> None:
+    rates = [0.0001, 0.0003, 0.001, 0.003, 0.01]
+    assert not comparisons.compare(searched(rates[:4])).searched
+    assert not comparisons.compare(searched(rates[:4]) + searched(rates[:1], seed=1)).searched
+    assert not comparisons.compare(searched(rates) + searched(rates, seed=1)).searched
+    assert not comparisons.compare([run(f"init={name}") for name in ("gpt2", "torch")]).searched
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import csv
 import importlib
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def test_the_index_follows_from_the_records(monkeypatch: pytest.MonkeyPatch) -> 
         sys.modules.pop(name, None)
     publish, claims = importlib.import_module("publish"), importlib.import_module("claims")
     assert block((FINDINGS / "README.md").read_text(), "claims") == claims.index()
-    assert block((ROOT / "README.md").read_text(), "bench") == publish.bench_table()
+    assert block((ROOT / "conf" / "README.md").read_text(), "keys") == publish.key_tables()
     tables = f"{publish.bench_table()}\n\n{publish.floor_table()}"
     assert block((FINDINGS / "throughput" / "README.md").read_text(), "bench") == tables
 
@@ -140,3 +141,12 @@ def test_a_search_is_read_from_its_comparison(lr_search: Any) -> None:
     assert text.endswith(f"gpt2exp -m seed=1,2,3,4,5 optimizer.lr={low:g},{at:g},{high:g} model=nano")
     with pytest.raises(ValueError, match="2 values with a loss; 5 are needed"):
         lr_search.optimum(comparison | {"runs": told[:2]})
+
+
+def test_tokenising_is_timed(cold: Path, tmp_path: Path) -> None:
+    """The script that the page on data names runs as it says, and counts the tokens."""
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "To be, or not to be"}\n' * 3)
+    script = FINDINGS / "throughput" / "tokenise.py"
+    done = subprocess.run([sys.executable, script, text, "1"], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"23 tokens, rate over tiktoken's \d+\.\d\d\n", done.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -46,6 +47,38 @@ def test_a_run(tmp_path: Path) -> None:
     assert (summary["peak_memory_bytes"], summary["mfu"], summary["val_loss"]) == (7, None, None)
     assert record.read_status(tmp_path)["state"] == "done"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "status.json", "summary.json"]
+
+
+def test_times_are_added_up_over_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start-up from the process's beginning to the training's, then training; a part that went before counts."""
+    now = 100.0
+    monkeypatch.setattr("gpt2exp.run.record.time.monotonic", lambda: now)
+    before = {"from_step": 0, "started": "2026-01-01T00:00:00+00:00", "startup": 2.0, "train": 30.0}
+    files_of_run = record.Record(tmp_path, dict(FACTS), began=93.0, metrics=[metrics(0)], parts=[before])
+    assert files_of_run.parts[-1] | {"startup": 7.0, "train": 0.0, "from_step": 1} == files_of_run.parts[-1]
+    now = 105.0
+    files_of_run.training_begins(device="cpu")
+    now = 120.0
+    summary = files_of_run.finish("done")
+    assert summary["wall_seconds"] == {"startup": 14.0, "train": 45.0, "total": 59.0}
+    assert summary["started"] == before["started"]
+    assert [(part["startup"], part["train"]) for part in summary["parts"]] == [(2.0, 30.0), (12.0, 15.0)]
+    assert summary["parts"][1]["device"] == "cpu"
+
+
+def test_metrics_are_kept_up_to_the_first_that_is_missing(tmp_path: Path) -> None:
+    """A line that a killed process left half written is skipped."""
+    assert record.kept_metrics(tmp_path) == []
+    lines = [json.dumps(metrics(step)) for step in (0, 1, 2, 4)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[1]", '{"step": 5, "lo']))
+    assert record.read_metrics(tmp_path) == [metrics(step) for step in (0, 1, 2, 4)]
+    assert record.kept_metrics(tmp_path) == [metrics(step) for step in (0, 1, 2)]
+
+
+def test_checkpoints_come_newest_first(tmp_path: Path) -> None:
+    for name in ("step_000009", "step_000100", "step_000020", "step_000020.aside-1a2b", ".step_000030.1.part"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert list(record.saved(tmp_path)) == [100, 20, 9]
 
 
 def test_a_run_that_failed_before_its_first_step(tmp_path: Path) -> None:
@@ -144,6 +177,7 @@ def test_rows(sweep: Path) -> None:
     assert [row["name"] for row in rows] == [f"00{number}_seed={number}" for number in range(4)]
     assert [row["state"] for row in rows] == ["done", "failed", "running", "not run"]
     assert [row["error"] for row in rows] == [None, "killed", None, None]
+    assert rows[3]["step"] == 0
     assert rows[0]["loss_first"] == 10.0
     (alone,) = [record.row(folder, folder) for folder in record.runs_below(sweep)[:1]]
     assert alone["name"] == "000_seed=0"
