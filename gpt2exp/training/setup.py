@@ -84,12 +84,12 @@ def trainer(
     """
     import torch
 
-    from gpt2exp.data import batches
+    from gpt2exp.data.batches import Windows
     from gpt2exp.model.gpt import GPT
     from gpt2exp.training import hardware
     from gpt2exp.training.trainer import Trainer
 
-    train_tokens, val_tokens = batches.split(source.map(), config.data.val_fraction)
+    share = distributed.rank(), distributed.size()
     with torch.device(device):
         gpt = GPT(config.model).to(got.weights)
     if hardware.pads_vocabulary(config.model.pad_vocab, device) and not distributed.shards(config.distributed):
@@ -97,13 +97,10 @@ def trainer(
     origin = start(gpt, config, saved)
     return Trainer(
         gpt,
-        batches.Batches(
-            train_tokens, config.train, config.data.order, config.seed, device, distributed.rank(), distributed.size()
-        ),
+        Windows(source.map(), config.train, config.data, config.seed, device, share),
         config.train,
         config.optimizer,
         seen=torch.from_numpy(source.seen()).to(device),
-        validation=val_tokens if len(val_tokens) else None,
         autocast=got.autocast,
         origin=origin,
         distributed=config.distributed,
