@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hydra._internal.utils import get_args_parser
 from rich.table import Table
 
 from gpt2exp.config import BadRequest, RunConfig, plain
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
 from gpt2exp.run import process, terminal
+from gpt2exp.sweep.composing import arguments
 from gpt2exp.sweep.request import as_meant, make
 from gpt2exp.training import setup
 
@@ -109,7 +109,7 @@ def asked_for(overrides: Sequence[str]) -> RunConfig:
     Raises:
         BadRequest: it is no configuration, or more than one.
     """
-    request = make(get_args_parser().parse_args([as_meant(text) for text in overrides]))
+    request = make(arguments([as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
     config = request.jobs[0].config

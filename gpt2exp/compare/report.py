@@ -28,13 +28,12 @@ from urllib.parse import quote
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Row
 from gpt2exp.config import WandbConfig, parse
 from gpt2exp.run import record, terminal
+from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOSS = {"val_loss": "validation loss", "loss_mean_last10": "loss, the mean of the last ten steps"}
-METRICS = {**dict.fromkeys(LOSS, "loss, nats"), SPEED.key: "speed, ratio", MEMORY.key: "memory, MiB"}
 COLOURS = {"better": "green", "worse": "red", "indistinguishable": "cyan", "inconclusive": "yellow"}
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
 INTERACTIONS = (
@@ -137,8 +136,7 @@ def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, st
     mean = effect.mean_difference if ratio is None else ratio
     if mean is None:
         return "", ""
-    scale = 2.0**20 if effect.metric == MEMORY.key else 1.0
-    values = [value / scale for value in (mean, *(effect.ci95 or []))]
+    values = [value / BY_KEY[effect.metric].scale for value in (mean, *(effect.ci95 or []))]
     resolution = (values[2] - values[1]) / 2 if effect.ci95 else 0.0
     resolution = resolution or abs(values[0]) / 10
     if ratio is not None:
@@ -153,9 +151,8 @@ def deviation(effect: Effect) -> str:
     """The seed-to-seed std of an effect's metric in the same unit, in per cent of the speed; empty if unknown."""
     if effect.seed_std is None:
         return ""
-    if effect.metric == SPEED.key:
-        return f"{spell(effect.seed_std * 100)} %"
-    return spell(effect.seed_std / (2**20 if effect.metric == MEMORY.key else 1))
+    metric = BY_KEY[effect.metric]
+    return f"{spell(effect.seed_std * 100)} %" if metric.ratio else spell(effect.seed_std / metric.scale)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -186,10 +183,11 @@ def sentences(comparison: Comparison) -> list[Sentence]:
 
 
 def _seeds_only(comparison: Comparison) -> Iterable[Sentence]:
-    values = [row[comparison.metric] for row in comparison.runs if row["state"] == "done"]
+    done = [number_of(row, comparison.metric) for row in comparison.runs if row["state"] == "done"]
+    values = [value for value in done if value is not None]
     if values:
         std = statistics.stdev(values) if len(values) > 1 else 0.0
-        text = f"{LOSS[comparison.metric]}: {spell(statistics.fmean(values), std or 0.005)} nats"
+        text = f"{BY_KEY[comparison.metric].name}: {spell(statistics.fmean(values), std or 0.005)} nats"
         known = f"on average over {_plain_count(len(values), 'run')}, seed-to-seed std {spell(std)}"
         yield Sentence("", f"{text} {known}." if len(values) > 1 else f"{text} in one run.")
 
@@ -258,13 +256,14 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
 def _least(comparison: Comparison) -> list[Sentence]:
     """The best value of a search."""
     (key,), metric = comparison.swept, comparison.metric
-    tried = [row for row in comparison.runs if row["state"] == "done" and row[metric] is not None]
+    losses = [(number_of(row, metric), row["overrides"]) for row in comparison.runs if row["state"] == "done"]
+    tried = [(loss, overrides) for loss, overrides in losses if loss is not None]
     if not tried:
         return []
-    best = min(tried, key=lambda row: row[metric])
-    (arm,) = [text for text in best["overrides"] if text.lstrip("+").startswith(f"{key}=")][:1] or [key]
-    text = f"of {len(tried)} values tried, {printable(arm)} ended with the least {LOSS[metric]}"
-    return [Sentence("", f"{text}, {spell(best[metric], 0.001)}; each ran once, so that no two can be told apart.")]
+    loss, overrides = min(tried)
+    arm = next((text for text in overrides if text.lstrip("+").startswith(f"{key}=")), key)
+    text = f"of {len(tried)} values tried, {printable(arm)} ended with the least {BY_KEY[metric].name}"
+    return [Sentence("", f"{text}, {spell(loss, 0.001)}; each ran once, so that no two can be told apart.")]
 
 
 def distance_sentence(item: Distance) -> str:
@@ -303,14 +302,14 @@ def effects_table(comparison: Comparison) -> Table:
     numeric = ("n", "difference", "p", "seed std")
     names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "verdict", "reason")
     rows = []
-    for effect in (
-        comparison.axes if not comparison.searched else ()
-    ):  # a value tried once differs from another by chance
+    # in a search a value tried once differs from another by chance
+    for effect in comparison.axes if not comparison.searched else ():
+        metric = BY_KEY[effect.metric]
         rows.append(
             [
                 printable(effect.key),
                 f"{printable(effect.arm)} against {printable(effect.baseline)}",
-                METRICS[effect.metric],
+                f"{metric.compared}, {'ratio' if metric.ratio else metric.unit}",
                 str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
                 *amounts(effect),
                 "" if effect.p_holm is None else probability(effect.p_holm).removeprefix("="),
@@ -350,7 +349,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     from rich.text import Text
 
     if comparison.axes and not comparison.searched:
-        _show_table(effects_table(comparison), console, f"compared in {LOSS[comparison.metric]}")
+        _show_table(effects_table(comparison), console, f"compared in {BY_KEY[comparison.metric].name}")
     for sentence in sentences(comparison):
         mark = Text(f"{SIGNS[sentence.verdict]} ", style=COLOURS.get(sentence.verdict, "dim"))
         console.print(mark + Text(sentence.text), soft_wrap=True)
@@ -455,10 +454,8 @@ def commands(rows: Sequence[Row]) -> list[str]:
         sweep = record.sweep_of(Path(row["folder"]))
         argv = row.get("overrides", [])
         if sweep is not None:
-            try:
-                argv = json.loads((sweep / record.SWEEP).read_text(encoding="utf-8"))["argv"]
-            except (OSError, ValueError, KeyError):
-                continue
+            known = record.Sweep.read(sweep)
+            argv = known.argv if known else []
         found[shlex.join(["gpt2exp", *(printable(word) for word in argv)])] = None
     return list(found)
 
@@ -498,25 +495,17 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def runs_table(comparison: Comparison) -> Table:
     """A row a run, its name first."""
     keys = list(comparison.swept)
-    forms: dict[str, Callable[[Row], str]] = {
-        "loss": lambda row: f"{row['loss_mean_last10']:.4f}",
-        "val loss": lambda row: f"{row['val_loss']:.4f}",
-        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-        "peak MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f}",
-        "seconds": lambda row: f"{row['wall_seconds']['total']:,.1f}",
-    }
     rows = []
     for row in comparison.runs:
         seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", [""] * len(keys))
         cells = [printable(row["name"]), printable(row["state"]), *map(printable, arms), str(seed)]
-        for form in forms.values():
-            try:
-                cells.append(form(row))
-            except (KeyError, TypeError, ValueError):
-                cells.append("")
-        rows.append(cells)
+        cells += [shown(row, metric.key) for metric in COLUMNS]
+        rows.append([*cells, f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"])
     words = [Column(name) for name in ("run", "state", *map(printable, keys))]
-    return Table([*words, *(Column(name, number=True) for name in ("seed", *forms))], rows)
+    return Table(
+        [*words, *(Column(name, number=True) for name in ("seed", *(metric.column for metric in COLUMNS), "seconds"))],
+        rows,
+    )
 
 
 def title(comparison: Comparison) -> str:
@@ -528,7 +517,7 @@ def summary(comparison: Comparison) -> str:
     """How many runs there are and what is compared."""
     runs, seeds = _plain_count(len(comparison.runs), "run"), _plain_count(len(comparison.seeds), "seed")
     text = f"{runs}, {len(comparison.runs) - len(comparison.failed)} finished, {seeds}"
-    return f"{text}; compared in {LOSS[comparison.metric]}" if comparison.axes else text
+    return f"{text}; compared in {BY_KEY[comparison.metric].name}" if comparison.axes else text
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
