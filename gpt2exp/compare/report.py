@@ -256,14 +256,14 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
 def _least(comparison: Comparison) -> list[Sentence]:
     """The best value of a search."""
     (key,), metric = comparison.swept, comparison.metric
-    done = (row for row in comparison.runs if row["state"] == "done")
-    tried = [(value, row) for row in done if (value := number_of(row, metric)) is not None]
+    losses = [(number_of(row, metric), row["overrides"]) for row in comparison.runs if row["state"] == "done"]
+    tried = [(loss, overrides) for loss, overrides in losses if loss is not None]
     if not tried:
         return []
-    least, best = min(tried, key=lambda pair: pair[0])
-    (arm,) = [text for text in best["overrides"] if text.lstrip("+").startswith(f"{key}=")][:1] or [key]
+    loss, overrides = min(tried)
+    arm = next((text for text in overrides if text.lstrip("+").startswith(f"{key}=")), key)
     text = f"of {len(tried)} values tried, {printable(arm)} ended with the least {BY_KEY[metric].name}"
-    return [Sentence("", f"{text}, {spell(least, 0.001)}; each ran once, so that no two can be told apart.")]
+    return [Sentence("", f"{text}, {spell(loss, 0.001)}; each ran once, so that no two can be told apart.")]
 
 
 def distance_sentence(item: Distance) -> str:
@@ -302,7 +302,7 @@ def effects_table(comparison: Comparison) -> Table:
     numeric = ("n", "difference", "p", "seed std")
     names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "verdict", "reason")
     rows = []
-    # a value tried once differs from another by chance
+    # in a search a value tried once differs from another by chance
     for effect in comparison.axes if not comparison.searched else ():
         metric = BY_KEY[effect.metric]
         rows.append(

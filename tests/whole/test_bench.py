@@ -47,7 +47,7 @@ def with_roof(result: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     """The same with the machine's limits, added by the script."""
     file = tmp_path_factory.mktemp("roof") / "bench.json"
     file.write_text(json.dumps(result))
-    script = Path(__file__).parent.parent / "experiments" / "throughput" / "roofline.py"
+    script = Path(__file__).parents[2] / "experiments" / "throughput" / "roofline.py"
     line = [sys.executable, str(script), *TINY, "--steps", "4", "--verify", "--bench", str(file)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=file.parent, check=False)
     assert done.returncode == 0, done.stderr
