@@ -697,7 +697,7 @@ def test_spellings_of_one_value_are_one_arm() -> None:
         run(seed=1),
     ]
     comparison = comparisons.compare(rows)
-    assert comparison.swept == {"optimizer.betas": ["[0.9, 0.999]", "[0.9, 0.95]"]}
+    assert comparison.swept == {"optimizer.betas": ["[0.9,0.999]", "[0.9,0.95]"]}
     assert effect(comparison, "optimizer.betas").n_seeds == 2
     quoted = [run("model=nano", typed=["model='nano'"]), run("model=nano", typed=["+model=nano"]), run("model=gpt2")]
     assert comparisons.compare(quoted).swept == {"model": ["gpt2", "nano"]}

@@ -26,9 +26,6 @@ from gpt2exp.config import MOVED, BadRequest, RunConfig, flatten, is_housekeepin
 from gpt2exp.run import record, secret
 from gpt2exp.training import load
 
-GROUPS = {"precision": "name", "init": "scheme", "data": "name", "optimizer": "name"}
-"""Config groups whose choice is a key of their section."""
-
 Row = dict[str, Any]
 
 Settings = dict[str, str]
@@ -259,101 +256,88 @@ def _of_today(row: Row) -> Row:
     return {**row, "config": config, "gone": row.get("gone", {}) | gone}
 
 
-def _flat(row: Row) -> dict[str, Any]:
-    """A run's configuration by dotted key, without housekeeping; keys of other versions (`gone`) with it."""
-    return flatten(row["config"]) | flatten(row.get("gone", {}))
+def _flat(row: Row) -> Settings:
+    """A run's configuration by dotted key, values as shown, without housekeeping; keys of other versions with it."""
+    return {key: show(value) for key, value in (flatten(row["config"]) | flatten(row.get("gone", {}))).items()}
 
 
-def typed(row: Row) -> Settings:
-    """What was typed for a run, by key, values as shown.
-
-    A key of the configuration takes its value from there, so that two spellings of it are one; a value that follows
-    others (`${train.steps}`, whose braces Hydra's sweeper records with backslashes) stays as typed.
-    """
-    flat = _flat(row)
+def _typed(row: Row, flat: Settings) -> Settings:
+    """What was typed for a run, by today's key; Hydra's sweeper records braces with backslashes."""
     settings: Settings = {}
     for text in row.get("overrides", []):
         key, _, value = text.lstrip("+").partition("=")
-        if is_housekeeping(key) or key == "experiment":
-            continue
-        key = key if key in flat else MOVED.get(key, key)
-        value = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
-        settings[key] = show(flat[key]) if key in flat and not _follows(value) else value.strip("'\"")
+        if not is_housekeeping(key) and key != "experiment":
+            key = key if key in flat else MOVED.get(key, key)
+            settings[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
     return settings
 
 
-def _follows(text: str) -> bool:
-    """Whether a value as typed follows other keys; what a resolver gives (`${oc.env:LR}`) may be anything."""
-    return "${" in text and ":" not in text
+def _arm(key: str, flat: Settings, told: Settings) -> str:
+    """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it."""
+    chosen = f"{_section(key)}{'scheme' if key == 'init' else 'name'}"
+    usual = "gpt2" if key.startswith("model") else "default"
+    return flat.get(key) or told.get(key) or flat.get(chosen, usual)
 
 
-def _default(key: str, flat: Mapping[str, Any]) -> str:
-    """What a run that did not type `key` has for it, by its flat configuration."""
-    if key in flat:
-        return show(flat[key])
-    if f"{key}.{GROUPS.get(key)}" in flat:
-        return show(flat[f"{key}.{GROUPS[key]}"])
-    return "gpt2" if key == "model" else "default"
-
-
-def _written(row: Row) -> dict[str, Any]:
-    with contextlib.suppress(BadRequest):
-        return record.written(Path(row["folder"]))
-    return {}
+def _section(group: str) -> str:
+    return f"{group.replace('/', '.')}."
 
 
 def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Each varying key but `seed`, with its arms: the schema's default first if it is one, else in order of the runs.
+    """The keys whose values vary and that a run was told, with their arms: the default first, else in order of runs.
+
+    A group is one axis, of its choices. It stands for what varies in its section with the choice alone: what was not
+    told by itself, or is null by default, such as `data.path`. A value that follows others is no axis.
 
     Raises:
-        BadRequest: the runs also differ in something that was not typed.
+        BadRequest: the runs also differ in something that was not told.
     """
     flats = [_flat(row) for row in rows]
-    told = [typed(row) for row in rows]
-    usual = flatten(plain(RunConfig()))
-    # of another version's key nobody knows the value in a run without it: alike in all that have it, it parts none
-    alike = {
-        key
-        for key in {key for flat in flats for key in flat.keys() - usual.keys()}
-        if len({repr(flat[key]) for flat in flats if key in flat}) == 1
-    }
-    names = dict.fromkeys(key for settings in told for key in settings if key not in alike)
-    arms = {
-        key: [settings.get(key, _default(key, flat)) for settings, flat in zip(told, flats, strict=True)]
-        for key in names
-        if key != "seed"
-    }
-    axes = {}
-    for key, of_runs in arms.items():
-        distinct, first = list(dict.fromkeys(of_runs)), _default(key, usual)
-        if len(distinct) > 1:
-            axes[key] = [*(arm for arm in distinct if arm == first), *(arm for arm in distinct if arm != first)]
-    for group in [key for key in axes if key not in usual]:
-        inside = {key for flat in flats for key in flat if key.startswith(f"{group}.")} - set(axes)
-        if inside and all(len({repr(flat.get(key)) for flat in flats}) == 1 for key in inside):
-            del axes[group]  # one choice, typed in some runs and made by a preset in the others
-    for key in [key for key in axes if key in usual and key.split(".")[0] in axes]:
-        together = set(zip(arms[key.split(".")[0]], arms[key], strict=True))
-        if _default(key, usual) == "null" and len(together) == len(axes[key.split(".")[0]]):
-            del axes[key]  # belongs to one choice, such as data.path to data=text: no difference of its own
-    following = {key for key in arms if key not in axes and _follows(arms[key][0])}
-    differing = []
-    for key in sorted({key for flat in flats for key in flat} - {"seed", *axes, *following, *alike}):
-        values = [repr(flat.get(key)) for flat in flats]
-        # a group's choice sets its section, alike in every run that made the choice
-        choices = arms[key.split(".")[0]] if key.split(".")[0] in axes else [""] * len(rows)
-        if len(set(zip(choices, values, strict=True))) > len(set(choices)):
-            differing.append(key)
-    if differing:  # unless they follow in a preset of the user's own, which nobody typed
-        texts = [_written(row) for row in rows]
-        same = {key: {str(text.get(key)) for text in texts} for key in differing}
-        differing = [key for key in differing if len(same[key]) > 1 or not _follows(*same[key])]
-    if differing:
+    told = [_typed(row, flat) for row, flat in zip(rows, flats, strict=True)]
+    usual = {key: show(value) for key, value in flatten(plain(RunConfig())).items()}
+    keys = {key for flat in flats for key in flat} - {"seed"}
+    # a run may lack a key of another version: nobody knows its value there, so it differs from none
+    varying = {key for key in keys if len({flat[key] for flat in flats if key in flat}) > 1}
+    names = dict.fromkeys(key for settings in told for key in settings if key in varying or key not in {*keys, "seed"})
+    arms = {key: [_arm(key, *of_run) for of_run in zip(flats, told, strict=True)] for key in names}
+    arms = {key: of_runs for key, of_runs in arms.items() if len(set(of_runs)) > 1}
+    by_group: set[str] = set()
+    for group in arms.keys() - keys:
+        inside = {key for key in keys if key.startswith(_section(group))}
+        for key in {key for key in inside & varying if key not in arms or usual.get(key) == "null"}:
+            both = {(arm, flat.get(key)) for arm, flat in zip(arms[group], flats, strict=True)}
+            if len(both) == len(set(arms[group])):
+                by_group.add(key)
+        if inside and not inside & by_group:
+            del arms[group]  # told in some runs, a preset's choice in the others
+    following = {key for key in varying - by_group if _follows(key, rows, told)}
+    if differing := sorted(varying - arms.keys() - by_group - following):
         raise BadRequest(
             f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
             "compare folders whose runs share it"
         )
-    return axes
+    return {
+        key: sorted(dict.fromkeys(of_runs), key=_arm(key, usual, {}).__ne__)  # the default first: False before True
+        for key, of_runs in arms.items()
+        if key not in by_group | following
+    }
+
+
+def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
+    """Whether a key follows others in every run, alike, as `${train.steps}` does: typed, or written in a preset.
+
+    What a resolver gives (`${oc.env:LR}`) may be anything.
+    """
+    texts = (settings.get(key) or _written(row, key) for row, settings in zip(rows, told, strict=True))
+    first = next(texts)
+    return "${" in first and ":" not in first and all(text == first for text in texts)
+
+
+def _written(row: Row, key: str) -> str:
+    """A key's value in a run's `.hydra`, interpolations as they stand; empty where that cannot be read."""
+    with contextlib.suppress(BadRequest):
+        return str(record.written(Path(row["folder"])).get(key))
+    return ""
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -418,8 +402,9 @@ class Grid:
         self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
         planned: set[tuple[int, tuple[str, ...]]] = set()
         for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
-            settings, flat = typed(row), _flat(row)
-            arms = tuple(settings.get(key, _default(key, flat)) for key in axes)
+            flat = _flat(row)
+            told = _typed(row, flat)
+            arms = tuple(_arm(key, flat, told) for key in axes)
             planned.add((row["config"]["seed"], arms))
             if row["state"] == "done":
                 self.cells[row["config"]["seed"], arms] = row
