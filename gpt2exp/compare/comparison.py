@@ -15,13 +15,15 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.compare.inference import ALPHA, fixed, holm, pooled_std
+from gpt2exp.compare.effect import Effect, infer, judge, paired
+from gpt2exp.compare.history import History, history
+from gpt2exp.compare.inference import ALPHA, holm, pooled_std
 from gpt2exp.config import MOVED, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
 from gpt2exp.run import record, secret
 from gpt2exp.training import load
@@ -47,35 +49,6 @@ LOSSES = (Metric("val_loss", True, unit="nats"), Metric("loss_mean_last10", True
 SPEED = Metric("tokens_per_second", False, ratio=True)
 
 MEMORY = Metric("peak_memory_bytes", True, unit="bytes")
-
-
-@dataclass
-class Effect:
-    """One arm against the baseline of its axis, in one metric: an entry of `comparison.json`'s `axes`."""
-
-    key: str
-    baseline: str
-    arm: str
-    metric: str
-    n_pairs: int = 0
-    n_seeds: int = 0
-    dropped_pairs: int = 0
-    """Pairs planned that a failed or missing run broke."""
-    mean_difference: float | None = None
-    speed_ratio: float | None = None
-    ci95: list[float] | None = None
-    p_value: float | None = None
-    p_holm: float | None = None
-    """`p_value` after Holm's correction over the axes of this metric."""
-    seed_std: float | None = None
-    """Seed-to-seed standard deviation of the metric itself (of its logarithm, for a ratio)."""
-    verdict: str | None = None
-    reason: str = ""
-    baseline_mean: float | None = None
-    arm_mean: float | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
-    differences: dict[str, float] = field(default_factory=dict)
-    """By seed, averaged over the other axes; ratios for a ratio."""
 
 
 @dataclass
@@ -141,6 +114,10 @@ class Comparison:
     metric: str
     """The loss compared."""
     notes: list[str]
+    margin: float | None = None
+    """Nats within which a difference in the loss counts as none."""
+    looks: list[Row] = field(default_factory=list)
+    """Comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`."""
     optima: list[Optimum] = field(default_factory=list)
     """Of an axis that was searched rather than compared."""
 
@@ -157,6 +134,8 @@ class Comparison:
             "seeds": self.seeds,
             "metric": self.metric,
             "notes": self.notes,
+            "margin": self.margin,
+            "looks": self.looks,
         }
 
 
@@ -340,46 +319,6 @@ def _written(row: Row, key: str) -> str:
     return ""
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
-
-
-def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> None:
-    """Set the verdict of an effect with an interval, on the scale on which the interval is symmetric (see `_scale`).
-
-    In this order:
-    1. inside ±margin, where the user stated one: indistinguishable, whatever the p value;
-    2. Holm's p below 0.05: better or worse, the reason saying so if it is smaller than the seed-to-seed std;
-    3. inside ± the seed-to-seed std, where no margin was stated: indistinguishable. Both intervals-inside are
-       equivalence tests in the manner of Schuirmann (1987), at 95 % rather than his 90 %, so stricter;
-    4. else inconclusive.
-    """
-    assert effect.ci95 is not None
-    scaled, (low, high) = _scale(effect)
-    within = margin if margin is not None else effect.seed_std
-    inside = within is not None and -within <= low and high <= within
-    significant = effect.p_holm is not None and effect.p_holm < ALPHA
-    bounds = f"±{margin:g}" if margin is not None else "± the seed-to-seed std"
-    if inside and (margin is not None or not significant):
-        effect.verdict, effect.reason = "indistinguishable", f"the interval lies inside {bounds}"
-    elif significant:
-        effect.verdict = "better" if (scaled < 0) == lower_is_better else "worse"
-        small = effect.seed_std is not None and abs(scaled) < effect.seed_std
-        effect.reason = "smaller than the seed-to-seed std" if small else ""
-    elif effect.p_value is not None and effect.p_value < ALPHA:
-        effect.verdict, effect.reason = "inconclusive", "not beyond doubt among this many comparisons (Holm): add seeds"
-    else:
-        effect.verdict, effect.reason = "inconclusive", f"the interval reaches beyond {bounds}: add seeds"
-
-
-def _scale(effect: Effect) -> tuple[float, tuple[float, float]]:
-    """Estimate and interval as a difference: of logarithms, for a ratio."""
-    assert effect.ci95 is not None
-    if effect.speed_ratio is not None:
-        return math.log(effect.speed_ratio), (math.log(effect.ci95[0]), math.log(effect.ci95[1]))
-    assert effect.mean_difference is not None
-    return effect.mean_difference, (effect.ci95[0], effect.ci95[1])
-
-
 # --- pairing ---------------------------------------------------------------------------------------------------------
 
 
@@ -438,8 +377,13 @@ class Grid:
         return pooled_std(by_arms.values())
 
 
-def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
+def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
     """The comparison of a set of runs, finished or not.
+
+    Args:
+        rows: As `read` gives them.
+        margin: Nats, instead of the `sweep.margin` that the runs have.
+        out: Where an earlier comparison may lie, besides the runs' sweeps.
 
     Raises:
         BadRequest: nothing to compare, or the runs differ in something unswept.
@@ -449,57 +393,77 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
     if not known or all(row["state"] in ("running", "not run", "damaged") for row in rows):
         damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
         raise BadRequest("; ".join(damaged) or "none of the runs has a summary yet; wait for one to finish")
-    axes = axes_of(known)
     done = [row for row in known if row["state"] == "done"]
-    failed = [
-        {
-            "name": row["name"],
-            "state": row["state"],
-            "step": row.get("steps", row.get("step")),
-            "error": row.get("error"),
-        }
-        for row in rows
-        if row["state"] != "done"
-    ]
     has_validation = bool(done) and all(row.get("val_loss") is not None for row in done)
     loss = LOSSES[0] if has_validation else LOSSES[1]
-    grid = Grid(known, axes)
-    contended = _contended(known)
-    effects = [
-        _effect(grid, key, arms[0], arm, metric, contended)
-        for key, arms in axes.items()
-        for arm in arms[1:]
-        for metric in (loss, SPEED, MEMORY)
-    ]
-    for metric in (loss, SPEED, MEMORY):
-        tested = [effect for effect in effects if effect.metric == metric.key and effect.p_value is not None]
-        for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
-            effect.p_holm = adjusted
-            judge(effect, lower_is_better=metric.lower_is_better, margin=margin if metric is loss else None)
-    notes = []
-    if len(grid.cells) < len(done):
-        notes.append(f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts")
-    if not axes:
-        notes.append("nothing but the seed varies, so there is no axis to compare")
-    if gone := sorted({key for row in known for key in row.get("gone", {})} - set(axes)):
-        notes.append(f"{', '.join(gone)}: no key of this version, recorded by another; taken to make no difference")
-    notes += _unequal(grid)
-    made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
-    changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
-    if changed:
-        notes.append(f"the runs differ in {', '.join(changed)}, which may show in losses and speed")
+    grid = Grid(known, axes_of(known))
+    stated, notes = _margin(known)
+    if margin is not None:
+        stated, notes = margin, []
+    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
+    before = history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
+    effects = _effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated)
     return Comparison(
         runs=rows,
         axes=effects,
-        interactions=_interactions(grid, loss),
+        interactions=_interactions(grid, loss, before),
         distances=_distances(grid),
         optima=list(_optima(grid, loss, effects)),
-        failed=failed,
-        swept=axes,
+        failed=[_failed(row) for row in rows if row["state"] != "done"],
+        swept=grid.axes,
         seeds=grid.seeds,
         metric=loss.key,
-        notes=notes,
+        notes=[*_notes(known, done, grid), *notes],
+        margin=stated,
+        looks=before.looks,
     )
+
+
+def _failed(row: Row) -> Row:
+    step = row.get("steps", row.get("step"))
+    return {"name": row["name"], "state": row["state"], "step": step, "error": row.get("error")}
+
+
+def _margin(known: Sequence[Row]) -> tuple[float | None, list[str]]:
+    """The margin stated before the runs, and a note where they disagree: the strictest counts, which is none."""
+    found = {row["config"]["sweep"]["margin"] for row in known}
+    margin = None if None in found else min(found)
+    if len(found) == 1:
+        return margin, []
+    taken = "so none is taken" if margin is None else f"the smallest is taken, {margin:g}"
+    return margin, [f"the runs differ in sweep.margin: {taken}"]
+
+
+def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[str]:
+    if len(grid.cells) < len(done):
+        yield f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts"
+    if not grid.axes:
+        yield "nothing but the seed varies, so there is no axis to compare"
+    if gone := sorted({key for row in known for key in row.get("gone", {})} - set(grid.axes)):
+        yield f"{', '.join(gone)}: no key of this version, recorded by another; taken to make no difference"
+    yield from _unequal(grid)
+    made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
+    changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
+    if changed:
+        yield f"the runs differ in {', '.join(changed)}, which may show in losses and speed"
+
+
+def _effects(
+    grid: Grid, metrics: Sequence[Metric], before: History, contended: set[str], margin: float | None
+) -> list[Effect]:
+    """Each arm against the baseline of its axis in each metric, judged."""
+    effects = [
+        _effect(grid, key, arm, metric, before, contended)
+        for key, arms in grid.axes.items()
+        for arm in arms[1:]
+        for metric in metrics
+    ]
+    for metric in metrics:
+        tested = [effect for effect in effects if effect.metric == metric.key and effect.ci95 is not None]
+        for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
+            effect.p_holm = adjusted
+            judge(effect, lower_is_better=metric.lower_is_better, margin=margin if metric is metrics[0] else None)
+    return effects
 
 
 def _unequal(grid: Grid) -> Iterator[str]:
@@ -516,7 +480,9 @@ def _unequal(grid: Grid) -> Iterator[str]:
                 )
 
 
-def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, contended: set[str]) -> Effect:
+def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, contended: set[str]) -> Effect:
+    """An arm against the baseline of its axis, with an interval unless something keeps them from being compared."""
+    baseline = grid.axes[key][0]
     pairs, broken = grid.pairs(key, baseline, arm)
     if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
         pairs = [pair for pair in pairs if not _emulated(pair)] or pairs
@@ -530,31 +496,47 @@ def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, conte
     if any(row.get(metric.key) is None for pair in pairs for row in (pair.baseline, pair.arm)):
         effect.verdict, effect.reason = "not_comparable", "not measured in every run"
         return effect
+    effect.seed_std, effect.baseline_std, effect.arm_std = (
+        grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
+    )
+    _estimate(effect, pairs, metric, before)
+    if obstacle := _obstacle(key, metric, pairs, contended):
+        effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
+    return effect
+
+
+def _estimate(effect: Effect, pairs: Sequence[Pair], metric: Metric, before: History) -> None:
+    """Set the mean difference and its interval over seeds, in the order in which the seeds were run."""
     figure = _figure(metric)
-    by_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for pair in pairs:
-        by_seed[pair.seed].append((figure(pair.baseline), figure(pair.arm)))
-    ones = [statistics.fmean(one for one, _ in both) for both in by_seed.values()]
-    others = [statistics.fmean(other for _, other in both) for both in by_seed.values()]
-    values = [other - one for one, other in zip(ones, others, strict=True)]
     back = math.exp if metric.ratio else float
-    effect.seed_std = grid.spread(metric, key, (baseline, arm))
+    by_seed = _in_order((pair.seed, (pair.baseline, pair.arm)) for pair in pairs)
+    both = [[(figure(one), figure(other)) for one, other in rows] for rows in by_seed.values()]
+    ones = [statistics.fmean(one for one, _ in figures) for figures in both]
+    others = [statistics.fmean(other for _, other in figures) for figures in both]
+    values = [other - one for one, other in zip(ones, others, strict=True)]
     effect.baseline_mean, effect.arm_mean = back(statistics.fmean(ones)), back(statistics.fmean(others))
     effect.differences = {str(seed): back(value) for seed, value in zip(by_seed, values, strict=True)}
-    found = fixed(values)
+    looks = before.of(len(values), effect.key, (effect.baseline, effect.arm))
+    found = infer(values, looks, before.schedule)
+    effect.inference, effect.looks = found.inference, list(before.schedule) if found.inference == "declared" else looks
     if metric.ratio:
         effect.speed_ratio = back(found.mean)
     else:
         effect.mean_difference = found.mean
-    obstacle = _obstacle(key, metric, pairs, contended)
-    if obstacle:
-        effect.verdict, effect.reason = "not_comparable", obstacle
-        return effect
-    if found.n == 1:
-        effect.reason = "n=1: no interval, add seeds"
-        return effect
+    if not math.isfinite(found.low):
+        effect.reason = f"n={found.n}: no interval, add seeds"
+        return
     effect.ci95, effect.p_value = [back(found.low), back(found.high)], found.p
-    return effect
+    paired(effect, ones, others)
+
+
+def _in_order(found: Iterable[tuple[int, tuple[Row, ...]]]) -> dict[int, list[tuple[Row, ...]]]:
+    """Runs held against each other by seed, the seeds in the order in which the last runs of each began."""
+    by_seed: dict[int, list[tuple[Row, ...]]] = defaultdict(list)
+    for seed, rows in found:
+        by_seed[seed].append(rows)
+    began = {seed: max(row["started"] for rows in each for row in rows) for seed, each in by_seed.items()}
+    return dict(sorted(by_seed.items(), key=lambda item: began[item[0]]))
 
 
 def _emulated(pair: Pair) -> bool:
@@ -629,7 +611,7 @@ def _contended(rows: Sequence[Row]) -> set[str]:
     return found
 
 
-def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
+def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interaction]:
     """Every two-way interaction of arms against their baselines in the loss, by seed like the main effects.
 
     Each difference of differences is taken among four runs that share all else, then averaged over the other axes.
@@ -638,7 +620,7 @@ def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
     found = []
     for (a, a_arms), (b, b_arms) in itertools.combinations(grid.axes.items(), 2):
         at_a, at_b = list(grid.axes).index(a), list(grid.axes).index(b)
-        by_arms: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        by_arms: dict[tuple[str, str], list[tuple[int, tuple[Row, ...]]]] = defaultdict(list)
         for seed, arms in grid.planned:
             if arms[at_a] == a_arms[0] or arms[at_b] == b_arms[0]:
                 continue
@@ -647,16 +629,21 @@ def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
                 corner = list(arms)
                 corner[at_a], corner[at_b] = arm_a, arm_b
                 corners.append(grid.cells.get((seed, tuple(corner))))
-            losses = [figure(row) for row in corners if row is not None and row.get(metric.key) is not None]
-            if len(losses) == 4:
-                by_arms[arms[at_a], arms[at_b]][seed].append(losses[0] - losses[1] - losses[2] + losses[3])
+            rows = tuple(row for row in corners if row is not None and row.get(metric.key) is not None)
+            if len(rows) == 4:
+                by_arms[arms[at_a], arms[at_b]].append((seed, rows))
         for pair in itertools.product(a_arms[1:], b_arms[1:]) if by_arms else ():
             if pair not in by_arms:
                 continue
-            by_seed = [statistics.fmean(values) for values in by_arms[pair].values()]
+            by_seed = [
+                statistics.fmean(
+                    figure(one) - figure(two) - figure(three) + figure(four) for one, two, three, four in rows
+                )
+                for rows in _in_order(by_arms[pair]).values()
+            ]
             spread = grid.spread(metric, a, (a_arms[0], pair[0]))
-            of = fixed(by_seed)
-            interval, p_value = ([of.low, of.high], of.p) if of.n > 1 else (None, None)
+            of = infer(by_seed, before.of(len(by_seed), a, (a_arms[0], pair[0])), before.schedule)
+            interval, p_value = ([of.low, of.high], of.p) if math.isfinite(of.low) else (None, None)
             large = (of.low > 0 or of.high < 0) and spread is not None and abs(of.mean) > spread
             found.append(Interaction((a, b), pair, metric.key, of.n, of.mean, interval, p_value, large))
     return found

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Effect, Grid, Metric, Row
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid, Metric, Row
+from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import reach
 from gpt2exp.compare.report import Drawing, Section
 from gpt2exp.run import record
