@@ -319,13 +319,10 @@ class TestFiles:
         monkeypatch.setattr(report, "runs_table", lambda _: wider)
         text = report.markdown(comparison, tmp_path, [])
         rules = [line for line in text.splitlines() if line.startswith("| -")]
-        assert (
-            rules
-            == [
-                "| --- | --- | --- | --: | --: | --- | --: | --: | --: | --: | --- |",  # n, difference, p, seed std, r, saved
-                f"| {' | '.join('--:' if column.number else '---' for column in wider.columns)} |",
-            ]
-        )
+        assert rules == [
+            "| --- | --- | --- | --: | --: | --- | --: | --: | --: | --: | --- |",
+            f"| {' | '.join('--:' if column.number else '---' for column in wider.columns)} |",
+        ]
         page = report.page(text, comparison, tmp_path, [])
         assert page.count("<td>none</td>") == 2
         assert page.count('<td style="text-align:right">7</td>') == 2, "the seeds"
@@ -344,7 +341,7 @@ class TestFiles:
 
         _, folder = sweep
         linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (folder / "report.md").read_text())
-        kinds = ("loss", "gap", "difference", "residual", "speed", "memory", "unseen")
+        kinds = ("loss", "gap", "difference", "intervals", "residual", "speed", "memory", "unseen")
         assert linked == [f"figures/1-init.residual-scaling-{kind}.png" for kind in kinds]
         for name in linked:
             pixels = image.imread(str(folder / name))
