@@ -412,8 +412,8 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     _rules(ax)
     _legend(ax, handles, labels)
-    text = f"Mean difference from {shorten(effects[0].baseline, 60)} over the first seeds, with a 95 % interval that holds "
-    text += "however often one looks"
+    text = f"Mean difference from {shorten(effects[0].baseline, 60)} over the first seeds"
+    text += ", with a 95 % interval that holds however often one looks"
     return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
 
 
