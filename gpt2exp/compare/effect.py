@@ -149,7 +149,7 @@ def _advice(effect: Effect, margin: float | None) -> list[str]:
         return f"about {number:,} ({'perhaps ' + limit if most is None else f'at most {most:,}'})"
 
     said = f"{count(tell, tell_most)} seeds in all would tell a difference of this size"
-    return [said if not margin else f"{said}, {count(equal, equal_most)} call it indistinguishable within ±{margin:g}"]
+    return [said if not margin else f"{said}, {count(equal, equal_most)} to call it indistinguishable within ±{margin:g}"]
 
 
 def _remarks(effect: Effect) -> list[str]:
@@ -157,7 +157,7 @@ def _remarks(effect: Effect) -> list[str]:
     said = []
     if effect.inference == "open":
         at = ", ".join(map(str, effect.looks))
-        said.append(f"seeds were added after a look at n={at}, so the interval is one that holds at every look")
+        said.append(f"seeds were added after a look at n={at}: the interval holds at every look")
     if effect.pair_correlation is not None and effect.pair_correlation < 0:
         said.append("the arms vary against each other over these seeds: unpaired runs would do better")
     if (seed := far_off(effect.differences, effect.scaled)) is not None:
