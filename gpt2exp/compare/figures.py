@@ -414,6 +414,8 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
     _legend(ax, handles, labels)
     text = f"Mean difference from {shorten(effects[0].baseline, 60)} over the first seeds"
     text += ", with a 95 % interval that holds however often one looks"
+    if any(effect.inference == "fixed" for effect in effects):
+        text += ", so wider than the table's, which is right at one look"
     return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
 
 
