@@ -675,7 +675,7 @@ def test_two_roundings_of_the_emulation_are_two_precisions() -> None:
     assert verdicts(same, "precision")["loss_mean_last10"][0] == "not_comparable"
 
 
-@pytest.mark.parametrize("changed", [{"device": "cuda: A100"}, {"threads": 8}])
+@pytest.mark.parametrize("changed", [{"device": "cuda: A100"}, {"threads": 8}, {"processes": 2}])
 def test_other_hardware_compares_only_the_loss(changed: dict[str, Any]) -> None:
     found = verdicts(two_by_two(TIE, "true", "false", changed), TIE)
     assert found["loss_mean_last10"][0] == "better"
@@ -756,6 +756,19 @@ def test_a_long_start_up_is_no_overlap() -> None:
     rows = spans(("a", 0, 1), ("a", 1, 1))
     rows[0]["wall_seconds"] = {"startup": 40.0, "train": 60.0, "total": 100.0}
     assert comparisons._contended(rows) == set()
+
+
+def test_each_part_of_a_run_counts_where_and_when_it_was_at_work() -> None:
+    """By its span, which is from before `started`; what lies between two parts is free."""
+    day = datetime.fromisoformat(at(0)).timestamp()
+    rows = spans(("a", 0, 1), ("a", 10, 1))
+
+    def part(machine: str, begin: float, end: float) -> dict[str, Any]:
+        return {"started": at(99), "train": 1.0, "machine": machine, "span": [day + 60 * begin, day + 60 * end]}
+
+    for second, shared in ((("a", 20, 21), False), (("b", 10, 11), False), (("a", 9, 10.1), True)):
+        rows[0]["parts"] = [part("a", 0, 1), part(*second)]
+        assert comparisons._contended(rows) == ({row["folder"] for row in rows} if shared else set())
 
 
 def test_shared_machines_compare_no_speed() -> None:
@@ -1243,12 +1256,55 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 def test_the_distance_from_fp64_has_no_sign(tmp_path: Path) -> None:
     """Above at one step and below at the next is far from it, not on it."""
     rows = [run(f"precision={name}", seed=seed) for name in ("fp64", "fp32") for seed in (0, 1)]
-    for folder, gaps in zip(put_all(rows, tmp_path), ((0, 0), (0, 0), (0.1, -0.3), (-0.2, 0.2)), strict=True):
+    for folder, gaps in zip(put_all(rows, tmp_path), ((0, 0), (1, 3), (0.1, -0.3), (0.8, 3.2)), strict=True):
         lines = ({"step": step, "loss": 9 - step + gap, "tokens": 128} for step, gap in enumerate(gaps))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     [found] = comparisons.compare(comparisons.read([tmp_path])).distances
     assert (found.arm, found.n_seeds) == ("fp32", 2)
     assert (found.largest, found.mean) == (pytest.approx(0.25), pytest.approx(0.2))
+    assert found.seed_std == pytest.approx((1 + 3) / 2 / math.sqrt(2)), "of fp64's own losses at a step, over its seeds"
+    assert (
+        comparisons.compare(comparisons.read([tmp_path / "000_job", tmp_path / "002_job"])).distances[0].seed_std
+        is None
+    )
+    with (tmp_path / "002_job" / "metrics.jsonl").open("a") as file:  # another length: not the same steps
+        file.write(json.dumps({"step": 2, "loss": 9.0, "tokens": 128}) + "\n")
+    [found] = comparisons.compare(comparisons.read([tmp_path])).distances
+    assert found.largest == pytest.approx(0.2)
+
+
+# --- searches --------------------------------------------------------------------------------------------------------
+
+
+def searched(rates: Sequence[float], seed: int = 0) -> list[Row]:
+    """Runs whose loss is a parabola over the logarithm of the rate, least at 0.0008, and no parabola far from it."""
+    away = [abs(math.log(rate / 0.0008)) for rate in rates]
+    return [
+        run(f"optimizer.lr={r}", loss=3 + x**2 if x < 4 else 9, seed=seed) for r, x in zip(rates, away, strict=True)
+    ]
+
+
+def test_a_search_names_the_least_and_where_the_parabola_near_it_is_least() -> None:
+    rates = [0.0001, 0.0003, 0.001, 0.003, 0.01]
+    [found] = comparisons.compare(searched(rates)).optima
+    assert (found.key, found.n, found.best, found.fitted, found.n_seeds) == ("optimizer.lr", 5, "0.001", 5, 1)
+    assert found.loss == pytest.approx(3 + math.log(0.001 / 0.0008) ** 2)
+    assert [found.at, *(found.ci95 or [])] == pytest.approx([0.0008] * 3)
+    far = [1e-9, 3e-9, 1e-8, 0.1, 0.3, 1.0, 3.0]
+    [found] = comparisons.compare(searched([*far, *rates])).optima
+    assert (found.n, found.fitted, found.at) == (12, 6, pytest.approx(0.0008, rel=0.3))
+    [found] = comparisons.compare(searched([*far[:6], *rates])).optima
+    assert (found.n, found.fitted, found.at) == (11, 5, pytest.approx(0.0008))
+
+
+def test_few_values_several_seeds_and_words_are_no_search() -> None:
+    rates = [0.0001, 0.0003, 0.001, 0.003, 0.01]
+    assert comparisons.compare(searched(rates[:4])).optima == []
+    assert comparisons.compare(searched(rates[:4]) + searched(rates[:1], seed=1)).optima == []
+    assert comparisons.compare(searched(rates) + searched(rates, seed=1)).optima == []
+    assert comparisons.compare([run(f"init={name}") for name in ("gpt2", "torch")]).optima == []
+    [late] = comparisons.compare(searched([0.003, 0.005, 0.01, 0.015, 0.02])).optima
+    assert (late.best, late.at, late.ci95) == ("0.003", None, None), "its least is not among the values"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -460,19 +460,20 @@ def test_wandb_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_commands_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each line of the README's section is a request; every preset is in one, and in the map of groups."""
+    """Each line of the page's section is a request; every preset is in one, and in the page of groups."""
     (tmp_path / "srun").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Sweeps on engines") :].split("\n## ")[0]
-    lines = re.findall(r"^gpt2exp (-m .+?) {3,}", section, re.MULTILINE)
+    page = (ROOT / "gpt2exp" / "sweep" / "README.md").read_text()
+    section = page[page.index("## Launchers") :].split("\n## ")[0]
+    groups = (ROOT / "conf" / "README.md").read_text()
+    lines = re.findall(r"^gpt2exp (-m .+?) +#", section, re.MULTILINE)
     for line in lines:
         assert requests.make(get_args_parser().parse_args(line.replace("1,2,3,4", "1").split())).jobs
     presets = [path for kind in ("launcher", "sweeper") for path in (ROOT / "conf" / "hydra" / kind).glob("*.yaml")]
     shown = {re.findall(r"hydra/(\w+)=(\w+)", line)[0] for line in lines}
     assert shown == {(path.parent.name, path.stem) for path in presets}
     for path in presets:
-        assert f"`{path.stem}`" in readme
+        assert f"`{path.stem}`" in groups
 
 
 # --- plugins that are not there --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def test_the_index_follows_from_the_records(monkeypatch: pytest.MonkeyPatch) -> 
         sys.modules.pop(name, None)
     publish = importlib.import_module("publish")
     assert block((FINDINGS / "README.md").read_text(), "claims") == publish.index()
-    assert block((ROOT / "README.md").read_text(), "bench") == publish.bench_table()
+    assert block((ROOT / "conf" / "README.md").read_text(), "keys") == publish.key_tables()
     tables = f"{publish.bench_table()}\n\n{publish.floor_table()}"
     assert block((FINDINGS / "throughput" / "README.md").read_text(), "bench") == tables
 
@@ -57,3 +58,12 @@ def test_every_effect_stands_on_its_page() -> None:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 assert f"{row['arm']} against {row['baseline']}" in page
+
+
+def test_tokenising_is_timed(cold: Path, tmp_path: Path) -> None:
+    """The script that the page on data names runs as it says, and counts the tokens."""
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "To be, or not to be"}\n' * 3)
+    script = FINDINGS / "throughput" / "tokenise.py"
+    done = subprocess.run([sys.executable, script, text, "1"], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"23 tokens, rate over tiktoken's \d+\.\d\d\n", done.stdout)

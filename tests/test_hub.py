@@ -94,7 +94,7 @@ def assert_same(gpt: GPT, hf: GPT2LMHeadModel) -> None:
 # --- one table -------------------------------------------------------------------------------------------------------
 
 
-class Activation(enum.Enum):
+class Activation(enum.StrEnum):
     """A choice that a later version might offer."""
 
     gelu = "gelu"

@@ -240,10 +240,12 @@ def test_powers_are_the_simulated_ones(way: inference.Inference) -> None:
     path = inference.moments(np.random.default_rng(2).normal(difference, 1, (20_000, n)))
     mean, radius = path.mean[:, -1], reach(n, way) * path.error[:, -1]
     told, inside = np.mean(mean - radius > 0), np.mean(np.abs(mean) + radius <= margin)
+    narrow = np.mean(np.abs(mean - difference) + radius <= 0.6)  # most intervals are wider than it
     assert 0.2 < told < 0.9
     assert inference.power_to_tell(difference, 1, n, reach(n, way)) == pytest.approx(told, abs=0.012)
     assert 0.2 < inside < 0.95
     assert inference.power_within(margin, difference, 1, n, reach(n, way)) == pytest.approx(inside, abs=0.012)
+    assert inference.power_within(0.6, 0.0, 1, n, reach(n, way)) == pytest.approx(narrow, abs=0.012)
 
 
 def test_needed_by_inference_and_spread() -> None:
@@ -288,7 +290,8 @@ def test_pairing_gains_with_correlation_and_loses_without() -> None:
     half = [stats.t.ppf(0.975, 2 * k - 2) / math.sqrt(k) for k in (m - 1, m)]
     assert half[1] <= stats.t.ppf(0.975, 7) / math.sqrt(8) < half[0]
     assert pairing([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == inference.Pairing(pytest.approx(1), None)
-    assert pairing([1.0, 2.0], [1.0, 5.0]).correlation is pairing([1, 1, 1], [1, 2, 3]).correlation is None
+    assert pairing([1.0, 2.0], [1.0, 5.0]).correlation is None
+    assert pairing([1, 1, 1], [1, 2, 3]).correlation is pairing([1, 2, 3], [1, 1, 1]).correlation is None
 
 
 # --- simulated sweeps ------------------------------------------------------------------------------------------------

@@ -1,39 +1,42 @@
-"""The README keeps its word: every command in it runs, shrunk to seconds, and CI runs its test command."""
+"""The pages keep their word: each command in them is a request, some run, and every link and file named is there."""
 
 from __future__ import annotations
 
 import operator
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 from hydra._internal.utils import get_args_parser
-from support import SMALL, run, run_folders
+from support import SMALL, read, run, run_folders
 
-from gpt2exp import bench, config
-from gpt2exp.sweep import help
+from gpt2exp import bench, config, export, sample
+from gpt2exp.compare import __main__ as comparing
+from gpt2exp.sweep import help, resume
 from gpt2exp.sweep import request as requests
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PLACES = ("*.md", "conf/**/*.md", "gpt2exp/**/*.md", "tests/**/*.md", "experiments/throughput/*.md")
+PAGES = {path: path.read_text(encoding="utf-8") for place in PLACES for path in sorted(ROOT.glob(place))}
+README = PAGES[ROOT / "README.md"]
+BLOCKS = [block for page in PAGES.values() for block in re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)]
 LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
-COMMANDS = [line for line in LINES if re.match(r"(gpt2exp|python -m gpt2exp\.train)( |$)", line)]
-(COMPARE,) = [shlex.split(line)[1:] for line in LINES if line.startswith("gpt2exp-compare ")]
-INLINE = [
-    text
-    for text in re.findall(r"`(gpt2exp(?: [^`]+)?)`", README)
-    if text not in COMMANDS and "launcher=slurm" not in text  # is refused without Slurm; test_engines.py runs it
-]
-"""Commands in running text and tables, without those shown in a block too."""
+INLINE = [text for page in PAGES.values() for text in re.findall(r"`((?:gpt2exp[\w-]*|torchrun) [^`]+)`", page)]
+COMMANDS = sorted({re.split(r" +# ", line)[0] for line in [*LINES, *INLINE] if not line.startswith("python3 ")})
+REQUESTS = [line for line in COMMANDS if re.match(r"gpt2exp |torchrun ", line) and not line.endswith(" --help")]
+"""Requests to the program itself; the rest are for its other commands."""
+
+
+def others(program: str) -> list[list[str]]:
+    """What follows the name of one of the other commands, for each time that a page shows it."""
+    return [shlex.split(line)[1:] for line in COMMANDS if line.startswith(f"{program} ")]
 
 
 def arguments(line: str) -> list[str]:
-    """What follows the program's name, less a comment; flags first, as the program puts them."""
-    words = shlex.split(line, comments=True)
-    words = words[3 if words[0] == "python" else 1 :]
+    """What follows the program's name; flags first, as the program puts them."""
+    words = shlex.split(line)
+    words = words[words.index("gpt2exp.train") + 1 if "gpt2exp.train" in words else 1 :]
     return sorted(words, key=lambda word: word not in ("-m", "--multirun"))
 
 
@@ -43,75 +46,104 @@ def small(words: list[str]) -> list[str]:
     swept = {word.partition("=")[0] for word in words if "," in word}
     given = [word for word in words if "=" in word and word.partition("=")[0] in swept]
     shrunk = [*SMALL, "train.steps=2", "train.batch_size=2", "train.seq_len=16"]
-    if any(word.startswith("experiment=") for word in words):  # a study: two seeds, a few validation windows
-        shrunk += [] if "seed" in swept else ["seed=1,2"]
-        shrunk += ["data.val_fraction=0.001", "init.residual_scaling=true,false"]
     shrunk = [word for word in shrunk if word.partition("=")[0] not in swept]
-    if any(word.startswith("model=") for word in given):  # sizes of several models: only what all of them can take
-        shrunk = [word for word in shrunk if not word.startswith("model")] + ["dry_run=true"]
     return [word for word in words if word not in given] + given + shrunk
+
+
+def one_seed(words: list[str]) -> list[str]:
+    """The same request with seed 1 alone: other seeds compose alike."""
+    words = [re.sub("^seed=.*", "seed=1", word) for word in words]
+    study = any(word.startswith("experiment=") for word in words) and "seed=1" not in words
+    return [*words, "seed=1"] if study else words
 
 
 def compose(words: list[str]) -> requests.Plan:
     """The checked plan of a request."""
-    return requests.make(get_args_parser().parse_args(words))
+    args = get_args_parser().parse_args(words)
+    return resume.make(args) or requests.make(args)
 
 
-BENCH = [shlex.split(line)[1:] for line in LINES if line.startswith("gpt2exp-bench ")]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run and a sweep, made by commands of the pages, and with what other commands name."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "srun").touch(mode=0o755)  # Slurm's, for its launcher
+    (folder / "book.txt").write_text("It was the best of times, it was the worst of times. " * 200)
+    (folder / "corpus").symlink_to(folder / "book.txt")
+    (folder / "my_conf" / "model").mkdir(parents=True)
+    nano = (ROOT / "conf" / "model" / "nano.yaml").read_text()
+    (folder / "my_conf" / "model" / "mine.yaml").write_text(nano)
+    for line, jobs in {
+        "gpt2exp model=nano train.steps=200 checkpoint.save_last=true": 1,
+        "gpt2exp -m model=nano precision=fp32,tf32 seed=1,2,3 data.val_fraction=0.1": 4,
+    }.items():
+        assert line in REQUESTS
+        before = len(run_folders(folder))
+        done = run(folder, *small(arguments(line)), "wandb.mode=disabled")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(run_folders(folder)) == before + jobs
+    return folder
 
 
-@pytest.mark.parametrize("words", BENCH, ids=" ".join)
-def test_the_bench_runs(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """As typed but for the size; compiling the peer, which takes half a minute, is left to the reader."""
-    shrunk = [word for word in words if word != "--compile"]
-    assert bench.command([*shrunk, *SMALL, "train.seq_len=16", "--pairs", "1", "--steps", "3"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("{")
+def placed(text: str, folder: Path) -> str:
+    """A command with the folders that the fixture made for DAY/TIME-ID."""
+    (made, *_), (job, *_) = (run_folders(folder / kind) for kind in ("runs", "sweeps"))
+    text = text.replace("runs/DAY/TIME-ID", str(made.relative_to(folder)))
+    return text.replace("sweeps/DAY/TIME-ID", str(job.parent.relative_to(folder)))
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 5
-    assert len(LINES) >= 7
+    assert len(REQUESTS) > 40
+    for program in ("compare", "export", "sample", "bench"):
+        assert others(f"gpt2exp-{program}")
 
 
-@pytest.mark.parametrize("line", [*COMMANDS, *INLINE])
-def test_every_command_is_a_request(line: str) -> None:
-    """As it stands it composes, whatever the machine."""
-    words = arguments(line.replace("my_conf", ".").replace("model=mine", "model=nano"))
-    if "--help" not in words:
-        assert compose(words).jobs
+@pytest.mark.parametrize("line", REQUESTS)
+def test_every_command_is_a_request(line: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It composes, with a launcher's plugin and program there."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("PATH", str(trained), prepend=":")
+    jobs = compose(one_seed(arguments(placed(line, trained)))).jobs
+    assert jobs
+    if line.startswith("torchrun "):  # they run on SMALL in test_parallel.py
+        assert len(jobs) == 1
+        assert jobs[0].config.train.sequences % 8 == 0
 
 
-TORCHRUN = re.findall(r"`torchrun [^`]+ -m gpt2exp\.train ([^`]+)`", README)
-
-
-@pytest.mark.parametrize("words", TORCHRUN)
-def test_every_shared_run_is_a_request(words: str) -> None:
-    """They run on SMALL in test_parallel.py."""
-    (job,) = compose(shlex.split(words)).jobs
-    assert job.config.train.sequences % 8 == 0
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_run(line: str, tmp_path: Path) -> None:
-    folder = tmp_path / "here"
-    folder.mkdir()
-    (folder / "book.txt").write_text("It was the best of times, it was the worst of times. " * 200)
-    words = small(arguments(line))
-    done = run(folder, *words, "wandb.mode=disabled")
+def test_the_other_commands_run(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the run and the sweep that the fixture made, in the order of a reader."""
+    monkeypatch.chdir(trained)
+    (words,) = others("gpt2exp-export")
+    assert export.command([placed(word, trained) for word in words]) == 0
+    for words in others("gpt2exp-sample"):
+        assert sample.command([*(placed(word, trained) for word in words), "--tokens", "3"]) == 0
+    for words in others("gpt2exp-compare"):
+        assert comparing.command(words) == 0
+    assert len(read(trained / "sweeps" / "comparison.json")["runs"]) == 4
+    done = run(trained, placed("resume=runs/DAY/TIME-ID", trained), "train.steps=3", "wandb.mode=disabled")
     assert (done.returncode, done.stderr) == (0, "")
-    request = compose(words)
-    jobs = request.jobs
-    if request.multirun and not jobs[0].config.dry_run:
-        (report,) = folder.glob("sweeps/*/*/report.html")
-        again = run(folder, *COMPARE, program=[sys.executable, "-m", "gpt2exp.compare"])
-        assert (again.returncode, again.stderr) == (0, "")
-        assert (folder / COMPARE[0] / "comparison.json").stat().st_mtime >= report.stat().st_mtime
-    expected = 0 if jobs[0].config.dry_run else len(jobs)
-    assert len(run_folders(folder)) == expected
+
+
+def test_the_bench_takes_them() -> None:
+    """They run on SMALL in test_bench.py."""
+    for words in others("gpt2exp-bench"):
+        assert len(compose(bench._parser().parse_intermixed_args(words).overrides).jobs) == 1
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_page_names_is_there(path: Path) -> None:
+    """Its links, and every Python file in it."""
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[path]):
+        assert (path.parent / target).exists(), target
+    if "experiments" not in path.parts:  # which names files of other projects
+        for name in re.findall(r"`([\w/]+\.py|\.\./[\w/]+)`", PAGES[path]):
+            assert any((place / name).exists() for place in (path.parent, ROOT, ROOT / "gpt2exp")), name
 
 
 def test_the_refusal_shown_is_real() -> None:
-    shown = re.findall(r"^\$ gpt2exp (.+)\ngpt2exp: (.+)$", README, re.MULTILINE)
+    shown = re.findall(r"^\$ gpt2exp (.+)\ngpt2exp: (.+)$", "\n".join(PAGES.values()), re.MULTILINE)
     assert shown
     for words, line in shown:
         with pytest.raises(config.BadRequest) as caught:
@@ -119,14 +151,15 @@ def test_the_refusal_shown_is_real() -> None:
         assert str(caught.value) == line
 
 
-def test_every_key_is_in_the_map() -> None:
-    """A key that exists is named in the README."""
-    table = README[README.index("| group |") : README.index("A wrong key")]
-    for key in list(config.keys()):
-        name = key.rpartition(".")[2]
-        if key in ("init.scheme", "precision.name", "data.name", "optimizer.name"):
-            continue  # chosen by the group
-        assert re.search(rf"\b{name}\b", table), f"{key} is missing from the README's map"
+@pytest.mark.parametrize("page", ["README.md", "conf/README.md"])
+def test_every_choice_is_in_its_groups_row(page: str) -> None:
+    """Each file of a group, in the table of groups."""
+    rows = {row.split("`")[1]: row for row in PAGES[ROOT / page].splitlines() if row.startswith("| `")}
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        group = path.parent.relative_to(ROOT / "conf").as_posix()
+        if group not in (".", "wandb"):
+            row = rows.get(group) or next(row for row in rows.values() if f"`{group}`" in row)
+            assert f"`{path.stem}`" in row, path
 
 
 def test_help_says_what_the_schema_says() -> None:
@@ -142,19 +175,22 @@ def test_help_says_what_the_schema_says() -> None:
         assert names[0] == first
         assert set(names) == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
     for line in help.EXAMPLES.splitlines():
-        assert compose(arguments(re.split(r" {3,}", line.strip())[0])).jobs
+        assert compose(one_seed(arguments(re.split(r" {3,}", line.strip())[0]))).jobs
 
 
 def test_every_fault_has_its_test() -> None:
     """Each row of the table of faults names a test that is there."""
-    section = README[README.index("## When things go wrong") :].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    rows = [line for line in PAGES[ROOT / "tests" / "README.md"].splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 20
     for row in rows:
         named = re.fullmatch(r"\| [^|]+ \| [^|]+ \| `(test_\w+\.py)::(test_\w+)` \|", row)
         assert named is not None, row
-        source = (ROOT / "tests" / named[1]).read_text(encoding="utf-8")
-        assert re.search(rf"^ *def {named[2]}\(", source, re.MULTILINE), row
+        (file,) = (ROOT / "tests").rglob(named[1])
+        assert re.search(rf"^ *def {named[2]}\(", file.read_text(encoding="utf-8"), re.MULTILINE), row
+
+
+def test_readme_fits_in_a_sitting() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 class TestOpeningCommands:

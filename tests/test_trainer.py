@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gpt2exp.config import (
+    AUTO,
     DataConfig,
     DataOrder,
     InitConfig,
@@ -39,10 +40,9 @@ from gpt2exp.data.batches import Batches, split
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import job as jobs
-from gpt2exp.sweep import launch
 from gpt2exp.training import distributed, hardware, load, optimizers, setup
 from gpt2exp.training import trainer as trainers
-from gpt2exp.training.precision import Precision
+from gpt2exp.training.precision import Precision, cast
 from gpt2exp.training.trainer import Diverged, Trainer
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def trainer(
     **train: int,
 ) -> Trainer:
     """A trainer on the text in order."""
-    config = TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 5, **launch})
+    config = TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 5, **train})
     batches = Batches(stream() if text is None else text, config, DataOrder.sequential, 0, CPU)
     settings_ = optimizer or OptimizerConfig()
     return Trainer(gpt or model(), batches, config, settings_, seen=seen, validation=validation)
@@ -160,6 +160,15 @@ def test_two_runs_are_bitwise_equal() -> None:
     (losses, weights), (again, weights_again) = run(), run()
     assert losses == again
     assert all(torch.equal(weight, weights_again[name]) for name, weight in weights.items())
+
+
+def test_blocks_are_compiled_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    trainer()
+    assert compiled == []
+    job = trainer(compile=True)
+    assert compiled == list(job.model.transformer.h)
 
 
 def test_training_moves_no_global_random_state() -> None:
@@ -318,6 +327,17 @@ class TestLossUnseen:
     def test_is_nothing_when_every_token_occurs(self) -> None:
         idx = torch.randint(WORDS, (2, 16), generator=torch.Generator().manual_seed(0))
         assert trainers.loss_unseen(model(), idx, torch.arange(WORDS)) == pytest.approx(0, abs=1e-6)
+
+    def test_logits_of_a_low_precision_are_summed_in_fp32(self) -> None:
+        gpt, seen = model(), torch.arange(0, WORDS, 2)
+        idx = torch.randint(WORDS, (4, 16), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), cast(CPU, torch.bfloat16):
+            logits = gpt(idx)
+            got = trainers.loss_unseen(gpt, idx, seen)
+        assert logits.dtype is torch.bfloat16
+        logits = logits.double()
+        expected = float((logits.logsumexp(-1) - logits[..., seen].logsumexp(-1)).mean())
+        assert got == pytest.approx(expected, rel=1e-5)
 
     def test_on_tiny_shakespeare_before_training(self, tiny: ModelConfig) -> None:
         source = tokens.prepare(DataConfig())
@@ -546,6 +566,37 @@ class TestTiming:
         assert [row["waited_ms"] for row in job.fit()] == [1000, 1000]
         assert job.step_waits == [1, 1]
 
+    def test_openmp_is_told_what_share_of_the_step_its_threads_waited(
+        self, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waited, told = itertools.count(), []
+        monkeypatch.setattr(load, "waited", lambda: 0.5 * next(waited))
+        job = trainer(steps=2)
+        monkeypatch.setattr(job._spinning, "after_step", told.append)
+        list(self.slowed(job, clock, [2.0, 1.0], monkeypatch))
+        assert told == [0.25, 0.5]
+
+    def test_openmp_is_told_how_many_threads_compute(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        told: list[int] = []
+        monkeypatch.setattr(load, "spinning", told.append)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        trainer()
+        assert told == [3]
+
+    def test_a_wait_is_never_negative(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A thread that ended takes its waiting out of the sum."""
+        sums = iter([5.0, 3.0])
+        monkeypatch.setattr(load, "waited", lambda: next(sums))
+        assert trainer().timed_step()[2] == 0.0
+
+    def test_an_accelerators_step_waits_for_no_core(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(load, "waited", lambda: 1.0)
+        monkeypatch.setattr(hardware, "synchronize", lambda _: None)
+        job = trainer()
+        monkeypatch.setattr(job, "step", lambda: torch.tensor(1.0))
+        job.batches.device = torch.device("cuda")
+        assert job.timed_step()[2] is None
+
     def test_where_the_system_does_not_say_nothing_is_recorded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(load, "waited", lambda: None)
         job = trainer(steps=2)
@@ -586,6 +637,42 @@ class TestMFU:
 
     def test_an_emulated_precision_has_no_peak(self, a100: Callable[..., float | None]) -> None:
         assert a100("tf32", "tf32", emulated=True) is None
+
+    def test_a_processor_and_an_unknown_card_have_no_peak(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        got = Precision("bf16", "bf16", False, 0, 0)
+        for device, name in (("cpu", "NVIDIA A100-SXM4-80GB"), ("cuda", "A card of tomorrow")):
+            monkeypatch.setattr(hardware, "device_name", lambda _, name=name: name)
+            assert jobs._mfu(RunConfig(), torch.device(device), got, 1e6) is None
+
+
+FULL = "out of memory, where about 2.0 GiB were expected to be enough"
+
+
+@pytest.mark.parametrize(
+    ("problem", "batch", "state", "line"),
+    [
+        (Diverged(7, "loss", math.nan), 4, "diverged", "loss became nan at step 7"),
+        (torch.OutOfMemoryError("CUDA"), 4, "failed", f"{FULL}; try train.batch_size=2"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4, "failed", f"{FULL}; try train.batch_size=2"),
+        (torch.OutOfMemoryError("CUDA"), 1, "failed", f"{FULL}; try a smaller model or a shorter train.seq_len"),
+        (torch.OutOfMemoryError("CUDA"), AUTO, "failed", f"{FULL}; try train.batch_size=auto"),
+        (MemoryError("needs 9 GiB"), 4, "failed", "needs 9 GiB"),
+        (PermissionError(13, "Permission denied", "/data/a.txt"), 4, "failed", "/data/a.txt: Permission denied"),
+        (OSError(28, "No space left on device"), 4, "failed", "No space left on device"),
+        (OSError("closed"), 4, "failed", "OSError: closed"),
+        (ValueError("first\nsecond"), 4, "failed", "ValueError: first"),
+    ],
+)
+def test_what_ended_a_run_is_one_line(problem: Exception, batch: int, state: str, line: str) -> None:
+    assert jobs._classify(problem, RunConfig(train=TrainConfig(batch_size=batch)), 2**31) == (state, line)
+
+
+def test_a_process_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = RuntimeError("[/pytorch/third_party/gloo/x.cc] Connection closed by peer")
+    assert jobs._classify(problem, RunConfig(), None)[1].startswith("RuntimeError: ")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    said = "one of the run's 4 processes ended, or can no longer be reached"
+    assert jobs._classify(problem, RunConfig(), None) == ("failed", said)
 
 
 MEASURE = """

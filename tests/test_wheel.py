@@ -35,9 +35,10 @@ def test_contents(wheel: Path) -> None:
     copy = wheel.parent.parent
     assert "gpt2exp/py.typed" in names
     assert "gpt2exp/conf/model/nano.yaml" in names
-    for path in (path for path in (copy / "gpt2exp").rglob("*") if path.is_file()):
+    assert not [name for name in names if name.endswith(".md")], "the folders' pages are for the checkout"
+    for path in (path for path in (copy / "gpt2exp").rglob("*") if path.is_file() and path.suffix != ".md"):
         assert path.relative_to(copy).as_posix() in names
-    for path in (path for path in (copy / "conf").rglob("*") if path.is_file()):
+    for path in (path for path in (copy / "conf").rglob("*") if path.is_file() and path.suffix != ".md"):
         assert f"gpt2exp/{path.relative_to(copy).as_posix()}" in names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"gpt2exp"}, (

@@ -149,7 +149,9 @@ def _advice(effect: Effect, margin: float | None) -> list[str]:
         return f"about {number:,} ({'perhaps ' + limit if most is None else f'at most {most:,}'})"
 
     said = f"{count(tell, tell_most)} seeds in all would tell a difference of this size"
-    return [said if not margin else f"{said}, {count(equal, equal_most)} to call it indistinguishable within ±{margin:g}"]
+    return [
+        said if not margin else f"{said}, {count(equal, equal_most)} to call it indistinguishable within ±{margin:g}"
+    ]
 
 
 def _remarks(effect: Effect) -> list[str]:
