@@ -25,11 +25,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid, Metric, Row
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid, Row
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import declared, open_ended, reach
 from gpt2exp.compare.report import Drawing, Section
 from gpt2exp.run import record
+from gpt2exp.run.metrics import Metric, number_of
 from gpt2exp.run.terminal import printable
 
 Array = npt.NDArray[np.float64]
@@ -428,10 +429,10 @@ def _bars(ax: Axes, axis: Axis, metric: Metric, form: Callable[[float], str]) ->
     }
     values = []
     for arm in axis.arms:
-        rows = [row for _, row in arm.cells if row.get(metric.key)]
+        rows = [row for _, row in arm.cells if number_of(row, metric.key)]
         if metric is SPEED and not refused:  # as the comparison has it: where pairs were not emulated, those count
             rows = [row for row in rows if not row["precision"]["emulated"]] or rows
-        values.append([row[metric.key] for row in rows])
+        values.append([number_of(row, metric.key) or 0.0 for row in rows])
     if not any(values):
         return None
     far = max(max(some) for some in values if some)

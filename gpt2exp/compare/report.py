@@ -30,13 +30,12 @@ from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST
 from gpt2exp.config import WandbConfig, parse
 from gpt2exp.run import record, terminal
+from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOSS = {"val_loss": "validation loss", "loss_mean_last10": "loss, the mean of the last ten steps"}
-METRICS = {**dict.fromkeys(LOSS, "loss, nats"), SPEED.key: "speed, ratio", MEMORY.key: "memory, MiB"}
 PAIRING = ("r", "saved")
 """Columns that the terminal has no room for."""
 COLOURS = {"better": "green", "worse": "red", "indistinguishable": "cyan", "inconclusive": "yellow"}
@@ -148,8 +147,7 @@ def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, st
     mean = effect.mean_difference if ratio is None else ratio
     if mean is None:
         return "", ""
-    scale = 2.0**20 if effect.metric == MEMORY.key else 1.0
-    values = [value / scale for value in (mean, *(effect.ci95 or []))]
+    values = [value / BY_KEY[effect.metric].scale for value in (mean, *(effect.ci95 or []))]
     resolution = (values[2] - values[1]) / 2 if effect.ci95 else 0.0
     resolution = resolution or abs(values[0]) / 10
     if ratio is not None:
@@ -160,13 +158,12 @@ def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, st
     return text, " to ".join(bounds)
 
 
-def deviation(std: float | None, metric: str) -> str:
+def deviation(std: float | None, key: str) -> str:
     """A seed-to-seed std in the metric's unit, in per cent of the speed; empty if unknown."""
     if std is None:
         return ""
-    if metric == SPEED.key:
-        return f"{spell(std * 100)} %"
-    return spell(std / (2**20 if metric == MEMORY.key else 1))
+    metric = BY_KEY[key]
+    return f"{spell(std * 100)} %" if metric.ratio else spell(std / metric.scale)
 
 
 def deviations(effect: Effect) -> str:
@@ -210,10 +207,11 @@ def sentences(comparison: Comparison) -> list[Sentence]:
 
 
 def _seeds_only(comparison: Comparison) -> Iterable[Sentence]:
-    values = [row[comparison.metric] for row in comparison.runs if row["state"] == "done"]
+    done = [number_of(row, comparison.metric) for row in comparison.runs if row["state"] == "done"]
+    values = [value for value in done if value is not None]
     if values:
         std = statistics.stdev(values) if len(values) > 1 else 0.0
-        text = f"{LOSS[comparison.metric]}: {spell(statistics.fmean(values), std or 0.005)} nats"
+        text = f"{BY_KEY[comparison.metric].name}: {spell(statistics.fmean(values), std or 0.005)} nats"
         known = f"on average over {_plain_count(len(values), 'run')}, seed-to-seed std {spell(std)}"
         yield Sentence("", f"{text} {known}." if len(values) > 1 else f"{text} in one run.")
 
@@ -282,7 +280,7 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
 
 def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
     """What a search found, how sure that is, and the sweep that makes it surer."""
-    best, loss = f"{float(item.best):.3g}", LOSS[comparison.metric]
+    best, loss = f"{float(item.best):.3g}", BY_KEY[comparison.metric].name
     text = f"of {item.n} values tried, {subject(item.key, best)} ended with the least {loss}, {spell(item.loss, 0.001)}"
     if item.at is None or item.ci95 is None:
         text += "; the least is not between the values around it: search beyond them"
@@ -292,7 +290,9 @@ def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
     text += f"(95 % interval {low} to {high})"
     if item.n_seeds > 1:
         return f"{text}, {_plain_count(item.n_seeds, 'seed')}."
-    (row,) = [row for row in comparison.runs if row["state"] == "done" and row[comparison.metric] == item.loss][:1]
+    row = next(
+        row for row in comparison.runs if row["state"] == "done" and number_of(row, comparison.metric) == item.loss
+    )
     kept = [word for word in row["overrides"] if word.partition("=")[0] not in (item.key, "seed")]
     arms = ",".join(dict.fromkeys((low, at, high)))
     surer = shlex.join(map(printable, ["gpt2exp", "-m", "seed=1,2,3,4,5", f"{item.key}={arms}", *kept]))
@@ -336,11 +336,12 @@ def effects_table(comparison: Comparison) -> Table:
     names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", *PAIRING)
     rows = []
     for effect in comparison.axes if not comparison.optima else ():  # a value tried once differs from another by chance
+        metric = BY_KEY[effect.metric]
         rows.append(
             [
                 printable(effect.key),
                 f"{printable(effect.arm)} against {printable(effect.baseline)}",
-                METRICS[effect.metric],
+                f"{metric.compared}, {'ratio' if metric.ratio else metric.unit}",
                 str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
                 *amounts(effect),
                 "" if effect.p_holm is None else probability(effect.p_holm).removeprefix("="),
@@ -388,7 +389,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     from rich.text import Text
 
     if comparison.axes and not comparison.optima:
-        _show_table(effects_table(comparison), console, f"compared in {LOSS[comparison.metric]}")
+        _show_table(effects_table(comparison), console, f"compared in {BY_KEY[comparison.metric].name}")
     for sentence in sentences(comparison):
         mark = Text(f"{SIGNS[sentence.verdict]} ", style=COLOURS.get(sentence.verdict, "dim"))
         console.print(mark + Text(sentence.text), soft_wrap=True)
@@ -494,10 +495,8 @@ def commands(rows: Sequence[Row]) -> list[str]:
         sweep = record.sweep_of(Path(row["folder"]))
         argv = row.get("overrides", [])
         if sweep is not None:
-            try:
-                argv = json.loads((sweep / record.SWEEP).read_text(encoding="utf-8"))["argv"]
-            except (OSError, ValueError, KeyError):
-                continue
+            known = record.Sweep.read(sweep)
+            argv = known.argv if known else []
         found[shlex.join(["gpt2exp", *(printable(word) for word in argv)])] = None
     return list(found)
 
@@ -537,25 +536,17 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def runs_table(comparison: Comparison) -> Table:
     """A row a run, its name first."""
     keys = list(comparison.swept)
-    forms: dict[str, Callable[[Row], str]] = {
-        "loss": lambda row: f"{row['loss_mean_last10']:.4f}",
-        "val loss": lambda row: f"{row['val_loss']:.4f}",
-        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-        "peak MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f}",
-        "seconds": lambda row: f"{row['wall_seconds']['total']:,.1f}",
-    }
     rows = []
     for row in comparison.runs:
         seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", [""] * len(keys))
         cells = [printable(row["name"]), printable(row["state"]), *map(printable, arms), str(seed)]
-        for form in forms.values():
-            try:
-                cells.append(form(row))
-            except (KeyError, TypeError, ValueError):
-                cells.append("")
-        rows.append(cells)
+        cells += [shown(row, metric.key) for metric in COLUMNS]
+        rows.append([*cells, f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"])
     words = [Column(name) for name in ("run", "state", *map(printable, keys))]
-    return Table([*words, *(Column(name, number=True) for name in ("seed", *forms))], rows)
+    return Table(
+        [*words, *(Column(name, number=True) for name in ("seed", *(metric.column for metric in COLUMNS), "seconds"))],
+        rows,
+    )
 
 
 def title(comparison: Comparison) -> str:
@@ -570,7 +561,7 @@ def summary(comparison: Comparison) -> str:
     if not comparison.axes:
         return text
     margin = "no margin stated" if comparison.margin is None else f"margin ±{comparison.margin:g} nats"
-    return f"{text}; compared in {LOSS[comparison.metric]}, {margin}"
+    return f"{text}; compared in {BY_KEY[comparison.metric].name}, {margin}"
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
