@@ -530,7 +530,7 @@ class TestEscaping:
             assert "<img" not in line
             if line.startswith("| +note") or line.startswith("| note"):
                 rows += 1
-                assert len(re.findall(r"(?<!\\)\|", line)) == 10
+                assert len(re.findall(r"(?<!\\)\|", line)) == 12
         assert rows == 3 * (len(HOSTILE) - 1)
 
     def test_terminal_gets_no_escape_code(self, hostile: Path) -> None:
