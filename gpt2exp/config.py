@@ -474,6 +474,7 @@ class SweepConfig(Section):
 
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
+    margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
 
 
 @dataclass(kw_only=True, slots=True)

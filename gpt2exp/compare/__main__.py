@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2exp.compare import report
-from gpt2exp.compare.comparison import (
-    Comparison,
-    compare,
-    read,
-)
+from gpt2exp.compare.comparison import Comparison, compare, read
 from gpt2exp.compare.report import Section, mirror, show
 from gpt2exp.config import BadRequest
 from gpt2exp.files import replacing, write_json
@@ -54,8 +50,8 @@ def command(argv: list[str]) -> int:
         args = parser.parse_args(argv)
         if args.margin is not None and not (math.isfinite(args.margin) and args.margin > 0):
             raise BadRequest(f"--margin {args.margin}: must be a number of nats above 0; try --margin 0.01")
-        comparison = compare(read(args.folders), margin=args.margin)
         out = args.out or args.folders[0]
+        comparison = compare(read(args.folders), margin=args.margin, out=out)
         write(comparison, out)
     except BadRequest as problem:
         terminal.refuse(str(problem), program="gpt2exp-compare", trace=full_error)

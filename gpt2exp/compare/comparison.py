@@ -15,20 +15,19 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from gpt2exp.compare.inference import ALPHA, fixed, holm, pooled_std
+from gpt2exp.compare.effect import Effect, infer, judge, paired
+from gpt2exp.compare.history import History, history
+from gpt2exp.compare.inference import holm, pooled_std
 from gpt2exp.config import MOVED, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, Summary, number_of
 from gpt2exp.training import load
-
-GROUPS = {"precision": "name", "init": "scheme", "data": "name", "optimizer": "name"}
-"""Config groups whose choice is a key of their section."""
 
 
 class Row(Summary, total=False):
@@ -47,35 +46,6 @@ LOSSES = tuple(metric for metric in METRICS if metric.compared == "loss")
 SPEED = BY_KEY["tokens_per_second"]
 
 MEMORY = BY_KEY["peak_memory_bytes"]
-
-
-@dataclass
-class Effect:
-    """One arm against the baseline of its axis, in one metric: an entry of `comparison.json`'s `axes`."""
-
-    key: str
-    baseline: str
-    arm: str
-    metric: str
-    n_pairs: int = 0
-    n_seeds: int = 0
-    dropped_pairs: int = 0
-    """Pairs planned that a failed or missing run broke."""
-    mean_difference: float | None = None
-    speed_ratio: float | None = None
-    ci95: list[float] | None = None
-    p_value: float | None = None
-    p_holm: float | None = None
-    """`p_value` after Holm's correction over the axes of this metric."""
-    seed_std: float | None = None
-    """Seed-to-seed standard deviation of the metric itself (of its logarithm, for a ratio)."""
-    verdict: str | None = None
-    reason: str = ""
-    baseline_mean: float | None = None
-    arm_mean: float | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
-    differences: dict[str, float] = field(default_factory=dict)
-    """By seed, averaged over the other axes; ratios for a ratio."""
 
 
 @dataclass
@@ -123,6 +93,10 @@ class Comparison:
     metric: str
     """The loss compared."""
     notes: list[str]
+    margin: float | None = None
+    """Nats within which a difference in the loss counts as none."""
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    """Comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`."""
 
     @property
     def searched(self) -> bool:
@@ -144,6 +118,8 @@ class Comparison:
             "seeds": self.seeds,
             "metric": self.metric,
             "notes": self.notes,
+            "margin": self.margin,
+            "looks": self.looks,
         }
 
 
@@ -194,141 +170,88 @@ def _of_today(row: Row) -> Row:
     return {**row, "config": config, "gone": row.get("gone", {}) | gone}
 
 
-def _flat(row: Row) -> dict[str, Any]:
-    """A run's configuration by dotted key, without housekeeping; keys of other versions (`gone`) with it."""
-    return flatten(row["config"]) | flatten(row.get("gone", {}))
+def _flat(row: Row) -> Settings:
+    """A run's configuration by dotted key, values as shown, without housekeeping; keys of other versions with it."""
+    return {key: show(value) for key, value in (flatten(row["config"]) | flatten(row.get("gone", {}))).items()}
 
 
-def typed(row: Row) -> Settings:
-    """What was typed for a run, by key, values as shown.
-
-    A key of the configuration takes its value from there, so that two spellings of it are one; a value that follows
-    others (`${train.steps}`, whose braces Hydra's sweeper records with backslashes) stays as typed.
-    """
-    flat = _flat(row)
+def _typed(row: Row, flat: Settings) -> Settings:
+    """What was typed for a run, by today's key; Hydra's sweeper records braces with backslashes."""
     settings: Settings = {}
     for text in row.get("overrides", []):
         key, _, value = text.lstrip("+").partition("=")
-        if is_housekeeping(key) or key == "experiment":
-            continue
-        key = key if key in flat else MOVED.get(key, key)
-        value = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
-        settings[key] = show(flat[key]) if key in flat and not _follows(value) else value.strip("'\"")
+        if not is_housekeeping(key) and key != "experiment":
+            key = key if key in flat else MOVED.get(key, key)
+            settings[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
     return settings
 
 
-def _follows(text: str) -> bool:
-    """Whether a value as typed follows other keys; what a resolver gives (`${oc.env:LR}`) may be anything."""
-    return "${" in text and ":" not in text
+def _arm(key: str, flat: Settings, told: Settings) -> str:
+    """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it."""
+    chosen = f"{_section(key)}{'scheme' if key == 'init' else 'name'}"
+    usual = "gpt2" if key.startswith("model") else "default"
+    return flat.get(key) or told.get(key) or flat.get(chosen, usual)
 
 
-def _default(key: str, flat: Mapping[str, Any]) -> str:
-    """What a run that did not type `key` has for it, by its flat configuration."""
-    if key in flat:
-        return show(flat[key])
-    if f"{key}.{GROUPS.get(key)}" in flat:
-        return show(flat[f"{key}.{GROUPS[key]}"])
-    return "gpt2" if key == "model" else "default"
-
-
-def _written(row: Row) -> dict[str, Any]:
-    with contextlib.suppress(BadRequest):
-        return record.written(Path(row["folder"]))
-    return {}
+def _section(group: str) -> str:
+    return f"{group.replace('/', '.')}."
 
 
 def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Each varying key but `seed`, with its arms: the schema's default first if it is one, else in order of the runs.
+    """The keys whose values vary and that a run was told, with their arms: the default first, else in order of runs.
+
+    A group is one axis, of its choices. It stands for what varies in its section with the choice alone: what was not
+    told by itself, or is null by default, such as `data.path`. A value that follows others is no axis.
 
     Raises:
-        BadRequest: the runs also differ in something that was not typed.
+        BadRequest: the runs also differ in something that was not told.
     """
     flats = [_flat(row) for row in rows]
-    told = [typed(row) for row in rows]
-    usual = flatten(plain(RunConfig()))
-    # of another version's key nobody knows the value in a run without it: alike in all that have it, it parts none
-    alike = {
-        key
-        for key in {key for flat in flats for key in flat.keys() - usual.keys()}
-        if len({repr(flat[key]) for flat in flats if key in flat}) == 1
-    }
-    names = dict.fromkeys(key for settings in told for key in settings if key not in alike)
-    arms = {
-        key: [settings.get(key, _default(key, flat)) for settings, flat in zip(told, flats, strict=True)]
-        for key in names
-        if key != "seed"
-    }
-    axes = {}
-    for key, of_runs in arms.items():
-        distinct, first = list(dict.fromkeys(of_runs)), _default(key, usual)
-        if len(distinct) > 1:
-            axes[key] = [*(arm for arm in distinct if arm == first), *(arm for arm in distinct if arm != first)]
-    for group in [key for key in axes if key not in usual]:
-        inside = {key for flat in flats for key in flat if key.startswith(f"{group}.")} - set(axes)
-        if inside and all(len({repr(flat.get(key)) for flat in flats}) == 1 for key in inside):
-            del axes[group]  # one choice, typed in some runs and made by a preset in the others
-    for key in [key for key in axes if key in usual and key.split(".")[0] in axes]:
-        together = set(zip(arms[key.split(".")[0]], arms[key], strict=True))
-        if _default(key, usual) == "null" and len(together) == len(axes[key.split(".")[0]]):
-            del axes[key]  # belongs to one choice, such as data.path to data=text: no difference of its own
-    following = {key for key in arms if key not in axes and _follows(arms[key][0])}
-    differing = []
-    for key in sorted({key for flat in flats for key in flat} - {"seed", *axes, *following, *alike}):
-        values = [repr(flat.get(key)) for flat in flats]
-        # a group's choice sets its section, alike in every run that made the choice
-        choices = arms[key.split(".")[0]] if key.split(".")[0] in axes else [""] * len(rows)
-        if len(set(zip(choices, values, strict=True))) > len(set(choices)):
-            differing.append(key)
-    if differing:  # unless they follow in a preset of the user's own, which nobody typed
-        texts = [_written(row) for row in rows]
-        same = {key: {str(text.get(key)) for text in texts} for key in differing}
-        differing = [key for key in differing if len(same[key]) > 1 or not _follows(*same[key])]
-    if differing:
+    told = [_typed(row, flat) for row, flat in zip(rows, flats, strict=True)]
+    usual = {key: show(value) for key, value in flatten(plain(RunConfig())).items()}
+    keys = {key for flat in flats for key in flat} - {"seed"}
+    # a run may lack a key of another version: nobody knows its value there, so it differs from none
+    varying = {key for key in keys if len({flat[key] for flat in flats if key in flat}) > 1}
+    names = dict.fromkeys(key for settings in told for key in settings if key in varying or key not in {*keys, "seed"})
+    arms = {key: [_arm(key, *of_run) for of_run in zip(flats, told, strict=True)] for key in names}
+    arms = {key: of_runs for key, of_runs in arms.items() if len(set(of_runs)) > 1}
+    by_group: set[str] = set()
+    for group in arms.keys() - keys:
+        inside = {key for key in keys if key.startswith(_section(group))}
+        for key in {key for key in inside & varying if key not in arms or usual.get(key) == "null"}:
+            both = {(arm, flat.get(key)) for arm, flat in zip(arms[group], flats, strict=True)}
+            if len(both) == len(set(arms[group])):
+                by_group.add(key)
+        if inside and not inside & by_group:
+            del arms[group]  # told in some runs, a preset's choice in the others
+    following = {key for key in varying - by_group if _follows(key, rows, told)}
+    if differing := sorted(varying - arms.keys() - by_group - following):
         raise BadRequest(
             f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
             "compare folders whose runs share it"
         )
-    return axes
+    return {
+        key: sorted(dict.fromkeys(of_runs), key=_arm(key, usual, {}).__ne__)  # the default first: False before True
+        for key, of_runs in arms.items()
+        if key not in by_group | following
+    }
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
+def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
+    """Whether a key follows others in every run, alike, as `${train.steps}` does: typed, or written in a preset.
 
-
-def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> None:
-    """Set the verdict of an effect with an interval, on the scale on which the interval is symmetric (see `_scale`).
-
-    In this order:
-    1. inside ±margin, where the user stated one: indistinguishable, whatever the p value;
-    2. Holm's p below 0.05: better or worse, the reason saying so if it is smaller than the seed-to-seed std;
-    3. inside ± the seed-to-seed std, where no margin was stated: indistinguishable. Both intervals-inside are
-       equivalence tests in the manner of Schuirmann (1987), at 95 % rather than his 90 %, so stricter;
-    4. else inconclusive.
+    What a resolver gives (`${oc.env:LR}`) may be anything.
     """
-    assert effect.ci95 is not None
-    scaled, (low, high) = _scale(effect)
-    within = margin if margin is not None else effect.seed_std
-    inside = within is not None and -within <= low and high <= within
-    significant = effect.p_holm is not None and effect.p_holm < ALPHA
-    bounds = f"±{margin:g}" if margin is not None else "± the seed-to-seed std"
-    if inside and (margin is not None or not significant):
-        effect.verdict, effect.reason = "indistinguishable", f"the interval lies inside {bounds}"
-    elif significant:
-        effect.verdict = "better" if (scaled < 0) == lower_is_better else "worse"
-        small = effect.seed_std is not None and abs(scaled) < effect.seed_std
-        effect.reason = "smaller than the seed-to-seed std" if small else ""
-    elif effect.p_value is not None and effect.p_value < ALPHA:
-        effect.verdict, effect.reason = "inconclusive", "not beyond doubt among this many comparisons (Holm): add seeds"
-    else:
-        effect.verdict, effect.reason = "inconclusive", f"the interval reaches beyond {bounds}: add seeds"
+    texts = (settings.get(key) or _written(row, key) for row, settings in zip(rows, told, strict=True))
+    first = next(texts)
+    return "${" in first and ":" not in first and all(text == first for text in texts)
 
 
-def _scale(effect: Effect) -> tuple[float, tuple[float, float]]:
-    """Estimate and interval as a difference: of logarithms, for a ratio."""
-    assert effect.ci95 is not None
-    if effect.speed_ratio is not None:
-        return math.log(effect.speed_ratio), (math.log(effect.ci95[0]), math.log(effect.ci95[1]))
-    assert effect.mean_difference is not None
-    return effect.mean_difference, (effect.ci95[0], effect.ci95[1])
+def _written(row: Row, key: str) -> str:
+    """A key's value in a run's `.hydra`, interpolations as they stand; empty where that cannot be read."""
+    with contextlib.suppress(BadRequest):
+        return str(record.written(Path(row["folder"])).get(key))
+    return ""
 
 
 # --- pairing ---------------------------------------------------------------------------------------------------------
@@ -353,8 +276,9 @@ class Grid:
         self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
         planned: set[tuple[int, tuple[str, ...]]] = set()
         for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
-            settings, flat = typed(row), _flat(row)
-            arms = tuple(settings.get(key, _default(key, flat)) for key in axes)
+            flat = _flat(row)
+            told = _typed(row, flat)
+            arms = tuple(_arm(key, flat, told) for key in axes)
             planned.add((row["config"]["seed"], arms))
             if row["state"] == "done":
                 self.cells[row["config"]["seed"], arms] = row
@@ -388,8 +312,13 @@ class Grid:
         return pooled_std(by_arms.values())
 
 
-def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
+def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
     """The comparison of a set of runs, finished or not.
+
+    Args:
+        rows: As `read` gives them.
+        margin: Nats, instead of the `sweep.margin` that the runs have.
+        out: Where an earlier comparison may lie, besides the runs' sweeps.
 
     Raises:
         BadRequest: nothing to compare, or the runs differ in something unswept.
@@ -399,56 +328,76 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
     if not known or all(row["state"] in ("running", "not run", "damaged") for row in rows):
         damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
         raise BadRequest("; ".join(damaged) or "none of the runs has a summary yet; wait for one to finish")
-    axes = axes_of(known)
     done = [row for row in known if row["state"] == "done"]
-    failed = [
-        {
-            "name": row["name"],
-            "state": row["state"],
-            "step": row.get("steps", row.get("step")),
-            "error": row.get("error"),
-        }
-        for row in rows
-        if row["state"] != "done"
-    ]
     everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
     loss = everywhere[-1] if everywhere else LOSSES[0]
-    grid = Grid(known, axes)
-    contended = _contended(known)
-    effects = [
-        _effect(grid, key, arms[0], arm, metric, contended)
-        for key, arms in axes.items()
-        for arm in arms[1:]
-        for metric in (loss, SPEED, MEMORY)
-    ]
-    for metric in (loss, SPEED, MEMORY):
-        tested = [effect for effect in effects if effect.metric == metric.key and effect.p_value is not None]
-        for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
-            effect.p_holm = adjusted
-            judge(effect, lower_is_better=metric.better == "lower", margin=margin if metric is loss else None)
-    notes = []
-    if len(grid.cells) < len(done):
-        notes.append(f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts")
-    if not axes:
-        notes.append("nothing but the seed varies, so there is no axis to compare")
-    if gone := sorted({key for row in known for key in row.get("gone", {})} - set(axes)):
-        notes.append(f"{', '.join(gone)}: no key of this version, recorded by another; taken to make no difference")
-    notes += _unequal(grid)
-    made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
-    changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
-    if changed:
-        notes.append(f"the runs differ in {', '.join(changed)}, which may show in losses and speed")
+    grid = Grid(known, axes_of(known))
+    stated, notes = _margin(known)
+    if margin is not None:
+        stated, notes = margin, []
+    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
+    before = history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
+    effects = _effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated)
     return Comparison(
         runs=rows,
         axes=effects,
-        interactions=_interactions(grid, loss),
+        interactions=_interactions(grid, loss, before),
         distances=_distances(grid),
-        failed=failed,
-        swept=axes,
+        failed=[_failed(row) for row in rows if row["state"] != "done"],
+        swept=grid.axes,
         seeds=grid.seeds,
         metric=loss.key,
-        notes=notes,
+        notes=[*_notes(known, done, grid), *notes],
+        margin=stated,
+        looks=before.looks,
     )
+
+
+def _failed(row: Row) -> dict[str, Any]:
+    step = row.get("steps", row.get("step"))
+    return {"name": row["name"], "state": row["state"], "step": step, "error": row.get("error")}
+
+
+def _margin(known: Sequence[Row]) -> tuple[float | None, list[str]]:
+    """The margin stated before the runs, and a note where they disagree: the strictest counts, which is none."""
+    found = {row["config"]["sweep"]["margin"] for row in known}
+    margin = None if None in found else min(found)
+    if len(found) == 1:
+        return margin, []
+    taken = "so none is taken" if margin is None else f"the smallest is taken, {margin:g}"
+    return margin, [f"the runs differ in sweep.margin: {taken}"]
+
+
+def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[str]:
+    if len(grid.cells) < len(done):
+        yield f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts"
+    if not grid.axes:
+        yield "nothing but the seed varies, so there is no axis to compare"
+    if gone := sorted({key for row in known for key in row.get("gone", {})} - set(grid.axes)):
+        yield f"{', '.join(gone)}: no key of this version, recorded by another; taken to make no difference"
+    yield from _unequal(grid)
+    made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
+    changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
+    if changed:
+        yield f"the runs differ in {', '.join(changed)}, which may show in losses and speed"
+
+
+def _effects(
+    grid: Grid, metrics: Sequence[Metric], before: History, contended: set[str], margin: float | None
+) -> list[Effect]:
+    """Each arm against the baseline of its axis in each metric, judged."""
+    effects = [
+        _effect(grid, key, arm, metric, before, contended)
+        for key, arms in grid.axes.items()
+        for arm in arms[1:]
+        for metric in metrics
+    ]
+    for metric in metrics:
+        tested = [effect for effect in effects if effect.metric == metric.key and effect.ci95 is not None]
+        for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
+            effect.p_holm = adjusted
+            judge(effect, lower_is_better=metric.better == "lower", margin=margin if metric is metrics[0] else None)
+    return effects
 
 
 def _unequal(grid: Grid) -> Iterator[str]:
@@ -465,7 +414,9 @@ def _unequal(grid: Grid) -> Iterator[str]:
                 )
 
 
-def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, contended: set[str]) -> Effect:
+def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, contended: set[str]) -> Effect:
+    """An arm against the baseline of its axis, with an interval unless something keeps them from being compared."""
+    baseline = grid.axes[key][0]
     pairs, broken = grid.pairs(key, baseline, arm)
     if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
         pairs = [pair for pair in pairs if not _emulated(pair)] or pairs
@@ -479,30 +430,46 @@ def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, conte
     if any(number_of(row, metric.key) is None for pair in pairs for row in (pair.baseline, pair.arm)):
         effect.verdict, effect.reason = "not_comparable", "not measured in every run"
         return effect
-    by_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for pair in pairs:
-        by_seed[pair.seed].append((_compared(pair.baseline, metric), _compared(pair.arm, metric)))
-    ones = [statistics.fmean(one for one, _ in both) for both in by_seed.values()]
-    others = [statistics.fmean(other for _, other in both) for both in by_seed.values()]
-    values = [other - one for one, other in zip(ones, others, strict=True)]
+    effect.seed_std, effect.baseline_std, effect.arm_std = (
+        grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
+    )
+    _estimate(effect, pairs, metric, before)
+    if obstacle := _obstacle(key, metric, pairs, contended):
+        effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
+    return effect
+
+
+def _estimate(effect: Effect, pairs: Sequence[Pair], metric: Metric, before: History) -> None:
+    """Set the mean difference and its interval over seeds, in the order in which the seeds were run."""
     back = math.exp if metric.ratio else float
-    effect.seed_std = grid.spread(metric, key, (baseline, arm))
+    by_seed = _in_order((pair.seed, (pair.baseline, pair.arm)) for pair in pairs)
+    both = [[(_compared(one, metric), _compared(other, metric)) for one, other in rows] for rows in by_seed.values()]
+    ones = [statistics.fmean(one for one, _ in figures) for figures in both]
+    others = [statistics.fmean(other for _, other in figures) for figures in both]
+    values = [other - one for one, other in zip(ones, others, strict=True)]
     effect.baseline_mean, effect.arm_mean = back(statistics.fmean(ones)), back(statistics.fmean(others))
     effect.differences = {str(seed): back(value) for seed, value in zip(by_seed, values, strict=True)}
-    found = fixed(values)
+    looks = before.of(len(values), effect.key, (effect.baseline, effect.arm))
+    found = infer(values, looks, before.schedule)
+    effect.inference, effect.looks = found.inference, list(before.schedule) if found.inference == "declared" else looks
     if metric.ratio:
         effect.speed_ratio = back(found.mean)
     else:
         effect.mean_difference = found.mean
-    obstacle = _obstacle(key, metric, pairs, contended)
-    if obstacle:
-        effect.verdict, effect.reason = "not_comparable", obstacle
-        return effect
-    if found.n == 1:
-        effect.reason = "n=1: no interval, add seeds"
-        return effect
+    if not math.isfinite(found.low):
+        effect.reason = f"n={found.n}: no interval, add seeds"
+        return
     effect.ci95, effect.p_value = [back(found.low), back(found.high)], found.p
-    return effect
+    paired(effect, ones, others)
+
+
+def _in_order(found: Iterable[tuple[int, tuple[Row, ...]]]) -> dict[int, list[tuple[Row, ...]]]:
+    """Runs held against each other by seed, the seeds in the order in which the last runs of each began."""
+    by_seed: dict[int, list[tuple[Row, ...]]] = defaultdict(list)
+    for seed, rows in found:
+        by_seed[seed].append(rows)
+    began = {seed: max(row["started"] for rows in each for row in rows) for seed, each in by_seed.items()}
+    return dict(sorted(by_seed.items(), key=lambda item: began[item[0]]))
 
 
 def _emulated(pair: Pair) -> bool:
@@ -579,7 +546,7 @@ def _contended(rows: Sequence[Row]) -> set[str]:
     return found
 
 
-def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
+def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interaction]:
     """Every two-way interaction of arms against their baselines in the loss, by seed like the main effects.
 
     Each difference of differences is taken among four runs that share all else, then averaged over the other axes.
@@ -587,7 +554,7 @@ def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
     found = []
     for (a, a_arms), (b, b_arms) in itertools.combinations(grid.axes.items(), 2):
         at_a, at_b = list(grid.axes).index(a), list(grid.axes).index(b)
-        by_arms: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        by_arms: dict[tuple[str, str], list[tuple[int, tuple[Row, ...]]]] = defaultdict(list)
         for seed, arms in grid.planned:
             if arms[at_a] == a_arms[0] or arms[at_b] == b_arms[0]:
                 continue
@@ -596,16 +563,22 @@ def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
                 corner = list(arms)
                 corner[at_a], corner[at_b] = arm_a, arm_b
                 corners.append(grid.cells.get((seed, tuple(corner))))
-            losses = [_compared(row, metric) for row in corners if row and number_of(row, metric.key) is not None]
-            if len(losses) == 4:
-                by_arms[arms[at_a], arms[at_b]][seed].append(losses[0] - losses[1] - losses[2] + losses[3])
+            rows = tuple(row for row in corners if row is not None and number_of(row, metric.key) is not None)
+            if len(rows) == 4:
+                by_arms[arms[at_a], arms[at_b]].append((seed, rows))
         for pair in itertools.product(a_arms[1:], b_arms[1:]) if by_arms else ():
             if pair not in by_arms:
                 continue
-            by_seed = [statistics.fmean(values) for values in by_arms[pair].values()]
+            by_seed = [
+                statistics.fmean(
+                    one - two - three + four
+                    for one, two, three, four in ((_compared(row, metric) for row in four) for four in rows)
+                )
+                for rows in _in_order(by_arms[pair]).values()
+            ]
             spread = grid.spread(metric, a, (a_arms[0], pair[0]))
-            of = fixed(by_seed)
-            interval, p_value = ([of.low, of.high], of.p) if of.n > 1 else (None, None)
+            of = infer(by_seed, before.of(len(by_seed), a, (a_arms[0], pair[0])), before.schedule)
+            interval, p_value = ([of.low, of.high], of.p) if math.isfinite(of.low) else (None, None)
             large = (of.low > 0 or of.high < 0) and spread is not None and abs(of.mean) > spread
             found.append(Interaction((a, b), pair, metric.key, of.n, of.mean, interval, p_value, large))
     return found

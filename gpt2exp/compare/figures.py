@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Effect, Grid, Row
-from gpt2exp.compare.inference import reach
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid, Row
+from gpt2exp.compare.effect import Effect
+from gpt2exp.compare.inference import declared, open_ended, reach
 from gpt2exp.compare.report import Drawing, Section
 from gpt2exp.run import record
 from gpt2exp.run.metrics import Metric, number_of
@@ -152,6 +153,7 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
         ("loss", "Loss over the run", SIZE[1], _loss),
         ("gap", "Difference along the way", SIZE[1], _gap),
         ("difference", "Difference at the end, seed by seed", _height(ended, 0.55 + 0.16 * min(seeds, 12)), _pairs),
+        ("intervals", "Difference after each seed", SIZE[1], _intervals),
         ("residual", "Residual stream through the blocks", SIZE[1], _residual),
         ("speed", "Throughput", _height(arms, 0.62), speed),
         ("memory", "Peak memory", _height(arms, 0.62), memory),
@@ -381,6 +383,41 @@ def _pairs(ax: Axes, axis: Axis) -> str | None:
     text = f"A line a seed, from {shorten(effects[0].baseline, 60)} at zero to the arm; the diamond is the mean"
     text += ", its bar the 95 % interval" if any(effect.ci95 for effect in effects) else ""
     return f"{text}. Shaded: ± the standard deviation between seeds." if shaded else f"{text}."
+
+
+def _intervals(ax: Axes, axis: Axis) -> str | None:
+    """Mean and interval of the first n seeds for every n, by intervals that hold at every look."""
+    effects = [effect for effect in axis.effects(axis.comparison.metric) if effect.ci95 and effect.n_seeds > 2]
+    if not effects:
+        return None
+    colours = {arm.name: (arm.colour, arm.label) for arm in axis.arms}
+    margin, handles, labels = axis.comparison.margin, [], []
+    furthest = max(abs(bound) for effect in effects for bound in (*effect.differences.values(), *(effect.ci95 or ())))
+    for number, effect in enumerate(effects):
+        shift = (number - (len(effects) - 1) / 2) * 0.5 / len(effects)  # or arms would hide each other
+        values, schedule = effect.scaled, effect.looks if effect.inference == "declared" else ()
+        ends = [n for n in schedule or range(3, len(values) + 1) if n <= len(values)]
+        found = [declared(values[:n], schedule) if schedule else open_ended(values[:n]) for n in ends]
+        x, means = np.array([item.n for item in found]) + shift, [item.mean for item in found]
+        (colour, label), bounds = colours[effect.arm], [(item.low, item.high) for item in found]
+        ax.vlines(x, *zip(*bounds, strict=True), color=colour, linewidth=1.4)
+        handles += ax.plot(x, means, "o", color=colour, markersize=4)
+        labels.append(label)
+        furthest = max(furthest, *map(abs, bounds[-1]))
+    ax.axhline(0, color="black", linewidth=0.9)
+    for bound in (-margin, margin) if margin else ():
+        ax.axhline(bound, color="black", alpha=0.55, linewidth=0.9, linestyle=(0, (2, 2)))
+    ax.set_ylim(-1.3 * furthest, 1.3 * furthest)  # the first intervals are many times as wide as the last
+    ax.set_xlabel("seeds, in the order in which they were run")
+    ax.set_ylabel("arm minus baseline, nats")
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _rules(ax)
+    _legend(ax, handles, labels)
+    text = f"Mean difference from {shorten(effects[0].baseline, 60)} over the first seeds"
+    text += ", with a 95 % interval that holds however often one looks"
+    if any(effect.inference == "fixed" for effect in effects):
+        text += ", so wider than the table's, which is right at one look"
+    return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
 
 
 def _bars(ax: Axes, axis: Axis, metric: Metric, form: Callable[[float], str]) -> str | None:

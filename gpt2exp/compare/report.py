@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Row
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Grid, Interaction, Row
+from gpt2exp.compare.effect import Effect
+from gpt2exp.compare.inference import LARGEST
 from gpt2exp.config import WandbConfig, parse
 from gpt2exp.run import record, terminal
 from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
@@ -34,6 +36,8 @@ from gpt2exp.run.terminal import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+PAIRING = ("r", "saved")
+"""Columns that the terminal has no room for."""
 COLOURS = {"better": "green", "worse": "red", "indistinguishable": "cyan", "inconclusive": "yellow"}
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
 INTERACTIONS = (
@@ -42,11 +46,18 @@ INTERACTIONS = (
 )
 METHOD = (
     "Runs that differ in one axis and share the rest, seed included, are a pair. Differences at one seed are averaged "
-    "over the other axes first; n counts seeds. Intervals are 95 % paired t intervals, p values are corrected by Holm "
-    "over the arms of all axes in one metric. The seed-to-seed std is that of the metric itself among runs that differ "
-    "in the seed alone: the size of a difference that chance makes between two single runs.",
-    "better, worse: p below 0.05. indistinguishable: the interval lies inside ± the seed-to-seed std, or inside the "
-    "margin that was asked for. inconclusive: neither. not comparable: the reason says why.",
+    "over the other axes first; n counts seeds. Intervals are 95 %, of the paired differences; p values are corrected "
+    "by Holm over the arms of all axes in one metric. The seed-to-seed std is that of the metric itself among runs "
+    "that differ in the seed alone: the size of a difference that chance makes between two single runs; the arm's, in "
+    "brackets the baseline's.",
+    "The interval is Student's t, which is right at one look. Where seeds were added after an earlier comparison, it "
+    "is that of an e-process, wider and right at every look; p then keeps the strongest look so far.",
+    "better, worse: p below 0.05. indistinguishable: the interval lies inside the margin stated beforehand "
+    "(sweep.margin, or --margin); without a margin only arms without any difference are. inconclusive: neither; the "
+    "seeds named would settle it in four of five studies that go on like this one, added after this look and not "
+    "corrected by Holm. not comparable: the reason says why.",
+    "r is the correlation of the two arms over seeds, and saved how many seeds more an arm would need without sharing "
+    "them; below 0, pairing lost.",
 )
 """How to read it, for the page and the Markdown."""
 
@@ -147,12 +158,25 @@ def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, st
     return text, " to ".join(bounds)
 
 
-def deviation(effect: Effect) -> str:
-    """The seed-to-seed std of an effect's metric in the same unit, in per cent of the speed; empty if unknown."""
-    if effect.seed_std is None:
+def deviation(std: float | None, key: str) -> str:
+    """A seed-to-seed std in the metric's unit, in per cent of the speed; empty if unknown."""
+    if std is None:
         return ""
-    metric = BY_KEY[effect.metric]
-    return f"{spell(effect.seed_std * 100)} %" if metric.ratio else spell(effect.seed_std / metric.scale)
+    metric = BY_KEY[key]
+    return f"{spell(std * 100)} %" if metric.ratio else spell(std / metric.scale)
+
+
+def deviations(effect: Effect) -> str:
+    """The arm's seed-to-seed std and in brackets the baseline's: pooled, one would hide the other."""
+    arm, baseline = (deviation(std, effect.metric) for std in (effect.arm_std, effect.baseline_std))
+    return f"{arm} ({baseline})" if arm and baseline else arm or baseline
+
+
+def saved(effect: Effect) -> str:
+    """Seeds that pairing saved."""
+    if effect.seeds_saved is None:
+        return "" if effect.ci95 is None else f">{LARGEST - effect.n_seeds:,}"
+    return str(effect.seeds_saved).replace("-", "−")
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -194,7 +218,7 @@ def _seeds_only(comparison: Comparison) -> Iterable[Sentence]:
 
 def _sentence(effects: dict[str, Effect], metric: str) -> str:
     loss = effects[metric]
-    name, base, std = subject(loss.key, loss.arm), printable(loss.baseline), deviation(loss)
+    name, base, std = subject(loss.key, loss.arm), printable(loss.baseline), deviation(loss.seed_std, loss.metric)
     difference, interval = amounts(loss)
     size, size_interval = amounts(loss, sign=False)
     reason = printable(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {std}".strip(), 1)
@@ -202,7 +226,8 @@ def _sentence(effects: dict[str, Effect], metric: str) -> str:
     costs = "".join(_costs(effects, loss))
     if loss.verdict in ("better", "worse"):
         text = f"{name} is {loss.verdict} than {base} by {size} nats (95 % interval {size_interval}, {tested}"
-        text += f", {reason}{costs}" if reason else f"{costs}; the seed-to-seed std is {std}"
+        text += f", {reason}{costs}" if reason else costs
+        text += "" if "seed-to-seed" in reason else f"; the seed-to-seed std is {deviations(loss) or std}"
     elif loss.verdict in ("indistinguishable", "inconclusive"):
         open_ = loss.verdict == "inconclusive"
         text = f"{name} against {base} is open" if open_ else f"{name} cannot be told apart from {base}"
@@ -299,8 +324,8 @@ def _plain_count(number: int, thing: str) -> str:
 
 def effects_table(comparison: Comparison) -> Table:
     """A row an axis, arm and metric; the verdict and its reason last."""
-    numeric = ("n", "difference", "p", "seed std")
-    names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "verdict", "reason")
+    numeric = ("n", "difference", "p", "seed std", *PAIRING)
+    names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", *PAIRING)
     rows = []
     # in a search a value tried once differs from another by chance
     for effect in comparison.axes if not comparison.searched else ():
@@ -313,12 +338,20 @@ def effects_table(comparison: Comparison) -> Table:
                 str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
                 *amounts(effect),
                 "" if effect.p_holm is None else probability(effect.p_holm).removeprefix("="),
-                deviation(effect),
+                deviations(effect),
+                "" if effect.pair_correlation is None else f"{effect.pair_correlation:.3g}".replace("-", "−"),
+                saved(effect),
                 effect.verdict or "",
                 printable(effect.reason),
             ]
         )
-    return Table([Column(name, name in numeric) for name in names], rows)
+    return Table([Column(name, name in numeric) for name in (*names, "verdict", "reason")], rows)
+
+
+def without(shown: Table, names: Sequence[str]) -> Table:
+    """The table without some columns."""
+    kept = [at for at, column in enumerate(shown.columns) if column.name not in names]
+    return Table([shown.columns[at] for at in kept], [[row[at] for at in kept] for row in shown.rows])
 
 
 def reasons_of(effects: Table) -> list[str]:
@@ -370,6 +403,7 @@ def _show_table(shown: Table, console: Console, heading: str) -> None:
 
     table = RichTable(title=heading, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     table.add_column("axis and arms", overflow="fold")
+    shown = without(shown, PAIRING)
     for column in shown.columns[2:-1]:
         table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
     reasons = reasons_of(shown)
@@ -517,7 +551,10 @@ def summary(comparison: Comparison) -> str:
     """How many runs there are and what is compared."""
     runs, seeds = _plain_count(len(comparison.runs), "run"), _plain_count(len(comparison.seeds), "seed")
     text = f"{runs}, {len(comparison.runs) - len(comparison.failed)} finished, {seeds}"
-    return f"{text}; compared in {BY_KEY[comparison.metric].name}" if comparison.axes else text
+    if not comparison.axes:
+        return text
+    margin = "no margin stated" if comparison.margin is None else f"margin ±{comparison.margin:g} nats"
+    return f"{text}; compared in {BY_KEY[comparison.metric].name}, {margin}"
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------

@@ -27,9 +27,11 @@ from scipy import stats
 from gpt2exp import config
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison as comparisons
+from gpt2exp.compare import effect as effects
 from gpt2exp.compare import report
-from gpt2exp.compare.comparison import Comparison, Effect, Row
-from gpt2exp.compare.inference import fixed, holm, pooled_std
+from gpt2exp.compare.comparison import Comparison, Row
+from gpt2exp.compare.effect import Effect
+from gpt2exp.compare.inference import declared, fixed, holm, needed, open_ended, pairing, pooled_std
 from gpt2exp.config import BadRequest, parse, plain
 
 GROUPS = ("model", "init", "precision", "data", "optimizer")
@@ -222,35 +224,41 @@ def test_a_true_effect_of_two_standard_errors_is_found_at_the_rate_of_theory(see
 def judged(mean: float, half: float, *, p: float, std: float | None = 1.0, margin: float | None = None) -> Effect:
     """An effect on the loss with that interval, judged."""
     e = Effect("k", "a", "b", "val_loss", mean_difference=mean, ci95=[mean - half, mean + half], p_value=p, p_holm=p)
-    e.seed_std = std
-    comparisons.judge(e, lower_is_better=True, margin=margin)
+    e.seed_std, e.n_seeds = std, 3
+    e.differences = {"1": mean - half, "2": mean, "3": mean + half}
+    effects.judge(e, lower_is_better=True, margin=margin)
     return e
 
 
 def test_precedence_of_verdicts() -> None:
     tiny = judged(0.01, 0.005, p=0.001)
     assert (tiny.verdict, tiny.reason) == ("worse", "smaller than the seed-to-seed std")
-    assert judged(0.01, 0.005, p=0.001, margin=0.02).verdict == "indistinguishable"  # what the user stated goes first
+    assert judged(0.01, 0.005, p=0.001, margin=0.02).verdict == "indistinguishable"  # what was stated goes first
     assert judged(0.01, 0.005, p=0.001, margin=0.012).verdict == "worse"
     assert judged(-2, 0.5, p=0.001).verdict == "better"
     assert judged(-2, 0.5, p=0.001).reason == ""
-    assert judged(0.1, 0.5, p=0.6).verdict == "indistinguishable"
-    assert judged(0.1, 0.5, p=0.6, margin=0.3).verdict == "inconclusive"  # a margin replaces the std
-    assert judged(0.1, 0.5, p=0.6, margin=0.3).reason == "the interval reaches beyond ±0.3: add seeds"
-    wide = judged(0.1, 1.5, p=0.8)
-    assert (wide.verdict, wide.reason) == (
-        "inconclusive",
-        "the interval reaches beyond ± the seed-to-seed std: add seeds",
-    )
-    assert judged(0.1, 0.5, p=0.6, std=None).verdict == "inconclusive"
-    assert judged(0.0, 0.0, p=1.0, std=0.0).verdict == "indistinguishable"
+    assert judged(0.1, 0.5, p=0.6, margin=0.7).verdict == "indistinguishable"
+    assert judged(0.1, 0.5, p=0.6, margin=0.3).verdict == "inconclusive"
+    assert judged(0.1, 0.5, p=0.6, margin=0.3).reason.startswith("the interval reaches beyond ±0.3; about ")
+    assert judged(0.0, 0.0, p=1.0, std=0.0).verdict == "indistinguishable"  # inside any margin
+
+
+@pytest.mark.parametrize(("half", "how"), [(0.5, "lies inside"), (1.5, "reaches beyond")])
+def test_without_a_margin_no_noise_makes_arms_equal(half: float, how: str) -> None:
+    """The seed-to-seed std depends on the data: a noisier study would find no difference more easily."""
+    found = judged(0.1, half, p=0.6)
+    assert found.verdict == "inconclusive"
+    assert found.reason.startswith(f"the interval holds zero and {how} ± the seed-to-seed std; ")
+    assert judged(0.1, half, p=0.6, std=None).verdict == "inconclusive"
 
 
 def test_what_only_holm_takes_back_says_so() -> None:
     e = Effect("k", "a", "b", "val_loss", mean_difference=2, ci95=[0.5, 3.5], p_value=0.03, p_holm=0.06, seed_std=1)
-    comparisons.judge(e, lower_is_better=True, margin=None)
+    e.differences, e.n_seeds = {"1": 1.4, "2": 2.0, "3": 2.6}, 3
+    effects.judge(e, lower_is_better=True, margin=None)
     assert e.verdict == "inconclusive"
     assert "Holm" in e.reason
+    assert (e.n_needed or 0) > 3
 
 
 def test_equivalence_end_to_end() -> None:
@@ -258,12 +266,200 @@ def test_equivalence_end_to_end() -> None:
     wobble = [0.0001, -0.0001, 0.0002, -0.0002, 0.0]
     seeds = [3.0, 3.1, 2.9, 3.2, 2.8]
     same = arms(TIE, {"true": seeds, "false": [s + w for s, w in zip(seeds, wobble, strict=True)]})
-    assert effect(same, TIE).verdict == "indistinguishable"
+    assert effect(same, TIE).verdict == "inconclusive"
+    assert effect(comparisons.compare(same, margin=0.001), TIE).verdict == "indistinguishable"
     shifted = arms(TIE, {"true": seeds, "false": [s + 0.001 + w for s, w in zip(seeds, wobble, strict=True)]})
     assert effect(shifted, TIE).verdict == "worse"
     assert effect(shifted, TIE).reason == "smaller than the seed-to-seed std"
     assert effect(comparisons.compare(shifted, margin=0.01), TIE).verdict == "indistinguishable"
     assert effect(comparisons.compare(shifted, margin=0.0001), TIE).verdict == "worse"
+
+
+def test_the_margin_is_the_runs_and_the_strictest_where_they_differ() -> None:
+    losses = {"true": [3.0, 3.1, 2.9], "false": [3.001, 3.1, 2.899]}
+
+    def stated(*margins: str) -> Comparison:
+        return comparisons.compare([r for m in margins for r in margined(m, losses)])
+
+    def margined(margin: str, losses: Mapping[str, Sequence[float]]) -> list[Row]:
+        return [
+            run(f"{TIE}={arm}", f"sweep.margin={margin}", loss=loss, seed=seed)
+            for arm, all in losses.items()
+            for seed, loss in enumerate(all)
+        ]
+
+    assert effect(stated("0.1"), TIE).verdict == "indistinguishable"
+    assert (stated("0.1").margin, stated("0.1").notes) == (0.1, [])
+    assert effect(stated("null"), TIE).verdict == "inconclusive"
+    both = stated("0.1", "0.2")
+    assert both.margin == 0.1
+    assert "the runs differ in sweep.margin: the smallest is taken, 0.1" in both.notes
+    assert stated("0.1", "null").margin is None
+    assert comparisons.compare(margined("0.1", losses), margin=0.0001).margin == 0.0001
+
+
+def test_an_open_row_says_how_many_seeds_would_settle_it() -> None:
+    """By the e-process, since they would come after this look; both verdicts, and the std that may be larger."""
+    rows = arms(TIE, {"true": [3.0, 3.1, 2.9, 3.05], "false": [3.02, 3.08, 2.93, 3.06]})
+    values = [0.02, -0.02, 0.03, 0.01]
+    found, known = effect(comparisons.compare(rows, margin=0.02), TIE), needed(values, 0.02, "open")
+    assert found.verdict == "inconclusive"
+    assert found.n_needed == min(known.tell or 0, known.equal or 0)
+    assert found.n_needed_at_most == min(known.tell_at_most or 0, known.equal_at_most or 0)
+    assert f"about {known.tell} (at most {known.tell_at_most:,}) seeds in all would tell" in found.reason
+    assert f"about {known.equal} (at most {known.equal_at_most:,}) to call it indistinguishable" in found.reason
+    alone = effect(rows, TIE)
+    assert (alone.n_needed, alone.reason.count("indistinguishable")) == (known.tell, 0)
+    never = arms(TIE, {"true": [3.0, 3.1, 2.9, 3.0], "false": [3.1, 3.0, 2.9, 3.0]})
+    assert (effect(never, TIE).n_needed, "more than 10,000" in effect(never, TIE).reason) == (None, True)
+    assert effect(two_by_two(TIE, "true", "false"), TIE).n_needed is None
+
+
+def test_what_pairing_gained() -> None:
+    one, other = [3.0, 3.1, 2.9, 3.2], [3.02, 3.11, 2.93, 3.21]
+    found = effect(arms(TIE, {"true": one, "false": other}), TIE)
+    assert found.pair_correlation == pytest.approx(np.corrcoef(one, other)[0, 1])
+    assert found.seeds_saved == (pairing(one, other).unpaired or 0) - 4
+    assert (found.baseline_std, found.arm_std) == pytest.approx((np.std(one, ddof=1), np.std(other, ddof=1)))
+    against = effect(arms(TIE, {"true": one, "false": [6 - loss for loss in one]}), TIE)
+    assert (against.seeds_saved or 0) < 0
+    assert "unpaired runs would do better" in against.reason
+    assert "unpaired" not in found.reason
+
+
+def test_a_seed_that_is_far_off_is_named() -> None:
+    calm = {str(seed): value for seed, value in enumerate((0.01, 0.02, 0.015, 0.012, 0.018, 0.9))}
+    assert effects.far_off(calm, list(calm.values())) == "5"
+    rng = np.random.default_rng(2)
+    drawn = [list(rng.normal(0, 1, n)) for n in (4, 6, 10) for _ in range(700)]
+    found = sum(effects.far_off([str(at) for at in range(len(of))], of) is not None for of in drawn)
+    assert 0.003 < found / len(drawn) < 0.017  # at the level of 1 %
+    assert effects.far_off(["1", "2", "3"], [0.0, 0.0, 9.0]) is None
+    rows = arms(TIE, {"true": [3.0] * 6, "false": [3 + value for value in calm.values()]})
+    assert "seed 5 is far off the others" in effect(rows, TIE).reason
+
+
+# --- looking and adding ----------------------------------------------------------------------------------------------
+
+
+def test_looking_after_every_seed_calls_what_is_not_there_too_often_only_without_the_record() -> None:
+    """500 sweeps without a difference, a look at each n from 3 to 20: the share that is ever called."""
+    rng = np.random.default_rng(5)
+    forgetful = honest = 0
+    for values in rng.normal(0, 0.01, (500, 20)):
+        called = {False: False, True: False}
+        for n in range(3, 21):
+            for recorded in called:
+                looks = list(range(3, n)) if recorded else []
+                of = effects.infer(values[:n], looks)
+                e = Effect("k", "a", "b", "val_loss", n_seeds=n, mean_difference=of.mean, ci95=[of.low, of.high])
+                e.p_value = e.p_holm = of.p
+                e.inference, e.looks = of.inference, looks
+                e.differences = {str(at): value for at, value in enumerate(values[:n])}
+                if called[recorded]:
+                    continue
+                if of.p < 0.05:
+                    effects.judge(e, lower_is_better=True, margin=None)
+                    called[recorded] = e.verdict in ("better", "worse")
+        forgetful, honest = forgetful + called[False], honest + called[True]
+    print(f"called: forgetful {forgetful / 500:.3f}, with the record {honest / 500:.3f}")
+    assert honest / 500 <= 0.05
+    assert forgetful / 500 > 0.15
+
+
+DIFFERENCES = [0.03, 0.012, 0.02, 0.022, 0.031, 0.008]
+
+
+def added(seeds: int, sweep: Path, begin: int = 0) -> Path:
+    """A sweep of `DIFFERENCES`, of which these seeds were run."""
+    for seed in range(begin, seeds):
+        for arm, loss in (("true", 3 + seed / 10), ("false", 3 + seed / 10 + DIFFERENCES[seed])):
+            put(run(f"{TIE}={arm}", loss=loss, seed=seed), sweep, f"{seed}_{arm}")
+    return sweep
+
+
+def looked(sweep: Path, **how: Any) -> Effect:
+    """The sweep compared, written, and its effect on the loss as written."""
+    conclude.write(comparisons.compare(comparisons.read([sweep]), **how), sweep)
+    [found] = [e for e in json.loads((sweep / "comparison.json").read_text())["axes"] if "loss" in e["metric"]]
+    return Effect(**found)
+
+
+def test_seeds_added_after_a_look_get_the_interval_that_holds_at_every_look(tmp_path: Path) -> None:
+    assert looked(added(3, tmp_path)).inference == "fixed"
+    again = looked(tmp_path)
+    assert (again.inference, again.looks) == ("fixed", [])  # nothing was added
+    grown = looked(added(6, tmp_path, begin=3))
+    of = open_ended(DIFFERENCES, [3])
+    assert (grown.inference, grown.looks) == ("open", [3])
+    assert grown.ci95 == pytest.approx([of.low, of.high])
+    assert grown.p_value == pytest.approx(of.p)
+    assert "seeds were added after a look at n=3" in grown.reason
+    assert looked(tmp_path).looks == [3]
+    known = json.loads((tmp_path / "comparison.json").read_text())
+    assert [(look["seeds"], look["planned"]) for look in known["looks"]] == [(3, 3), (6, 6)]
+
+
+def test_a_comparison_of_an_older_version_is_a_look(tmp_path: Path) -> None:
+    looked(added(3, tmp_path))
+    change(tmp_path / "comparison.json", lambda of: of.pop("looks"))
+    assert looked(added(5, tmp_path, begin=3)).looks == [3]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"looks": 3}', '{"runs": 1, "seeds": [], "swept": {}}', "\xff", '{"axes"']
+)
+def test_another_programs_comparison_is_no_look(tmp_path: Path, text: str) -> None:
+    (tmp_path / "comparison.json").write_text(text)
+    (tmp_path / "sweep.json").write_text(text)
+    assert looked(added(3, tmp_path)).inference == "fixed"
+
+
+def test_what_was_planned_at_the_look_is_not_added(tmp_path: Path) -> None:
+    """A sweep that was broken off, or a run that failed, and went on to the seeds it was begun for."""
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": [[f"seed={seed}"] for seed in range(5)]}))
+    looked(added(3, tmp_path))
+    assert looked(added(5, tmp_path, begin=3)).inference == "fixed"
+    assert looked(added(6, tmp_path, begin=5)).looks == [3, 5]
+
+
+def test_a_look_at_other_arms_is_none_at_these(tmp_path: Path) -> None:
+    sweep = added(4, tmp_path)
+    looked(sweep)
+    change(sweep / "comparison.json", lambda of: of["looks"][0].update(arms={"optimizer.lr": ["0.1", "0.2"]}))
+    assert looked(added(6, sweep, begin=4)).inference == "fixed"
+
+
+def test_looks_that_were_declared_are_sharper(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": [], "looks": [3, 4, 5, 6]}))
+    looked(added(3, tmp_path))
+    found, of = looked(added(5, tmp_path, begin=3)), declared(DIFFERENCES[:5], [3, 4, 5, 6])
+    assert (found.inference, found.looks) == ("declared", [3, 4, 5, 6])
+    assert found.ci95 == pytest.approx([of.low, of.high])
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": [], "looks": [4, 5]}))  # there was one at 3 too
+    assert looked(tmp_path).inference == "open"
+
+
+def test_seeds_count_in_the_order_in_which_they_were_run() -> None:
+    """What a look saw are the first to be run, not the lowest."""
+    order = [7, 2, 9, 4]
+    rows = [run(f"{TIE}={arm}", seed=seed, loss=3.0) for seed in order for arm in ("true", "false")]
+    random.Random(1).shuffle(rows)
+    assert list(effect(rows, TIE).differences) == ["7", "2", "9", "4"]
+
+
+def test_what_was_decided_stays_decided(tmp_path: Path) -> None:
+    values = [0.030, 0.031, 0.029, 0.0305, 0.0295, -0.2]
+    of = open_ended(values, [5])
+    assert of.decided == 5
+    assert of.low < 0 < of.high
+    e = Effect("k", "a", "b", "val_loss", n_seeds=6, mean_difference=of.mean, ci95=[of.low, of.high], p_value=of.p)
+    e.p_holm, e.inference, e.looks = of.p, "open", [5]
+    e.differences = {str(at): value for at, value in enumerate(values)}
+    effects.judge(e, lower_is_better=True, margin=None)
+    assert e.verdict == "worse"  # as it was then; the mean has another sign now
+    assert of.mean < 0
+    assert "decided at n=5, though the interval of all seeds holds zero again" in e.reason
 
 
 def test_margin_is_about_the_loss_alone() -> None:

@@ -30,7 +30,8 @@ from support import SMALL, OfflineRun, read, run, run_folders
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison as compare
 from gpt2exp.compare import figures, report
-from gpt2exp.compare.comparison import Comparison, Distance, Effect
+from gpt2exp.compare.comparison import Comparison, Distance
+from gpt2exp.compare.effect import Effect
 from gpt2exp.config import RunConfig, plain
 from gpt2exp.run import record, terminal
 
@@ -209,6 +210,24 @@ class TestWords:
         assert "cannot be told apart from true: a difference of +0.00012 nats (95 % interval −0.00030 to" in text
         assert text.endswith(f"{why} 0.021; 2 pairs dropped, for want of a finished run.")
 
+    def test_the_stds_of_unequal_arms_stand_apart(self) -> None:
+        effects = effect("better", -0.0102, -0.0192, -0.0012, baseline_std=0.088, arm_std=0.015)
+        assert sentence(effects).endswith("the seed-to-seed std is 0.015 (0.088).")
+        axes = {"init.residual_scaling": ["true", "false"]}
+        table = report.effects_table(_comparison(list(effects.values()), axes))
+        row = dict(zip([column.name for column in table.columns], table.rows[0], strict=True))
+        assert row["seed std"] == "0.015 (0.088)"
+
+    def test_what_pairing_gained_stands_on_its_row(self) -> None:
+        axes = {"init.residual_scaling": ["true", "false"]}
+        for r, seeds, told in ((0.84, 5, ["0.84", "5"]), (-0.3, -2, ["−0.3", "−2"]), (0.99996, None, ["1", ">9,997"])):
+            effects = effect("better", -0.01, -0.02, -0.001, pair_correlation=r, seeds_saved=seeds)
+            table = report.effects_table(_comparison(list(effects.values()), axes))
+            row = dict(zip([column.name for column in table.columns], table.rows[0], strict=True))
+            assert [row["r"], row["saved"]] == told
+        spoken_ = spoken(_comparison(list(effects.values()), axes))
+        assert "saved" not in spoken_  # there is no room
+
     def test_one_seed_gives_no_verdict(self) -> None:
         one = effect(None, 0.5, n_seeds=1, p_value=None, p_holm=None, reason="n=1: no interval, add seeds")
         assert "=false ended 0.500 nats above true (n=1: no interval, add seeds)" in sentence(one)
@@ -299,7 +318,7 @@ class TestFiles:
         text = report.markdown(comparison, tmp_path, [])
         rules = [line for line in text.splitlines() if line.startswith("| -")]
         assert rules == [
-            "| --- | --- | --- | --: | --: | --- | --: | --: | --- |",  # the comparison: n, difference, p, seed std
+            "| --- | --- | --- | --: | --: | --- | --: | --: | --: | --: | --- |",
             f"| {' | '.join('--:' if column.number else '---' for column in wider.columns)} |",
         ]
         page = report.page(text, comparison, tmp_path, [])
@@ -320,7 +339,7 @@ class TestFiles:
 
         _, folder = sweep
         linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (folder / "report.md").read_text())
-        kinds = ("loss", "gap", "difference", "residual", "speed", "memory", "unseen")
+        kinds = ("loss", "gap", "difference", "intervals", "residual", "speed", "memory", "unseen")
         assert linked == [f"figures/1-init.residual-scaling-{kind}.png" for kind in kinds]
         for name in linked:
             pixels = image.imread(str(folder / name))
@@ -511,7 +530,7 @@ class TestEscaping:
             assert "<img" not in line
             if line.startswith("| +note") or line.startswith("| note"):
                 rows += 1
-                assert len(re.findall(r"(?<!\\)\|", line)) == 10
+                assert len(re.findall(r"(?<!\\)\|", line)) == 12
         assert rows == 3 * (len(HOSTILE) - 1)
 
     def test_terminal_gets_no_escape_code(self, hostile: Path) -> None:

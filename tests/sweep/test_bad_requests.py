@@ -40,7 +40,7 @@ REQUESTS = [
     Bad("+model.typo=3", "model.typo=3: no such key", "keys of model: model.n_layer, model.n_head"),
     Bad("+seed=3", "+seed=3: the key is there already", "leave out the +: seed=3"),
     Bad("+experiment=precision", "+experiment=precision: the key is there", "leave out the +: experiment=precision"),
-    Bad("sweep=true", "sweep=true: a section, not a value", "sweep.fail_fast, sweep.isolate"),
+    Bad("sweep=true", "sweep=true: a section, not a value", "sweep.fail_fast, sweep.isolate, sweep.margin"),
     Bad("train={steps:3}", "train={'steps': 3}: a section, not a value", "train.steps"),
     Bad("model={n_layer:3}", "model={'n_layer': 3}: no such choice", "choose one of gpt2,"),
     Bad("model=nanoo", "model=nanoo: no such choice", "did you mean model=nano?"),

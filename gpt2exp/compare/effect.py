@@ -1,0 +1,192 @@
+"""One arm against its baseline in one metric: the interval, the verdict, and what is said beside it. No torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scipy import special
+
+from gpt2exp.compare.inference import (
+    ALPHA,
+    LARGEST,
+    Inference,
+    Interval,
+    declared,
+    fixed,
+    needed,
+    open_ended,
+    pairing,
+)
+
+FAR_OFF = 0.01
+"""Level of the test for a seed whose difference is far off the others'."""
+
+
+@dataclass
+class Effect:
+    """One arm against the baseline of its axis, in one metric: an entry of `comparison.json`'s `axes`."""
+
+    key: str
+    baseline: str
+    arm: str
+    metric: str
+    n_pairs: int = 0
+    n_seeds: int = 0
+    dropped_pairs: int = 0
+    """Pairs planned that a failed or missing run broke."""
+    mean_difference: float | None = None
+    speed_ratio: float | None = None
+    ci95: list[float] | None = None
+    p_value: float | None = None
+    p_holm: float | None = None
+    """`p_value` after Holm's correction over the axes of this metric."""
+    inference: Inference = "fixed"
+    """What the interval takes for fixed beforehand: the number of seeds, the looks, or nothing."""
+    looks: list[int] = field(default_factory=list)
+    """Numbers of seeds at which earlier comparisons looked before more were added; of declared looks, all of them."""
+    seed_std: float | None = None
+    """Seed-to-seed standard deviation of the metric itself (of its logarithm, for a ratio), pooled over both arms."""
+    baseline_std: float | None = None
+    """The same of the baseline alone."""
+    arm_std: float | None = None
+    pair_correlation: float | None = None
+    """Of the two arms over seeds: what pairing lives on."""
+    seeds_saved: int | None = None
+    """Seeds an arm that runs without shared seeds would need beyond `n_seeds`; below 0 pairing lost."""
+    verdict: str | None = None
+    reason: str = ""
+    n_needed: int | None = None
+    """Of an inconclusive row: seeds in all that would settle it with probability 0.8, if they go on like these."""
+    n_needed_at_most: int | None = None
+    """The same by the upper 80 % limit of the differences' standard deviation."""
+    baseline_mean: float | None = None
+    arm_mean: float | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
+    """By seed, in the order in which the seeds were run, averaged over the other axes; ratios for a ratio."""
+
+    @property
+    def scaled(self) -> list[float]:
+        """The differences on the scale on which the interval is symmetric: of logarithms, for a ratio."""
+        values = self.differences.values()
+        return [math.log(value) for value in values] if self.speed_ratio is not None else list(values)
+
+
+def infer(values: Sequence[float], looks: Sequence[int] = (), schedule: Sequence[int] = ()) -> Interval:
+    """The interval of differences, by what was fixed before they were known.
+
+    `looks`: at how many of them somebody looked before more were added; `schedule`: the looks declared beforehand, if
+    any. Where this look or an earlier one is none of the declared, or none was declared, the e-process holds.
+    """
+    n, before = len(values), [look for look in looks if look < len(values)]
+    if schedule and {*before, n} <= {*schedule}:
+        return declared(values, schedule)
+    return open_ended(values, before) if before or schedule else fixed(values)
+
+
+def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> None:
+    """Set the verdict of an effect with an interval, its reason and the seeds it needs.
+
+    In this order:
+    1. inside ±`margin`, stated beforehand: indistinguishable, whatever the p value (two one-sided tests, Schuirmann
+       1987, at 95 % rather than his 90 %). An interval that is zero itself lies inside any margin;
+    2. Holm's p below 0.05: better or worse;
+    3. else inconclusive.
+    How the interval compares with the seed-to-seed std is a remark: that depends on the data, so a noisier study would
+    find no difference more easily.
+    """
+    assert effect.ci95 is not None
+    values = effect.scaled
+    mean = effect.mean_difference if effect.speed_ratio is None else math.log(effect.speed_ratio)
+    low, high = effect.ci95 if effect.speed_ratio is None else map(math.log, effect.ci95)
+    assert mean is not None
+    within, std = margin or 0.0, effect.seed_std
+    if -within <= low and high <= within:
+        effect.verdict = "indistinguishable"
+        said = [f"the interval lies inside ±{margin:g}" if margin else "no difference at any seed"]
+    elif effect.p_holm is not None and effect.p_holm < ALPHA:
+        said = ["smaller than the seed-to-seed std"] if std is not None and abs(mean) < std else []
+        if low <= 0 <= high:  # p keeps the strongest look, the interval is this look's
+            found = infer(values, effect.looks, effect.looks if effect.inference == "declared" else ())
+            mean = statistics.fmean(values[: found.decided])
+            said.append(f"decided at n={found.decided}, though the interval of all seeds holds zero again")
+        effect.verdict = "better" if (mean < 0) == lower_is_better else "worse"
+    else:
+        effect.verdict = "inconclusive"
+        if effect.p_value is not None and effect.p_value < ALPHA:
+            said = ["not beyond doubt among this many comparisons (Holm)"]
+        elif margin:
+            said = [f"the interval reaches beyond ±{margin:g}"]
+        else:
+            inside = std is not None and -std <= low and high <= std
+            said = [
+                f"the interval holds zero and {'lies inside' if inside else 'reaches beyond'} ± the seed-to-seed std"
+            ]
+        said += _advice(effect, margin)
+    effect.reason = "; ".join([*said, *_remarks(effect)])
+
+
+def _advice(effect: Effect, margin: float | None) -> list[str]:
+    """How many seeds in all would settle an effect; seeds added to it now come after a look."""
+    way: Inference = "declared" if effect.inference == "declared" else "open"
+    found = needed(effect.scaled, margin, way, effect.looks if way == "declared" else ())
+    more = effect.n_seeds + 1
+    tell, tell_most, equal, equal_most = (
+        None if number is None else max(number, more)
+        for number in (found.tell, found.tell_at_most, found.equal, found.equal_at_most)
+    )
+    effect.n_needed = min((number for number in (tell, equal) if number is not None), default=None)
+    effect.n_needed_at_most = min((number for number in (tell_most, equal_most) if number is not None), default=None)
+    limit = f"more than {effect.looks[-1] if way == 'declared' else LARGEST:,}"
+
+    def count(number: int | None, most: int | None) -> str:
+        if number is None:
+            return limit
+        return f"about {number:,} ({'perhaps ' + limit if most is None else f'at most {most:,}'})"
+
+    said = f"{count(tell, tell_most)} seeds in all would tell a difference of this size"
+    return [
+        said if not margin else f"{said}, {count(equal, equal_most)} to call it indistinguishable within ±{margin:g}"
+    ]
+
+
+def _remarks(effect: Effect) -> list[str]:
+    """What must be known beside a verdict."""
+    said = []
+    if effect.inference == "open":
+        at = ", ".join(map(str, effect.looks))
+        said.append(f"seeds were added after a look at n={at}: the interval holds at every look")
+    if effect.pair_correlation is not None and effect.pair_correlation < 0:
+        said.append("the arms vary against each other over these seeds: unpaired runs would do better")
+    if (seed := far_off(effect.differences, effect.scaled)) is not None:
+        said.append(f"seed {seed} is far off the others, and the intervals take differences for normal: look at it")
+    return said
+
+
+def far_off(seeds: Sequence[str] | dict[str, float], values: Sequence[float]) -> str | None:
+    """The seed whose difference is too far from the others' to be one of theirs, if there is one.
+
+    Grubbs' test (1969): the farthest one's distance from the mean of the others, over their standard deviation, has
+    Student's t with n-2 degrees of freedom but for a factor; times n, since the farthest was picked.
+    """
+    n = len(values)
+    if n < 4:
+        return None
+    mean = statistics.fmean(values)
+    seed, value = max(zip(seeds, values, strict=True), key=lambda both: abs(both[1] - mean))
+    others = [other for other in values if other != value]
+    if len(others) < n - 1 or (std := statistics.stdev(others)) == 0:
+        return None
+    t = abs(value - statistics.fmean(others)) / (std * math.sqrt(n / (n - 1)))
+    return seed if 2 * n * float(special.stdtr(n - 2, -t)) < FAR_OFF else None
+
+
+def paired(effect: Effect, baseline: Sequence[float], arm: Sequence[float]) -> None:
+    """Set what sharing seeds gained, by the arms' figures at the same seeds."""
+    found = pairing(baseline, arm)
+    effect.pair_correlation = found.correlation
+    effect.seeds_saved = None if found.unpaired is None else found.unpaired - len(arm)
