@@ -54,7 +54,7 @@ def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     publish.publish("init_std", [tmp_path / "sweep"])
     text = page.read_text()
     assert text.startswith("before\n<!-- results -->\n- ")
-    assert "old" not in text
+    assert "STALE" not in text
     for part in (
         "init.std=0.04",
         "0.04 against 0.02",
