@@ -44,11 +44,13 @@ def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quiet_logger() -> Iterator[None]:
-    """What a command called in this process did to the package's logger is undone: its stream is closed by then."""
+    """The package's logger has no handler of another test or of a wider fixture: their streams are closed by now."""
     log = logging.getLogger("gpt2exp")
-    before = list(log.handlers), log.propagate
+    log.handlers.clear()
+    log.propagate = True
     yield
-    log.handlers[:], log.propagate = before
+    log.handlers.clear()
+    log.propagate = True
 
 
 @pytest.fixture
