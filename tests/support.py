@@ -39,8 +39,10 @@ def surroundings(home: Path, **env: str) -> dict[str, str]:
     return clean | {"HOME": str(home), "COLUMNS": "120", **env}
 
 
-def _forked(folder: Path, environment: dict[str, str], args: tuple[str, ...], out: str, err: str) -> None:
-    """What `python -m gpt2exp.train ARGS` does, in a forked process."""
+def _forked(
+    folder: Path, environment: dict[str, str], cores: set[int], args: tuple[str, ...], out: str, err: str
+) -> None:
+    """What `python -m gpt2exp.train ARGS` does, in a forked process bound to `cores`, if the system binds any."""
     from gpt2exp.train import main
 
     for number, file in ((1, out), (2, err)):
@@ -50,6 +52,8 @@ def _forked(folder: Path, environment: dict[str, str], args: tuple[str, ...], ou
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if cores:
+        os.sched_setaffinity(0, cores)
     tempfile.tempdir = None  # TMPDIR may be another
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["gpt2exp", *args]
@@ -63,7 +67,9 @@ class Forked:
         self.args = args
         self._files = [tempfile.NamedTemporaryFile("w+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._files]
-        self._process = FORKING.Process(target=_forked, args=(folder, environment, args, *names))
+        # a fork has the server's cores, but a program those of the process that starts it
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        self._process = FORKING.Process(target=_forked, args=(folder, environment, cores, args, *names))
         self._process.start()
 
     @property
