@@ -119,7 +119,9 @@ def start(folder: Path, *args: str, program: list[str] | None = None, **env: str
     """Begin `gpt2exp ARGS` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = surroundings(folder.parent / "home", **env)
-    if program is None and not any(key.startswith(EARLY) for key in env):
+    # a launcher's workers are ended by exit handlers, which a fork of multiprocessing's does not call
+    workers = any(arg.startswith("hydra/launcher=") for arg in args)
+    if program is None and not workers and not any(key.startswith(EARLY) for key in env):
         return Forked(folder, environment, args)
     pipe = subprocess.PIPE
     return subprocess.Popen(

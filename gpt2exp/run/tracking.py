@@ -9,6 +9,7 @@ import contextlib
 import logging
 import netrc
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from gpt2exp.run.metrics import METRICS
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""
+NO_ROOM = 2**16
+"""Free bytes below which wandb's own writes, in blocks of 32 KiB, cannot be relied on."""
 
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """What WANDB_MODE may be, and its meaning."""
@@ -167,6 +170,9 @@ class Mirror:
         self._guard(lambda: self._run.summary.update(summary))
         kept = Path(self._run.settings.sync_dir) if self._run is not None and self.mode == "offline" else None
         self._guard(lambda: self._run.finish(exit_code=int(failed)))
+        with contextlib.suppress(OSError):
+            if kept is not None and shutil.disk_usage(kept).free < NO_ROOM:  # wandb itself would not say
+                log.warning("the disk of wandb's folder is full (%s); what lies there is incomplete", kept)
         return kept
 
     def _guard(self, call: Callable[[], object]) -> None:
