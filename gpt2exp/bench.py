@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from hydra._internal.utils import get_args_parser
 from rich.table import Table
 
-from gpt2exp.config import BadRequest, RunConfig, plain
+from gpt2exp.config import BadRequest, RunConfig, plain, require
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.model import huggingface
@@ -67,6 +67,8 @@ def command(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)  # overrides may follow options
     try:
         config = _compose(args.overrides)
+        name, why = config.optimizer.name, "the peers and the floor are timed with AdamW"
+        require(name == "adamw", "optimizer", name, why, "leave it out")
         tokens.prepare(config.data)
         setup.check_weights(config.init, config.model)
         if args.child:
@@ -218,13 +220,12 @@ def _ratios(rounds: Sequence[dict[str, Result]], peer: str) -> dict[str, dict[st
 
 def ours(config: RunConfig, steps: int, _: bool, *, begin: Callable[[], Any] = lambda: None) -> Result:
     """Step times of the trainer that a run of `config` builds; `begin` is called before the first."""
-    free = setup.prepare_heap(config)
     from gpt2exp.training import hardware, precision
 
     device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        config, need = setup.settled(config, device, got, source, free)
-        job = setup.trainer(config, device, got, source)
+        config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
+        job, _origin = setup.trainer(config, device, got, source)
         begin()
         done = [job.timed_step() for _ in range(steps)]
     losses, times = [float(loss) for loss, _, _ in done], [seconds * 1e3 for _, seconds, _ in done]
@@ -240,16 +241,17 @@ def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
     """The same model on the same batches the plain way: whole logits, dense gradients, AdamW tensor by tensor."""
     import torch
 
-    from gpt2exp.training import hardware, precision
+    from gpt2exp.training import hardware, optimizers, precision
 
     device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        config, _need = setup.settled(config, device, got, source, hardware.free_memory(device))
-        job = setup.trainer(config, device, got, source)
+        config, _need = setup.settled(config, device, setup.Hardware.of(device, got), source)
+        job, _origin = setup.trainer(config, device, got, source)
         model = job.model
         model.transformer.gradient_in_place = model.transformer.recompute = False
-        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in job.optimizer.param_groups]
         rates = config.optimizer
+        assert isinstance(rates, optimizers.AdamW)
+        groups = optimizers.decay_groups(model, rates.weight_decay)
         betas = (rates.betas[0], rates.betas[1])
         optimizer = torch.optim.AdamW(groups, lr=rates.lr, betas=betas, eps=rates.eps, foreach=False, fused=False)
         step = _plain_step(model, optimizer, job.batches, config.train.grad_accum_steps, got)
@@ -266,15 +268,15 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     import torch
 
     from gpt2exp.data.batches import Batches
-    from gpt2exp.training import hardware, optimizers, precision
+    from gpt2exp.training import hardware, precision
 
     device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with precision.applied(config.precision, device) as got, torch.device(device):
-        config, _need = setup.settled(config, device, got, source, hardware.free_memory(device))
+        config, _need = setup.settled(config, device, setup.Hardware.of(device, got), source)
         model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))
         forward = torch.compile(model) if compiled else model
-        optimizer = optimizers.build(model, config.optimizer)
+        (optimizer,) = config.optimizer.build(model)
         batches = Batches(source.map(), config.train, config.data.order, config.seed, device)
         pieces = config.train.grad_accum_steps
         step = _plain_step(lambda x: forward(x).logits, optimizer, batches, pieces, got)
@@ -340,15 +342,14 @@ def roofline(config: RunConfig, steps: int, _: bool) -> Result:
     `floor_ms` is their sum. `parts` is a profile of real steps, milliseconds a step by kind of operator; the profiler
     slows a step down, so its shares say where time goes, not how much.
     """
-    free = setup.prepare_heap(config)
     from torch.profiler import ProfilerActivity, profile
 
     from gpt2exp.training import hardware, precision
 
     device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        config, _need = setup.settled(config, device, got, source, free)
-        job = setup.trainer(config, device, got, source)
+        config, _need = setup.settled(config, device, setup.Hardware.of(device, got), source)
+        job, _origin = setup.trainer(config, device, got, source)
         unprofiled = _step(job.step, UNTIMED + 3, lambda: hardware.synchronize(device))[1]
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         with profile(activities=activities) as found:

@@ -409,7 +409,7 @@ def test_errors_without_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
             resume.make(args)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.init_process_group", fail)
-    with pytest.raises(BadRequest, match=r"do not meet \(ValueError\)"), distributed.joined():
+    with pytest.raises(BadRequest, match=r"do not meet \(ValueError\)"), distributed.process_group():
         pass
 
 

@@ -541,7 +541,7 @@ class TestTiming:
     def test_the_longest_wait_of_the_processes_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = itertools.count()
         monkeypatch.setattr(load, "waited", lambda: 0.5 * next(clock))
-        monkeypatch.setattr(distributed, "largest", lambda number: [2 * number])
+        monkeypatch.setattr(distributed, "all_max", lambda number: [2 * number])
         job = trainer(steps=2)
         assert [row["waited_ms"] for row in job.fit()] == [1000, 1000]
         assert job.step_waits == [1, 1]

@@ -57,7 +57,6 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
     """
     config, _, overrides = record.asked(folder)
     sweep = record.sweep_of(folder)
-    free = setup.prepare_heap(config)
     with processes.deferred() as stop:
         facts: dict[str, Any] = {"overrides": overrides, "config": plain(config), "seed": config.seed}
         name = config.wandb.name or ",".join(overrides) or "defaults"
@@ -77,7 +76,7 @@ def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
         progress = record.progress(sweep, folder) if sweep else None
         with terminal.View(folder, config, overrides, progress) as shown:
             try:
-                _train(config, files, wandb, shown, free, stop, saved)
+                _train(config, files, wandb, shown, stop, saved)
                 state, error = "done", None
             except KeyboardInterrupt as interrupt:
                 stop.asked = stop.asked or interrupt
@@ -107,7 +106,6 @@ def _train(
     files: record.Record,
     wandb: Mirror,
     shown: terminal.View,
-    free: int | None,
     stop: processes.Stop,
     saved: checkpoint.Checkpoint | None,
 ) -> None:
@@ -125,9 +123,8 @@ def _train(
         settled = {key: value for key, value in saved.state["settled"].items() if key in setup.SETTLED}
         config = replace(config, train=replace(config.train, tokens_per_step=None, **settled))
     with precision.applied(config.precision, device) as got:
-        if device.type == "cuda":
-            free = hardware.free_memory(device)
-        config, need = setup.settled(config, device, got, source, free)
+        here = setup.Hardware.of(device, got)
+        config, need = setup.settled(config, device, here, source)
         setup.check_text(config, source)
         held_out = tokens.held_out(source.tokens, config.data.val_fraction)
         files.facts |= {
@@ -136,8 +133,8 @@ def _train(
             "precision": got.as_dict(),
             "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
             "device": f"{device.type}: {hardware.device_name(device)}",
-            "processes": distributed.size(),
-            "distributed": config.distributed.value if distributed.size() > 1 else None,
+            "processes": distributed.world_size(),
+            "distributed": config.distributed.value if distributed.world_size() > 1 else None,
             "threads": torch.get_num_threads(),
             "estimated_memory_bytes": need,
             "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
@@ -145,20 +142,19 @@ def _train(
             **record.facts(),
         }
         shown.header(files.facts, files.folder, config)
-        _check_memory(config, need, free, got, device)
-        distributed.from_first((config, source.sha256, saved is not None, Path.cwd()))
-        job = setup.trainer(config, device, got, source, saved)
-        files.facts["init"] = job.origin
+        _check_memory(config, need, here)
+        distributed.broadcast((config, source.sha256, saved is not None, Path.cwd()))
+        job, files.facts["init"] = setup.trainer(config, device, got, source, saved)
         shown.rows({"weights  ": terminal.origin_line(files.facts["init"]), "wandb    ": wandb.ready()})
         wandb.describe({"facts": _for_wandb(files.facts)})
-        here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
+        now = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
         peak = 0
         if saved is not None:
             job.restore(saved.training(), saved.state)
             hardware.reset_peak_memory(device)  # the file read is none of training's memory
             peak = saved.state["peak_memory_bytes"]
             shown.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {config.train.steps} steps done"})
-            if all(part.get(key, 1) == here[key] for part in saved.state["parts"] for key in here):
+            if all(part.get(key, 1) == now[key] for part in saved.state["parts"] for key in now):
                 job.step_seconds = [row["step_ms"] / 1e3 for row in files.metrics]
                 waits = (row.get("waited_ms") for row in files.metrics)
                 job.step_waits = [None if wait is None else wait / 1e3 for wait in waits]
@@ -167,7 +163,7 @@ def _train(
                 log.warning("other hardware or threads than before: the speed is that of the steps from here on")
         from_step = 0 if saved is None else saved.step
         saver = checkpoint.Saver(files.folder, config.checkpoint, from_step, background=device.type != "cpu")
-        files.training_begins(**here, wandb=wandb.link())
+        files.training_begins(**now, wandb=wandb.link())
         stop.waiting = True
 
         def keep(metrics: dict[str, Any], peak_now: int) -> None:
@@ -209,7 +205,7 @@ def _steps(
     every = config.checkpoint.every
     for metrics in job.fit():
         done, last = job.steps_done, job.steps_done == config.train.steps
-        asked, warned, peak = distributed.largest(stop.asked is not None, stop.warned, hardware.peak_memory(job.device))
+        asked, warned, peak = distributed.all_max(stop.asked is not None, stop.warned, hardware.peak_memory(job.device))
         keep(metrics, peak)
         if warned or (every and done % every == 0) or (config.checkpoint.save_last if last else asked):
             stop.warned = False
@@ -220,11 +216,10 @@ def _steps(
 
 def _follow() -> int:
     """What a process does that is not the run's first: the same steps, with nothing written; the exit code."""
-    task: Any = distributed.from_first()
+    task: Any = distributed.broadcast()
     if task is None:  # no run came of it
         return 0
     config, text, goes_on, cwd = task
-    setup.prepare_heap(config)
     from gpt2exp.training import hardware, precision
 
     def leave(*_: Any) -> None:
@@ -239,31 +234,30 @@ def _follow() -> int:
             source = tokens.prepare(config.data)
             _check_same_text(config, source, text)
             with precision.applied(config.precision, device) as got:
-                job = setup.trainer(config, device, got, source)
+                job, _origin = setup.trainer(config, device, got, source)
                 if goes_on:
                     job.restore({}, {})
                 _steps(job, config, stop, leave, leave)
         except KeyboardInterrupt as interrupt:
             return processes.code(stop.asked or interrupt)
         except Exception as problem:
-            log.error(
-                "process %d of %d: %s", distributed.rank() + 1, distributed.size(), _classify(problem, config, None)[1]
-            )
+            _, line = _classify(problem, config, None)
+            log.error("process %d of %d: %s", distributed.rank() + 1, distributed.world_size(), line)
             return 1
     return 0
 
 
-def _check_memory(config: RunConfig, need: int, free: int | None, got: Precision, device: torch.device) -> None:
+def _check_memory(config: RunConfig, need: int, here: setup.Hardware) -> None:
     """Fail before the system would kill the whole sweep for one job's memory.
 
     Raises:
         MemoryError: the estimate is a tenth above what is free; the text names a batch that fits.
     """
-    if free is None or need <= 1.1 * free:
+    if here.free is None or need <= 1.1 * here.free:
         return
-    batch = setup.fitting_batch(config, free, on_cpu=device.type == "cpu", unfused_attention=got.emulated)
+    batch = setup.fitting_batch(config, here)
     hint = f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
-    raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
+    raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {here.free / 2**30:.1f} are free; {hint}")
 
 
 def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_second: float) -> float | None:
@@ -272,7 +266,7 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
     peak = hardware.peak_flops(hardware.device_name(device), got.effective) if device.type == "cuda" else None
     if peak is None or got.emulated:
         return None
-    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / (peak * distributed.size())
+    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / (peak * distributed.world_size())
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:
@@ -284,8 +278,8 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
     line = first_line(problem)
     if isinstance(problem, Diverged):
         return "diverged", line
-    if distributed.lost(problem):
-        return "failed", f"one of the run's {distributed.size()} processes ended, or can no longer be reached"
+    if distributed.is_peer_lost(problem):
+        return "failed", f"one of the run's {distributed.world_size()} processes ended, or can no longer be reached"
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
         smaller = AUTO if config.train.batch_size == AUTO else config.train.sequences // 2
         hint = f"try train.batch_size={smaller}" if smaller else "try a smaller model or a shorter train.seq_len"

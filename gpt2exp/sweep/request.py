@@ -14,7 +14,6 @@ import difflib
 import errno
 import itertools
 import json
-import operator
 import os
 import re
 import secrets
@@ -45,14 +44,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp.config import (
+    CHOICES,
     BadRequest,
     InitConfig,
     InitScheme,
     RunConfig,
     check_key,
+    default_of,
     explain,
     home,
     keys,
+    owner,
     parse,
     plain,
     quoted,
@@ -75,6 +77,10 @@ def register() -> None:
     """Make the schema and the folder names known to Hydra; every process that runs a job calls this."""
     schema = OmegaConf.structured(RunConfig)
     schema.wandb.update(tracking.defaults())
+    for section, choices in CHOICES.items():
+        schema[section] = OmegaConf.structured(typing.get_type_hints(RunConfig)[section])  # any choice can be merged
+        for name, choice in choices.items():
+            ConfigStore.instance().store(f"{name}_schema", group=section, node=choice)
     ConfigStore.instance().store("schema", node=schema)
     OmegaConf.register_new_resolver("folder_name", folder_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
@@ -323,15 +329,16 @@ def _check_type(key: str, value: Any) -> None:
     if isinstance(value, str) and "${" in value:
         return  # an interpolation: its type shows once composed
     expected = kinds(key)
-    schema = OmegaConf.structured(RunConfig)
+    section, name = owner(key)
+    default = default_of(section.__dataclass_fields__[name])
     try:
         if isinstance(value, bool) and not {bool, str} & set(expected):
             raise ValueError("a bool is no number")
         if isinstance(value, (int, float)) and expected == (bool,) and value not in (0, 1):
             raise ValueError("a number is no bool")
-        OmegaConf.update(schema, key, value)
+        OmegaConf.update(OmegaConf.structured(section), name, value)
     except (OmegaConfBaseException, ValueError) as error:
-        shown = show(operator.attrgetter(key)(RunConfig()))
+        shown = show(default)
         for kind in expected:
             if isinstance(kind, type) and issubclass(kind, Enum):
                 raise BadRequest(f"{key}={show(value)}: no such value; choose one of {', '.join(kind)}") from error
@@ -342,8 +349,8 @@ def _check_type(key: str, value: Any) -> None:
 
 def kinds(key: str) -> tuple[Any, ...]:
     """The types that a key of the schema takes, None's among them where it may be null."""
-    section, _, name = key.rpartition(".")
-    hint = typing.get_type_hints(type(getattr(RunConfig(), section)) if section else RunConfig)[name]
+    section, name = owner(key)
+    hint = typing.get_type_hints(section)[name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
