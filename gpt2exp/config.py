@@ -178,14 +178,32 @@ class InitScheme(StrEnum):
 
 
 class PrecisionName(StrEnum):
-    """How matrix products are computed."""
+    """How matrix products are computed: a row a precision, its columns in the order of `__new__`'s arguments."""
 
-    fp32 = auto()  # IEEE single precision
-    tf32 = auto()  # operands cropped to 10 mantissa bits, products accumulated in fp32
-    medium = auto()  # fp32 tensors, bf16 inside the product, where the hardware does that
-    bf16 = auto()  # autocast: activations and products in bf16, weights in fp32
-    fp16 = auto()  # autocast to fp16, with the loss scaled
-    fp64 = auto()  # everything in double precision: the reference trajectory
+    weights: str
+    """The type of weights, gradients and moments."""
+    autocast: str | None
+    """What the forward pass is cast to, by PyTorch's automatic mixed precision."""
+    matmul: str
+    """The argument of `torch.set_float32_matmul_precision`."""
+
+    fp32 = "fp32", "float32", None, "highest"  # IEEE single precision
+    tf32 = "tf32", "float32", None, "high"  # operands cropped to 10 mantissa bits, products accumulated in fp32
+    medium = "medium", "float32", None, "medium"  # bf16 inside the product, where the hardware does that
+    bf16 = "bf16", "float32", "bfloat16", "highest"  # activations and products in bf16
+    fp16 = "fp16", "float32", "float16", "highest"  # the same in fp16, with the loss scaled
+    fp64 = "fp64", "float64", None, "highest"  # everything in double precision: the reference trajectory
+
+    def __new__(cls, name: str, weights: str, autocast: str | None, matmul: str) -> PrecisionName:
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.weights, member.autocast, member.matmul = weights, autocast, matmul
+        return member
+
+    @property
+    def bytes(self) -> int:
+        """Of a weight."""
+        return int(self.weights[-2:]) // 8
 
 
 class Distributed(StrEnum):
@@ -555,13 +573,18 @@ def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
         yield cls.key(item.name), default_of(item), item.metadata["help"] + listed
 
 
+def choices_with(key: str) -> list[str]:
+    """The choices of its section whose class has a dotted key."""
+    section, _, name = key.rpartition(".")
+    return [choice for choice, cls in CHOICES.get(section, {}).items() if name in cls.__dataclass_fields__]
+
+
 def owner(key: str) -> tuple[type[Section], str]:
     """The class that has a dotted key of the schema as a field, and the field's name."""
     section, _, name = key.rpartition(".")
-    if not section:
-        return RunConfig, name
-    classes = list(CHOICES.get(section, {}).values()) or [typing.get_type_hints(RunConfig)[section]]
-    return next(cls for cls in classes if name in cls.__dataclass_fields__), name
+    if found := choices_with(key):
+        return CHOICES[section][found[0]], name
+    return typing.get_type_hints(RunConfig)[section] if section else RunConfig, name
 
 
 def keys() -> Iterator[str]:
@@ -615,10 +638,11 @@ def parse(plain: Any) -> RunConfig:
 
     try:
         schema = OmegaConf.structured(RunConfig)
+        given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # untyped: the types are the schema's
         for section in CHOICES:
-            named = OmegaConf.select(OmegaConf.create(plain), f"{section}.name")
-            schema[section] = OmegaConf.structured(chosen(section, named))
-        config = OmegaConf.to_object(OmegaConf.merge(schema, plain))
+            own = given.get(section)
+            schema[section] = OmegaConf.structured(chosen(section, own.get("name") if isinstance(own, dict) else None))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise BadRequest(explain(error)) from error
     assert isinstance(config, RunConfig)

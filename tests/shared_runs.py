@@ -56,8 +56,8 @@ def train(case: str, distributed: str) -> dict[str, Tensor]:
     device = torch.device("cpu")
     with precision.applied(run.precision, device) as got:
         source = tokens.prepare(run.data)
-        run, _need = setup.settled(run, device, got, source, None)
-        job = setup.trainer(run, device, got, source)
+        run, _need = setup.settled(run, device, setup.Hardware("cpu", got.emulated), source)
+        job, _origin = setup.trainer(run, device, got, source)
         rows = list(job.fit())
         gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
         gradients = dist.gather(gradients)

@@ -417,7 +417,7 @@ def test_estimate_grows_with_the_request() -> None:
     from gpt2exp.training import setup
 
     def need(*args: str) -> int:
-        return setup.memory(only(*args), on_cpu=True, unfused_attention=False)
+        return setup.memory(only(*args), setup.Hardware("cpu"))
 
     assert need() > 16 * 124_439_808
     assert need("train.batch_size=64") > need("train.batch_size=8") > 0

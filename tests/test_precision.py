@@ -391,16 +391,15 @@ class TestRuntime:
     def test_a_smaller_second_job_has_a_smaller_peak(self, keep: bool) -> None:
         code = f"""
 import torch
-from gpt2exp import heap, runtime
+from gpt2exp.training import hardware
 cpu = torch.device("cpu")
-if {keep}: heap.keep_freed_memory()
+if {keep}: hardware.keep_freed_memory()
 peaks = []
 for megabytes in (300, 40, 120):
-    heap.give_back()
-    runtime.reset_peak_memory(cpu)
+    hardware.reset_peak_memory(cpu)
     blocks = [torch.ones(2**18) for _ in range(megabytes)]
     del blocks
-    peaks.append(runtime.peak_memory(cpu) / 2**20)
+    peaks.append(hardware.peak_memory(cpu) / 2**20)
 print(*peaks)
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

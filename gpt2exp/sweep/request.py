@@ -50,6 +50,7 @@ from gpt2exp.config import (
     InitScheme,
     RunConfig,
     check_key,
+    choices_with,
     default_of,
     explain,
     home,
@@ -180,6 +181,11 @@ def composing(args: argparse.Namespace) -> Iterator[ConfigLoaderImpl]:
         if remedy := engines.missing(choice or ""):
             raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
         text = explain(error)
+        if not_there := re.match(r"Could not override '([\w.]+)'", text):
+            key = not_there[1]
+            if names := choices_with(key):
+                why = f"a key of {key.rpartition('.')[0]}={' and '.join(names)} alone"
+                raise BadRequest(f"{key}: {why}; leave it out, or make that choice") from error
         found = re.match(r"In '((\w+)/[^']+)': .*Key '(\w+)' not in '\w+'", text)
         if found and found[3] in ("hydra", found[2], *SECTIONS):
             why = f"its keys land in {found[2]}, which has no {found[3]}"
@@ -302,7 +308,11 @@ def _check(loader: ConfigLoader, override: Override) -> None:
         if override.is_choice_sweep():
             raise BadRequest(f"{override.input_line}: a sweep has one {key}; name one, quoted if it holds a comma")
         return
-    choices = loader.get_group_options(key)
+    choices = [name for name in loader.get_group_options(key) if not name.endswith("_schema")]
+    group, _, part = key.rpartition(".")
+    if group in CHOICES and part == "name":
+        name = show(override.value())
+        raise BadRequest(f"{key}={name}: a choice brings keys of its own; write {group}={name}")
     if override.type is OverrideType.DEL:
         raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")
     if override.is_sweep_override() and not override.is_discrete_sweep():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, PrecisionName, RunConfig
+from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
 from gpt2exp.training import distributed
@@ -168,10 +168,10 @@ def memory(config: RunConfig, here: Hardware) -> int:
     holds its shard of parameters, gradients and moments, and the embeddings, the head's gradient and a block whole.
     """
     model, train = config.model, config.train
-    size = 8 if config.precision.name is PrecisionName.fp64 else 4
+    size, cast = config.precision.name.bytes, config.precision.name.autocast
     width, tokens = model.n_embd, train.micro_batch_tokens // distributed.world_size()
     on_cpu = here.kind == "cpu"
-    halves = not on_cpu and config.precision.name in (PrecisionName.bf16, PrecisionName.fp16)
+    halves = not on_cpu and cast is not None
     layer = (10 if halves else 17) * width
     if here.unfused_attention:
         layer += 3 * model.n_head * train.seq_len + 4 * width
@@ -180,7 +180,7 @@ def memory(config: RunConfig, here: Hardware) -> int:
     rows = min(tokens, train.loss_rows)
     # a product of emulated TF32 has rounded copies of both operands beside it
     logits = rows * model.vocab_size * (2 if here.unfused_attention else 1)
-    if config.precision.name is PrecisionName.fp16:  # takes the plain way: logits, log-softmax and its gradient
+    if cast == "float16":  # takes the plain way: logits, log-softmax and its gradient
         logits = 3 * tokens * model.vocab_size
     backward = tokens * (kept + 3 * width) + head + logits + (head if here.unfused_attention else 0)
     parameters = model.parameters["total"]
