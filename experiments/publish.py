@@ -4,7 +4,8 @@ Writes `experiments/NAME/results.csv` (the comparison, a row an axis, arm and me
 run), the figures, and the part of its README between the `results` markers. `python experiments/publish.py index`
 rewrites the table of claims in `experiments/README.md` from those files, `python experiments/publish.py speed SWEEP`
 the speeds by precision, `... gpt2 SWEEP` the residual stream of GPT-2, `... bench` the tables of what `gpt2exp-bench
---out` wrote into `throughput/bench/`, here and in the README. No figure in these pages is typed by hand.
+--out` wrote into `throughput/bench/`, `... keys` the table of keys in `conf/README.md`. No figure in these pages is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import inference
 from gpt2exp.compare.comparison import compare, read
+from gpt2exp.config import options, show
 
 HERE = Path(__file__).parent
 FIGURES = {
@@ -203,9 +205,22 @@ def floor_table() -> str:
 
 
 def publish_bench() -> None:
-    """Rewrite the tables of the README and of the finding."""
-    replace_block(HERE.parent / "README.md", "bench", bench_table())
+    """Rewrite the tables of the finding."""
     replace_block(HERE / "throughput" / "README.md", "bench", f"{bench_table()}\n\n{floor_table()}")
+
+
+# --- the configuration -----------------------------------------------------------------------------------------------
+
+
+def key_tables() -> str:
+    """Every key of the schema with its default and its help, a table a section."""
+    tables: dict[str, list[str]] = {}
+    for key, default, help in options():
+        section = key.rpartition(".")[0] or "Keys without a section"
+        rows = tables.setdefault(section, [f"### {section}", "", "| key | default | what it is |", "|---|---|---|"])
+        escaped = help.replace("|", r"\|")
+        rows.append(f"| `{key}` | `{show(default)}` | {escaped} |")
+    return "\n\n".join("\n".join(rows) for rows in tables.values())
 
 
 # --- what a comparison of one axis does not say ----------------------------------------------------------------------
@@ -337,6 +352,8 @@ def main(argv: list[str]) -> None:
         replace_block(HERE / "README.md", "claims", index())
     elif argv[:1] == ["bench"]:
         publish_bench()
+    elif argv[:1] == ["keys"]:
+        replace_block(HERE.parent / "conf" / "README.md", "keys", key_tables())
     elif argv[0] in ("speed", "gpt2"):
         (publish_speed if argv[0] == "speed" else publish_gpt2)(Path(argv[1]))
     else:

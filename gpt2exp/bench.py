@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.utils import get_args_parser
 from rich.table import Table
 
 from gpt2exp.config import BadRequest, RunConfig, plain, require
@@ -28,6 +27,7 @@ from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.model import huggingface
 from gpt2exp.run import terminal
+from gpt2exp.sweep.composing import arguments
 from gpt2exp.sweep.request import as_meant, make
 from gpt2exp.training import setup
 
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compose(overrides: Sequence[str]) -> RunConfig:
-    request = make(get_args_parser().parse_args([as_meant(text) for text in overrides]))
+    request = make(arguments([as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
     return request.jobs[0].config

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +16,10 @@ import pytest
 # One thread a process, here and in every subprocess: tests run side by side, and bitwise comparisons hold for one
 # thread count. Before torch is imported, which reads it.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else torch.compile starts workers that import torch themselves
 
 from gpt2exp.config import DataConfig, ModelConfig
 from gpt2exp.data import assets, tokens
-
-TINY = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=64"]
-"""Overrides that make any run a matter of milliseconds a step; put them after `model=nano`."""
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,23 +55,3 @@ def quiet_logger() -> Iterator[None]:
 def tiny() -> ModelConfig:
     """A model of two layers over GPT-2's own vocabulary."""
     return ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=64)
-
-
-@pytest.fixture
-def gpt2exp(tmp_path: Path) -> Command:
-    """The command as a user types it: a process of its own, in an empty folder, without credentials."""
-
-    def run(*args: str, cwd: Path = tmp_path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
-        surroundings = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-        surroundings |= {"HOME": str(tmp_path / "home"), "COLUMNS": "120", **env}
-        return subprocess.run(
-            [sys.executable, "-m", "gpt2exp.train", *args],
-            cwd=cwd,
-            env=surroundings,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-
-    return run

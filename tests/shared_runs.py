@@ -26,14 +26,11 @@ TRAIN = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "tied": {},
-    "untied": {"model": {"tie_weights": False}},
-    "accumulated": {"train": {"grad_accum_steps": 2}},
-    "shuffled": {"data": {"order": "shuffled"}},
-    "clipped": {"optimizer": {"grad_clip": 0.5}},
-    "recomputed": {"train": {"activation_checkpointing": True}},
-    "tf32": {"precision": {"name": "tf32"}, "train": {"grad_accum_steps": 2}},
-    "tf32_untied": {"precision": {"name": "tf32"}, "model": {"tie_weights": False}},
-    "bf16": {"precision": {"name": "bf16"}},
+    "untied, clipped": {"model": {"tie_weights": False}, "optimizer": {"grad_clip": 0.5}},
+    "accumulated, shuffled": {"train": {"grad_accum_steps": 2}, "data": {"order": "shuffled"}},
+    "tf32, accumulated": {"precision": {"name": "tf32"}, "train": {"grad_accum_steps": 2}},
+    "tf32, untied": {"precision": {"name": "tf32"}, "model": {"tie_weights": False}},
+    "bf16, recomputed": {"precision": {"name": "bf16"}, "train": {"activation_checkpointing": True}},
     "fp16": {"precision": {"name": "fp16"}},
     "fp64": {"precision": {"name": "fp64"}},
 }

@@ -1,23 +1,36 @@
-"""What several test files share: a command line in a folder of its own, what a run left, wandb's offline file."""
+"""What several test files share: a command line in a folder of its own, what a run left, wandb's offline file.
+
+`start` and `run` carry out a command in a process of its own with its own environment, pipes and signals. By default
+that process is forked from one that has imported torch and wandb already, which takes three seconds each time; with
+`program` (PROGRAM is the plain one), or with a variable that is read before Python begins, a new interpreter starts.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wandb.proto import wandb_internal_pb2
 
 SMALL = ["model=nano", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=64"]
 """The smallest model worth training: milliseconds a step."""
 PROGRAM = [sys.executable, "-m", "gpt2exp.train"]
+COMPARE = [sys.executable, "-m", "gpt2exp.compare"]
+EARLY = ("LD_", "PYTHON", "OMP_", "GOMP_", "MKL_")
+"""Variables that are read before or while Python and torch are loaded."""
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["torch", "torch._dynamo", "wandb", "scipy.stats", "gpt2exp.sweep.launch"])
 
 
 def surroundings(home: Path, **env: str) -> dict[str, str]:
@@ -26,13 +39,85 @@ def surroundings(home: Path, **env: str) -> dict[str, str]:
     return clean | {"HOME": str(home), "COLUMNS": "120", **env}
 
 
-def start(folder: Path, *args: str, program: list[str] = PROGRAM, **env: str) -> subprocess.Popen[str]:
+def _forked(folder: Path, environment: dict[str, str], args: tuple[str, ...], out: str, err: str) -> None:
+    """What `python -m gpt2exp.train ARGS` does, in a forked process."""
+    from gpt2exp.train import main
+
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    tempfile.tempdir = None  # TMPDIR may be another
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["gpt2exp", *args]
+    main()
+
+
+class Forked:
+    """As much of `subprocess.Popen` as the tests use, for a forked process."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], args: tuple[str, ...]) -> None:
+        self.args = args
+        self._files = [tempfile.NamedTemporaryFile("w+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115
+        names = [file.name for file in self._files]
+        self._process = FORKING.Process(target=_forked, args=(folder, environment, args, *names))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process itself."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """As of `poll`."""
+        return self.poll()
+
+    def poll(self) -> int | None:
+        """The exit code, or less than 0 the signal; None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Unless it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Standard output and error, once it has ended."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(list(self.args), timeout)
+        out, err = (self._text(file) for file in self._files)
+        return out, err
+
+    @staticmethod
+    def _text(file: IO[str]) -> str:
+        with file:
+            return file.read()
+
+
+Process = subprocess.Popen[str] | Forked
+
+
+def start(folder: Path, *args: str, program: list[str] | None = None, **env: str) -> Process:
     """Begin `gpt2exp ARGS` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    pipe = subprocess.PIPE
     environment = surroundings(folder.parent / "home", **env)
+    if program is None and not any(key.startswith(EARLY) for key in env):
+        return Forked(folder, environment, args)
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        [*program, *args],
+        [*(program or PROGRAM), *args],
         cwd=folder,
         env=environment,
         stdout=pipe,
@@ -43,13 +128,13 @@ def start(folder: Path, *args: str, program: list[str] = PROGRAM, **env: str) ->
     )
 
 
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+def finish(process: Process) -> subprocess.CompletedProcess[str]:
     """Wait for what `start` began."""
     out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
 
 
-def run(folder: Path, *args: str, program: list[str] = PROGRAM, **env: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *args: str, program: list[str] | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """`gpt2exp ARGS` in `folder`, to its end."""
     return finish(start(folder, *args, program=program, **env))
 

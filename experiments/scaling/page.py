@@ -448,7 +448,7 @@ def plot_checks(checks: Sequence[Row]) -> Callable[[Axes], None]:
             held = "" if any(row["use"] == "fit" for row in mine) else ", held out"
             x, y = ([float(row[key]) for row in mine] for key in ("published", "error"))
             axes.plot(x, [100 * e for e in y], marker, color=colour, ms=4, alpha=0.8, label=f"{source}{held}")
-        axes.axhline(0, color=figures.INK, lw=0.8)
+        axes.axhline(0, color="black", lw=0.8)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(
             StrMethodFormatter("{x:,.0f}")

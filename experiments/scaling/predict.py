@@ -199,7 +199,7 @@ def memory(setup: Setup) -> float:
 
     `estimate.memory` without its margins, with what only a GPU has: half-precision activations (a block keeps 64 bytes
     a token and unit of width in fp32, 36 under autocast, and the bf16 copies of its weights: counted by autograd's own
-    hooks in `tests/test_scaling.py`), DDP's buckets, FSDP's shares and gathered blocks, logits that stand whole.
+    hooks in `test_scaling.py`), DDP's buckets, FSDP's shares and gathered blocks, logits that stand whole.
     """
     model, half = setup.model, setup.precision == "bf16"
     layers, width, total = model.n_layer, model.n_embd, model.parameters["total"]

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2exp.compare import report
 from gpt2exp.compare.comparison import (
     Comparison,
     compare,
     read,
 )
-from gpt2exp.compare.report import _write, mirror, show
+from gpt2exp.compare.report import Section, mirror, show
 from gpt2exp.config import BadRequest
+from gpt2exp.files import replacing, write_json
 from gpt2exp.run import terminal
 from gpt2exp.run.terminal import printable
 
@@ -54,7 +56,6 @@ def command(argv: list[str]) -> int:
             raise BadRequest(f"--margin {args.margin}: must be a number of nats above 0; try --margin 0.01")
         comparison = compare(read(args.folders), margin=args.margin)
         out = args.out or args.folders[0]
-        out.mkdir(parents=True, exist_ok=True)
         write(comparison, out)
     except BadRequest as problem:
         terminal.refuse(str(problem), program="gpt2exp-compare", trace=full_error)
@@ -70,11 +71,32 @@ def command(argv: list[str]) -> int:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write(comparison: Comparison, out: Path) -> None:
-    """`comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` in the folder, each whole."""
-    from gpt2exp.compare import figures
+def write(comparison: Comparison, out: Path) -> list[Section]:
+    """`comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` in the folder, each file whole.
 
-    _write(comparison, out, figures.draw(comparison))
+    Returns what was drawn.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    from gpt2exp.compare import figures  # with matplotlib: half a second
+
+    sections = figures.draw(comparison)
+    write_json(out / "comparison.json", report.finite(comparison.as_dict()))
+    _write_text(out / "comparison.csv", report.table(comparison))
+    if sections:
+        (out / "figures").mkdir(exist_ok=True)
+    for section in sections:
+        for drawing in section.drawings:
+            with replacing(out / "figures" / f"{drawing.name}.png") as part:
+                part.write_bytes(drawing.png)
+    text = report.markdown(comparison, out, sections)
+    _write_text(out / "report.md", text)
+    _write_text(out / "report.html", report.page(text, comparison, out, sections))
+    return sections
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
 
 
 # --- the end of a sweep ----------------------------------------------------------------------------------------------
@@ -88,11 +110,8 @@ def conclude(sweep: Path, console: Console) -> Path | None:
     """
     again = f"{terminal.pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
-        from gpt2exp.compare import figures
-
         comparison = compare(read([sweep]))
-        sections = figures.draw(comparison)
-        _write(comparison, sweep, sections)
+        sections = write(comparison, sweep)
         show(comparison, console, sweep, failed=False)
         return mirror(comparison, sweep, sections)
     except (BadRequest, OSError) as error:

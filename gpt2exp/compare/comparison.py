@@ -15,41 +15,38 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gpt2exp.compare.inference import ALPHA, fixed, holm, pooled_std
 from gpt2exp.config import MOVED, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
 from gpt2exp.run import record, secret
+from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, Summary, number_of
 from gpt2exp.training import load
 
 GROUPS = {"precision": "name", "init": "scheme", "data": "name", "optimizer": "name"}
 """Config groups whose choice is a key of their section."""
 
-Row = dict[str, Any]
+
+class Row(Summary, total=False):
+    """A run as it is compared: its summary, or of one that left none its state, `config` and `overrides`."""
+
+    folder: str
+    gone: dict[str, Any]
+    """Keys of its configuration that this version does not know."""
+
 
 Settings = dict[str, str]
 
+LOSSES = tuple(metric for metric in METRICS if metric.compared == "loss")
+"""The one that counts is the last that every finished run has."""
 
-@dataclass(frozen=True)
-class Metric:
-    """A figure of a run and how two of them compare."""
+SPEED = BY_KEY["tokens_per_second"]
 
-    key: str
-    lower_is_better: bool
-    ratio: bool = False
-    """Compared as arm over baseline, on the logarithm."""
-    unit: str = ""
-
-
-LOSSES = (Metric("val_loss", True, unit="nats"), Metric("loss_mean_last10", True, unit="nats"))
-
-SPEED = Metric("tokens_per_second", False, ratio=True)
-
-MEMORY = Metric("peak_memory_bytes", True, unit="bytes")
+MEMORY = BY_KEY["peak_memory_bytes"]
 
 
 @dataclass
@@ -137,7 +134,7 @@ class Comparison:
     interactions: list[Interaction]
     distances: list[Distance]
     """Of each precision from fp64, where that is an arm."""
-    failed: list[Row]
+    failed: list[dict[str, Any]]
     swept: dict[str, list[str]]
     """Arms of each axis, the baseline first."""
     seeds: list[int]
@@ -183,72 +180,23 @@ def read(folders: Sequence[Path]) -> list[Row]:
     runs = {run.resolve(): run for top in tops for run in record.runs_below(top)}.values()
     if not runs:
         raise BadRequest(f"{folders[0]}: holds no run; name run or sweep folders, such as sweeps/DAY/TIME-ID")
-    return [{**_row(run, above), "folder": str(run)} for run in runs]
+    return [_row(run, above) for run in runs]
 
 
 def _row(run: Path, above: Path) -> Row:
-    row = record.row(run, above)
-    flaw = _flaw(row)
-    if not flaw:
+    row = cast("Row", {**record.row(run, above), "folder": str(run)})
+    if "config" in row:
         return row
-    state, error = row.get("state", "not run"), row.get("error")
-    if "config" in row or state == "done":
-        state, error = "damaged", f"summary.json is missing or damaged: {flaw}"
-    return {"name": row["name"], "state": state, "step": row.get("step", 0), "error": error, **_asked(run)}
-
-
-NUMBER, MAYBE = (int, float), (int, float, type(None))
-
-NEEDED: dict[str, Any] = {
-    "state": str,
-    "overrides": list,
-    "config": dict,
-    "config.seed": int,
-    "started": str,
-    "wall_seconds.train": NUMBER,
-}
-"""What is read of a summary, here and for the report, with its type."""
-
-NEEDED_DONE: dict[str, Any] = {
-    **dict.fromkeys(("val_loss", "loss_mean_last10", "tokens_per_second", "peak_memory_bytes"), MAYBE),
-    "steps": int,
-    "tokens": int,
-    "parameters.total": int,
-    "precision.effective": str,
-    "precision.emulated": bool,
-    "data.sha256": str,
-    "data.distinct_tokens": int,
-    "device": str,
-    "threads": int,
-}
-"""And of a finished run's."""
-
-
-def _flaw(row: Row) -> str:
-    """What keeps a row from being read as a run's summary; empty if nothing does."""
-    for key, kind in (NEEDED | (NEEDED_DONE if row.get("state") == "done" else {})).items():
-        value: Any = row
-        for part in key.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                return f"no {key}"
-            value = value[part]
-        if not isinstance(value, kind):
-            return f"{key} is {value!r}"
-    try:
-        datetime.fromisoformat(row["started"])
-    except ValueError:
-        return f"started is {row['started']!r}"
-    return ""
-
-
-def _asked(run: Path) -> Row:
-    """`config` and `overrides` of a run that left no summary; empty where Hydra's record is unusable too."""
-    try:
+    if row["state"] == "done" or (run / "summary.json").exists():
+        try:
+            record.read_summary(run)
+        except (OSError, ValueError) as error:
+            row["state"], row["error"] = "damaged", f"summary.json is missing or damaged: {error}"
+    with contextlib.suppress(BadRequest):  # Hydra's record is unusable too
         config, gone, overrides = record.asked(run)
         secret.check_values([plain(config), gone, overrides])  # an interpolation in a stranger's folder may ask for one
-    except BadRequest:
-        return {}
-    return {"config": plain(config), "gone": gone, "overrides": overrides}
+        row |= {"config": plain(config), "gone": gone, "overrides": overrides}
+    return row
 
 
 def _of_today(row: Row) -> Row:
@@ -445,11 +393,11 @@ class Grid:
 
     def spread(self, metric: Metric, key: str, among: Sequence[str]) -> float | None:
         """Seed-to-seed standard deviation of a metric, pooled over the settings with one of these arms."""
-        at, figure = list(self.axes).index(key), _figure(metric)
+        at = list(self.axes).index(key)
         by_arms: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for (_, arms), row in self.cells.items():
-            if arms[at] in among and row.get(metric.key) is not None:
-                by_arms[arms].append(figure(row))
+            if arms[at] in among and number_of(row, metric.key) is not None:
+                by_arms[arms].append(_compared(row, metric))
         return pooled_std(by_arms.values())
 
 
@@ -476,8 +424,8 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
         for row in rows
         if row["state"] != "done"
     ]
-    has_validation = bool(done) and all(row.get("val_loss") is not None for row in done)
-    loss = LOSSES[0] if has_validation else LOSSES[1]
+    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
+    loss = everywhere[-1] if everywhere else LOSSES[0]
     grid = Grid(known, axes)
     contended = _contended(known)
     effects = [
@@ -490,7 +438,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
         tested = [effect for effect in effects if effect.metric == metric.key and effect.p_value is not None]
         for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
             effect.p_holm = adjusted
-            judge(effect, lower_is_better=metric.lower_is_better, margin=margin if metric is loss else None)
+            judge(effect, lower_is_better=metric.better == "lower", margin=margin if metric is loss else None)
     notes = []
     if len(grid.cells) < len(done):
         notes.append(f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts")
@@ -542,13 +490,12 @@ def _effect(grid: Grid, key: str, baseline: str, arm: str, metric: Metric, conte
         return effect
     first = pairs[0]
     effect.parameters = {"baseline": first.baseline["parameters"]["total"], "arm": first.arm["parameters"]["total"]}
-    if any(row.get(metric.key) is None for pair in pairs for row in (pair.baseline, pair.arm)):
+    if any(number_of(row, metric.key) is None for pair in pairs for row in (pair.baseline, pair.arm)):
         effect.verdict, effect.reason = "not_comparable", "not measured in every run"
         return effect
-    figure = _figure(metric)
     by_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for pair in pairs:
-        by_seed[pair.seed].append((figure(pair.baseline), figure(pair.arm)))
+        by_seed[pair.seed].append((_compared(pair.baseline, metric), _compared(pair.arm, metric)))
     ones = [statistics.fmean(one for one, _ in both) for both in by_seed.values()]
     others = [statistics.fmean(other for _, other in both) for both in by_seed.values()]
     values = [other - one for one, other in zip(ones, others, strict=True)]
@@ -576,8 +523,10 @@ def _emulated(pair: Pair) -> bool:
     return bool(pair.baseline["precision"]["emulated"] or pair.arm["precision"]["emulated"])
 
 
-def _figure(metric: Metric) -> Callable[[Row], float]:
-    return lambda row: math.log(row[metric.key]) if metric.ratio else float(row[metric.key])
+def _compared(row: Row, metric: Metric) -> float:
+    """A measured figure on the scale on which it is compared."""
+    value = cast(float, number_of(row, metric.key))
+    return math.log(value) if metric.ratio else float(value)
 
 
 def _obstacle(key: str, metric: Metric, pairs: Sequence[Pair], contended: set[str]) -> str:
@@ -629,7 +578,7 @@ def _contended(rows: Sequence[Row]) -> set[str]:
     spans: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:
         if "started" in row:
-            whole = [{"started": row["started"], "train": row["wall_seconds"]["train"]}]
+            whole: list[dict[str, Any]] = [{"started": row["started"], "train": row["wall_seconds"]["train"]}]
             for part in row.get("parts", whole):
                 begin = datetime.fromisoformat(part["started"]).timestamp()
                 begin, end = part.get("span", (begin, begin + part["train"] - 1))
@@ -649,7 +598,6 @@ def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
 
     Each difference of differences is taken among four runs that share all else, then averaged over the other axes.
     """
-    figure = _figure(metric)
     found = []
     for (a, a_arms), (b, b_arms) in itertools.combinations(grid.axes.items(), 2):
         at_a, at_b = list(grid.axes).index(a), list(grid.axes).index(b)
@@ -662,7 +610,7 @@ def _interactions(grid: Grid, metric: Metric) -> list[Interaction]:
                 corner = list(arms)
                 corner[at_a], corner[at_b] = arm_a, arm_b
                 corners.append(grid.cells.get((seed, tuple(corner))))
-            losses = [figure(row) for row in corners if row is not None and row.get(metric.key) is not None]
+            losses = [_compared(row, metric) for row in corners if row and number_of(row, metric.key) is not None]
             if len(losses) == 4:
                 by_arms[arms[at_a], arms[at_b]][seed].append(losses[0] - losses[1] - losses[2] + losses[3])
         for pair in itertools.product(a_arms[1:], b_arms[1:]) if by_arms else ():
@@ -717,7 +665,7 @@ def _optima(grid: Grid, metric: Metric, effects: Sequence[Effect]) -> Iterator[O
         return
     (key,) = grid.axes
     try:
-        found = [(math.log(float(arm)), arm, row[metric.key]) for (_, (arm,)), row in grid.cells.items()]
+        found = [(math.log(float(arm)), arm, number_of(row, metric.key)) for (_, (arm,)), row in grid.cells.items()]
     except ValueError:  # a word, or a number that has no logarithm
         return
     known = [(x, arm, float(y)) for x, arm, y in found if y is not None and math.isfinite(y)]
@@ -756,6 +704,6 @@ def parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, list[float]
     return vertex, [vertex - reach, vertex + reach]
 
 
-def _public(row: Row) -> Row:
+def _public(row: Row) -> dict[str, Any]:
     """A row of `comparison.json`'s `runs`: the summary without what every run repeats."""
     return {key: value for key, value in row.items() if key not in ("config", "gone", "versions", "environment")}

@@ -1,15 +1,16 @@
-"""A comparison in words: on the terminal, as files, as a page, in wandb.
+"""A comparison in words: on the terminal, as Markdown, as a page, in wandb.
 
-One function makes the verdict sentences (`sentences`) and one the rows of the table (`lines`); every form of the
-report shows those. What needs matplotlib (gpt2exp.compare.figures) or jinja2 imports it when called. No torch.
+One function makes the verdict sentences (`sentences`) and one the rows of the table (`effects_table`); every form of
+the report shows those, and the page is the Markdown with our style around it. No torch.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
+import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -21,40 +22,24 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from gpt2exp.compare.comparison import (
-    MEMORY,
-    SPEED,
-    Comparison,
-    Distance,
-    Effect,
-    Grid,
-    Interaction,
-    Optimum,
-    Row,
-)
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Optimum, Row
 from gpt2exp.config import WandbConfig, parse
-from gpt2exp.files import replacing, write_json
 from gpt2exp.run import record, terminal
+from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-
-    from gpt2exp.compare.figures import Section
-
-
-LOSS = {"val_loss": "validation loss", "loss_mean_last10": "loss, the mean of the last ten steps"}
-
-METRICS = {**dict.fromkeys(LOSS, "loss, nats"), SPEED.key: "speed, ratio", MEMORY.key: "memory, MiB"}
 
 COLOURS = {"better": "green", "worse": "red", "indistinguishable": "cyan", "inconclusive": "yellow"}
-
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
-
+INTERACTIONS = (
+    "How much the effect of one axis on the loss changes with another: the difference of their differences, by seed. "
+    "p is not corrected. Large: the interval excludes zero and the size exceeds the seed-to-seed std."
+)
 METHOD = (
     "Runs that differ in one axis and share the rest, seed included, are a pair. Differences at one seed are averaged "
     "over the other axes first; n counts seeds. Intervals are 95 % paired t intervals, p values are corrected by Holm "
@@ -65,14 +50,48 @@ METHOD = (
 )
 """How to read it, for the page and the Markdown."""
 
-log = logging.getLogger("gpt2exp")
+
+@dataclass
+class Drawing:
+    """A figure under the name of its file, without ending."""
+
+    name: str
+    title: str
+    caption: str
+    svg: bytes
+    """A document of its own, on no background."""
+    png: bytes
+
+
+@dataclass
+class Section:
+    """The figures of one axis; of all runs together where nothing but the seed varies."""
+
+    key: str | None
+    drawings: list[Drawing]
+
+
+class Column(NamedTuple):
+    """A column of a table."""
+
+    name: str
+    number: bool = False
+    """Numbers stand to the right."""
+
+
+@dataclass
+class Table:
+    """A table as text."""
+
+    columns: list[Column]
+    rows: list[list[str]]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def spell(value: float, resolution: float = 0.0, *, sign: bool = False) -> str:
-    """A number to two digits of `resolution`, what it is known to within; of itself if that is 0.
+    """Format a number to two significant digits of its uncertainty `resolution` (of itself if 0).
 
     Below about 1e-5 in scientific form.
     """
@@ -108,46 +127,32 @@ def subject(key: str, arm: str) -> str:
     return f"{printable(key)}={printable(arm)}"
 
 
-@dataclass
-class Words:
-    """The figures of an effect as text, in the unit people read, to the precision they are known."""
+def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, str]:
+    """The difference (or ratio) and its 95 % interval as text, to the digits they are known to; empty where unknown.
 
-    mean: str
-    low: str
-    high: str
-    size: str
-    """The mean's size without its sign; `near` and `far` are the interval on its side."""
-    near: str
-    far: str
-    std: str
-    unit: str
-
-    @property
-    def interval(self) -> str:
-        """`low to high`; empty without one."""
-        return f"{self.low} to {self.high}" if self.low else ""
-
-
-def words(effect: Effect | Interaction) -> Words:
-    """The figures of an effect or interaction as text."""
+    In nats, MiB or times the baseline's speed. Without `sign` as sizes: of a fall, how far it fell.
+    """
     ratio = getattr(effect, "speed_ratio", None)
-    unit, scale = ("MiB", 2.0**20) if effect.metric == MEMORY.key else ("", 1.0) if ratio is not None else ("nats", 1.0)
-    mean = ratio if ratio is not None else effect.mean_difference
+    mean = effect.mean_difference if ratio is None else ratio
     if mean is None:
-        return Words("", "", "", "", "", "", "", unit)
-    mean /= scale
-    bounds = [bound / scale for bound in effect.ci95] if effect.ci95 is not None else []
-    half = (bounds[1] - bounds[0]) / 2 if bounds else 0.0
-    known = half or abs(mean) / 10
+        return "", ""
+    values = [value / BY_KEY[effect.metric].scale for value in (mean, *(effect.ci95 or []))]
+    resolution = (values[2] - values[1]) / 2 if effect.ci95 else 0.0
+    resolution = resolution or abs(values[0]) / 10
     if ratio is not None:
-        known = max(0.01, min(known, 0.5))  # a ratio to two or three decimals
-    std = getattr(effect, "seed_std", None)
-    deviation = "" if std is None else f"{spell(std * 100)} %" if ratio is not None else spell(std / scale)
-    signed = [spell(value, known, sign=ratio is None) for value in (mean, *bounds)]
-    sizes = [spell(value if mean >= 0 else -value, known) for value in (mean, *bounds)]
-    near, far = sizes[1:][:: 1 if mean >= 0 else -1] if bounds else ("", "")
-    low, high = signed[1:] or ("", "")
-    return Words(signed[0], low, high, sizes[0], near, far, deviation, unit)
+        resolution = max(0.01, min(resolution, 0.5))  # a ratio to two or three decimals
+    if mean < 0 and not sign:
+        values = [-values[0], *(-bound for bound in reversed(values[1:]))]
+    text, *bounds = (spell(value, resolution, sign=sign and ratio is None) for value in values)
+    return text, " to ".join(bounds)
+
+
+def deviation(effect: Effect) -> str:
+    """The seed-to-seed std of an effect's metric in the same unit, in per cent of the speed; empty if unknown."""
+    if effect.seed_std is None:
+        return ""
+    metric = BY_KEY[effect.metric]
+    return f"{spell(effect.seed_std * 100)} %" if metric.ratio else spell(effect.seed_std / metric.scale)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -178,33 +183,35 @@ def sentences(comparison: Comparison) -> list[Sentence]:
 
 
 def _seeds_only(comparison: Comparison) -> Iterable[Sentence]:
-    values = [row[comparison.metric] for row in comparison.runs if row["state"] == "done"]
+    done = [number_of(row, comparison.metric) for row in comparison.runs if row["state"] == "done"]
+    values = [value for value in done if value is not None]
     if values:
         std = statistics.stdev(values) if len(values) > 1 else 0.0
-        text = f"{LOSS[comparison.metric]}: {spell(statistics.fmean(values), std or 0.005)} nats"
+        text = f"{BY_KEY[comparison.metric].name}: {spell(statistics.fmean(values), std or 0.005)} nats"
         known = f"on average over {_plain_count(len(values), 'run')}, seed-to-seed std {spell(std)}"
         yield Sentence("", f"{text} {known}." if len(values) > 1 else f"{text} in one run.")
 
 
 def _sentence(effects: dict[str, Effect], metric: str) -> str:
     loss = effects[metric]
-    name, base, said = subject(loss.key, loss.arm), printable(loss.baseline), words(loss)
-    reason = printable(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {said.std}".strip(), 1)
+    name, base, std = subject(loss.key, loss.arm), printable(loss.baseline), deviation(loss)
+    difference, interval = amounts(loss)
+    size, size_interval = amounts(loss, sign=False)
+    reason = printable(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {std}".strip(), 1)
     tested = f"{_count(loss.n_seeds, 'seed')}, p{probability(1.0 if loss.p_holm is None else loss.p_holm)})"
     costs = "".join(_costs(effects, loss))
     if loss.verdict in ("better", "worse"):
-        text = f"{name} is {loss.verdict} than {base} by {said.size} nats "
-        text += f"(95 % interval {said.near} to {said.far}, {tested}"
-        text += f", {reason}{costs}" if reason else f"{costs}; the seed-to-seed std is {said.std}"
+        text = f"{name} is {loss.verdict} than {base} by {size} nats (95 % interval {size_interval}, {tested}"
+        text += f", {reason}{costs}" if reason else f"{costs}; the seed-to-seed std is {std}"
     elif loss.verdict in ("indistinguishable", "inconclusive"):
         open_ = loss.verdict == "inconclusive"
         text = f"{name} against {base} is open" if open_ else f"{name} cannot be told apart from {base}"
-        text += f": a difference of {said.mean} nats (95 % interval {said.interval}, {tested}{costs}; {reason}"
+        text += f": a difference of {difference} nats (95 % interval {interval}, {tested}{costs}; {reason}"
     elif loss.verdict == "not_comparable":
         text = f"{name} and {base} cannot be compared: {reason}{costs}"
     else:
         where = "above" if (loss.mean_difference or 0) > 0 else "below"
-        text = f"{name} ended {said.size} nats {where} {base} ({reason}){costs}"
+        text = f"{name} ended {size} nats {where} {base} ({reason}){costs}"
     if loss.dropped_pairs:
         text += f"; {_plain_count(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
     return f"{text}."
@@ -214,18 +221,19 @@ def _costs(effects: dict[str, Effect], loss: Effect) -> Iterable[str]:
     """Speed, memory and parameters of an arm, as clauses."""
     speed, memory = effects[SPEED.key], effects[MEMORY.key]
     if speed.speed_ratio is not None and speed.verdict != "not_comparable":
-        said = words(speed)
-        size = said.mean if abs(speed.speed_ratio - 1) < 0.01 else spell(speed.speed_ratio, 0.5)
-        ratio = f"{size} {'times' if float(size) > 1 else 'of'} the speed"
-        sure = speed.verdict in ("better", "worse", None)
-        yield f", at {ratio}" if sure else f", at {ratio} ({said.interval}: {speed.verdict})"
+        ratio, interval = amounts(speed)
+        if abs(speed.speed_ratio - 1) >= 0.01:
+            ratio = spell(speed.speed_ratio, 0.5)
+        yield f", at {ratio} {'times' if float(ratio) > 1 else 'of'} the speed"
+        if speed.verdict not in ("better", "worse", None):
+            yield f" ({interval}: {speed.verdict})"
     elif speed.reason and speed.reason != loss.reason:
         yield f"; speed not compared ({speed.reason})"
     if memory.verdict in ("better", "worse") and memory.mean_difference and memory.baseline_mean:
         share = abs(memory.mean_difference) / memory.baseline_mean
         if share >= 0.005:
             more = "more" if memory.mean_difference > 0 else "less"
-            yield f", with {words(memory).size} MiB ({share:.1%}) {more} memory"
+            yield f", with {amounts(memory, sign=False)[0]} MiB ({share:.1%}) {more} memory"
     if loss.parameters:
         extra = loss.parameters["arm"] - loss.parameters["baseline"]
         if extra:
@@ -235,10 +243,9 @@ def _costs(effects: dict[str, Effect], loss: Effect) -> Iterable[str]:
 def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
     """What one axis does to the effect of another, in plain words."""
     (a, b), (arm_a, arm_b) = item.keys, item.arms
-    said = words(item)
-    base = printable(comparison.swept[b][0])
-    how = f"{said.size} nats {'higher' if item.mean_difference > 0 else 'lower'}"
-    sure = f"95 % interval {said.interval}, " if said.interval else ""
+    interval, base = amounts(item)[1], printable(comparison.swept[b][0])
+    how = f"{amounts(item, sign=False)[0]} nats {'higher' if item.mean_difference > 0 else 'lower'}"
+    sure = f"95 % interval {interval}, " if interval else ""
     p_value = f", p{probability(item.p_value)}, uncorrected" if item.p_value is not None else ""
     return (
         f"under {subject(b, arm_b)} the effect of {subject(a, arm_a)} on the loss is {how} than under {base} "
@@ -248,7 +255,7 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
 
 def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
     """What a search found, how sure that is, and the sweep that makes it surer."""
-    best, loss = f"{float(item.best):.3g}", LOSS[comparison.metric]
+    best, loss = f"{float(item.best):.3g}", BY_KEY[comparison.metric].name
     text = f"of {item.n} values tried, {subject(item.key, best)} ended with the least {loss}, {spell(item.loss, 0.001)}"
     if item.at is None or item.ci95 is None:
         text += "; the least is not between the values around it: search beyond them"
@@ -258,7 +265,9 @@ def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
     text += f"(95 % interval {low} to {high})"
     if item.n_seeds > 1:
         return f"{text}, {_plain_count(item.n_seeds, 'seed')}."
-    (row,) = [row for row in comparison.runs if row["state"] == "done" and row[comparison.metric] == item.loss][:1]
+    row = next(
+        row for row in comparison.runs if row["state"] == "done" and number_of(row, comparison.metric) == item.loss
+    )
     kept = [word for word in row["overrides"] if word.partition("=")[0] not in (item.key, "seed")]
     arms = ",".join(dict.fromkeys((low, at, high)))
     surer = shlex.join(map(printable, ["gpt2exp", "-m", "seed=1,2,3,4,5", f"{item.key}={arms}", *kept]))
@@ -296,69 +305,42 @@ def _plain_count(number: int, thing: str) -> str:
 # --- table -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its name, and whether it holds numbers, which stand to the right."""
-
-    name: str
-    number: bool = False
-
-
-COLUMNS = (
-    Column("axis"),
-    Column("arms"),
-    Column("metric"),
-    Column("n", number=True),
-    Column("difference", number=True),
-    Column("95 % interval"),
-    Column("p", number=True),
-    Column("seed std", number=True),
-    Column("verdict"),
-)
-
-
-@dataclass
-class Line:
-    """A row of the comparison table, as text."""
-
-    axis: str
-    arms: str
-    metric: str
-    n: str
-    """Seeds, and pairs if those are more."""
-    difference: str
-    interval: str
-    p: str
-    std: str
-    verdict: str
-    reason: str
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """The columns before the verdict."""
-        return (self.axis, self.arms, self.metric, self.n, self.difference, self.interval, self.p, self.std)
-
-
-def lines(comparison: Comparison) -> list[Line]:
-    """The comparison table, a row an axis, arm and metric."""
+def effects_table(comparison: Comparison) -> Table:
+    """A row an axis, arm and metric; the verdict and its reason last."""
+    numeric = ("n", "difference", "p", "seed std")
+    names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "verdict", "reason")
     rows = []
     for effect in comparison.axes if not comparison.optima else ():  # a value tried once differs from another by chance
-        said = words(effect)
+        metric = BY_KEY[effect.metric]
         rows.append(
-            Line(
+            [
                 printable(effect.key),
                 f"{printable(effect.arm)} against {printable(effect.baseline)}",
-                METRICS[effect.metric],
+                f"{metric.compared}, {'ratio' if metric.ratio else metric.unit}",
                 str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
-                said.mean,
-                said.interval,
+                *amounts(effect),
                 "" if effect.p_holm is None else probability(effect.p_holm).removeprefix("="),
-                said.std,
+                deviation(effect),
                 effect.verdict or "",
-                effect.reason,
-            )
+                printable(effect.reason),
+            ]
         )
-    return rows
+    return Table([Column(name, name in numeric) for name in names], rows)
+
+
+def reasons_of(effects: Table) -> list[str]:
+    """The different reasons; verdicts refer to them by number, since most rows share one and room is scarce."""
+    return list(dict.fromkeys(row[-1] for row in effects.rows if row[-1]))
+
+
+def _interactions_table(comparison: Comparison) -> Table:
+    names = ("effect of", "changed by", "n", "difference, nats", "95 % interval", "p", "size")
+    rows = []
+    for item in comparison.interactions:
+        p_value = "" if item.p_value is None else probability(item.p_value).removeprefix("=")
+        subjects = [subject(key, arm) for key, arm in zip(item.keys, item.arms, strict=True)]
+        rows.append([*subjects, str(item.n_seeds), *amounts(item), p_value, "large" if item.large else ""])
+    return Table([Column(name, name in ("n", "difference, nats", "p")) for name in names], rows)
 
 
 def name_of(verdict: str) -> str:
@@ -374,67 +356,46 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     from rich.text import Text
 
     if comparison.axes and not comparison.optima:
-        overview, reasons = _rich_table(comparison)
-        console.print(overview)
-        for number, reason in enumerate(reasons):
-            console.print(Text(f"[{number + 1}] {reason}", style="dim"), soft_wrap=True)
+        _show_table(effects_table(comparison), console, f"compared in {BY_KEY[comparison.metric].name}")
     for sentence in sentences(comparison):
         mark = Text(f"{SIGNS[sentence.verdict]} ", style=COLOURS.get(sentence.verdict, "dim"))
         console.print(mark + Text(sentence.text), soft_wrap=True)
-    for item in comparison.interactions:
-        if item.large:
-            console.print(Text(f"interaction: {interaction_sentence(item, comparison)}"), soft_wrap=True)
-    for distance in comparison.distances:
-        console.print(Text(distance_sentence(distance)), soft_wrap=True)
-    for name, fate in failures(comparison) if failed else ():
-        console.print(Text(f"{name}: {fate}", style="red"), soft_wrap=True)
-    for note in comparison.notes:
-        console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
-    if out is not None:
-        console.print(Text(f"report: {printable(terminal.short((out / 'report.html').absolute()))}"), soft_wrap=True)
+    large = [item for item in comparison.interactions if item.large]
+    said = [(f"interaction: {interaction_sentence(item, comparison)}", "") for item in large]
+    said += [(distance_sentence(item), "") for item in comparison.distances]
+    said += [(f"{name}: {fate}", "red") for name, fate in failures(comparison) if failed]
+    said += [(f"note: {printable(note)}", "dim") for note in comparison.notes]
+    said += [(f"report: {printable(terminal.short((out / 'report.html').absolute()))}", "")] if out is not None else []
+    for text, style in said:
+        console.print(Text(text, style=style), soft_wrap=True)
 
 
-def _rich_table(comparison: Comparison) -> tuple[Table, list[str]]:
-    """The table, and the reasons its verdicts refer to by number: most rows share one, and no terminal has the room."""
-    from rich.table import Table
+def _show_table(shown: Table, console: Console, heading: str) -> None:
+    """The table, then the reasons that its verdicts refer to."""
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = Table(title=f"compared in {LOSS[comparison.metric]}", title_justify="left", box=None, pad_edge=False,
-                  collapse_padding=True)  # fmt: skip
+    table = RichTable(title=heading, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     table.add_column("axis and arms", overflow="fold")
-    for column in COLUMNS[2:]:
+    for column in shown.columns[2:-1]:
         table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
-    reasons: list[str] = []
-    rows = lines(comparison)
-    for number, line in enumerate(rows):
+    reasons = reasons_of(shown)
+    above: list[list[str]] = []
+    for row in shown.rows:
+        axis, arms, *cells, verdict, reason = row
         # three metrics an arm: its axis beside the first, its names beside the second
-        place = sum(other.axis == line.axis and other.arms == line.arms for other in rows[:number])
-        who = Text(line.axis) if place == 0 else Text(f"  {line.arms}" if place == 1 else "")
-        verdict = Text(name_of(line.verdict), style=COLOURS.get(line.verdict, "dim"))
-        if line.reason:
-            if line.reason not in reasons:
-                reasons.append(line.reason)
-            verdict += Text(f" [{reasons.index(line.reason) + 1}]", style="dim")
-        table.add_row(who, *map(Text, line.cells[2:]), verdict)
-    return table, reasons
+        place = sum(other[:2] == row[:2] for other in above)
+        above.append(row)
+        mark = Text(name_of(verdict), style=COLOURS.get(verdict, "dim"))
+        if reason:
+            mark += Text(f" [{reasons.index(reason) + 1}]", style="dim")
+        table.add_row(Text((axis, f"  {arms}", "")[min(place, 2)]), *map(Text, cells), mark)
+    console.print(table)
+    for number, reason in enumerate(reasons):
+        console.print(Text(f"[{number + 1}] {reason}", style="dim"), soft_wrap=True)
 
 
-def _write(comparison: Comparison, out: Path, sections: Sequence[Section]) -> None:
-    write_json(out / "comparison.json", finite(comparison.as_dict()))
-    _write_text(out / "comparison.csv", table(comparison))
-    if sections:
-        (out / "figures").mkdir(exist_ok=True)
-    for section in sections:
-        for drawing in section.drawings:
-            with replacing(out / "figures" / f"{drawing.name}.png") as part:
-                part.write_bytes(drawing.png)
-    _write_text(out / "report.md", markdown(comparison, out, sections))
-    _write_text(out / "report.html", page(comparison, out, sections))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", newline="")
+# --- exact -----------------------------------------------------------------------------------------------------------
 
 
 def finite(value: Any) -> Any:
@@ -446,28 +407,26 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def records(comparison: Comparison) -> list[Row]:
-    """The effects as flat rows, exact: `ci95` as two columns, `parameters` as two, `differences` as JSON."""
+def records(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
+    """The effects as column names and rows of exact values: `ci95` and `parameters` in two columns each, `differences`
+    as JSON.
+    """
+    single = [item.name for item in fields(Effect) if item.name not in ("ci95", "parameters")]
     rows = []
     for effect in comparison.axes:
         row = finite(asdict(effect))
-        low, high = row.pop("ci95") or (None, None)
-        parameters = row.pop("parameters")
         row["differences"] = json.dumps(row["differences"])
-        extra = {"ci95_low": low, "ci95_high": high}
-        rows.append(row | extra | {f"{side}_parameters": parameters.get(side) for side in ("baseline", "arm")})
-    return rows
+        values = [row[name] for name in single]
+        values += [*(row["ci95"] or (None, None)), *(row["parameters"].get(side) for side in ("baseline", "arm"))]
+        rows.append([printable(value) if isinstance(value, str) else value for value in values])
+    return [*single, "ci95_low", "ci95_high", "baseline_parameters", "arm_parameters"], rows
 
 
 def table(comparison: Comparison) -> str:
     """`comparison.csv`: a row an axis, arm and metric; empty cells where there is nothing."""
-    plain = [item.name for item in fields(Effect) if item.name not in ("ci95", "parameters")]
-    columns = [*plain, "ci95_low", "ci95_high", "baseline_parameters", "arm_parameters"]
+    head, rows = records(comparison)
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in records(comparison):
-        writer.writerow({key: printable(value) if isinstance(value, str) else value for key, value in row.items()})
+    csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
     return buffer.getvalue()
 
 
@@ -502,17 +461,15 @@ def commands(rows: Sequence[Row]) -> list[str]:
         sweep = record.sweep_of(Path(row["folder"]))
         argv = row.get("overrides", [])
         if sweep is not None:
-            try:
-                argv = json.loads((sweep / record.SWEEP).read_text(encoding="utf-8"))["argv"]
-            except (OSError, ValueError, KeyError):
-                continue
+            known = record.Sweep.read(sweep)
+            argv = known.argv if known else []
         found[shlex.join(["gpt2exp", *(printable(word) for word in argv)])] = None
     return list(found)
 
 
-def setting(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What was trained on what: the reader's bearings."""
-    facts = {
+def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What was trained on what, where and with what."""
+    known: dict[str, Callable[[Row], Any]] = {
         "model": lambda row: (
             "{n_layer} layers, {n_head} heads, {n_embd} wide".format_map(row["config"]["model"])
             + (", tied" if row["config"]["model"]["tie_weights"] else ", untied")
@@ -527,13 +484,6 @@ def setting(rows: Sequence[Row]) -> list[tuple[str, str]]:
             row["data"]
         ),
         "precision": lambda row: row["precision"]["effective"] + (" emulated" if row["precision"]["emulated"] else ""),
-    }
-    return [(label, text) for label, get in facts.items() if (text := common(rows, get))]
-
-
-def provenance(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Where and with what the runs were made."""
-    facts = {
         "hardware": lambda row: f"{row['device']}, {row['threads']} threads",
         "platform": lambda row: row["platform"],
         "machine": lambda row: row["machine"],
@@ -542,36 +492,27 @@ def provenance(rows: Sequence[Row]) -> list[tuple[str, str]]:
         "environment": lambda row: " ".join(f"{name}={value}" for name, value in row["environment"].items()),
         "text's sha256": lambda row: row["data"]["sha256"],
     }
-    known = [(label, text) for label, get in facts.items() if (text := common(rows, get))]
+    told = [(label, text) for label, get in known.items() if (text := common(rows, get))]
     days = sorted(str(row["started"]) for row in rows if row.get("started"))
     if days:
-        known.append(("started", printable(days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}")))
-    return known
+        told.append(("started", printable(days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}")))
+    return told
 
 
-def runs_table(comparison: Comparison) -> tuple[list[Column], list[tuple[Row, list[str]]]]:
-    """The columns, then each run with its cells; the first column, its name, is left to the caller to link."""
+def runs_table(comparison: Comparison) -> Table:
+    """A row a run, its name first."""
     keys = list(comparison.swept)
-    forms: dict[str, Callable[[Row], str]] = {
-        "loss": lambda row: f"{row['loss_mean_last10']:.4f}",
-        "val loss": lambda row: f"{row['val_loss']:.4f}",
-        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-        "peak MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f}",
-        "seconds": lambda row: f"{row['wall_seconds']['total']:,.1f}",
-    }
     rows = []
     for row in comparison.runs:
-        known = "config" in row
-        seed, arms = Grid([row], comparison.swept).planned[0] if known else ("", [""] * len(keys))
-        cells = [printable(row["state"]), *map(printable, arms), str(seed)]
-        for form in forms.values():
-            try:
-                cells.append(form(row))
-            except (KeyError, TypeError, ValueError):
-                cells.append("")
-        rows.append((row, cells))
+        seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", [""] * len(keys))
+        cells = [printable(row["name"]), printable(row["state"]), *map(printable, arms), str(seed)]
+        cells += [shown(row, metric.key) for metric in COLUMNS]
+        rows.append([*cells, f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"])
     words = [Column(name) for name in ("run", "state", *map(printable, keys))]
-    return [*words, *(Column(name, number=True) for name in ("seed", *forms))], rows
+    return Table(
+        [*words, *(Column(name, number=True) for name in ("seed", *(metric.column for metric in COLUMNS), "seconds"))],
+        rows,
+    )
 
 
 def title(comparison: Comparison) -> str:
@@ -583,21 +524,28 @@ def summary(comparison: Comparison) -> str:
     """How many runs there are and what is compared."""
     runs, seeds = _plain_count(len(comparison.runs), "run"), _plain_count(len(comparison.seeds), "seed")
     text = f"{runs}, {len(comparison.runs) - len(comparison.failed)} finished, {seeds}"
-    return f"{text}; compared in {LOSS[comparison.metric]}" if comparison.axes else text
+    return f"{text}; compared in {BY_KEY[comparison.metric].name}" if comparison.axes else text
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def _md(text: str) -> str:
+def escaped(text: str) -> str:
     """User text that Markdown leaves as it is; an underscore inside a word needs nothing."""
-    text = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+    text = re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _md_table(head: Sequence[Column], rows: Iterable[Sequence[str]]) -> list[str]:
-    rule = ["--:" if column.number else "---" for column in head]
-    return ["| " + " | ".join(cells) + " |" for cells in ([_md(column.name) for column in head], rule, *rows)]
+def verdict_text(verdict: str) -> str:
+    """A verdict with its sign; the page colours it by the sign."""
+    return f"**{SIGNS[verdict]} {name_of(verdict)}**"
+
+
+def _md_table(shown: Table) -> list[str]:
+    """The table's lines; the cells are Markdown already."""
+    head = [escaped(column.name) for column in shown.columns]
+    rule = ["--:" if column.number else "---" for column in shown.columns]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *shown.rows)]
 
 
 def _fenced(texts: Sequence[str]) -> list[str]:
@@ -607,34 +555,45 @@ def _fenced(texts: Sequence[str]) -> list[str]:
 
 
 def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
-    """`report.md`."""
-    text = [f"# {_md(title(comparison))}", "", f"{summary(comparison)}.", ""]
-    text += [f"- {SIGNS[item.verdict]} {_md(item.text)}" for item in sentences(comparison)]
-    text += [f"- interaction: {_md(interaction_sentence(x, comparison))}" for x in comparison.interactions if x.large]
-    text += [f"- {_md(distance_sentence(item))}" for item in comparison.distances]
-    text += [f"- note: {_md(note)}" for note in comparison.notes]
-    if comparison.axes and not comparison.optima:
-        rows = [[_md(cell) for cell in (*line.cells, name_of(line.verdict), line.reason)] for line in lines(comparison)]
-        text += ["", "## Comparison", "", *_md_table([*COLUMNS, Column("reason")], rows)]
+    """`report.md`, whose links and figures are relative to `out`."""
+    text = [f"# {escaped(title(comparison))}", "", f"{summary(comparison)}.", ""]
+    text += [f"- {verdict_text(item.verdict)} {escaped(item.text)}" for item in sentences(comparison)]
+    large = [item for item in comparison.interactions if item.large]
+    text += [f"- **× interaction** {escaped(interaction_sentence(item, comparison))}" for item in large]
+    text += [f"- **↔ from fp64** {escaped(distance_sentence(item))}" for item in comparison.distances]
+    text += [f"- note: {escaped(printable(note))}" for note in comparison.notes]
+    effects = effects_table(comparison)
+    if effects.rows:
+        reasons = reasons_of(effects)
+        rows = [
+            [*map(escaped, cells), verdict_text(verdict) + (f" \\[{reasons.index(reason) + 1}\\]" if reason else "")]
+            for *cells, verdict, reason in effects.rows
+        ]
+        text += ["", "## Comparison", "", *_md_table(Table(effects.columns[:-1], rows))]
+        text += ["", *(f"- \\[{number + 1}\\] {escaped(reason)}" for number, reason in enumerate(reasons))]
     if comparison.failed:
         text += ["", "## Not finished", ""]
-        text += [f"- {_md(name)}: {_md(fate)}" for name, fate in failures(comparison)]
+        text += [f"- **{escaped(name)}** {escaped(fate)}" for name, fate in failures(comparison)]
     for section in sections:
-        text += ["", f"## {_md(printable(section.key or 'Figures'))}"]
-        for item in section.drawings:
-            text += ["", f"![{_md(item.title)}](figures/{item.name}.png)", "", f"*{item.title}.* {_md(item.caption)}"]
+        text += ["", f"## {escaped(printable(section.key or 'Figures'))}"]
+        for item in section.drawings:  # the backslash breaks the line
+            text += ["", f"![{item.title}](figures/{item.name}.png)\\", f"*{item.title}.* {escaped(item.caption)}"]
     if comparison.interactions:
-        text += ["", "## Interactions", ""]
-        text += [f"- {_md(interaction_sentence(item, comparison))}" for item in comparison.interactions]
-    head, runs = runs_table(comparison)
-    linked = [
-        [f"[{_md(printable(row['name']))}]({link(row['folder'], out)})", *(_md(cell) for cell in cells)]
-        for row, cells in runs
+        interactions = _interactions_table(comparison)
+        interactions.rows = [[*map(escaped, cells)] for cells in interactions.rows]
+        text += ["", "## Interactions", "", INTERACTIONS, "", *_md_table(interactions)]
+    runs = runs_table(comparison)
+    runs.rows = [
+        [
+            f"[{escaped(name)}]({link(row['folder'], out)})",
+            state if state == "done" else f"**{state}**",
+            *map(escaped, cells),
+        ]
+        for row, (name, state, *cells) in zip(comparison.runs, runs.rows, strict=True)
     ]
-    text += ["", "## Runs", "", *_md_table(head, linked)]
+    text += ["", "## Runs", "", *_md_table(runs)]
     text += ["", "## Reproduce", "", *_fenced(commands(comparison.runs)), ""]
-    facts = setting(comparison.runs) + provenance(comparison.runs)
-    text += [f"- {label}: {_md(value)}" for label, value in facts]
+    text += [f"- {label}: {escaped(value)}" for label, value in facts(comparison.runs)]
     text += ["", "## How to read this", "", *(f"{paragraph}\n" for paragraph in METHOD)]
     return "\n".join(text).rstrip() + "\n"
 
@@ -642,49 +601,36 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
 # --- page ------------------------------------------------------------------------------------------------------------
 
 
-def page(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
-    """`report.html`: one page that needs nothing else. The template escapes all of it but our own figures."""
+def page(text: str, comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
+    """`report.html`: the Markdown `text` as one page that needs nothing else, the figures inside it."""
     import jinja2
+    from markdown_it import MarkdownIt
     from markupsafe import Markup
 
+    figures = {f"figures/{item.name}.png": item.svg for section in sections for item in section.drawings}
+    classes = {sign: verdict for verdict, sign in SIGNS.items()}
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = reader.parse(text)
+    for block in tokens:
+        if block.type == "table_open":
+            block.attrSet("tabindex", "0")  # wide tables scroll, with the keyboard too
+        for token, following in itertools.pairwise(block.children or []):
+            if token.type == "image":
+                svg = base64.b64encode(figures[str(token.attrs["src"])]).decode()
+                token.attrSet("src", f"data:image/svg+xml;base64,{svg}")
+            elif token.type == "strong_open" and following.content[:1] in classes:
+                token.attrSet("class", f"verdict {classes[following.content[:1]]}")
     source = resources.files("gpt2exp.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    head, runs = runs_table(comparison)
-    kinds = Counter(item.verdict for item in sentences(comparison))
-    return environment.from_string(source).render(
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    return template.render(
         title=title(comparison),
         folder=printable(terminal.short(out.absolute())),
-        summary=summary(comparison),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
-        sentences=sentences(comparison),
-        kinds=kinds,
-        signs=SIGNS,
-        name_of=name_of,
-        notes=[printable(note) for note in comparison.notes],
-        failures=failures(comparison),
-        lines=lines(comparison),
-        large=[interaction_sentence(item, comparison) for item in comparison.interactions if item.large],
-        distances=[distance_sentence(item) for item in comparison.distances],
-        interactions=[(item, words(item)) for item in comparison.interactions],
-        subject=subject,
-        probability=probability,
-        sections=[
-            {
-                "key": None if section.key is None else printable(section.key),
-                "arms": [printable(arm) for arm in comparison.swept.get(section.key or "", [])],
-                "figures": [(item, Markup(item.svg)) for item in section.drawings],  # not user text
-            }
-            for section in sections
-        ],
-        head=head,
-        runs=[(printable(row["name"]), link(row["folder"], out), cells) for row, cells in runs],
-        commands=commands(comparison.runs),
-        setting=setting(comparison.runs),
-        provenance=provenance(comparison.runs),
-        method=METHOD,
+        body=Markup(reader.renderer.render(tokens, reader.options, {})),  # html=False: user text is escaped in it
     )
+
+
+# --- wandb -----------------------------------------------------------------------------------------------------------
 
 
 def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> Path | None:
@@ -721,21 +667,15 @@ def _wandb_of(row: Row) -> WandbConfig:
 def _for_wandb(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> dict[str, Any]:
     import wandb
 
-    head, runs = runs_table(comparison)
-    effects = records(comparison)
+    runs, (head, effects) = runs_table(comparison), records(comparison)
+    verdicts = [[name_of(item.verdict), item.text] for item in sentences(comparison)]
     shown: dict[str, Any] = {
-        "runs": wandb.Table(
-            columns=[column.name for column in head], data=[[printable(row["name"]), *cells] for row, cells in runs]
-        ),
-        "verdicts": wandb.Table(
-            columns=["verdict", "sentence"], data=[[name_of(item.verdict), item.text] for item in sentences(comparison)]
-        ),
+        "runs": wandb.Table(columns=[column.name for column in runs.columns], data=runs.rows),
+        "verdicts": wandb.Table(columns=["verdict", "sentence"], data=verdicts),
     }
     if effects:
-        data = [list(row.values()) for row in effects]
-        shown["effects"] = wandb.Table(columns=[*effects[0]], data=data)
-    for section in sections:
-        for item in section.drawings:
-            image = wandb.Image(str(sweep / "figures" / f"{item.name}.png"), caption=f"{item.title}. {item.caption}")
-            shown[f"figures/{item.name}"] = image
+        shown["effects"] = wandb.Table(columns=list[str | int](head), data=effects)
+    for item in (item for section in sections for item in section.drawings):
+        path = str(sweep / "figures" / f"{item.name}.png")
+        shown[f"figures/{item.name}"] = wandb.Image(path, caption=f"{item.title}. {item.caption}")
     return shown

@@ -8,13 +8,11 @@ sees a whole checkpoint or none.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import threading
 from collections.abc import Mapping
@@ -191,19 +189,15 @@ class Saver:
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, from_step: int, *, background: bool) -> None:
-        """`from_step`: steps done as it begins or goes on; checkpoints beyond are of no use, and set aside."""
+        """`from_step`: steps already done; checkpoints of later steps are deleted, since these are trained again."""
         self.run, self.keep, self.background = run, config.keep, background
         self.last = from_step
         """Steps done at the newest checkpoint."""
         self._thread: threading.Thread | None = None
         self._failed = False
-        # of a process killed while it wrote: ours is the only one now
-        for part in run.glob(f"{CHECKPOINTS}/.step_*.part"):
-            shutil.rmtree(part, ignore_errors=True)
-        for step, folder in saved(run).items():
-            if step > from_step:
-                with contextlib.suppress(OSError):
-                    folder.rename(folder.with_name(f"{folder.name}.aside-{secrets.token_hex(2)}"))
+        beyond = [folder for step, folder in saved(run).items() if step > from_step]
+        for folder in (*run.glob(f"{CHECKPOINTS}/.step_*.part"), *beyond):  # .part: of a process killed while it wrote
+            shutil.rmtree(folder, ignore_errors=True)
 
     def save(self, weights: Mapping[str, Tensor], training: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Save the state after `state["step"]` steps, unless it is saved already."""

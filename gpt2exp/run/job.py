@@ -6,29 +6,23 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import (
-    AUTO,
-    BadRequest,
-    RunConfig,
-    first_line,
-    plain,
-)
+from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, plain
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, terminal, tracking
+from gpt2exp.run.metrics import Summary
 from gpt2exp.training import distributed, setup
 
 if TYPE_CHECKING:
     import torch
 
     from gpt2exp.run import checkpoint
-    from gpt2exp.run.tracking import Mirror
     from gpt2exp.training.precision import Precision
     from gpt2exp.training.trainer import Trainer
 
@@ -39,57 +33,91 @@ BEGAN = time.monotonic()
 """When this process began, near enough: the first job's start-up counts from here."""
 
 
-def _check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
-    if before not in (None, source.sha256):
-        why = "not the text that the run began with"
-        raise BadRequest(f"data.path={config.data.path}: {why}; put that text back, or name where it lies now")
+@dataclass
+class Session:
+    """What the first process of a run keeps while it trains: its record, its lines, wandb, its checkpoints."""
+
+    files: record.Record
+    mirror: tracking.Mirror
+    view: terminal.View
+    stop: processes.Stop
+    saved: checkpoint.Checkpoint | None
+    """The checkpoint that the run goes on from."""
+    saver: checkpoint.Saver | None = field(init=False, default=None)
+    peak: int = field(init=False, default=0)
+    """Bytes, the most that any process of the run held."""
+
+    def keep(self, metrics: dict[str, Any], peak: int) -> None:
+        """Record and show a step's metrics, and mirror them where due; `peak`: as the field, so far."""
+        self.peak = max(self.peak, peak)
+        self.files.step(metrics)
+        self.view.step(metrics)
+        if terminal.due(metrics, self.view.config.train):
+            self.mirror.log(metrics)
+
+    def save(self, weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+        """Write a checkpoint of what `Trainer.state` says."""
+        assert self.saver is not None
+        self.files.sync()
+        kept = ("config", "init", "settled", "versions", "data", "precision", "device", "threads", "machine")
+        state = {**numbers, **{key: self.files.facts[key] for key in kept}}
+        self.saver.save(weights, tensors, state | {"parts": self.files.parts, "peak_memory_bytes": self.peak})
 
 
-def run(folder: Path, began: float = BEGAN) -> dict[str, Any]:
+def run(folder: Path, began: float = BEGAN) -> Summary:
     """Train as the configuration in `folder`/.hydra says and return the summary; failures are recorded, not raised.
 
-    The run goes on from the newest whole checkpoint in the folder, if there is one; no other process may be at work
-    there (`owner.held`).
+    The run goes on from the newest whole checkpoint in the folder, if there is one. The caller holds the folder's lock
+    (`process.held`).
 
     Raises:
         KeyboardInterrupt: a signal asked for an end; the run was recorded as interrupted, or as done if it was by then.
         OSError: the record cannot be written.
     """
     config, _, overrides = record.asked(folder)
-    sweep = record.sweep_of(folder)
-    with processes.deferred() as stop:
-        facts: dict[str, Any] = {"overrides": overrides, "config": plain(config), "seed": config.seed}
-        name = config.wandb.name or ",".join(overrides) or "defaults"
-        about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
-        saved = _newest_checkpoint(folder)
-        again = (folder / "status.json").is_file() and not os.environ.get("WANDB_RESUME")
-        told = {"config": facts["config"]}
-        if saved is None:
-            files = record.Record(folder, facts, began=began)
-        else:
-            parts = saved.state["parts"]
-            metrics = record.kept_metrics(folder)[: saved.step]
-            files = record.Record(folder, facts, began=began, metrics=metrics, parts=parts)
-            about["notes"] = f"goes on at step {saved.step} from {parts[0]['wandb']}"
-            told["config"] = facts["config"] | {"goes_on_from": parts[0]["wandb"], "goes_on_at_step": saved.step}
-        wandb = tracking.Mirror(config.wandb, folder, about | told, own=again or sweep is not None)
-        progress = record.progress(sweep, folder) if sweep else None
-        with terminal.View(folder, config, overrides, progress) as shown:
-            try:
-                _train(config, files, wandb, shown, stop, saved)
-                state, error = "done", None
-            except KeyboardInterrupt as interrupt:
-                stop.asked = stop.asked or interrupt
-                state, error = "interrupted", "stopped by a signal"
-            except Exception as problem:
-                state, error = _classify(problem, config, files.facts.get("estimated_memory_bytes"))
-                log.error("%s", error, exc_info=True)
-            stop.waiting = True
-            summary = files.finish(state, error)
-            shown.close(summary, folder, wandb.finish(_for_wandb(summary), failed=state != "done"))
+    with processes.deferred() as stop, _session(folder, config, overrides, began, stop) as session:
+        files = session.files
+        try:
+            _train(session, config)
+            state, error = "done", None
+        except KeyboardInterrupt as interrupt:
+            stop.asked = stop.asked or interrupt
+            state, error = "interrupted", "stopped by a signal"
+        except Exception as problem:
+            state, error = _classify(problem, config, files.facts.get("estimated_memory_bytes"))
+            log.error("%s", error, exc_info=True)
+        stop.waiting = True
+        summary = files.finish(state, error)
+        session.view.close(summary, folder, session.mirror.finish(_for_wandb(summary), failed=state != "done"))
     if stop.asked is not None:
         raise stop.asked
     return summary
+
+
+@contextlib.contextmanager
+def _session(
+    folder: Path, config: RunConfig, overrides: list[str], began: float, stop: processes.Stop
+) -> Iterator[Session]:
+    """The session of a run that begins or goes on: its record, wandb's mirror, and its lines inside the block."""
+    sweep = record.sweep_of(folder)
+    again = (folder / "status.json").is_file() and not os.environ.get("WANDB_RESUME")
+    # from here on the status names this process, which holds the lock: a signal to stop goes to it and no other
+    record.write_status(folder, "running", record.read_status(folder)["step"])
+    saved = _newest_checkpoint(folder)
+    facts: dict[str, Any] = {"overrides": overrides, "config": plain(config), "seed": config.seed}
+    name = config.wandb.name or ",".join(overrides) or "defaults"
+    about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
+    about["config"] = facts["config"]
+    before: dict[str, Any] = {}
+    if saved is not None:
+        before = {"parts": saved.state["parts"], "metrics": record.kept_metrics(folder)[: saved.step]}
+        origin = before["parts"][0]["wandb"]
+        about["notes"] = f"goes on at step {saved.step} from {origin}"
+        about["config"] = facts["config"] | {"goes_on_from": origin, "goes_on_at_step": saved.step}
+    files = record.Record(folder, facts, began=began, **before)
+    mirror = tracking.Mirror(config.wandb, folder, about, own=again or sweep is not None)
+    with terminal.View(folder, config, overrides, record.progress(sweep, folder) if sweep else None) as view:
+        yield Session(files, mirror, view, stop, saved)
 
 
 def _newest_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
@@ -101,104 +129,119 @@ def _newest_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
     return checkpoint.newest(folder, at_most=len(record.kept_metrics(folder)))
 
 
-def _train(
-    config: RunConfig,
-    files: record.Record,
-    wandb: Mirror,
-    shown: terminal.View,
-    stop: processes.Stop,
-    saved: checkpoint.Checkpoint | None,
-) -> None:
-    import torch
-
-    from gpt2exp.run import checkpoint, record
+def _train(session: Session, config: RunConfig) -> None:
+    """Settle what is open, build or restore, train to the end."""
     from gpt2exp.training import hardware, precision
 
     device = hardware.resolve_device(config.train.device)
     hardware.reset_peak_memory(device)
     source = tokens.prepare(config.data)
-    if saved is not None:
-        _check_same_text(config, source, saved.state["data"]["sha256"])
-        # what was decided then holds
-        settled = {key: value for key, value in saved.state["settled"].items() if key in setup.SETTLED}
-        config = replace(config, train=replace(config.train, tokens_per_step=None, **settled))
+    if session.saved is not None:
+        config = _as_before(config, source, session.saved)
     with precision.applied(config.precision, device) as got:
         here = setup.Hardware.of(device, got)
         config, need = setup.settled(config, device, here, source)
         setup.check_text(config, source)
-        held_out = tokens.held_out(source.tokens, config.data.val_fraction)
-        files.facts |= {
-            "parameters": config.model.parameters,
-            "flops_per_token": config.model.flops_per_token(config.train.seq_len),
-            "precision": got.as_dict(),
-            "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
-            "device": f"{device.type}: {hardware.device_name(device)}",
-            "processes": distributed.world_size(),
-            "distributed": config.distributed.value if distributed.world_size() > 1 else None,
-            "threads": torch.get_num_threads(),
-            "estimated_memory_bytes": need,
-            "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
-            "environment": record.environment_overrides(),
-            **record.facts(),
-        }
-        shown.header(files.facts, files.folder, config)
+        _describe(session, config, device, got, source, need)
         _check_memory(config, need, here)
-        distributed.broadcast((config, source.sha256, saved is not None, Path.cwd()))
-        job, files.facts["init"] = setup.trainer(config, device, got, source, saved)
-        shown.rows({"weights  ": terminal.origin_line(files.facts["init"]), "wandb    ": wandb.ready()})
-        wandb.describe({"facts": _for_wandb(files.facts)})
-        now = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
-        peak = 0
-        if saved is not None:
-            job.restore(saved.training(), saved.state)
-            hardware.reset_peak_memory(device)  # the file read is none of training's memory
-            peak = saved.state["peak_memory_bytes"]
-            shown.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {config.train.steps} steps done"})
-            if all(part.get(key, 1) == now[key] for part in saved.state["parts"] for key in now):
-                job.step_seconds = [row["step_ms"] / 1e3 for row in files.metrics]
-                waits = (row.get("waited_ms") for row in files.metrics)
-                job.step_waits = [None if wait is None else wait / 1e3 for wait in waits]
-                job.began_at = [part["from_step"] for part in files.parts]
-            else:
-                log.warning("other hardware or threads than before: the speed is that of the steps from here on")
-        from_step = 0 if saved is None else saved.step
-        saver = checkpoint.Saver(files.folder, config.checkpoint, from_step, background=device.type != "cpu")
-        files.training_begins(**now, wandb=wandb.link())
-        stop.waiting = True
-
-        def keep(metrics: dict[str, Any], peak_now: int) -> None:
-            nonlocal peak
-            peak = max(peak, peak_now)
-            files.step(metrics)
-            shown.step(metrics)
-            if terminal.due(metrics, config.train):
-                wandb.log(metrics)
-
-        def save(weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-            files.sync()
-            kept = ("config", "init", "settled", "versions", "data", "precision", "device", "threads", "machine")
-            state = {**numbers, **{key: files.facts[key] for key in kept}}
-            saver.save(weights, tensors, state | {"parts": files.parts, "peak_memory_bytes": peak})
-
+        distributed.broadcast((config, source.sha256, session.saved is not None, Path.cwd()))
+        job = _built(session, config, device, got, source)
         try:
-            _steps(job, config, stop, keep, save)
+            _steps(job, config, session.stop, session)
         finally:  # also of a run that diverged or was stopped, as far as it came
-            saver.wait()
-            if files.metrics:
-                files.measured |= {**job.timing(), "peak_memory_bytes": peak}
-        files.measured["mfu"] = _mfu(config, device, got, files.measured["tokens_per_second"])
+            _close(session, job)
+        speed = session.files.measured["tokens_per_second"]
+        session.files.measured["mfu"] = _mfu(config, device, got, speed)
 
 
-def _steps(
-    job: Trainer,
-    config: RunConfig,
-    stop: processes.Stop,
-    keep: Callable[[dict[str, Any], int], None],
-    save: Callable[..., None],
+def _as_before(config: RunConfig, source: tokens.TokenFile, saved: checkpoint.Checkpoint) -> RunConfig:
+    """The configuration with what the run's first part settled; `BadRequest` if the text is not that of before."""
+    _check_same_text(config, source, saved.state["data"]["sha256"])
+    settled = {key: value for key, value in saved.state["settled"].items() if key in setup.SETTLED}
+    return replace(config, train=replace(config.train, tokens_per_step=None, **settled))
+
+
+def _check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
+    if before not in (None, source.sha256):
+        why = "not the text that the run began with"
+        raise BadRequest(f"data.path={config.data.path}: {why}; put that text back, or name where it lies now")
+
+
+def _describe(
+    session: Session, config: RunConfig, device: torch.device, got: Precision, source: tokens.TokenFile, need: int
 ) -> None:
+    """Put what is about to run into the record, and show it."""
+    import torch
+
+    from gpt2exp.training import hardware
+
+    held_out = tokens.held_out(source.tokens, config.data.val_fraction)
+    session.files.facts |= {
+        "parameters": config.model.parameters,
+        "flops_per_token": config.model.flops_per_token(config.train.seq_len),
+        "precision": got.as_dict(),
+        "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
+        "device": f"{device.type}: {hardware.device_name(device)}",
+        "processes": distributed.world_size(),
+        "distributed": config.distributed.value if distributed.world_size() > 1 else None,
+        "threads": torch.get_num_threads(),
+        "estimated_memory_bytes": need,
+        "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
+        "environment": record.environment_overrides(),
+        **record.facts(),
+    }
+    session.view.header(session.files.facts, session.files.folder, config)
+
+
+def _built(
+    session: Session, config: RunConfig, device: torch.device, got: Precision, source: tokens.TokenFile
+) -> Trainer:
+    """The trainer at its first step, or where the checkpoint left it; from here on a signal waits for a step's end."""
+    from gpt2exp.run import checkpoint
+
+    files, saved, view = session.files, session.saved, session.view
+    job, files.facts["init"] = setup.trainer(config, device, got, source, saved)
+    view.rows({"weights  ": terminal.origin_line(files.facts["init"]), "wandb    ": session.mirror.ready()})
+    session.mirror.describe({"facts": _for_wandb(files.facts)})
+    here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
+    if saved is not None:
+        _restore(session, job, saved, here)
+        view.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {config.train.steps} steps done"})
+    from_step = 0 if saved is None else saved.step
+    background = device.type != "cpu"
+    session.saver = checkpoint.Saver(files.folder, config.checkpoint, from_step, background=background)
+    files.training_begins(**here, wandb=session.mirror.link())
+    session.stop.waiting = True
+    return job
+
+
+def _restore(session: Session, job: Trainer, saved: checkpoint.Checkpoint, here: dict[str, Any]) -> None:
+    """Go on from a checkpoint; the times of its steps count where the hardware and threads are the same."""
+    from gpt2exp.training import hardware
+
+    job.restore(saved.training(), saved.state)
+    hardware.reset_peak_memory(job.device)  # the file read is none of training's memory
+    session.peak = saved.state["peak_memory_bytes"]
+    if all(part.get(key, 1) == here[key] for part in saved.state["parts"] for key in here):
+        steps = session.files.metrics
+        job.step_seconds = [step["step_ms"] / 1e3 for step in steps]
+        job.step_waits = [step["waited_ms"] / 1e3 if "waited_ms" in step else None for step in steps]
+        job.began_at = [part["from_step"] for part in session.files.parts]
+    else:
+        log.warning("other hardware or threads than before: the speed is that of the steps from here on")
+
+
+def _close(session: Session, job: Trainer) -> None:
+    assert session.saver is not None
+    session.saver.wait()
+    if session.files.metrics:
+        session.files.measured |= {**job.timing(), "peak_memory_bytes": session.peak}
+
+
+def _steps(job: Trainer, config: RunConfig, stop: processes.Stop, session: Session | None = None) -> None:
     """Train to the end, or until a signal reached one process of the run; all of them do this alike.
 
-    `keep` gets every step's metrics and the peak memory so far, `save` what `Trainer.state` says where that is due.
+    `session`: of the first process, which alone writes.
     """
     from gpt2exp.training import hardware
 
@@ -206,10 +249,13 @@ def _steps(
     for metrics in job.fit():
         done, last = job.steps_done, job.steps_done == config.train.steps
         asked, warned, peak = distributed.all_max(stop.asked is not None, stop.warned, hardware.peak_memory(job.device))
-        keep(metrics, peak)
+        if session is not None:
+            session.keep(metrics, peak)
         if warned or (every and done % every == 0) or (config.checkpoint.save_last if last else asked):
             stop.warned = False
-            save(*job.state())
+            state = job.state()
+            if session is not None:
+                session.save(*state)
         if asked and not last:
             raise stop.asked or KeyboardInterrupt
 
@@ -221,9 +267,6 @@ def _follow() -> int:
         return 0
     config, text, goes_on, cwd = task
     from gpt2exp.training import hardware, precision
-
-    def leave(*_: Any) -> None:
-        """The first process keeps the record."""
 
     with processes.deferred() as stop:
         stop.waiting = True
@@ -237,12 +280,12 @@ def _follow() -> int:
                 job, _origin = setup.trainer(config, device, got, source)
                 if goes_on:
                     job.restore({}, {})
-                _steps(job, config, stop, leave, leave)
+                _steps(job, config, stop)
         except KeyboardInterrupt as interrupt:
             return processes.code(stop.asked or interrupt)
         except Exception as problem:
-            _, line = _classify(problem, config, None)
-            log.error("process %d of %d: %s", distributed.rank() + 1, distributed.world_size(), line)
+            where, why = f"{distributed.rank() + 1} of {distributed.world_size()}", _classify(problem, config, None)[1]
+            log.error("process %s: %s", where, why)
             return 1
     return 0
 
@@ -291,6 +334,6 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
     return "failed", f"{type(problem).__name__}: {line}"
 
 
-def _for_wandb(values: dict[str, Any]) -> dict[str, Any]:
+def _for_wandb(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without what wandb already has as the run's config, and what a summary there cannot show."""
     return {key: value for key, value in values.items() if key not in ("config", "overrides", "started")}

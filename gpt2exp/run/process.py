@@ -32,12 +32,12 @@ log = logging.getLogger("gpt2exp")
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep every other process away from a run or sweep folder inside the block.
+    """Lock a run or sweep folder inside the block, so that no other process works on it.
 
     Raises:
-        BadRequest: another process holds it, or it cannot be written.
+        BadRequest: another process holds the lock, or it cannot be written.
     """
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / LOCK, timeout=1)  # `at_work` may hold it for a moment
     try:
         lock.acquire()
     except Timeout as error:
@@ -54,40 +54,28 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def at_work(folder: Path, status: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote a folder's `status.json` still holds the folder's lock.
+
+    True as well where the lock cannot tell: the process is another machine's, or the file system has no locks.
+    """
+    if status.get("machine") != machine():
+        return True
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except (Timeout, OSError, NotImplementedError):
+        return True
+    lock.release()
+    return False
+
+
 @functools.cache
 def machine() -> str:
-    """Tells machines apart without naming them."""
+    """A hash that identifies this machine but does not reveal its name."""
     return hashlib.sha256(f"{platform.node()}/{uuid.getnode()}".encode()).hexdigest()[:12]
-
-
-def me() -> dict[str, Any]:
-    """Who writes a `status.json`: the process by `pid` and when it was `born` (seconds since 1970), and the machine."""
-    return _signature(os.getpid())
-
-
-@functools.cache
-def _signature(pid: int) -> dict[str, Any]:  # by pid, so that a forked child does not go by its parent's
-    import psutil
-
-    return {"pid": pid, "born": psutil.Process(pid).create_time(), "machine": machine()}
-
-
-def lives(status: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote a `status.json` still runs; True too where that cannot be known from here.
-
-    A process is its number and the moment it began, since numbers are used again.
-    """
-    if status.get("machine") != machine() or not {"pid", "born"} <= status.keys():
-        return True
-    import psutil
-
-    try:
-        process = psutil.Process(status["pid"])
-        return bool(abs(process.create_time() - status["born"]) < 2 and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
 
 
 class Terminated(KeyboardInterrupt):

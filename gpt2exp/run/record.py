@@ -7,6 +7,7 @@ read. The local files are the record; wandb mirrors them (gpt2exp.run.tracking).
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -14,18 +15,22 @@ import math
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gpt2exp.config import BadRequest, RunConfig, leaves, parse, stored
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
+from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, judged, losses, number_of
 from gpt2exp.training import load
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def facts() -> dict[str, Any]:
@@ -69,24 +74,12 @@ def environment_overrides() -> dict[str, str]:
 
 
 SWEEP = "sweep.json"
-"""In a sweep's folder: `argv` as typed, where (`cwd`) and when, `jobs`, the overrides of each, and their `folders`."""
+"""In a sweep's folder: `Sweep`."""
 
 CHECKPOINTS = "checkpoints"
 """In a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)."""
 
-LAST = 10
-"""Steps behind `loss_mean_last10`."""
-
-MEASURED = (
-    "step_ms",
-    "first_step_ms",
-    "tokens_per_second",
-    "timed_steps",
-    "speed_disturbed",
-    "mfu",
-    "peak_memory_bytes",
-)
-"""The summary's fields about speed and memory, null until measured."""
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 class Record:
@@ -153,7 +146,7 @@ class Record:
         """Have the disk hold the steps so far: a checkpoint is worth nothing without them."""
         os.fsync(self._file.fileno())
 
-    def finish(self, state: str, error: str | None = None) -> dict[str, Any]:
+    def finish(self, state: str, error: str | None = None) -> Summary:
         """Write `summary.json`, then `status.json` with the final state (done, failed, diverged, interrupted)."""
         parts = self.parts
         wall = {name: sum(part[name] for part in parts) for name in ("startup", "train")}
@@ -173,7 +166,7 @@ class Record:
         self._file.close()
         write_json(self.folder / "summary.json", summary)
         write_status(self.folder, state, len(self.metrics), error)
-        return summary
+        return cast("Summary", summary)
 
 
 def _now() -> str:
@@ -181,38 +174,25 @@ def _now() -> str:
 
 
 def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
-    """`status.json`: the state, steps done, the error if any, and whose process it is."""
-    status = {"state": state, "step": step, "error": error, **process.me(), "updated": time.time()}
-    write_json(folder / "status.json", status)
+    """Write `status.json`, in the name of this process."""
+    whose = {"pid": os.getpid(), "machine": process.machine()}
+    write_json(folder / "status.json", {"state": state, "step": step, "error": error, **whose, "updated": time.time()})
 
 
-def read_status(folder: Path) -> dict[str, Any]:
+def read_status(folder: Path) -> Status:
     """`status.json` of a run folder; the state is `not run` where there is none to read.
 
-    Where it says `running` and its process is no more, the state is `interrupted`.
+    Where it says `running` and no process holds the folder's lock, the state is `interrupted`.
     """
-    with contextlib.suppress(OSError, ValueError):
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        if isinstance(status, dict):
-            if status.get("state") == "running" and not process.lives(status):
-                return status | {"state": "interrupted", "error": "its process ended without a word: killed?"}
-            return status
-    return {"state": "not run", "step": 0, "error": None}
+    status: Status = {"state": "not run", "step": 0, "error": None}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        status |= json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        if status["state"] == "running" and not process.at_work(folder, status):
+            status |= {"state": "interrupted", "error": "its process ended without a word: killed?"}
+    return status
 
 
-def losses(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
-    """The summary's losses from the steps' metrics, each null where nothing was measured."""
-    loss = [row["loss"] for row in metrics]
-    unseen = [row["loss_unseen"] for row in metrics if "loss_unseen" in row]
-    val = [row["val_loss"] for row in metrics if "val_loss" in row]
-    return {
-        "loss_first": loss[0] if loss else None,
-        "loss_last": loss[-1] if loss else None,
-        "loss_mean_last10": statistics.fmean(loss[-LAST:]) if loss else None,
-        "val_loss": val[-1] if val else None,
-        "loss_unseen_first": unseen[0] if unseen else None,
-        "loss_unseen_last": unseen[-1] if unseen else None,
-    }
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -301,7 +281,7 @@ def check_run(folder: Path) -> None:
             raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {shlex.quote(str(above))}")
         if below := runs_below(folder):
             newest = max(below, key=lambda run: (bool(saved(run)), run.stat().st_mtime))
-            what = "a sweep" if _is_sweep(folder / SWEEP) else "a folder above runs"
+            what = "a sweep" if Sweep.read(folder) else "a folder above runs"
             raise BadRequest(f"{folder}: {what}; name one run of it, such as {shlex.quote(str(newest))}")
         raise BadRequest(f"{folder}: no run's folder; {such}")
     if not saved(folder):
@@ -317,16 +297,39 @@ def text_of(folder: Path) -> str | None:
     return None
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+@functools.cache
+def _schema() -> TypeAdapter[Summary]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Summary)
+
+
+def read_summary(folder: Path) -> Summary:
     """`summary.json` of a run folder.
 
     Raises:
-        OSError, ValueError: there is none, or it is no summary.
+        OSError: there is none.
+        ValueError: it is no summary; the text says why.
     """
+    from pydantic import ValidationError
+
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if not isinstance(summary, dict):
-        raise ValueError(f"{folder / 'summary.json'} is no summary")
-    return summary
+        raise ValueError(f"it holds {type(summary).__name__}, no fields")
+    summary = dict.fromkeys(("error", *losses([]), *MEASURED)) | summary
+    try:
+        _schema().validate_python(summary, strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise ValueError(f"no {where}" if wrong["type"] == "missing" else f"{where} is {wrong['input']!r}") from error
+    if missing := [key for key in (DONE if summary["state"] == "done" else ALWAYS) if key not in summary]:
+        raise ValueError(f"no {missing[0]}")
+    try:
+        datetime.fromisoformat(str(summary["started"]))
+    except ValueError as error:
+        raise ValueError(f"started is {summary['started']!r}") from error
+    return cast("Summary", summary)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -351,47 +354,69 @@ def kept_metrics(folder: Path) -> list[dict[str, Any]]:
     return [row for number, row in itertools.takewhile(lambda pair: pair[0] == pair[1].get("step"), rows)]
 
 
-def row(folder: Path, above: Path) -> dict[str, Any]:
-    """A run's summary, or where it left none its status, under its `name` as seen from `above`."""
+def row(folder: Path, above: Path) -> Summary:
+    """A run's summary, or where it left none that can be read its status, under its `name` as seen from `above`."""
     name = str(folder.relative_to(above)) if folder != above else folder.name
     try:
-        return {"name": name, **read_summary(folder)}
+        return {**read_summary(folder), "name": name}
     except (OSError, ValueError):
-        return {"name": name, **read_status(folder)}
+        status = read_status(folder)
+        return cast("Summary", {"name": name, "steps": status["step"], **status})
+
+
+@dataclass
+class Sweep:
+    """What a sweep's folder knows of it: `sweep.json`."""
+
+    argv: list[str]
+    """The command line that asks for all of it."""
+    jobs: list[list[str]]
+    """The overrides of each job; of a sweeper that makes them up as it goes, what they have in common."""
+    folders: list[str] | None = None
+    """The jobs' folders by number; None where a sweeper makes up the jobs as it goes."""
+    cwd: str = "."
+    """Where relative paths start."""
+    launched: float = 0.0
+    """When its newest launch began, in seconds since 1970."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Sweep | None:
+        """The sweep whose folder this is; None if it is none, as with another program's `sweep.json`."""
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+            if isinstance(known, dict) and isinstance(known.get("jobs"), list):
+                return cls(
+                    **{"argv": []} | {field.name: known[field.name] for field in fields(cls) if field.name in known}
+                )
+        return None
+
+    def write(self, folder: Path) -> None:
+        """Keep it in that folder."""
+        write_json(folder / SWEEP, {key: value for key, value in asdict(self).items() if value is not None})
 
 
 def sweep_of(folder: Path) -> Path | None:
-    """The sweep folder around a job's folder, if there is one; another program's `sweep.json` makes none."""
-    return next((above for above in folder.parents if _is_sweep(above / SWEEP)), None)
+    """The sweep folder around a job's folder, if there is one."""
+    return next((above for above in folder.parents if Sweep.read(above)), None)
 
 
-def _is_sweep(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return isinstance(known, dict) and isinstance(known.get("jobs"), list)
-    return False
-
-
-def progress(sweep: Path, folder: Path) -> str:
+def progress(folder: Path, job: Path) -> str:
     """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the pace so far, however many run at once."""
-    request = json.loads((sweep / SWEEP).read_text(encoding="utf-8"))
-    folders = request.get("folders", [])  # none where a sweeper makes up the jobs as it goes
-    others = [other for other in runs_below(sweep) if other != folder]
-    number = folders.index(folder.name) if folder.name in folders else len(others)
-    if not folders:
-        return f"job {number + 1}"
-    text = f"job {number + 1} of {len(folders)}"
+    sweep, others = Sweep.read(folder), [other for other in runs_below(folder) if other != job]
+    if sweep is None or not sweep.folders:
+        return f"job {len(others) + 1}"
+    place = str(job.relative_to(folder))
+    text = f"job {(sweep.folders.index(place) if place in sweep.folders else len(others)) + 1} of {len(sweep.folders)}"
     ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
-    now = [status for status in ended if status["updated"] > request["launched"]]
+    now = [status for status in ended if status["updated"] > sweep.launched]
     if now:
-        pace = (time.time() - request["launched"]) / len(now)
-        text += f", about {pace * (len(folders) - len(ended)):.0f} s left"
+        pace = (time.time() - sweep.launched) / len(now)
+        text += f", about {pace * (len(sweep.folders) - len(ended)):.0f} s left"
     return text
 
 
 def objective(folder: Path) -> float:
-    """The loss by which a sweeper may judge a run: validation's, else the last steps' mean; infinite if not done."""
+    """The loss by which a sweeper may judge a run (`judged`); infinite if it is not done."""
     found = row(folder, folder)
-    if found["state"] != "done":
-        return math.inf
-    return float(found["loss_mean_last10"] if found["val_loss"] is None else found["val_loss"])
+    loss = number_of(found, judged(found)) if found["state"] == "done" else None
+    return math.inf if loss is None else loss

@@ -20,36 +20,41 @@ NAME = r"[\w-]*(?:api[_-]?key|access[_-]?key|private[_-]?key|token(?!s)|secret|p
 SHORTEST = 8
 """Characters of a credential; a flag such as `TOKENS=true` is none."""
 
-REMEDY = "set WANDB_API_KEY in the environment, or run wandb login"
-
 
 def check_typed(texts: Iterable[str]) -> None:
     """Raise `BadRequest` if an override, or a mapping inside one, sets a key that names a credential, or holds one."""
     for text in texts:
-        found = re.search(rf"(?:^|[.{{,~+@/\s'\"])({NAME})['\"]?\s*[=:]", text, re.IGNORECASE)
-        if found:
-            whole = text[: found.end(1)].lstrip("+~") if "=" not in text[: found.start(1)] else found[1]
-            raise BadRequest(f"{whole}: credentials are no part of a request, which is kept on disk; {REMEDY}")
-        _check_text(text.partition("=")[0], text)
+        if found := re.search(rf"(?:^|[{{,~+@/\s'\"])((?:[\w-]+\.)*{NAME})['\"]?\s*[=:]", text, re.IGNORECASE):
+            _refuse_name(found[1])
+        check_values(text, text.partition("=")[0])
 
 
 def check_values(tree: Any, key: str = "") -> None:
-    """Raise `BadRequest` if a composed configuration names or holds a credential, by dotted key."""
+    """Raise `BadRequest` if a composed configuration names or holds a credential; `key`: where in it `tree` is."""
+    credentials = {
+        name: value
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST and re.fullmatch(NAME, name, re.IGNORECASE)
+    }
+    _check(tree, key, credentials)
+
+
+def _check(tree: Any, key: str, credentials: Mapping[str, str]) -> None:
     if isinstance(tree, Mapping):
         for name, value in tree.items():
-            inside = f"{key}.{name}" if key else str(name)
+            inside = f"{key}.{name}".lstrip(".")
             if value is not None and re.fullmatch(NAME, str(name), re.IGNORECASE):
-                raise BadRequest(f"{inside}: credentials are no part of a configuration; {REMEDY}")
-            check_values(value, inside)
+                _refuse_name(inside)
+            _check(value, inside, credentials)
     elif isinstance(tree, (list, tuple)):
         for value in tree:
-            check_values(value, key)
+            _check(value, key, credentials)
     elif isinstance(tree, str):
-        _check_text(key, tree)
+        for name, value in credentials.items():
+            if value in tree and not Path(value).exists():  # a path to a credential is no credential
+                raise BadRequest(f"{key}: holds the value of {name}, which no record may keep; leave it out")
 
 
-def _check_text(key: str, text: str) -> None:
-    for name, value in os.environ.items():
-        held = len(value) >= SHORTEST and value in text and re.fullmatch(NAME, name, re.IGNORECASE)
-        if held and not Path(value).exists():  # the place of a credential is none
-            raise BadRequest(f"{key}: holds the value of {name}, which no record may keep; leave it out")
+def _refuse_name(key: str) -> None:
+    remedy = "set WANDB_API_KEY in the environment, or run wandb login"
+    raise BadRequest(f"{key}: credentials are no part of a request, which is kept on disk; {remedy}")

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -14,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -28,12 +29,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2exp.config import InitConfig, InitScheme, RunConfig, TrainConfig, typed
+from gpt2exp.run.metrics import COLUMNS, METRICS, Summary, judged, shown
 from gpt2exp.training import distributed, load
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
 
 log = logging.getLogger("gpt2exp")
 
@@ -198,7 +195,7 @@ class View:
         if due(metrics, self.config.train):
             self._print(step_line(metrics), *self._consoles)
 
-    def close(self, summary: dict[str, Any], folder: Path, sync: Path | None) -> None:
+    def close(self, summary: Summary, folder: Path, sync: Path | None) -> None:
         """How it went; `sync`: wandb's folder to upload, if it was offline."""
         self._end_progress()
         self.rows(closing_rows(summary, self.config, folder))
@@ -230,7 +227,7 @@ def short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second"}
+STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second", "waited_ms"}
 """The figures that every step has; all others are measured at some of them."""
 
 
@@ -258,26 +255,18 @@ def to_go_on(folder: Path) -> str:
 
 def step_line(metrics: dict[str, Any]) -> str:
     """The tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured."""
-    line = (
-        f"step {metrics['step']:5d} | loss {metrics['loss']:9.6f} | {metrics['step_ms']:9.2f} ms | "
-        f"{metrics['tokens_per_second']:11,.1f} tok/s"
-    )
-    for key, label in (("grad_norm", "norm"), ("loss_unseen", "unused tokens"), ("val_loss", "val loss")):
-        if key in metrics:
-            line += f" | {label} {metrics[key]:.4f}"
-    return line
+    return " | ".join(row.step.format(metrics[row.key]) for row in METRICS if row.step and row.key in metrics)
 
 
-def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> dict[str, str]:
+def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str, str]:
     """The closing table of a run, label to text."""
-    rows = {"state": summary["state"] + (f": {summary['error']}" if summary["error"] else "")}
+    rows = {"state": _state(summary)}
     if summary["loss_first"] is not None:
-        expected = math.log(config.model.vocab_size)
+        vocabulary, data = config.model.vocab_size, summary["data"]
         rows["loss"] = (
-            f"{summary['loss_first']:.4f} → {summary['loss_last']:.4f}, mean of the last ten "
-            f"{summary['loss_mean_last10']:.4f} (a uniform guess costs ln {config.model.vocab_size} = {expected:.3f})"
+            f"{_fall(summary, 'loss')}, mean of the last ten {shown(summary, 'loss_mean_last10')} "
+            f"(a uniform guess costs ln {vocabulary} = {math.log(vocabulary):.3f})"
         )
-        data = summary["data"]
         rows["for scale"] = (
             f"guessing among the {data['distinct_tokens']:,} ids that occur {math.log(data['distinct_tokens']):.3f}, "
             f"by frequency {data['unigram_entropy']:.3f}"
@@ -285,63 +274,72 @@ def closing_rows(summary: dict[str, Any], config: RunConfig, folder: Path) -> di
         if data["bigram_entropy"] is not None:  # of a long text it is not counted
             rows["for scale"] += f", by the token before {data['bigram_entropy']:.3f}"
     if summary["val_loss"] is not None:
-        rows["validation loss"] = f"{summary['val_loss']:.4f}"
-    if summary["loss_unseen_first"] is not None:
-        gained = summary["loss_unseen_first"] - summary["loss_unseen_last"]
-        fall = summary["loss_first"] - summary["loss_last"]
+        rows["validation loss"] = shown(summary, "val_loss")
+    if (first := summary["loss_unseen_first"]) is not None:
+        gained = first - cast(float, summary["loss_unseen_last"])
+        fall = cast(float, summary["loss_first"]) - cast(float, summary["loss_last"])
         share = f", {gained / fall:.0%} of the fall" if fall > 0 else ""
-        first, last = summary["loss_unseen_first"], summary["loss_unseen_last"]
-        rows["of it, tokens that never occur"] = f"{first:.4f} → {last:.4f}{share}"
+        rows["of it, tokens that never occur"] = _fall(summary, "loss_unseen") + share
     if summary["tokens_per_second"] is not None:
-        ms = summary["step_ms"]
-        speed = f"{summary['tokens_per_second']:,.1f} tokens/s: median step {ms['median']:.1f} ms"
-        speed += f" (p10 {ms['p10']:.1f}, p90 {ms['p90']:.1f}, n={summary['timed_steps']}),"
-        speed += f" first step {summary['first_step_ms']:.0f} ms"
-        if summary["precision"]["emulated"]:
-            speed += "; emulated, not a hardware speed"
-        if summary.get("speed_disturbed"):
-            what = "not this run's own speed" if load.too_many(summary) else "left out"
-            speed += f"; {summary['speed_disturbed']:.0%} of the steps waited for a core in use by others: {what}"
-        rows["speed"] = speed
+        rows["speed"] = _speed(summary)
     if summary["mfu"] is not None:
-        rows["MFU"] = f"{summary['mfu']:.1%} of the device's {summary['precision']['effective']} peak"
+        rows["MFU"] = f"{shown(summary, 'mfu')} of the device's {summary['precision']['effective']} peak"
     if summary["peak_memory_bytes"]:
-        rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+        rows["peak memory"] = f"{shown(summary, 'peak_memory_bytes')} MiB"
     wall = summary["wall_seconds"]
     rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
     rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
     return rows
 
 
-def closing_line(summary: dict[str, Any]) -> str:
+def _state(summary: Summary) -> str:
+    return summary["state"] + (f": {summary['error']}" if summary["error"] else "")
+
+
+def _fall(summary: Summary, key: str) -> str:
+    return f"{shown(summary, f'{key}_first')} → {shown(summary, f'{key}_last')}"
+
+
+def _speed(summary: Summary) -> str:
+    ms = summary["step_ms"] or {"median": math.nan, "p10": math.nan, "p90": math.nan}
+    text = (
+        f"{shown(summary, 'tokens_per_second')} tokens/s: median step {ms['median']:.1f} ms (p10 {ms['p10']:.1f}, "
+        f"p90 {ms['p90']:.1f}, n={summary['timed_steps']}), first step {shown(summary, 'first_step_ms')} ms"
+    )
+    if summary["precision"]["emulated"]:
+        text += "; emulated, not a hardware speed"
+    if summary["speed_disturbed"]:
+        share = shown(summary, "speed_disturbed")
+        what = "not this run's own speed" if load.too_many(summary) else "left out"
+        text += f"; {share} of the steps waited for a core in use by others: {what}"
+    return text
+
+
+def closing_line(summary: Summary) -> str:
     """A job of a sweep in a line."""
     if summary["state"] != "done":
-        return f"{summary['state']}: {summary['error']}"
-    loss = "val_loss" if summary["val_loss"] is not None else "loss_mean_last10"
+        return _state(summary)
+    loss = judged(summary)
     waited = " while most steps waited for a core" if load.too_many(summary) else ""
     return (
-        f"done: {loss} {summary[loss]:.4f}, {summary['tokens_per_second']:,.1f} tokens/s{waited}, "
+        f"done: {loss} {shown(summary, loss)}, {shown(summary, 'tokens_per_second')} tokens/s{waited}, "
         f"{summary['wall_seconds']['total']:.1f} s"
     )
 
 
-def runs_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
+def runs_table(rows: Iterable[Summary], title: str) -> Table:
     """The runs of a sweep, a row each."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    right = ("loss", "val loss", "tokens/s", "peak GiB")
-    for column in ("run", "state", "loss", "val loss", "tokens/s", "peak GiB", "precision"):
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        cells = [row["name"], row["state"]]
-        for key, form in (("loss_mean_last10", ".4f"), ("val_loss", ".4f"), ("tokens_per_second", ",.1f")):
-            cells.append("–" if row.get(key) is None else format(row[key], form))
-        peak = row.get("peak_memory_bytes")
-        cells.append("–" if peak is None else f"{peak / 2**30:.2f}")
-        precision = row.get("precision")
-        cells.append(
-            "–" if precision is None else precision["effective"] + (" emulated" if precision["emulated"] else "")
+    figures = [row.column for row in COLUMNS]
+    for head in ("run", "state", *figures, "precision"):
+        table.add_column(head, justify="right" if head in figures else "left", overflow="fold")
+    for summary in rows:
+        precision = summary.get("precision")
+        emulated = " emulated" if precision and precision["emulated"] else ""
+        arithmetic = precision["effective"] + emulated if precision else "–"
+        table.add_row(
+            *map(Text, (summary["name"], summary["state"], *(shown(summary, row.key) for row in COLUMNS), arithmetic))
         )
-        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
@@ -375,6 +373,7 @@ def printable(text: object, keep: str = "") -> str:
     `keep`: control characters that are left, such as the line break.
     """
     whole = str(text).encode("utf-8", "replace").decode("utf-8")
+    whole = re.sub("[\ufffe\uffff]", "�", whole)  # which no XML, so no SVG, can hold
     return "".join("�" if unicodedata.category(char) == "Cc" and char not in keep else char for char in whole)
 
 

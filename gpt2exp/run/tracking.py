@@ -1,26 +1,25 @@
-"""A run's metrics mirrored to Weights & Biases; whatever wandb does, training goes on.
+"""A run's metrics mirrored to Weights & Biases. Whatever wandb does, training goes on.
 
-The local files are the record, so every call is guarded: the first failure is one warning and the mirror goes quiet.
+The local files are the record, so every call is guarded: the first failure is one warning, and nothing more is sent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import netrc
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gpt2exp.config import WandbConfig, WandbMode, first_line
+from gpt2exp.run.metrics import METRICS
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""
-
-NO_ROOM = 2**16
-"""Free bytes below which wandb's own writes, in blocks of 32 KiB, cannot be relied on."""
 
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """What WANDB_MODE may be, and its meaning."""
@@ -33,26 +32,21 @@ KEYS = {
     "tags": ("WANDB_TAGS", "WANDB_RUN_TAGS"),
     "dir": ("WANDB_DIR", "WANDB_ROOT_DIR"),
 }
-"""The variables that hold where a key of the section is not typed; of two the first."""
+"""The variables that give the defaults of the section's keys; of two the first."""
 
 IDENTITY = ("run_id", "resume", "resume_from", "fork_from", "sweep_id", "sweep_param_path", "launch")
 """wandb's settings that say which run of wandb's this is; their variables are WANDB_ and the name."""
 
 FIXED = {
     "WANDB_CONSOLE": "off",
-    "WANDB_DISABLED": "false",  # this one and the next two are of Hugging Face's trainer
-    "WANDB_LOG_MODEL": "false",
-    "WANDB_WATCH": "false",
-    "WANDB_DISABLE_CODE": "true",
-    "WANDB_DISABLE_GIT": "true",
+    **dict.fromkeys(("WANDB_DISABLED", "WANDB_LOG_MODEL", "WANDB_WATCH"), "false"),  # of Hugging Face's trainer
     "WANDB_REINIT": "finish_previous",
     "WANDB_SAVE_CODE": "false",
-    "WANDB__DISABLE_META": "true",
-    "WANDB__DISABLE_STATS": "true",
-    "WANDB_X_DISABLE_META": "true",
-    "WANDB_X_DISABLE_STATS": "true",
+    **dict.fromkeys(("WANDB_DISABLE_CODE", "WANDB_DISABLE_GIT"), "true"),
+    **dict.fromkeys(("WANDB__DISABLE_META", "WANDB__DISABLE_STATS"), "true"),
+    **dict.fromkeys(("WANDB_X_DISABLE_META", "WANDB_X_DISABLE_STATS"), "true"),
 }
-"""Variables that do not hold, and what does instead. What is not named here wandb reads by itself."""
+"""Variables that have no effect, and the value used instead. wandb itself reads those not named in these tables."""
 
 log = logging.getLogger("gpt2exp")
 
@@ -68,29 +62,28 @@ def defaults() -> dict[str, Any]:
 
 
 def ignored(config: WandbConfig, *, sweep: bool, resumed: bool) -> list[str]:
-    """A line for each of wandb's variables that is set and does not hold, beside those whose key was typed."""
+    """A line for each of wandb's variables that is set and has no effect, beside those whose key was typed."""
     lines = []
-    mode = os.environ.get("WANDB_MODE")
-    if mode and config.mode is WandbMode.auto and mode not in MODES:
+    there = {name: value for name, value in os.environ.items() if value and name.startswith("WANDB_")}
+    mode = there.get("WANDB_MODE", "online")
+    if config.mode is WandbMode.auto and mode not in MODES:
         lines.append(f"WANDB_MODE={mode}: not used; choose online, offline or disabled")
     if resolve_mode(config) == "disabled":
         return lines
     truth = {"1": "true", "yes": "true", "on": "true", "0": "false", "no": "false"}
     for name, value in FIXED.items():
-        there = os.environ.get(name, "").lower()
-        if there and truth.get(there, there) != value:
-            lines.append(f"{name}={os.environ[name]}: not used; in gpt2exp it is {value}")
-    there = ", ".join(name for name in (f"WANDB_{field.upper()}" for field in IDENTITY) if os.environ.get(name))
-    if sweep and there:
-        lines.append(f"{there}: not used in a sweep; its jobs and its comparison are each a run of their own in wandb")
+        given = there.get(name, value).lower()
+        if truth.get(given, given) != value:
+            lines.append(f"{name}={there[name]}: not used; in gpt2exp it is {value}")
+    which = ", ".join(name for name in (f"WANDB_{field.upper()}" for field in IDENTITY) if name in there)
+    if sweep and which:
+        lines.append(f"{which}: not used in a sweep; its jobs and its comparison are each a run of their own in wandb")
     elif resumed:
-        if os.environ.get("WANDB_RUN_ID") and not os.environ.get("WANDB_RESUME"):
-            lines.append(
-                "WANDB_RUN_ID: not used by a run that goes on, unless WANDB_RESUME=allow lets it join that run"
-            )
-        for key, value in defaults().items():
-            if getattr(config, key) != value:
-                lines.append(f"{KEYS[key][0]}: not used by a run that goes on; wandb.{key}=VALUE changes it")
+        if "WANDB_RUN_ID" in there and "WANDB_RESUME" not in there:
+            why = "not used by a run that goes on, unless WANDB_RESUME=allow lets it join that run"
+            lines.append(f"WANDB_RUN_ID: {why}")
+        other = [key for key, value in defaults().items() if getattr(config, key) != value]
+        lines += [f"{KEYS[key][0]}: not used by a run that goes on; wandb.{key}=VALUE changes it" for key in other]
     return lines
 
 
@@ -104,12 +97,10 @@ def resolve_mode(config: WandbConfig) -> str:
 def _has_credentials() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    import requests
-
-    host = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
     try:
-        return requests.utils.get_netrc_auth(host) is not None
-    except (OSError, ValueError):
+        return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
         return False
 
 
@@ -126,55 +117,24 @@ class Mirror:
         job_type = job_type or os.environ.get("WANDB_JOB_TYPE") or os.environ.get("WANDB_RUN_JOB_TYPE") or "train"
         if "notes" in run:
             run = run | {"notes": "\n".join(filter(None, (os.environ.get("WANDB_NOTES"), run["notes"])))}
-        self._own = own
+        place = {"project": config.project, "entity": config.entity, "dir": config.dir or str(folder)}
         self.mode: str = resolve_mode(config)
         self._run: Any = None
-        self._opening = threading.Thread(target=self._start, args=(config, folder, run, job_type), daemon=True)
+        self._opening = threading.Thread(target=self._open, args=(place | {"job_type": job_type} | run, own))
+        self._opening.daemon = True
         self._opening.start()
 
-    def _start(self, config: WandbConfig, folder: Path, run: dict[str, Any], job_type: str) -> None:
-        if self.mode == "disabled":
-            return
-        for mode in dict.fromkeys((self.mode, "offline")):
+    def _open(self, run: dict[str, Any], own: bool) -> None:
+        for mode in dict.fromkeys((self.mode, "offline")) if self.mode != "disabled" else ():
             try:
-                self._run = self._open(config, folder, run, job_type, mode)
+                with _no_identity() if own else contextlib.nullcontext():
+                    self._run = _init(run, mode)
                 self.mode = mode
                 return
             except Exception as error:  # wandb raises its own kinds and the network's
                 then = "going on offline" if mode == "online" else "going on without it"
                 log.warning("wandb could not start %s (%s); %s", mode, _why(error), then)
         self.mode = "disabled"
-
-    def _open(self, config: WandbConfig, folder: Path, run: dict[str, Any], job_type: str, mode: Any) -> Any:
-        import wandb
-
-        settings = wandb.Settings(
-            # text is read as wandb reads its variables
-            init_timeout=os.environ.get("WANDB_INIT_TIMEOUT") or INIT_TIMEOUT,  # type: ignore[arg-type]
-            console="off",
-            silent=os.environ.get("WANDB_SILENT") or True,  # type: ignore[arg-type]
-            host=os.environ.get("WANDB_HOST") or "",
-            # the record has its own allow-list of facts: no host name, user, arguments or environment from here
-            x_disable_meta=True,
-            x_disable_stats=True,
-            disable_git=True,
-            save_code=False,
-        )
-        with _no_identity() if self._own else contextlib.nullcontext():
-            opened = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                dir=config.dir or str(folder),
-                job_type=job_type,
-                mode=mode,
-                reinit="finish_previous",  # the default would hand a sweep's next job the run before
-                settings=settings,
-                **run,
-            )
-        opened.define_metric("tokens", hidden=True)
-        opened.define_metric("step", hidden=True)
-        opened.define_metric("*", step_metric="tokens", step_sync=True)
-        return opened
 
     def ready(self) -> str:
         """Wait until it is open; the mode it is in: online, offline or disabled."""
@@ -191,11 +151,11 @@ class Mirror:
         self._guard(lambda: self._run.config.update(facts))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One step's metrics."""
-        flat = {key: value for key, value in metrics.items() if not isinstance(value, list)}
-        for key, values in ((key, value) for key, value in metrics.items() if isinstance(value, list)):
-            flat |= {f"{key}/{index}": value for index, value in enumerate(values)}  # a curve a block
-        # committed at once: held back, the last step's values would overwrite the summary's of the same name
+        """One step's metrics; of a list each element is a curve."""
+        flat: dict[str, Any] = {}
+        for key, value in metrics.items():
+            flat |= {f"{key}/{i}": one for i, one in enumerate(value)} if isinstance(value, list) else {key: value}
+        # commit now: otherwise wandb sends this step at finish, over summary fields of the same name
         self._guard(lambda: self._run.log(flat, step=metrics["step"], commit=True))
 
     def show(self, make: Callable[[], dict[str, Any]]) -> None:
@@ -207,9 +167,6 @@ class Mirror:
         self._guard(lambda: self._run.summary.update(summary))
         kept = Path(self._run.settings.sync_dir) if self._run is not None and self.mode == "offline" else None
         self._guard(lambda: self._run.finish(exit_code=int(failed)))
-        with contextlib.suppress(OSError):
-            if kept is not None and shutil.disk_usage(kept).free < NO_ROOM:  # wandb itself would not say
-                log.warning("the disk of wandb's folder is full (%s); what lies there is incomplete", kept)
         return kept
 
     def _guard(self, call: Callable[[], object]) -> None:
@@ -218,11 +175,41 @@ class Mirror:
             return
         try:
             call()
-        except Exception as error:  # as above: nothing of wandb's may reach the training loop
+        except Exception as error:  # nothing of wandb's may reach the training loop
             log.warning("wandb stopped (%s); the local record goes on", first_line(error))
             self._run = None
-            if isinstance(error, ConnectionError):
-                _forget_process()
+            if isinstance(error, ConnectionError):  # its process died: no traceback at our exit, a new one next time
+                with contextlib.suppress(Exception, SystemExit):
+                    import wandb
+
+                    wandb.teardown()
+
+
+def _init(run: dict[str, Any], mode: Any) -> Any:
+    """A new run of wandb's, its metrics drawn over tokens."""
+    import wandb
+
+    settings = wandb.Settings(
+        # text is read as wandb reads its variables
+        init_timeout=os.environ.get("WANDB_INIT_TIMEOUT") or INIT_TIMEOUT,  # type: ignore[arg-type]
+        console="off",
+        silent=os.environ.get("WANDB_SILENT") or True,  # type: ignore[arg-type]
+        host=os.environ.get("WANDB_HOST") or "",
+        # the record has its own allow-list of facts: no host name, user, arguments or environment from here
+        x_disable_meta=True,
+        x_disable_stats=True,
+        disable_git=True,
+        save_code=False,
+    )
+    # finish_previous: the default would hand a sweep's next job the run before
+    opened = wandb.init(mode=mode, reinit="finish_previous", settings=settings, **run)
+    opened.define_metric("*", step_metric="tokens", step_sync=True)
+    for metric in METRICS:
+        if metric.step:
+            opened.define_metric(metric.key, step_metric="tokens", step_sync=True, summary=metric.best)
+    for name in ("tokens", "step"):
+        opened.define_metric(name, hidden=True)
+    return opened
 
 
 @contextlib.contextmanager
@@ -248,11 +235,3 @@ def _why(error: Exception) -> str:
     if not callable(wrong):
         return first_line(error)
     return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in wrong())
-
-
-def _forget_process() -> None:
-    """After wandb's own process died: no traceback from its hook at our exit, and a new process for the next run."""
-    import wandb
-
-    with contextlib.suppress(Exception, SystemExit):
-        wandb.teardown()

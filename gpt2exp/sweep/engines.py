@@ -7,7 +7,6 @@ becomes of the jobs when the sweep is told to stop.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -157,7 +156,8 @@ def enter(launcher: str, sweep: Path, device: DeviceName) -> None:
             signal.SIGINT, signal.SIG_IGN
         )  # a terminal's Ctrl-C reaches the launching process, which tells us
     with contextlib.suppress(OSError):  # relative paths are as typed
-        os.chdir(json.loads((sweep / record.SWEEP).read_text(encoding="utf-8"))["cwd"])
+        if known := record.Sweep.read(sweep):
+            os.chdir(known.cwd)
     if launcher == JOBLIB and device is not DeviceName.cpu:
         take_gpu()
 

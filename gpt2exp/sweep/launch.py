@@ -1,7 +1,6 @@
-"""The command `gpt2exp`: compose, check, build, fit, summarise.
+"""The command `gpt2exp`: a request is composed and checked, its folders are written, and each is run.
 
-A request goes one way: `plan.make` composes and checks every job of it without torch and without writing; the token
-file is made ready; Hydra runs `job` for each; the exit code is read off the folders. Nothing imports this module.
+`python -m gpt2exp.sweep.launch RUN_DIR` runs one folder: what `sweep.isolate=true` starts for each job.
 """
 
 from __future__ import annotations
@@ -20,34 +19,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
 from omegaconf import DictConfig
 
-from gpt2exp.config import (
-    BadRequest,
-    DeviceName,
-    Distributed,
-    Fallback,
-    PrecisionName,
-    RunConfig,
-    first_line,
-    parse,
-)
+from gpt2exp.config import BadRequest, DeviceName, Distributed, Fallback, PrecisionName, first_line, plain
 from gpt2exp.data import tokens
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, _check_same_text, _follow, run
-from gpt2exp.sweep import engines, help, resume
-from gpt2exp.sweep.request import CONF, Job, Plan, as_meant, claimed, describe, make
+from gpt2exp.sweep import composing, engines, help, resume
+from gpt2exp.sweep.request import Job, Request, as_meant, claimed, make, numbered
 from gpt2exp.training import distributed, setup
-
-if TYPE_CHECKING:
-    pass
-
 
 FEW = 12
 """Runs of a sweep that its closing table still shows one by one."""
@@ -76,7 +61,7 @@ def unwritable(error: OSError) -> str:
 def _understand(argv: list[str]) -> int:
     secret.check_typed(argv)
     argv = [as_meant(word) for word in argv]
-    args = processes.strict(get_args_parser(), "gpt2exp").parse_args(argv)
+    args = composing.arguments(argv)
     if args.help:
         terminal.terminal().print(help.text(), markup=False)
         return 0
@@ -91,67 +76,71 @@ def _understand(argv: list[str]) -> int:
 
 def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
     if args.hydra_help or args.shell_completion:  # Hydra's own, about no request
-        _hydra(argv)
+        composing.hand_over(argv, work)
         return 0
     request = resume.make(args) or make(args)
     if request.multirun and distributed.world_size() > 1:
         why = "under torchrun every job would share out its batch over the same processes"
         remedy = "start sweeps as gpt2exp -m ..., a device a job by hydra/launcher, or torchrun for one run at a time"
         raise BadRequest(f"a sweep: {why}; {remedy}")
-    words = [word for word in argv if word not in args.overrides]  # flags
-    if request.resumed:
-        words += ["-m"] if request.multirun else []
-        words += ["--config-dir", request.config_dir] if request.config_dir else []
-        words += request.texts
-        if request.cwd is not None:
-            os.chdir(request.cwd)
-    else:
-        words = argv
+    flags = [word for word in argv if word not in args.overrides]
+    if request.cwd is not None:
+        os.chdir(request.cwd)
     if args.cfg or args.info:
-        _hydra(words)
+        composing.hand_over([*flags, *request.argv] if request.resumed else argv, work)
         return 0
     to_do = [job for job in request.jobs if not job.done]
     _make_ready(request, to_do)
     if any(job.config.dry_run for job in request.jobs):
-        if to_do:
-            terminal.terminal().print(terminal.plan_table([_dry_row(job) for job in to_do]))
+        _show_dry(to_do)
         return 0
-    notes = list(request.notes)
-    ignored = (tracking.ignored(job.config.wandb, sweep=request.multirun, resumed=request.resumed) for job in to_do)
-    notes += dict.fromkeys(itertools.chain.from_iterable(ignored))
-    if distributed.world_size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
-        notes.append("distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun")
-    for note in notes:
+    for note in _notes(request, to_do):
         terminal.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
     if not to_do and not request.multirun:
         return 0
     with contextlib.ExitStack() as engine:
         if request.launcher is not None and to_do:
             engine.enter_context(engines.running(request.launcher, request.folder))
-        with claimed(request, words):
-            if request.resumed and not request.multirun:
-                run(request.folder)
-            elif to_do:
-                _launch(request, words)
+        with claimed(request, argv):
+            if to_do:
+                _launch(request, to_do, argv)
             engine.close()
             return _outcome(request)
 
 
-def _launch(request: Plan, words: list[str]) -> None:
+def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
+    yield from request.notes
+    ignored = (tracking.ignored(job.config.wandb, sweep=request.multirun, resumed=request.resumed) for job in to_do)
+    yield from dict.fromkeys(itertools.chain.from_iterable(ignored))
+    if distributed.world_size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
+        yield "distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun"
+
+
+def _launch(request: Request, to_do: list[Job], argv: list[str]) -> None:
+    """Run what is to do: a run alone, the jobs of a sweep one by one, or by the launcher or the sweeper it names."""
+    if request.master is None:
+        run(request.folder)
+        return
     try:
-        _hydra([*words, *request.pins])
+        if not request.names:
+            composing.hand_over(argv, work, request.folder)
+        elif not request.local:
+            composing.launch(request.master, request.folder, [job.folder for job in to_do], work)
+        else:
+            with env_override(request.master.hydra.job.env_set):
+                for number, job in enumerate(to_do):
+                    _work(request.folder / job.folder, request.folder, BEGAN if number == 0 else time.monotonic())
     except KeyboardInterrupt:
-        if request.multirun:
-            _say_how_to_go_on(request)
+        _say_how_to_go_on(request)
         raise
     except Exception as problem:
-        if request.local and request.names:  # Hydra's own launcher and sweeper raise nothing of a job's
+        if request.local and request.names:  # a job raises nothing
             raise
         terminal.refuse(f"the sweep ended early: {first_line(problem)}", trace=terminal.wants_traces())
         _say_how_to_go_on(request)
 
 
-def _say_how_to_go_on(request: Plan) -> None:
+def _say_how_to_go_on(request: Request) -> None:
     if request.launcher is not None and request.launcher._target_ == engines.SLURM:
         text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
         terminal.terminal().print(text, markup=False)
@@ -160,21 +149,7 @@ def _say_how_to_go_on(request: Plan) -> None:
         terminal.terminal().print(line, markup=False, soft_wrap=True)
 
 
-def _hydra(argv: list[str]) -> None:
-    """Hydra's own main over `job`, its exceptions let through to us instead of ending the process."""
-    typed, sys.argv[1:] = sys.argv[1:], argv
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(job)()
-    finally:
-        sys.argv[1:] = typed
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
-
-
-def _make_ready(request: Plan, to_do: list[Job]) -> None:
+def _make_ready(request: Request, to_do: list[Job]) -> None:
     """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine."""
     sources: dict[tuple[Any, ...], tokens.TokenFile] = {}  # jobs that share a text read it once
     checked: list[object] = []  # and those that share weights look at them once
@@ -201,6 +176,21 @@ def _make_ready(request: Plan, to_do: list[Job]) -> None:
                 pass
 
 
+def _show_dry(to_do: list[Job]) -> None:
+    """The table of a dry run; what is alike in jobs of one shape is found once."""
+    if not to_do:
+        return
+    rows, known = list[dict[str, str]](), dict[str, dict[str, str]]()
+    for job in to_do:
+        config = plain(job.config)
+        shape = json.dumps([config[key] for key in ("model", "precision", "data", "train", "distributed")])
+        length = job.config.optimizer.schedule_steps
+        shape = f"{shape} {length} {job.config.optimizer.name}"
+        known[shape] = known.get(shape) or _dry_row(job)
+        rows.append({"run": " ".join(job.overrides) or "defaults", **known[shape]})
+    terminal.terminal().print(terminal.plan_table(rows))
+
+
 def _dry_row(job: Job) -> dict[str, str]:
     from gpt2exp.training import hardware, precision
 
@@ -210,7 +200,6 @@ def _dry_row(job: Job) -> dict[str, str]:
         source = tokens.prepare(config.data)
         config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
     return {
-        "run": " ".join(job.overrides) or "defaults",
         "parameters": f"{config.model.parameters['total']:,}",
         "batch": f"{config.train.sequences} x {config.train.seq_len}",
         "steps": f"{config.train.steps:,}" + (f" (schedule {length:,})" if length else ""),
@@ -220,61 +209,62 @@ def _dry_row(job: Job) -> dict[str, str]:
     }
 
 
-def job(cfg: DictConfig) -> float | None:
-    """Hydra's task: one run, in the folder Hydra made. Records every outcome; raises only what should end a sweep.
+def work(cfg: DictConfig) -> float:
+    """Hydra's task: one job of a sweep, in its folder, in whatever process a launcher or a sweeper of Hydra's calls it.
 
-    Of a sweep's job it returns the loss that a sweeper is to minimise, infinite if the run diverged or failed.
+    Returns the loss that a sweeper is to minimise, infinite if the run diverged or failed.
     """
-    terminal.show_warnings()  # in a process that another launcher started
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
-    config = parse(cfg)
-    sweep = record.sweep_of(folder)
-    if sweep is None:
-        with _record_kept():
-            run(folder)
-        return None
-    engines.enter(str(hydra_config.launcher._target_), sweep, config.train.device)
-    if record.row(folder, sweep)["state"] not in ("done", "diverged"):  # in an earlier launch
-        _job_of_sweep(cfg, config, folder, sweep)
+    terminal.show_warnings()
+    hydra = HydraConfig.get()
+    folder = sweep = Path(hydra.runtime.output_dir)
+    known = record.Sweep.read(folder)
+    if known is None:
+        sweep = record.sweep_of(folder) or folder.parent
+    else:  # its sweeper made it up
+        told = list(hydra.overrides.task)
+        folder = sweep / numbered(hydra.job.num, ",".join(sorted(text for text in told if text not in known.jobs[0])))
+        settings = composing.as_plain(HydraConfig.instance().cfg)["hydra"]
+        composing.describe(folder, composing.as_plain(cfg), told, settings)
+    engines.enter(str(hydra.launcher._target_), sweep, record.asked(folder)[0].train.device)
+    _work(folder, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
     return record.objective(folder)
 
 
-def _job_of_sweep(cfg: DictConfig, config: RunConfig, folder: Path, sweep: Path) -> None:
-    hydra_config = HydraConfig.get()
-    isolate = config.sweep.isolate and not processes.requeued_by()  # submitit gives a job its own process already
+def _work(folder: Path, sweep: Path, began: float) -> None:
+    """Run one folder of a sweep, if that is to do; every outcome is recorded, and only a signal is raised."""
+    choices = record.asked(folder)[0].sweep
+    done = record.row(folder, sweep)["state"] in ("done", "diverged")  # in an earlier launch
+    if done or (choices.fail_fast and _failed_before(sweep)):
+        return
     try:
-        with _record_kept(), contextlib.nullcontext() if isolate else processes.held(folder):
-            describe(folder, cfg, hydra_config.overrides.task, cast("DictConfig", HydraConfig.instance().cfg))
-            if config.sweep.fail_fast and _failed_before(sweep):
-                return
-            if isolate:
-                _in_own_process(folder)
-            else:
-                run(folder, BEGAN if hydra_config.job.num == 0 else time.monotonic())
+        if choices.isolate and not processes.requeued_by():  # submitit gives a job its own process already
+            _in_own_process(folder)
+            return
+        with processes.held(folder):
+            run(folder, began)
     except BadRequest as error:  # someone goes on with this job alone
         log.warning("%s", error)
-
-
-@contextlib.contextmanager
-def _record_kept() -> Iterator[None]:
-    """A line where the record itself cannot be written: the folder says as much as it could."""
-    try:
-        yield
-    except OSError as error:
+    except OSError as error:  # the folder says as much as it could
         log.error("%s", unwritable(error))
+
+
+def _alone(folder: Path) -> int:
+    """The run of a folder, in this process: 0 done, 1 not, 2 another process has it, 130 or 143 interrupted."""
+    with processes.held(folder):
+        return 0 if run(folder)["state"] == "done" else 1
 
 
 def _failed_before(sweep: Path) -> bool:
     """Whether a job of this launch failed or diverged; those of an earlier one have their second chance."""
-    launched = json.loads((sweep / record.SWEEP).read_text(encoding="utf-8"))["launched"]
+    known = record.Sweep.read(sweep)
     statuses = (record.read_status(folder) for folder in record.runs_below(sweep))
-    return any(status["state"] in ("failed", "diverged") and status["updated"] > launched for status in statuses)
+    ended = [status["updated"] for status in statuses if status["state"] in ("failed", "diverged")]
+    return known is not None and max(ended, default=0) > known.launched
 
 
 def _in_own_process(folder: Path) -> None:
     # in a session of its own, so that Ctrl-C reaches it once, through us
-    process = subprocess.Popen([sys.executable, "-m", "gpt2exp.sweep.isolated", str(folder)], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "gpt2exp.sweep.launch", str(folder)], start_new_session=True)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -293,7 +283,7 @@ def _in_own_process(folder: Path) -> None:
         raise KeyboardInterrupt
 
 
-def _outcome(request: Plan) -> int:
+def _outcome(request: Request) -> int:
     """What a sweep came to, if it was one, and the exit code, both from what the folders say."""
     rows = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
     done, jobs = sum(row["state"] == "done" for row in rows), len(request.names) or len(rows)
@@ -319,3 +309,7 @@ def _outcome(request: Plan) -> int:
         if found:
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
     return 0 if rows and done == max(jobs, len(rows)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(processes.carry_out("gpt2exp", lambda: _alone(Path(sys.argv[1])), unwritable))

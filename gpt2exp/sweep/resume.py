@@ -1,8 +1,8 @@
 """What `resume=FOLDER` asks for: the jobs of an earlier launch that are still to do, and those a sweep gains.
 
-A run goes on with the configuration it has; what is typed beside may change how it is kept and how long it goes on, but
-not what it computes. A sweep's request is composed again with what is typed added to its axes, and its jobs find their
-folders by the identity of their configurations. No torch.
+A run goes on with the configuration in its folder; what is typed beside may change how it is kept and how long it goes
+on, but not what it computes. A sweep gains the jobs that its own become with the values typed, where there is none that
+computes the same. No torch.
 """
 
 from __future__ import annotations
@@ -10,41 +10,39 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-from collections import defaultdict
+import itertools
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import config
 from gpt2exp.config import HOUSEKEEPING, BadRequest, DataName, RunConfig, Schedule, show
 from gpt2exp.run import record, terminal
-from gpt2exp.sweep import request
+from gpt2exp.sweep import composing, engines, request
+from gpt2exp.sweep.composing import Composed, Composer, is_hydra
 
 MAY_CHANGE = (*HOUSEKEEPING, "train.steps", "train.device", "distributed", "data.path")
 """Keys, or whole sections, that a run may go on with another value of; the text at `data.path` must be the same."""
 
 
-def make(args: argparse.Namespace) -> request.Plan | None:
-    """The plan behind a command line with `resume=FOLDER`; None for one without.
+def make(args: argparse.Namespace) -> request.Request | None:
+    """The request behind a command line with `resume=FOLDER`; None for one without.
 
     Raises:
         BadRequest: there is nothing to go on with, or what is typed beside cannot be.
     """
     if not any(text.lstrip("+").startswith("resume=") for text in args.overrides):
         return None
-    with request.composing(args) as loader:
-        typed = request.read(loader, args.overrides)
-        request.check(loader, typed)
+    with composing.composing(args) as composer:
+        typed = request.read(composer, args.overrides)
+        for override in typed:
+            request.check(composer, override)
         folders = [override for override in typed if override.key_or_group == "resume"]
         typed = [override for override in typed if override.key_or_group != "resume"]
         values = {str(value) for override in folders for value in request.values(override) if value is not None}
@@ -85,7 +83,7 @@ def _typed(folder: Path) -> str:
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
-def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> request.Plan:
+def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> request.Request:
     for override in typed:
         if override.is_sweep_override():
             text = override.input_line
@@ -98,7 +96,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
     overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
     changed: dict[str, Any] = {}
-    if own := [override for override in typed if not _is_hydra(override)]:
+    if own := [override for override in typed if not is_hydra(override.key_or_group)]:
         args = copy.copy(args)
         args.config_dir = args.config_dir or config_dir
         changed = _changes(args, overrides, [str(override.input_line) for override in own])
@@ -135,20 +133,15 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         more = f"to train on, add train.steps=N above {steps}"
         notes = [f"{terminal.short(folder)} is done: {steps} of {after.train.steps} steps; {more}"]
     notes += _gone_note(gone)
-    job = request.Job(tuple(overrides), after, done=done)
-    composed = recorded if changed and not done else None
-    return request.Plan(
-        (job,), False, folder, True, tuple(overrides), composed, resumed=True, cwd=began_in, notes=tuple(notes)
-    )
-
-
-def _is_hydra(override: Override) -> bool:
-    return override.key_or_group.split("/")[0].split(".")[0] == "hydra"
+    composed = Composed(after, composing.as_plain(recorded), {}) if changed and not done else None
+    job = request.Job(tuple(overrides), after, done=done, composed=composed)
+    argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
+    return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
 
 
 def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
     """Recorded overrides without those of the keys `gone`; keys that have moved under today's names."""
-    lost = {*gone, *(key.split(".")[0] for key in gone)} - set(request.SECTIONS)
+    lost = {*gone, *(key.split(".")[0] for key in gone)} - set(composing.SECTIONS)
     moved = config.MOVED.keys() - set(config.keys())
     told = {text: text.lstrip("+").partition("=")[0] for text in texts}
     return [
@@ -189,14 +182,8 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
     """What typing more changes in a configuration: new values by dotted key."""
-    with request.composing(args) as loader:
-        name = args.config_name or "config"
-
-        def composed(texts: list[str]) -> RunConfig:
-            found = loader.load_configuration(name, texts, run_mode=RunMode.RUN)
-            return config.parse({str(key): found._get_node(key) for key in found if key != "hydra"})
-
-        before, after = composed(overrides), composed([*overrides, *typed])
+    with composing.composing(args) as composer:
+        before, after = (composing.checked(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
     return {key: _value(after, key) for key in list(config.keys()) if _value(after, key) != _value(before, key)}
 
 
@@ -213,104 +200,109 @@ def _notes(before: RunConfig, after: RunConfig, changed: dict[str, Any]) -> list
 # --- a sweep ---------------------------------------------------------------------------------------------------------
 
 
-def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> request.Plan:
-    try:
-        known = json.loads((folder / record.SWEEP).read_text(encoding="utf-8"))
-        flags = get_args_parser().parse_args([str(word) for word in known["argv"]])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadRequest(f"resume={folder}: its {record.SWEEP} cannot be read; put it back") from error
-    if "folders" not in known:
+def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> request.Request:
+    known = record.Sweep.read(folder)
+    if known is None:
+        raise BadRequest(f"resume={folder}: its {record.SWEEP} cannot be read; put it back")
+    if known.folders is None:
         raise BadRequest(f"resume={folder}: its sweeper made up the jobs as it went; only sweeps of lists can go on")
-    runs, gone = _recorded(folder)
-    began_in = Path(known.get("cwd", "."))
+    flags, began_in = composing.arguments(known.argv), Path(known.cwd)
     if args.config_dir:
         flags.config_dir = str(Path(args.config_dir).absolute())
     elif flags.config_dir:
         flags.config_dir = str((began_in / flags.config_dir).absolute())
-    with request.composing(flags) as loader:
-        name = flags.config_name or "config"
-        texts = _merged(loader, name, _of_today(flags.overrides, gone), typed, folder)
-        asked = request.compose(loader, name, texts, multirun=True)
-    return dataclasses.replace(
-        asked,
-        jobs=tuple(_placed(folder, asked.jobs, runs)),
-        notes=(*asked.notes, *_gone_note(gone)),
-        folder=folder,
-        resumed=True,
-        cwd=began_in if began_in.is_dir() else None,
-        config_dir=flags.config_dir,
-    )
+    runs, gone = _recorded(folder)
+    listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
+    listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items()}
+    with composing.composing(flags) as composer:
+        added = request.axes(composer, [str(override.input_line) for override in typed])
+        settings = [text for texts in added.values() for text in texts if is_hydra(text)]
+        master = composer.compose([*_of_today(flags.overrides, gone), *settings], multirun=True)
+        request.check_hydra(master.hydra)
+        master.hydra.sweep.subdir = "."
+        jobs = _jobs(composer, master, folder, listed, runs, added)
+    for device in {job.config.train.device for job in jobs}:
+        engines.check(master.hydra.launcher, device)
+    hydra = [*(text for text in flags.overrides if is_hydra(text)), *settings]
+    argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *_axes_of(jobs), *hydra]
+    where, notes = began_in if began_in.is_dir() else None, tuple(_gone_note(gone))
+    return request.Request(tuple(jobs), True, folder, master, tuple(argv), resumed=True, cwd=where, notes=notes)
 
 
-def _merged(loader: ConfigLoaderImpl, name: str, recorded: list[str], typed: list[Override], folder: Path) -> list[str]:
-    """The recorded request with the typed values added to its axes; housekeeping and Hydra's own keys are replaced."""
-    master = loader.load_configuration(name, recorded, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False)
-    axes = request.axes(loader, [*request.preset(master), *recorded])
-    added = request.axes(loader, [str(override.input_line) for override in typed])
-    jobs: list[RunConfig] = []
-    for key, texts in added.items():
-        bare = key.lstrip("+")
-        if bare == "experiment" and texts != axes.get(key):
-            raise BadRequest(f"{texts[0]}: a study is a sweep of its own; leave out resume to start it")
-        if bare.split("/")[0].split(".")[0] == "hydra" or _within(bare, HOUSEKEEPING):
-            axes[key] = texts
-            continue
-        if key not in axes:
-            jobs = jobs or [job.config for job in request.compose(loader, name, recorded, multirun=True).jobs]
-            axes[key] = [_default(bare, master, jobs, folder)]
-        there = [request.read(loader, [text])[0].value() for text in axes[key]]
-        axes[key] += [text for text in texts if request.read(loader, [text])[0].value() not in there]
-    return [f"{key}={','.join(text.partition('=')[2] for text in texts)}" for key, texts in axes.items()]
-
-
-def _default(key: str, master: DictConfig, jobs: Sequence[RunConfig], folder: Path) -> str:
-    """What every job of the sweep has for a key that none was told, as an override."""
-    if key in master.hydra.runtime.choices:
-        return f"{key}={master.hydra.runtime.choices[key]}"
-    found = {show(_value(job, key)).replace(" ", "") for job in jobs}
-    if len(found) > 1:
-        why = f"the jobs of {terminal.short(folder)} have {' and '.join(sorted(found))}"
-        raise BadRequest(f"{key}: {why}; start a sweep of its own")
-    return f"{key}={found.pop()}"
-
-
-def _recorded(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
-    """The runs of a sweep by what they compute, and what they have for keys that are none today.
+def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dict[str, Any]]:
+    """The runs of a sweep by folder, with their overrides, and what they have for keys that are none today.
 
     Raises:
         BadRequest: they differ in such a key, so that which of them is which job cannot be told.
     """
-    runs, gone = defaultdict(list), dict[str, Any]()
+    runs, gone = dict[str, tuple[RunConfig, list[str]]](), dict[str, Any]()
     for run in record.runs_below(folder):
         try:
-            of, unknown, _ = record.asked(run)
+            of, unknown, overrides = record.asked(run)
         except BadRequest:
             continue  # Hydra's own record is damaged: the job is run anew, beside it
         for key, value in unknown.items():
             if gone.setdefault(key, value) != value and not config.is_housekeeping(key):
                 why = f"its runs have {key}={show(gone[key])} and {show(value)}, which is no key of this version"
                 raise BadRequest(f"resume={folder}: {why}; go on with the version that began it, or start a new sweep")
-        runs[config.identity(of)].append(run)
+        runs[str(run.relative_to(folder))] = of, overrides
     return runs, gone
 
 
-def _placed(folder: Path, jobs: Sequence[request.Job], runs: Mapping[str, Sequence[Path]]) -> list[request.Job]:
-    """The jobs with their folders: those of before by what they compute, new ones numbered on from there."""
-    known = {identity: list(places) for identity, places in runs.items()}
-    numbers = [-1]
-    for path in folder.iterdir():
-        head = path.name.partition("_")[0]
-        numbers += [int(head)] if head.isdigit() else []
-    free = max(numbers) + 1
-    placed = []
-    for job in jobs:
-        if places := known.get(config.identity(job.config)):
-            run = places.pop(0)
+def _jobs(
+    composer: Composer,
+    master: Any,
+    folder: Path,
+    listed: Mapping[str, list[str]],
+    runs: Mapping[str, tuple[RunConfig, list[str]]],
+    added: Mapping[str, list[str]],
+) -> list[request.Job]:
+    """The jobs of before, then those that they become with each value added, where there is none yet."""
+    kept = {_key(key) for key in added if config.is_housekeeping(_key(key))}
+    housekeeping = [text for key, texts in added.items() if _key(key) in kept for text in texts[-1:]]
+    axes = {_key(key): texts for key, texts in added.items() if _key(key) not in kept and not is_hydra(key)}
+    study = axes.pop("experiment", [])
+    if study and any(study[0] not in overrides for overrides in listed.values()):
+        raise BadRequest(f"{study[0]}: a study is a sweep of its own; leave out resume to start it")
+    told = [[text for text in overrides if _key(text) not in kept] + housekeeping for overrides in listed.values()]
+    named = {name: texts for name, texts in zip(listed, told, strict=True) if housekeeping or name not in runs}
+    new = dict[frozenset[str], list[str]]()
+    for values in itertools.product(*([None, *texts] for texts in axes.values())):
+        more = {key: text for key, text in zip(axes, values, strict=True) if text is not None}
+        for texts in told if more else ():
+            whole = list(({_key(text): text for text in texts} | more).values())
+            new.setdefault(frozenset(whole), whole)
+    composed = request.composed_jobs(composer, master, [*named.values(), *new.values()])
+    at_place, jobs = dict(zip(named, composed, strict=False)), list[request.Job]()
+    for name in listed:
+        job = at_place.get(name)
+        if name in runs:
+            of, overrides = runs[name]
+            if job is None or config.identity(job.config) != config.identity(of):
+                job = request.Job(tuple(overrides), of)
             # a diverged run would diverge again: that is its result
-            done = record.row(run, folder)["state"] in ("done", "diverged")
-            placed.append(dataclasses.replace(job, folder=str(run.relative_to(folder)), done=done))
-        else:
-            slug = job.folder.partition("_")[2]
-            placed.append(dataclasses.replace(job, folder=request.numbered(free, slug)))
-            free += 1
-    return placed
+            done = record.row(folder / name, folder)["state"] in ("done", "diverged")
+            job = dataclasses.replace(job, folder=name, done=done)
+        elif job is not None and not (folder / name).exists():  # else the folder is damaged, and it gets another
+            job = dataclasses.replace(job, folder=name)
+        jobs += [job] if job is not None else []
+    known = {config.identity(job.config) for job in jobs}
+    for gained in composed[len(named) :]:
+        if (identity := config.identity(gained.config)) not in known:
+            known.add(identity)
+            jobs.append(gained)
+    heads = (path.name.partition("_")[0] for path in folder.iterdir())
+    return request.name_jobs(jobs, max((int(head) for head in heads if head.isdigit()), default=-1) + 1)
+
+
+def _key(text: str) -> str:
+    return text.lstrip("+").partition("=")[0]
+
+
+def _axes_of(jobs: Sequence[request.Job]) -> list[str]:
+    """The overrides by which a command line asks for the jobs, if they are a grid."""
+    found: dict[str, dict[str, None]] = {}
+    for text in itertools.chain.from_iterable(job.overrides for job in jobs):
+        key, _, value = text.partition("=")
+        found.setdefault(key, {})[value] = None
+    return [f"{key}={','.join(values)}" for key, values in found.items()]

@@ -1,0 +1,313 @@
+"""All that depends on Hydra's inside: its parser, its loader, its launchers, its own command. No torch.
+
+Hydra composes one configuration in 0.1 s. A sweep's jobs mostly differ in plain values, so Hydra composes one job of
+each combination of groups, and the values of the others are put into that configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, TypeVar, cast, get_type_hints
+
+import hydra
+from hydra import initialize_config_module
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from gpt2exp.config import (
+    CHOICES,
+    BadRequest,
+    RunConfig,
+    Section,
+    choices_with,
+    explain,
+    keys,
+    leaves,
+    parse,
+    plain,
+    typed,
+)
+from gpt2exp.files import replacing
+from gpt2exp.run import process, secret, tracking
+from gpt2exp.sweep import engines
+
+CONF = "gpt2exp.conf"
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+SECTIONS = [field.name for field in fields(RunConfig)]
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def register() -> None:
+    """Make the schema and the resolvers of conf/ known to Hydra; every process that runs a job calls this."""
+    schema = OmegaConf.structured(RunConfig)
+    schema.wandb.update(tracking.defaults())
+    for section, choices in CHOICES.items():
+        schema[section] = OmegaConf.structured(get_type_hints(RunConfig)[section])  # any choice can be merged
+        for name, choice in choices.items():
+            ConfigStore.instance().store(f"{name}_schema", group=section, node=choice)
+    ConfigStore.instance().store("schema", node=schema)
+    # two launches in the same second get two folders
+    resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, use_cache=name == "folder_name", replace=True)
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """A command line as Hydra parses it; BadRequest for a flag that is none."""
+    return process.strict(get_args_parser(), "gpt2exp").parse_args(argv)
+
+
+@dataclass
+class Composed:
+    """One job as composed: checked, and as its `.hydra` is to hold it, interpolations as they stand."""
+
+    config: RunConfig
+    own: dict[str, Any]
+    hydra: dict[str, Any]
+    place: str = ""
+    """Its folder below the sweep's, where the user said so."""
+
+
+class Composer:
+    """Hydra's loader over the packaged configuration and `--config-dir`."""
+
+    def __init__(self, path: Any, name: str) -> None:
+        self.loader, self.name = ConfigLoaderImpl(path), name
+
+    def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
+        """The configuration of a command line; keys with several values are left as they are."""
+        mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        return self.loader.load_configuration(self.name, list(texts), run_mode=mode, validate_sweep_overrides=False)
+
+    def jobs(self, master: DictConfig, jobs: Sequence[Sequence[str]]) -> Iterator[Composed]:
+        """The jobs of a sweep by their overrides, at most one for a key."""
+        read = functools.cache(OverridesParser.create().parse_override)
+        own_folders = (
+            as_plain(master.hydra.sweep)["subdir"] != "."
+        )  # by interpolation of what only Hydra knows of a job
+        simple, bases = set[str]() if own_folders else set(keys()), dict[tuple[str, ...], _Base]()
+        for number, texts in enumerate(jobs):
+            overrides = [read(text) for text in texts]
+            values = {one.key_or_group: one.value() for one in overrides if _is_plain(one, simple)}
+            shape = *values, *(text for text, one in zip(texts, overrides, strict=True) if not _is_plain(one, simple))
+            if own_folders or shape not in bases:
+                composed = self.loader.load_sweep_config(master, list(texts))
+                with open_dict(composed):
+                    composed.hydra.job.num = number
+                bases[shape] = _Base(composed, values)
+            job = bases[shape].job(overrides, values)
+            job.place = str(composed.hydra.sweep.subdir) if own_folders else ""
+            yield job
+
+
+def _is_plain(override: Override, simple: set[str]) -> bool:
+    """Whether an override gives one of these keys a value, and does nothing else."""
+    known = override.type is OverrideType.CHANGE and override.package is None and override.key_or_group in simple
+    return known and "${" not in str(override.input_line) and override.value() != "???"
+
+
+class _Base:
+    """A job that Hydra composed, into which the values of other jobs are put."""
+
+    def __init__(self, composed: DictConfig, values: dict[str, Any]) -> None:
+        self.values, self.config, self.hydra = values, checked(composed), as_plain(composed.hydra)
+        # the rest goes by the overrides of the one job, and out with Hydra 1.4
+        self.hydra["job"] = {key: self.hydra["job"][key] for key in ("name", "chdir", "env_set", "env_copy")}
+        self.own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        self.following = [key for key, value in leaves(as_plain(self.own)).items() if "${" in str(value)]
+        """Keys whose value is that of another key."""
+
+    def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Composed:
+        """The job with these values, which are of the keys that the base was told."""
+        changed = {key: value for key, value in values.items() if repr(value) != repr(self.values[key])}
+        for key, value in changed.items():
+            OmegaConf.update(self.own, key, value, merge=True)
+        self.values = values
+        live = {key: _value(self.own, key) for key in (*changed, *self.following)}
+        secret.check_values(live)
+        self.config = with_values(self.config, live)
+        own = [override for override in overrides if not override.is_hydra_override()]
+        told = self.hydra["overrides"] | {"task": [override.input_line for override in own]}
+        return Composed(self.config, as_plain(self.own), self.hydra | {"overrides": told})
+
+
+def _value(tree: DictConfig, key: str) -> Any:
+    found: Any = OmegaConf.select(tree, key)
+    return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+
+
+def with_values(section: SectionT, values: dict[str, Any]) -> SectionT:
+    """A configuration with other values by dotted key, checked anew."""
+    here = {key: value for key, value in values.items() if "." not in key}
+    for name in {key.partition(".")[0] for key in values if "." in key}:
+        inside = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+        here[name] = with_values(getattr(section, name), inside)
+    return replace(section, **here) if here else section
+
+
+def checked(composed: DictConfig) -> RunConfig:
+    """The configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
+    parsed = parse({str(key): composed._get_node(key) for key in composed if key != "hydra"})
+    secret.check_values(plain(parsed))
+    return parsed
+
+
+def as_plain(composed: Any) -> dict[str, Any]:
+    """Dicts, lists and values, interpolations as they stand."""
+    return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
+
+
+def is_hydra(key: str) -> bool:
+    """Whether a key or group is Hydra's own."""
+    return re.split(r"[./]", key.lstrip("+~"), maxsplit=1)[0] == "hydra"
+
+
+def task(texts: Sequence[str]) -> list[str]:
+    """The overrides that are not Hydra's own."""
+    return [text for text in texts if not is_hydra(text.partition("=")[0])]
+
+
+@contextlib.contextmanager
+def composing(args: argparse.Namespace) -> Iterator[Composer]:
+    """Errors of Hydra's inside the block become a `BadRequest`."""
+    _check_flags(args)
+    register()  # the environment may have changed since
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
+    try:
+        # Hydra 1.3 takes a missing version_base for 1.1's ways; 1.4 wants it gone: then delete it here and in hand_over
+        with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
+            path = create_config_search_path(f"pkg://{CONF}")
+            if args.config_dir:  # as Hydra's main does, after ours, so that its groups add choices
+                path.prepend("command-line", f"file://{Path(args.config_dir).absolute()}", anchor="schema")
+            yield Composer(path, args.config_name or "config")
+    except (HydraException, OmegaConfBaseException) as error:
+        choice = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+        if remedy := engines.missing(choice or ""):
+            raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
+        text = explain(error)
+        key = (re.match(r"Could not override '([\w.]+)'", text) or ["", ""])[1]
+        if names := choices_with(key):
+            why = f"a key of {key.partition('.')[0]}={' and '.join(names)} alone"
+            raise BadRequest(f"{key}: {why}; leave it out, or make that choice") from error
+        found = re.match(r"In '((\w+)/[^']+)': .*Key '(\w+)' not in '\w+'", text)
+        if found and found[3] in ("hydra", found[2], *SECTIONS):
+            why = f"its keys land in {found[2]}, which has no {found[3]}"
+            text = f"{found[1]}.yaml: {why}; begin the file of a study with the line # @package _global_"
+        raise BadRequest(text) from error
+    except (YAMLError, UnicodeDecodeError) as error:  # a file of the user's own
+        where = f"--config-dir {args.config_dir}" if args.config_dir else "hydra.searchpath"
+        why = " ".join(str(error).split())
+        raise BadRequest(f"{where}: {why}; mend that file: it must be plain YAML in UTF-8") from error
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of Hydra's that cannot be carried out here, or not together."""
+    if args.experimental_rerun:
+        raise BadRequest("--experimental-rerun: reads a pickle, which can run any code; repeat the run's overrides")
+    if args.config_path:
+        raise BadRequest(f"--config-path {args.config_path}: hides the shipped groups; add yours with --config-dir")
+    modes = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
+    asked = [flag for flag, given in modes.items() if given]
+    if len(asked) > 1:
+        raise BadRequest(f"{' '.join(asked)}: cannot be asked for together; leave out all but one")
+    for flag, given in (("--package", args.package), ("--resolve", args.resolve)):
+        if given and not args.cfg:
+            raise BadRequest(f"{flag}: shapes what --cfg prints; add --cfg job")
+
+
+# --- a run's .hydra --------------------------------------------------------------------------------------------------
+
+
+def describe(
+    folder: Path, own: dict[str, Any], overrides: Sequence[str], settings: dict[str, Any], place: Path | None = None
+) -> None:
+    """Write a run's `.hydra` as Hydra would, but each file whole, and last the one that makes a folder a run's.
+
+    `own` and `settings` are the configuration and Hydra's section of it; without `settings` that file stays as it is.
+    `place`: where the folder will lie, if not where it is.
+    """
+    if settings:
+        settings = settings | {"runtime": settings["runtime"] | {"output_dir": str((place or folder).absolute())}}
+    texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(settings), '  ')}"} if settings else {}
+    texts["overrides.yaml"] = OmegaConf.to_yaml(OmegaConf.create(list(overrides)))
+    texts["config.yaml"] = _yaml(own)
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        with replacing(folder / ".hydra" / name) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    return "".join(_section(json.dumps({key: value})) for key, value in tree.items())
+
+
+@functools.lru_cache(1024)
+def _section(text: str) -> str:  # most sections are alike in all jobs of a sweep, and YAML is slow
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(text)))
+
+
+# --- what Hydra still runs -------------------------------------------------------------------------------------------
+
+
+class _Folders:
+    """Stands in for Hydra's loader in a launcher: a job is its folder, which holds all of its configuration."""
+
+    def load_sweep_config(self, master: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        config = copy.deepcopy(master)
+        config.hydra.sweep.subdir = sweep_overrides[0]
+        return config
+
+
+def launch(master: DictConfig, folder: Path, names: Sequence[str], work: Callable[[DictConfig], Any]) -> None:
+    """Have the launcher that `master` names call `work` for every job's folder in the sweep's folder."""
+    with open_dict(master):
+        master.hydra.sweep.dir = str(folder.absolute())  # a worker may start elsewhere
+        master.hydra.output_subdir = None  # the folders hold theirs already
+    context = HydraContext(_Folders(), Callbacks())  # type: ignore[arg-type]
+    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=master)
+    for done in launcher.launch([[name] for name in names], initial_job_idx=0):
+        done.return_value  # noqa: B018 - raises what ended the job
+
+
+def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Path | None = None) -> None:
+    """Hydra's own main, which prints what it is asked to, or calls `work` for the jobs of a sweeper that makes them up.
+
+    Its exceptions are let through to us instead of ending the process.
+    """
+    pins = [] if sweep is None else [typed("hydra.sweep.dir", sweep.absolute()), "hydra.output_subdir=null"]
+    before, had = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv[1:], os.environ["HYDRA_FULL_ERROR"] = [*argv, *pins], "1"
+    try:
+        hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(work)()
+    finally:
+        sys.argv = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if had is not None:
+            os.environ["HYDRA_FULL_ERROR"] = had
+
+
+register()

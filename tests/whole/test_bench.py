@@ -1,0 +1,136 @@
+"""`gpt2exp-bench` times the real training step beside a peer, and its last line repeats the result as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import SMALL
+
+from gpt2exp import bench
+
+TINY = [*SMALL, "train.seq_len=16", "wandb.mode=disabled"]
+ONCE = [*TINY, "--pairs", "1", "--steps", "3", "--peer-command"]
+
+
+def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gpt2exp.bench", *args], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two rounds of ours, transformers and a peer's command, with the machine's limits."""
+    folder = tmp_path_factory.mktemp("bench")
+    peer = """python -c 'print("noise"); print("{\\"ms_median\\": 5, \\"first_ms\\": 6, \\"peak_rss_mib\\": 7}")'"""
+    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "2", "--steps", "4", "--roofline", "--verify"]
+    args += ["--beside", "2"]
+    done = run(*args, "--out", "found/bench.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((folder / "found" / "bench.json").read_text()) == found
+    assert sorted(path.name for path in folder.iterdir()) == ["found"]  # a bench is no run: nothing else is written
+    for text in ("step time", "whole process", "peak memory", "matrix products alone", "of it", "2 at once: a step"):
+        assert text in done.stdout
+    return found
+
+
+def test_ours_and_the_peers_are_timed_in_turn(result: dict[str, Any]) -> None:
+    assert [list(row) for row in result["rounds"]] == [["gpt2exp", "hf", "peer"]] * 2
+    for row in result["rounds"]:
+        assert row["gpt2exp"]["loss_last"] < row["gpt2exp"]["loss_first"]
+        assert row["hf"]["loss_first"] == pytest.approx(row["gpt2exp"]["loss_first"], rel=0.02)  # the same batch
+        assert row["peer"]["ms_median"] == 5
+
+
+def test_ratios_are_taken_pair_by_pair(result: dict[str, Any]) -> None:
+    for peer in ("hf", "peer"):
+        for key in ("ms_median", "peak_rss_mib"):
+            pairs = [row["gpt2exp"][key] / row[peer][key] for row in result["rounds"]]
+            found = result["ratios"][peer][key]
+            assert (found["min"], found["max"], found["n"]) == (min(pairs), max(pairs), 2)
+            assert found["median"] == pytest.approx(sum(pairs) / 2)
+
+
+def test_two_at_once_are_timed_beside_one_alone(result: dict[str, Any]) -> None:
+    beside, alone = result["beside"], [row["gpt2exp"]["ms_median"] for row in result["rounds"]]
+    assert (beside["processes"], [len(found) for found in beside["ms_medians"]]) == (2, [2, 2])
+    ratios = [max(found) / one for found, one in zip(beside["ms_medians"], alone, strict=True)]
+    assert beside["ratio"] == {"median": sum(ratios) / 2, "min": min(ratios), "max": max(ratios), "n": 2}
+
+
+def test_processes_at_once_begin_together(tmp_path: Path) -> None:
+    """None begins before all are built; one that fails is told of, and none is left behind."""
+    code = """
+import json, os, pathlib, sys
+here = pathlib.Path(sys.argv[1])
+(here / str(os.getpid())).touch()
+print("built", flush=True)
+sys.stdin.readline()
+print(json.dumps({"ms_median": len(list(here.iterdir()))}))
+"""
+    found = bench._at_once([sys.executable, "-c", code, str(tmp_path)], 3)
+    assert [row["ms_median"] for row in found] == [3, 3, 3]
+    with pytest.raises(bench.ContestantError, match="exit code 1"):
+        bench._at_once(["false"], 2)
+
+
+def test_losses_are_held_against_the_plain_path(result: dict[str, Any]) -> None:
+    assert result["verified"]["steps"] == 4
+    assert 0 <= result["verified"]["largest_relative_difference"] < 1e-5
+    assert result["command"].startswith("gpt2exp-bench model=nano ")
+
+
+def test_the_floor_is_its_parts(result: dict[str, Any]) -> None:
+    roof = result["roofline"]
+    assert roof["floor_ms"] == pytest.approx(roof["matmul_ms"] + roof["adamw_ms"])
+    assert roof["fraction"] == pytest.approx(roof["floor_ms"] / roof["step_ms"])
+    assert {product["layer"] for product in roof["products"]} == {
+        "c_attn",
+        "attn.c_proj",
+        "c_fc",
+        "mlp.c_proj",
+        "lm_head",
+    }
+    # two operations a weight and token, forward and twice backward
+    gflop = sum(product["gflop"] for product in roof["products"])
+    model = result["model"]
+    weights = 12 * model["n_layer"] * model["n_embd"] ** 2 + model["vocab_size"] * model["n_embd"]
+    assert gflop == pytest.approx(6 * weights * 4 * 16 / 1e9)
+    assert roof["parts"]["matrix products"] > 0
+    assert roof["parts"]["AdamW"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["model.n_layers=3"], 2, "gpt2exp-bench: model.n_layers=3: no such key; did you mean model.n_layer?"),
+        (["seed=1,2"], 2, "gpt2exp-bench: seed=1,2: several values make a sweep"),
+        (["--steps", "2"], 2, "gpt2exp-bench: --steps 2 --pairs 3: at least 3 steps and one pair"),
+        (["--beside", "1"], 2, "gpt2exp-bench: --beside 1: at least two at once; one is timed anyway"),
+        (["experiment=throughput"], 2, "gpt2exp-bench: gpt2exp-bench times one configuration"),
+        ([*ONCE, "false"], 1, "gpt2exp-bench: false: exit code 1"),
+        (
+            [*ONCE, "echo x"],
+            1,
+            "gpt2exp-bench: echo x: its last line",
+        ),
+        (
+            [*ONCE, "no-such"],
+            1,
+            "gpt2exp-bench: no-such: No such file",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    args: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.command(args) == code
+    err = capsys.readouterr().err
+    assert err.startswith(said)
+    assert len(err.splitlines()) == 1
