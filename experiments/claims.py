@@ -1,17 +1,36 @@
-"""The tutorial's claims, each with the measurement it is held against. Read by `publish.py index`."""
+"""The tutorial's claims, each with the measurement it is held against.
+
+`python experiments/claims.py` rewrites their table in `experiments/README.md` from the findings' records.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from publish import Claim, column, effect, holds, runs_of, spread
+from publish import HERE, column, effect, having, replace_block, runs_of, spread
 
 from gpt2exp.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2exp.data import assets, tokens
 from gpt2exp.training import setup
 
 NEEDS = "needs a GPU"
+
+
+@dataclass
+class Claim:
+    """A claim of the tutorial, and how to hold the runs against it: figure, n, verdict."""
+
+    text: str
+    finding: str
+    measure: Callable[[], tuple[str, int, str]]
+
+
+def holds(ok: bool) -> str:
+    """In the table's words."""
+    return "holds" if ok else "does not hold"
 
 
 def epochs() -> tuple[str, int, str]:
@@ -70,15 +89,14 @@ def stream() -> tuple[str, int, str]:
     runs = runs_of("residual_scaling")
 
     def growth(scaling: str) -> float:
-        told = {f"init.residual_scaling={scaling}", "model.n_layer=48"}
-        having = [run for run in runs if told <= set(run["overrides"].split())]
         return statistics.fmean(
-            float(run["stream_first_last_block"]) / float(run["stream_first_embedded"]) for run in having
+            float(run["stream_first_last_block"]) / float(run["stream_first_embedded"])
+            for run in having(runs, f"init.residual_scaling={scaling}", "model.n_layer=48")
         )
 
-    scaled, plain = growth("True"), growth("False")
+    scaled, plain = growth("true"), growth("false")
     text = f"at init and 48 layers it grows {scaled:.2f} times scaled, {plain:.1f} times not"
-    return text, len(column(runs, "seed", "model.n_layer=48")) // 2, holds(scaled < plain / 2)
+    return text, len(having(runs, "model.n_layer=48")) // 2, holds(scaled < plain / 2)
 
 
 def tf32() -> tuple[str, int, str]:
@@ -142,3 +160,16 @@ CLAIMS = [
     ),
     Claim("16 x 1024 in fp32 takes about 35 GB", "scaling", memory),
 ]
+
+
+def index() -> str:
+    """The table of claims."""
+    rows = ["| claim | measured | n | verdict | finding |", "|---|---|---|---|---|"]
+    for claim in CLAIMS:
+        figure, n, verdict = claim.measure()
+        rows.append(f"| {claim.text} | {figure} | {n} | **{verdict}** | [{claim.finding}]({claim.finding}/README.md) |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    replace_block(HERE / "README.md", "claims", index())

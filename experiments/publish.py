@@ -1,11 +1,10 @@
 """Turn finished sweeps into the findings of this folder: `python experiments/publish.py NAME SWEEP [SWEEP ...]`.
 
 Writes `experiments/NAME/results.csv` (the comparison, a row an axis, arm and metric), `runs.csv` (the figures of each
-run), the figures, and the part of its README between the `results` markers. `python experiments/publish.py index`
-rewrites the table of claims in `experiments/README.md` from those files, `python experiments/publish.py speed SWEEP`
-the speeds by precision, `... gpt2 SWEEP` the residual stream of GPT-2, `... bench` the tables of what `gpt2exp-bench
---out` wrote into `throughput/bench/`, `... keys` the table of keys in `conf/README.md`. No figure in these pages is
-typed by hand.
+run), the figures, and the part of its README between the `results` markers. `python experiments/publish.py speed SWEEP`
+writes the speeds by precision, `... gpt2 SWEEP` the residual stream of GPT-2, `... bench` the tables of what
+`gpt2exp-bench --out` and `throughput/roofline.py` wrote into `throughput/bench/`, `... keys` the table of keys in
+`conf/README.md`. `claims.py` then rewrites the table of claims. No figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -15,14 +14,11 @@ import json
 import re
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.compare import __main__ as conclude
-from gpt2exp.compare import inference
+from gpt2exp.compare import figures, inference, report
 from gpt2exp.compare.comparison import compare, read
 from gpt2exp.config import options, show
 
@@ -49,57 +45,49 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
     folder = HERE / name
     for old in folder.glob("*.png"):
         old.unlink()
-    with tempfile.TemporaryDirectory() as scratch:
-        conclude.write(comparison, Path(scratch))
-        (folder / "results.csv").write_text((Path(scratch) / "comparison.csv").read_text())
-        for figure in sorted(Path(scratch).rglob("*.png")):
-            number, kind = figure.stem.split("-", 1)[0], figure.stem.rsplit("-", 1)[-1]
-            if kind in FIGURES[name] and number in ("0", "1"):
-                (folder / f"{kind}.png").write_bytes(figure.read_bytes())
-        block = results((Path(scratch) / "report.md").read_text(), folder)
+    pictures = []
+    for drawing in (drawing for section in figures.draw(comparison) for drawing in section.drawings):
+        number, kind = drawing.name.split("-", 1)[0], drawing.name.rsplit("-", 1)[-1]
+        if kind in FIGURES[name] and number in ("0", "1"):
+            (folder / f"{kind}.png").write_bytes(drawing.png)
+            pictures.append(f"![{kind}]({kind}.png)")
+    (folder / "results.csv").write_text(report.table(comparison))
     write_runs(comparison.runs, folder / "runs.csv")
-    block += "".join(f"\n\n{part}" for part in [extra(runs_of(name)) for extra in EXTRAS.get(name, [])])
-    replace_block(folder / "README.md", "results", block)
+    extras = [extra(runs_of(name)) for extra in EXTRAS.get(name, [])]
+    parts = [report.verdicts(comparison), report.effects(comparison), *([text] for text in sorted(set(pictures)))]
+    text = "\n\n".join("\n".join(part) for part in [*parts, report.reproduce(comparison), *([text] for text in extras)])
+    replace_block(folder / "README.md", "results", text)
 
 
 def publish_speed(sweep: Path) -> None:
     """The second sweep of the precision study: speed alone, at the size where it matters."""
     comparison = compare(read([sweep]))
     folder = HERE / "precision"
-    with tempfile.TemporaryDirectory() as scratch:
-        conclude.write(comparison, Path(scratch))
-        (folder / "speed.csv").write_text((Path(scratch) / "comparison.csv").read_text())
-        _, *parts = (Path(scratch) / "report.md").read_text().split("\n## ")
-    sections = dict(part.split("\n", 1) for part in parts)
-    lines = sections["Comparison"].splitlines()
-    rows = [line for line in lines if "speed, ratio" in line or line.startswith(("| axis ", "| --- "))]
-    replace_block(folder / "README.md", "speed", "\n".join([*rows, "", sections["Reproduce"].strip()]))
+    (folder / "speed.csv").write_text(report.table(comparison))
+    lines = [*report.effects(comparison, ["speed, ratio"]), "", *report.reproduce(comparison)]
+    replace_block(folder / "README.md", "speed", "\n".join(lines))
 
 
 def publish_gpt2(sweep: Path) -> None:
     """The second sweep of the residual scaling study: the stream of GPT-2 itself, at init."""
     comparison = compare(read([sweep]))
     folder = HERE / "residual_scaling"
-    runs = write_runs(comparison.runs, folder / "gpt2.csv")
+    write_runs(comparison.runs, folder / "gpt2.csv")
     lines = []
     for scaling in ("true", "false"):
-        having = [run for run in runs if f"init.residual_scaling={scaling.title()}" in run["overrides"].split()]
-        growth = [run["stream_first_last_block"] / run["stream_first_embedded"] for run in having]
+        runs = having(runs_of("residual_scaling", "gpt2"), f"init.residual_scaling={scaling}")
+        growth = [float(run["stream_first_last_block"]) / float(run["stream_first_embedded"]) for run in runs]
         lines.append(f"- residual_scaling={scaling}: the stream grows {spread(growth, '.2f')} times (n={len(growth)})")
-    with tempfile.TemporaryDirectory() as scratch:
-        conclude.write(comparison, Path(scratch))
-        reproduce = (Path(scratch) / "report.md").read_text().split("\n## Reproduce\n")[1].split("\n## ")[0]
-    replace_block(folder / "README.md", "gpt2", "\n".join([*lines, "", reproduce.strip()]))
+    replace_block(folder / "README.md", "gpt2", "\n".join([*lines, "", *report.reproduce(comparison)]))
 
 
-def write_runs(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """The figures of every finished run as CSV; also returned."""
+def write_runs(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The figures of every finished run as CSV."""
     runs = [figures_of(row) for row in rows if row["state"] == "done"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(runs[0]))
         writer.writeheader()
         writer.writerows(runs)
-    return runs
 
 
 def figures_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -131,16 +119,6 @@ def figures_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 USES = ("lookup", "head")
-
-
-def results(markdown: str, folder: Path) -> str:
-    """What a finding's page takes of the report: verdicts, table, figures, and how it was made."""
-    head, *parts = markdown.split("\n## ")
-    sections = dict(part.split("\n", 1) for part in parts)
-    verdicts = "\n".join(line for line in head.splitlines() if line.startswith("- "))
-    pictures = "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in sorted(folder.glob("*.png")))
-    blocks = [verdicts, sections.get("Comparison", ""), pictures, sections["Reproduce"]]
-    return "\n\n".join(block.strip() for block in blocks if block.strip())
 
 
 def replace_block(path: Path, name: str, text: str) -> None:
@@ -228,11 +206,10 @@ def key_tables() -> str:
 
 def equal_parameters(runs: Sequence[Run]) -> str:
     """The untied model of half the width against the tied one, paired by seed."""
-    by_seed = {
-        arm: {run["seed"]: run for run in runs if set(arm.split()) <= set(run["overrides"].split())}
-        for arm in ("model.tie_weights=True model.n_embd=64", "model.tie_weights=False model.n_embd=32")
-    }
-    tied, untied = by_seed.values()
+    tied, untied = (
+        {run["seed"]: run for run in having(runs, f"model.tie_weights={tie}", f"model.n_embd={width}")}
+        for tie, width in (("true", 64), ("false", 32))
+    )
     gaps = [float(untied[seed]["val_loss"]) - float(tied[seed]["val_loss"]) for seed in tied]
     found = inference.fixed(gaps)
     sizes = [f"{int(next(iter(arm.values()))['parameters']):,}" for arm in (untied, tied)]
@@ -247,13 +224,12 @@ def stream_table(runs: Sequence[Run]) -> str:
     """The residual stream at init, as embedded and after the last block, by depth and scaling."""
     rows = ["| layers | scaling | stream as embedded | after the last block | growth |", "|--:|---|--:|--:|--:|"]
     for depth in (4, 12, 48):
-        for scaling in ("True", "False"):
-            told = {f"model.n_layer={depth}", f"init.residual_scaling={scaling}"}
-            having = [run for run in runs if told <= set(run["overrides"].split())]
-            first, last = (column(having, f"stream_first_{where}") for where in ("embedded", "last_block"))
+        for scaling in ("true", "false"):
+            alike = having(runs, f"model.n_layer={depth}", f"init.residual_scaling={scaling}")
+            first, last = (column(alike, f"stream_first_{where}") for where in ("embedded", "last_block"))
             growth = [b / a for a, b in zip(first, last, strict=True)]
             cells = [spread(first, ".4f"), spread(last, ".4f"), spread(growth, ".2f")]
-            rows.append(f"| {depth} | {'on' if scaling == 'True' else 'off'} | {' | '.join(cells)} |")
+            rows.append(f"| {depth} | {'on' if scaling == 'true' else 'off'} | {' | '.join(cells)} |")
     return "Before the first step, root mean square of the stream, mean ± std over seeds:\n\n" + "\n".join(rows)
 
 
@@ -278,11 +254,11 @@ def speed_table(runs: Sequence[Run]) -> str:
     """Speed, first step and memory by batch size."""
     rows = ["| batch | tokens/s | first step / median step | peak memory, MiB | n |", "|--:|--:|--:|--:|--:|"]
     for batch in (8, 16, 17, 24):
-        having = [run for run in runs if f"train.batch_size={batch}" in run["overrides"].split()]
-        ratio = [float(run["first_step_ms"]) / float(run["step_ms"]) for run in having]
-        memory = [float(run["peak_memory_bytes"]) / 2**20 for run in having]
-        cells = [spread(column(having, "tokens_per_second"), ".1f"), spread(ratio, ".2f"), spread(memory, ".0f")]
-        rows.append(f"| {batch} | {' | '.join(cells)} | {len(having)} |")
+        alike = having(runs, f"train.batch_size={batch}")
+        ratio = [float(run["first_step_ms"]) / float(run["step_ms"]) for run in alike]
+        memory = [float(run["peak_memory_bytes"]) / 2**20 for run in alike]
+        cells = [spread(column(alike, "tokens_per_second"), ".1f"), spread(ratio, ".2f"), spread(memory, ".0f")]
+        rows.append(f"| {batch} | {' | '.join(cells)} | {len(alike)} |")
     return "Mean ± std over seeds:\n\n" + "\n".join(rows)
 
 
@@ -294,7 +270,7 @@ EXTRAS: dict[str, list[Callable[[Sequence[Run]], str]]] = {
 }
 
 
-# --- the findings to an index ----------------------------------------------------------------------------------------
+# --- reading a finding -----------------------------------------------------------------------------------------------
 
 
 def runs_of(name: str, table: str = "runs") -> list[Run]:
@@ -310,9 +286,14 @@ def effect(name: str, key: str, arm: str, metric: str) -> Run:
         return next(row for row in rows if (row["key"], row["arm"], row["metric"]) == (key, arm, metric))
 
 
-def column(rows: Sequence[Run], key: str, having: str = "") -> list[float]:
-    """A figure of every run whose overrides hold `having`."""
-    return [float(row[key]) for row in rows if having in row["overrides"].split() or not having]
+def having(rows: Sequence[Run], *overrides: str) -> list[Run]:
+    """The runs that were started with these overrides, `True` and `true` being one value."""
+    return [row for row in rows if set(overrides) <= set(row["overrides"].lower().split())]
+
+
+def column(rows: Sequence[Run], key: str) -> list[float]:
+    """A figure of every run."""
+    return [float(row[key]) for row in rows]
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
@@ -321,36 +302,9 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
     return f"{statistics.fmean(values):{form}}{deviation}"
 
 
-@dataclass
-class Claim:
-    """A claim of the tutorial, and how to hold the runs against it: figure, n, verdict."""
-
-    text: str
-    finding: str
-    measure: Callable[[], tuple[str, int, str]]
-
-
-def holds(ok: bool) -> str:
-    """In the index's words."""
-    return "holds" if ok else "does not hold"
-
-
-def index() -> str:
-    """The table of claims."""
-    from claims import CLAIMS  # beside this file
-
-    rows = ["| claim | measured | n | verdict | finding |", "|---|---|---|---|---|"]
-    for claim in CLAIMS:
-        figure, n, verdict = claim.measure()
-        rows.append(f"| {claim.text} | {figure} | {n} | **{verdict}** | [{claim.finding}]({claim.finding}/README.md) |")
-    return "\n".join(rows)
-
-
 def main(argv: list[str]) -> None:
     """See the module's docstring."""
-    if argv[:1] == ["index"]:
-        replace_block(HERE / "README.md", "claims", index())
-    elif argv[:1] == ["bench"]:
+    if argv[:1] == ["bench"]:
         publish_bench()
     elif argv[:1] == ["keys"]:
         replace_block(HERE.parent / "conf" / "README.md", "keys", key_tables())

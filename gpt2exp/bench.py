@@ -1,8 +1,8 @@
-"""The command `gpt2exp-bench`: times the real training step, a peer's beside it, and the machine's own limits.
+"""The command `gpt2exp-bench`: times the real training step, and a peer's beside it.
 
-Every contestant runs in a process of its own, in turn, so that neither sees the other's memory or threads, and ratios
-are taken pair by pair: the machine's drift hits both halves of a pair. Ours is `Trainer.step` on the trainer that a
-run builds (`gpt2exp.training.setup`), never a copy.
+Every contestant runs in a process of its own, in turn, so that none shares another's memory or threads, and ratios are
+taken pair by pair, so that the machine's drift hits both halves of a pair. Ours is `Trainer.step` on the trainer that a
+run builds. `experiments/throughput/roofline.py` measures the machine's limits with the same parts.
 """
 
 from __future__ import annotations
@@ -16,44 +16,36 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
 from gpt2exp.config import BadRequest, RunConfig, plain, require
 from gpt2exp.data import tokens
-from gpt2exp.data.assets import AssetError
 from gpt2exp.model import huggingface
-from gpt2exp.run import terminal
+from gpt2exp.run import process, terminal
 from gpt2exp.sweep.composing import arguments
 from gpt2exp.sweep.request import as_meant, make
 from gpt2exp.training import setup
 
 if TYPE_CHECKING:
-    from gpt2exp.data.batches import Batches
+    import torch
+
     from gpt2exp.training.precision import Precision
 
 UNTIMED = 2
 """First steps of a process that are left out."""
-KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"),
-    "AdamW": ("aten::_fused_adamw_", "Optimizer.step#AdamW.step", "aten::_foreach_add_"),
-    "attention": ("aten::_scaled_dot_product", "aten::_efficient_attention", "aten::_flash_attention"),
-    "GELU": ("aten::gelu",),
-    "LayerNorm": ("aten::native_layer_norm",),
-    "softmax and loss": ("aten::exp_", "aten::sub_", "aten::amax", "aten::gather", "aten::scatter", "HeadLoss"),
-    "copies and zeros": ("aten::copy_", "aten::fill_", "aten::cat", "aten::zero_"),
-    "sums and additions": ("aten::sum", "aten::add", "aten::index_add_", "aten::mul"),
-}
-"""Operators of a profile by what they are for; the rest is dispatch, autograd and Python."""
 
 Result = dict[str, Any]
 
 
-class ContestantError(RuntimeError):
-    """A process that was to be timed could not be run, failed, or said nothing of use."""
+class ContestantError(OSError):
+    """A process to be timed could not be started, failed, or printed no result (exit code 1)."""
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -62,29 +54,37 @@ def main() -> None:
 
 
 def command(argv: Sequence[str]) -> int:
-    """Carry out a command line; 0 done, 1 a contestant failed, 2 a bad request. The last line printed is JSON."""
+    """Carry out a command line; for the exit code see `process.carry_out`. The last line printed is JSON."""
     parser = _parser()
-    args = parser.parse_intermixed_args(argv)  # overrides may follow options
-    try:
-        config = _compose(args.overrides)
-        name, why = config.optimizer.name, "the peers and the floor are timed with AdamW"
-        require(name == "adamw", "optimizer", name, why, "leave it out")
-        tokens.prepare(config.data)
-        setup.check_weights(config.init, config.model)
-        if args.child:
-            print(json.dumps(CHILDREN[args.child](config, args.steps, args.compile)))
-            return 0
-        return _bench(config, args, argv)
-    except (BadRequest, AssetError, ContestantError) as error:
-        terminal.refuse(str(error), program="gpt2exp-bench", trace=terminal.wants_traces())
-        return 2 if isinstance(error, BadRequest) else 1
+
+    def bench() -> None:
+        args = parser.parse_intermixed_args(argv)  # overrides may follow options
+        config = asked_for(args.overrides)
+        result = CHILDREN[args.child](config, args.steps, args.compile) if args.child else _bench(config, args, argv)
+        print_result(result, args.out)
+
+    return process.carry_out("gpt2exp-bench", bench, failure)
+
+
+def failure(error: OSError) -> str:
+    """The line for what went wrong outside."""
+    return str(error) if isinstance(error, ContestantError) else process.unwritable(error)
+
+
+def print_result(result: Result, out: Path | None) -> None:
+    """The last line of output, JSON; to a file as well."""
+    text = json.dumps(result)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gpt2exp-bench",
-        description="Time the training step of any configuration, and a peer's beside it.",
-        epilog="example: gpt2exp-bench train.batch_size=4 train.seq_len=256 --peer hf --pairs 3 --roofline",
+    parser = process.parser(
+        "gpt2exp-bench",
+        "Time the training step of any configuration, and a peer's beside it.",
+        "train.batch_size=4 train.seq_len=256 --peer hf --pairs 3",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for gpt2exp; none: GPT-2 124M, 4 x 32")
     parser.add_argument("--peer", choices=["hf"], help="transformers' GPT2LMHeadModel with fused AdamW (extra `bench`)")
@@ -98,39 +98,46 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--beside", type=int, metavar="N", help="N of ours at once as well: how much longer a step takes"
     )
-    parser.add_argument("--verify", action="store_true", help="hold our losses against the plain path's, step by step")
-    parser.add_argument("--roofline", action="store_true", help="this machine's own limits, and where the time goes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to a file as well")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     return parser
 
 
-def _compose(overrides: Sequence[str]) -> RunConfig:
+def asked_for(overrides: Sequence[str]) -> RunConfig:
+    """The configuration of a command line, its text tokenised.
+
+    Raises:
+        BadRequest: it is no configuration, or more than one.
+    """
     request = make(arguments([as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
-    return request.jobs[0].config
+    config = request.jobs[0].config
+    name, why = config.optimizer.name, "the peers and the floor are timed with AdamW"
+    require(name == "adamw", "optimizer", name, why, "leave it out")
+    tokens.prepare(config.data)
+    setup.check_weights(config.init, config.model)
+    return config
 
 
-def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> int:
+def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> Result:
     if args.steps <= UNTIMED or args.pairs < 1:
         raise BadRequest(f"--steps {args.steps} --pairs {args.pairs}: at least {UNTIMED + 1} steps and one pair")
     if args.beside is not None and args.beside < 2:
         raise BadRequest(f"--beside {args.beside}: at least two at once; one is timed anyway")
-    child = [sys.executable, "-m", "gpt2exp.bench", *args.overrides, "--steps", str(args.steps), "--child"]
-    contestants = {"gpt2exp": [*child, "ours"]}
+    contestants = {"gpt2exp": child(args.overrides, args.steps, "ours")}
     if args.peer:
-        contestants["hf, compiled" if args.compile else "hf"] = [*child, "hf", *(["--compile"] if args.compile else [])]
+        hf = child(args.overrides, args.steps, "hf")
+        contestants["hf, compiled" if args.compile else "hf"] = [*hf, *(["--compile"] if args.compile else [])]
     if args.peer_command:
         contestants[args.peer_name] = shlex.split(args.peer_command)
     rounds, together = [], []
     for _ in range(args.pairs):
-        rounds.append({name: _timed(line) for name, line in contestants.items()})
+        rounds.append({name: timed(line) for name, line in contestants.items()})
         if args.beside:
-            together.append([found["ms_median"] for found in _at_once([*child, "beside"], args.beside)])
-    asked = plain(config)
-    result: Result = {"command": shlex.join(["gpt2exp-bench", *argv])}
-    result |= {"model": asked["model"], "train": asked["train"], "processor": _processor(), "rounds": rounds}
+            several = _at_once(child(args.overrides, args.steps, "beside"), args.beside)
+            together.append([found["ms_median"] for found in several])
+    result = facts(config, ["gpt2exp-bench", *argv]) | {"rounds": rounds}
     console = terminal.terminal()
     console.print(_contest(rounds))
     if len(contestants) > 1:
@@ -143,25 +150,29 @@ def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> 
         result["beside"] = {"processes": args.beside, "ms_medians": together, "ratio": longer}
         spread = f"{longer['min']:.2f} to {longer['max']:.2f}, {args.pairs} pairs"
         console.print(f"{args.beside} at once: a step takes {longer['median']:.2f} times as long as alone ({spread})")
-    if args.verify:
-        found, plain_losses = (_timed([*child, name])["losses"] for name in ("ours", "plain"))
-        worst = max(abs(one / other - 1) for one, other in zip(found, plain_losses, strict=True))
-        result["verified"] = {"steps": len(found), "largest_relative_difference": worst}
-        console.print(f"losses of {len(found)} steps are off the plain path's by at most {worst:.1e}, relative")
-    if args.roofline:
-        roof = _timed([*child, "roofline"])
-        best = statistics.median(row["gpt2exp"]["ms_median"] for row in rounds)
-        result["roofline"] = roof | {"step_ms": best, "fraction": roof["floor_ms"] / best}
-        console.print(_roof_table(result["roofline"]))
-    text = json.dumps(result)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return 0
+    return result
 
 
-def _timed(line: Sequence[str]) -> Result:
+def facts(config: RunConfig, words: Sequence[str]) -> Result:
+    """What was measured, and on which processor."""
+    import torch
+
+    from gpt2exp.training import hardware
+
+    processor = f"{hardware.device_name(torch.device('cpu'))}, {torch.backends.cpu.get_cpu_capability()}"
+    asked = {key: value for key, value in plain(config).items() if key in ("model", "train")}
+    return {"command": shlex.join(words), **asked, "processor": f"{processor}, {torch.get_num_threads()} threads"}
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def child(overrides: Sequence[str], steps: int, which: str) -> list[str]:
+    """The command line of a process that carries out one of `CHILDREN`."""
+    return [sys.executable, "-m", "gpt2exp.bench", *overrides, "--steps", str(steps), "--child", which]
+
+
+def timed(line: Sequence[str]) -> Result:
     """The JSON on the last line of a command's output, and how long the whole process took, in seconds."""
     start = time.perf_counter()
     try:
@@ -172,7 +183,7 @@ def _timed(line: Sequence[str]) -> Result:
 
 
 def _at_once(line: Sequence[str], copies: int) -> list[Result]:
-    """What as many processes of one command say that begin their steps together, each when it reads a line."""
+    """The results of several processes of one command that begin their steps together, each when it reads a line."""
     pipe = subprocess.PIPE
     with contextlib.ExitStack() as ended:
         processes = []
@@ -208,7 +219,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def _ratios(rounds: Sequence[dict[str, Result]], peer: str) -> dict[str, dict[str, float]]:
+def _ratios(rounds: Sequence[Mapping[str, Result]], peer: str) -> dict[str, dict[str, float]]:
     """Ours over the peer's, pair by pair: step, whole process, peak memory."""
     ratios = {}
     for key in ("ms_median", "process_seconds", "peak_rss_mib"):
@@ -218,45 +229,47 @@ def _ratios(rounds: Sequence[dict[str, Result]], peer: str) -> dict[str, dict[st
     return ratios
 
 
-def ours(config: RunConfig, steps: int, _: bool, *, begin: Callable[[], Any] = lambda: None) -> Result:
-    """Step times of the trainer that a run of `config` builds; `begin` is called before the first."""
+# --- what a process does ---------------------------------------------------------------------------------------------
+
+
+class Prepared(NamedTuple):
+    """What a step needs, inside the configuration's precision."""
+
+    config: RunConfig
+    """With every `auto` settled."""
+    device: torch.device
+    got: Precision
+    source: tokens.TokenFile
+    need: int
+    """Estimated peak memory in bytes."""
+
+
+@contextlib.contextmanager
+def prepared(config: RunConfig, *, heap: bool = True) -> Iterator[Prepared]:
+    """A block to build and run the step of a configuration in; `heap`: with freed memory kept, as in a run."""
     from gpt2exp.training import hardware, precision
 
     device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
         config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
+        if heap:
+            setup.keep_memory(config, device)
+        yield Prepared(config, device, got, source, need)
+
+
+def ours(config: RunConfig, steps: int, _: bool, *, begin: Callable[[], Any] = lambda: None) -> Result:
+    """Step times of the trainer that a run of `config` builds; `begin` is called before the first."""
+    with prepared(config) as (config, device, got, source, need):
         job, _origin = setup.trainer(config, device, got, source)
         begin()
         done = [job.timed_step() for _ in range(steps)]
-    losses, times = [float(loss) for loss, _, _ in done], [seconds * 1e3 for _, seconds, _ in done]
-    return _result(losses, times, hardware.peak_memory(device) / 2**20, config) | {"estimated_mib": need / 2**20}
+        losses, times = [float(loss) for loss, *_ in done], [seconds * 1e3 for _, seconds, *_ in done]
+        return result_of(losses, times, config, device) | {"estimated_mib": need / 2**20}
 
 
 def beside(config: RunConfig, steps: int, _: bool) -> Result:
-    """`ours`, which says that it is built and begins when it is told to: see `_at_once`."""
+    """`ours`, which prints a line once it is built and begins when it reads one: see `_at_once`."""
     return ours(config, steps, False, begin=lambda: (print("built", flush=True), sys.stdin.readline()))
-
-
-def unoptimised(config: RunConfig, steps: int, _: bool) -> Result:
-    """The same model on the same batches the plain way: whole logits, dense gradients, AdamW tensor by tensor."""
-    import torch
-
-    from gpt2exp.training import hardware, optimizers, precision
-
-    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
-    with precision.applied(config.precision, device) as got:
-        config, _need = setup.settled(config, device, setup.Hardware.of(device, got), source)
-        job, _origin = setup.trainer(config, device, got, source)
-        model = job.model
-        model.transformer.gradient_in_place = model.transformer.recompute = False
-        rates = config.optimizer
-        assert isinstance(rates, optimizers.AdamW)
-        groups = optimizers.decay_groups(model, rates.weight_decay)
-        betas = (rates.betas[0], rates.betas[1])
-        optimizer = torch.optim.AdamW(groups, lr=rates.lr, betas=betas, eps=rates.eps, foreach=False, fused=False)
-        step = _plain_step(model, optimizer, job.batches, config.train.grad_accum_steps, got)
-        losses, times = _step(step, steps, lambda: hardware.synchronize(device))
-    return _result(losses, times, hardware.peak_memory(device) / 2**20, config)
 
 
 def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
@@ -267,231 +280,106 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
         raise BadRequest("--peer hf: transformers is not installed; pip install 'gpt2exp[bench]'") from error
     import torch
 
-    from gpt2exp.data.batches import Batches
-    from gpt2exp.training import hardware, precision
-
-    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
-    with precision.applied(config.precision, device) as got, torch.device(device):
-        config, _need = setup.settled(config, device, setup.Hardware.of(device, got), source)
+    with prepared(config, heap=False) as ready, torch.device(ready.device):
         model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))
         forward = torch.compile(model) if compiled else model
         (optimizer,) = config.optimizer.build(model)
-        batches = Batches(source.map(), config.train, config.data.order, config.seed, device)
-        pieces = config.train.grad_accum_steps
-        step = _plain_step(lambda x: forward(x).logits, optimizer, batches, pieces, got)
-        losses, times = _step(step, steps, lambda: hardware.synchronize(device))
-    return _result(losses, times, hardware.peak_memory(device) / 2**20, config)
+        return plain_steps(ready, lambda x: forward(x).logits, optimizer, steps)
 
 
-def _plain_step(
-    logits_of: Callable[[Any], Any], optimizer: Any, batches: Batches, pieces: int, got: Precision
-) -> Callable[[], Any]:
-    """A step as anyone writes it: `pieces` micro-batches through whole logits and their cross-entropy, then AdamW."""
-    import torch
+def plain_steps(ready: Prepared, logits_of: Callable[[Any], Any], optimizer: Any, steps: int) -> Result:
+    """Steps as anyone writes them: micro-batches through whole logits and their cross-entropy, then the optimizer."""
     import torch.nn.functional as F
 
+    from gpt2exp.data.batches import Windows
     from gpt2exp.training import precision
 
-    numbers = itertools.count()
+    config, device = ready.config, ready.device
+    windows = Windows(ready.source.map(), config.train, config.data, config.seed, device)
+    pieces, numbers = config.train.grad_accum_steps, itertools.count()
 
-    def step() -> torch.Tensor:
+    def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
-        losses = []
+        total: Any = 0.0
         for _ in range(pieces):
-            x, y = batches.at(next(numbers))
-            with precision.cast(batches.device, got.autocast):
+            x, y = windows.train(next(numbers))
+            with precision.cast(device, ready.got.autocast):
                 logits = logits_of(x)
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), y.reshape(-1)) / pieces
             loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+            total += loss.detach()
         optimizer.step()
-        return torch.stack(losses).sum()
+        return total
 
-    return step
+    losses, times = timed_calls(step, steps, device)
+    return result_of([float(loss) for loss in losses], times, config, device)
 
 
-def _step(step: Callable[[], Any], steps: int, synchronize: Callable[[], None]) -> tuple[list[float], list[float]]:
-    losses, times = [], []
-    for _ in range(steps):
-        synchronize()
+def timed_calls(call: Callable[[], Any], repeats: int, device: torch.device) -> tuple[list[Any], list[float]]:
+    """What a function returned each time, and its milliseconds, the device synchronised at both ends."""
+    from gpt2exp.training import hardware
+
+    found, times = [], []
+    for _ in range(repeats):
+        hardware.synchronize(device)
         start = time.perf_counter()
-        loss = step()
-        synchronize()
+        found.append(call())
+        hardware.synchronize(device)
         times.append((time.perf_counter() - start) * 1e3)
-        losses.append(float(loss))
-    return losses, times
+    return found, times
 
 
-def _result(losses: list[float], times: list[float], peak_mib: float, config: RunConfig) -> Result:
+def result_of(losses: list[float], times: list[float], config: RunConfig, device: torch.device) -> Result:
+    """What a timed process prints."""
+    from gpt2exp.training import hardware
+
     median = statistics.median(times[UNTIMED:])
     return {
         "ms_median": median,
         "first_ms": times[0],
         "tokens_per_second": config.train.step_tokens / median * 1e3,
-        "peak_rss_mib": peak_mib,
+        "peak_rss_mib": hardware.peak_memory(device) / 2**20,
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "losses": losses,
     }
 
 
-def roofline(config: RunConfig, steps: int, _: bool) -> Result:
-    """What this machine needs at least for the step: its matrix products alone, warm, and AdamW on one flat tensor.
-
-    `floor_ms` is their sum. `parts` is a profile of real steps, milliseconds a step by kind of operator; the profiler
-    slows a step down, so its shares say where time goes, not how much.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    from gpt2exp.training import hardware, precision
-
-    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
-    with precision.applied(config.precision, device) as got:
-        config, _need = setup.settled(config, device, setup.Hardware.of(device, got), source)
-        job, _origin = setup.trainer(config, device, got, source)
-        unprofiled = _step(job.step, UNTIMED + 3, lambda: hardware.synchronize(device))[1]
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        with profile(activities=activities) as found:
-            for _step_number in range(4):
-                job.step()
-            hardware.synchronize(device)
-        events = found.key_averages()
-        spent = {event.key: (event.self_cpu_time_total + event.self_device_time_total) / 4e3 for event in events}
-        del job
-    kinds: dict[str, float] = dict.fromkeys([*KINDS, "dispatch, autograd, Python"], 0.0)
-    for name, milliseconds in spent.items():
-        matches = (kind for kind, names in KINDS.items() if any(name == n or name.startswith(f"{n}_") for n in names))
-        kinds[next(matches, "dispatch, autograd, Python")] += milliseconds
-    with precision.applied(config.precision, device):
-        products = list(_products(config, device))
-        adamw = _adamw(config, device)
-    for product in products:
-        product["gflops_per_second"] = product["gflop"] / product["ms"] * 1e3
-    rate = sum(p["gflop"] for p in products) / sum(p["ms"] for p in products)  # GFLOP per ms
-    model, train = config.model, config.train
-    # scores and weighted values, the causal half: twice forward, and twice and a half that backward
-    attention_gflop = 3.5 * 2 * train.micro_batch_tokens * train.seq_len * model.n_embd * model.n_layer / 1e9
-    matmul_ms = sum(product["ms"] for product in products) + attention_gflop / rate
-    floor = matmul_ms * train.grad_accum_steps + adamw
-    return {
-        "ms_median": statistics.median(unprofiled[UNTIMED:]),
-        "floor_ms": floor,
-        "matmul_ms": matmul_ms,
-        "adamw_ms": adamw,
-        "adamw_gb_per_second": 28 * model.parameters["total"] / adamw / 1e6,  # reads four, writes three floats
-        "products": products,
-        "parts": kinds,
-    }
+CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {"ours": ours, "beside": beside, "hf": hf}
 
 
-def _products(config: RunConfig, device: Any) -> Iterator[Result]:
-    """Forward, by-input and by-weight product of each kind of layer, as often as a micro-batch computes it."""
-    import torch
-
-    width, rows = config.model.n_embd, config.train.micro_batch_tokens
-    head_rows = min(rows, config.train.loss_rows)
-    layers = config.model.n_layer
-    for name, fan_in, fan_out, n, times in (
-        ("c_attn", width, 3 * width, rows, layers),
-        ("attn.c_proj", width, width, rows, layers),
-        ("c_fc", width, 4 * width, rows, layers),
-        ("mlp.c_proj", 4 * width, width, rows, layers),
-        ("lm_head", width, config.model.vocab_size, head_rows, rows / head_rows),
-    ):
-        x, w, g = (torch.randn(*shape, device=device) for shape in ((n, fan_in), (fan_out, fan_in), (n, fan_out)))
-        y, by_x, by_w = torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)
-        for part, left, right, out in (
-            ("forward", x, w.t(), y),
-            ("by input", g, w, by_x),
-            ("by weight", g.t(), x, by_w),
-        ):
-            milliseconds = _best(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), device)  # type: ignore[misc]
-            gflop = 2 * n * fan_in * fan_out / 1e9
-            yield {"layer": name, "part": part, "times": times, "ms": milliseconds * times, "gflop": gflop * times}
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _adamw(config: RunConfig, device: Any) -> float:
-    import torch
-
-    flat = torch.nn.Parameter(torch.zeros(config.model.parameters["total"], device=device))
-    flat.grad = torch.ones_like(flat)
-    optimizer = torch.optim.AdamW([flat], fused=True)
-    return _best(optimizer.step, device)
-
-
-def _best(call: Callable[[], Any], device: Any, repeats: int = 7) -> float:
-    """Median milliseconds of a call that has been made before."""
-    from gpt2exp.training import hardware
-
-    call()
-    times = []
-    for _ in range(repeats):
-        hardware.synchronize(device)
-        start = time.perf_counter()
-        call()
-        hardware.synchronize(device)
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
-
-
-CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {
-    "ours": ours,
-    "beside": beside,
-    "plain": unoptimised,
-    "hf": hf,
-    "roofline": roofline,
-}
-
-
-def _processor() -> str:
-    import torch
-
-    from gpt2exp.training import hardware
-
-    cpu = torch.device("cpu")
-    return f"{hardware.device_name(cpu)}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
+def table(*columns: str) -> Table:
+    """A table without lines, numbers to the right."""
+    made = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table
+        made.add_column(column, justify="right" if number else "left")
+    return made
 
 
 def _contest(rounds: Sequence[dict[str, Result]]) -> Table:
-    table = _table("", "step ms, median of medians", "lowest to highest", "first step ms", "process s", "peak MiB")
+    found = table("", "step ms, median of medians", "lowest to highest", "first step ms", "process s", "peak MiB")
     for name in rounds[0]:
         rows = [row[name] for row in rounds]
         steps, first = _spread([row["ms_median"] for row in rows]), statistics.median(r["first_ms"] for r in rows)
         seconds = statistics.median(row["process_seconds"] for row in rows)
         peak = statistics.median(row["peak_rss_mib"] or 0 for row in rows)
         spread = f"{steps['min']:.1f} to {steps['max']:.1f}"
-        table.add_row(name, f"{steps['median']:.1f}", spread, f"{first:.0f}", f"{seconds:.1f}", f"{peak:.0f}")
-    return table
+        found.add_row(name, f"{steps['median']:.1f}", spread, f"{first:.0f}", f"{seconds:.1f}", f"{peak:.0f}")
+    return found
 
 
 def _ratio_table(ratios: dict[str, dict[str, dict[str, float]]]) -> Table:
-    table = _table("gpt2exp over", "figure", "ratio, median of pairs", "lowest to highest", "pairs")
+    found = table("gpt2exp over", "figure", "ratio, median of pairs", "lowest to highest", "pairs")
     names = {"ms_median": "step time", "process_seconds": "whole process", "peak_rss_mib": "peak memory"}
     for peer, figures in ratios.items():
         for key, ratio in figures.items():
             spread = f"{ratio['min']:.3f} to {ratio['max']:.3f}"
-            table.add_row(peer, names[key], f"{ratio['median']:.3f}", spread, f"{ratio['n']:.0f}")
-    return table
-
-
-def _roof_table(roof: Result) -> Table:
-    table = _table("limit of this machine", "ms", "")
-    rate = sum(p["gflop"] for p in roof["products"]) / sum(p["ms"] for p in roof["products"]) * 1e3
-    table.add_row("matrix products alone", f"{roof['matmul_ms']:.1f}", f"{rate:,.0f} GFLOP/s")
-    table.add_row("AdamW on one flat tensor", f"{roof['adamw_ms']:.1f}", f"{roof['adamw_gb_per_second']:.0f} GB/s")
-    table.add_row("floor", f"{roof['floor_ms']:.1f}", f"the step is at {roof['fraction']:.2f} of it")
-    total = sum(roof["parts"].values())
-    for kind, milliseconds in sorted(roof["parts"].items(), key=lambda item: -item[1]):
-        table.add_row(f"  profiled: {kind}", f"{milliseconds:.1f}", f"{milliseconds / total:.1%}")
-    return table
+            found.add_row(peer, names[key], f"{ratio['median']:.3f}", spread, f"{ratio['n']:.0f}")
+    return found
 
 
 if __name__ == "__main__":

@@ -108,24 +108,6 @@ class Distance:
 
 
 @dataclass
-class Optimum:
-    """What a search found: an axis of many numbers, each tried once."""
-
-    key: str
-    n: int
-    """Values with a finished run."""
-    best: str
-    """The value with the least loss, and that loss."""
-    loss: float
-    fitted: int
-    """Values nearest to the best, on a logarithmic scale, that the parabola goes through."""
-    at: float | None = None
-    """Where the parabola is least; None if that is not among the values it goes through."""
-    ci95: list[float] | None = None
-    n_seeds: int = 1
-
-
-@dataclass
 class Comparison:
     """Everything a comparison says; `as_dict` is `comparison.json`."""
 
@@ -141,8 +123,14 @@ class Comparison:
     metric: str
     """The loss compared."""
     notes: list[str]
-    optima: list[Optimum] = field(default_factory=list)
-    """Of an axis that was searched rather than compared."""
+
+    @property
+    def searched(self) -> bool:
+        """Whether this was a search: five or more numbers of one key, each tried once, so that none can be compared."""
+        arms = [arm for arms in self.swept.values() for arm in arms]
+        numbers = all(re.fullmatch(r"[\d.]+(e[+-]?\d+)?", arm) for arm in arms)
+        once = all(effect.n_seeds <= 1 for effect in self.axes)
+        return len(self.swept) == 1 and len(arms) >= 5 and numbers and once
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON's own types."""
@@ -151,7 +139,6 @@ class Comparison:
             "axes": [asdict(effect) for effect in self.axes],
             "interactions": [asdict(item) for item in self.interactions],
             "distances": [asdict(item) for item in self.distances],
-            "optima": [asdict(item) for item in self.optima],
             "failed": self.failed,
             "swept": self.swept,
             "seeds": self.seeds,
@@ -456,7 +443,6 @@ def compare(rows: Sequence[Row], *, margin: float | None = None) -> Comparison:
         axes=effects,
         interactions=_interactions(grid, loss),
         distances=_distances(grid),
-        optima=list(_optima(grid, loss, effects)),
         failed=failed,
         swept=axes,
         seeds=grid.seeds,
@@ -653,55 +639,6 @@ def _distances(grid: Grid) -> list[Distance]:
             )
         )
     return found
-
-
-SEARCHED = 5
-"""Values of a single axis from which it counts as searched: a parabola leaves two degrees of freedom then."""
-
-
-def _optima(grid: Grid, metric: Metric, effects: Sequence[Effect]) -> Iterator[Optimum]:
-    """The optimum of a sweep over one axis of numbers above 0, no two of which share more than one seed."""
-    if len(grid.axes) != 1 or any(effect.n_seeds > 1 for effect in effects):
-        return
-    (key,) = grid.axes
-    try:
-        found = [(math.log(float(arm)), arm, number_of(row, metric.key)) for (_, (arm,)), row in grid.cells.items()]
-    except ValueError:  # a word, or a number that has no logarithm
-        return
-    known = [(x, arm, float(y)) for x, arm, y in found if y is not None and math.isfinite(y)]
-    if len({x for x, _, _ in known}) < SEARCHED:
-        return
-    centre, best, loss = min(known, key=lambda one: one[2])
-    near = sorted(known, key=lambda one: abs(one[0] - centre))[: max(SEARCHED, len(known) // 2)]
-    optimum = Optimum(key, len(known), best, loss, len(near), n_seeds=len(grid.seeds))
-    vertex = parabola([x for x, _, _ in near], [y for _, _, y in near])
-    if vertex is not None:
-        optimum.at, optimum.ci95 = math.exp(vertex[0]), [math.exp(bound) for bound in vertex[1]]
-    yield optimum
-
-
-def parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, list[float]] | None:
-    """Where the parabola of least squares through at least five points is least, with its 95 % interval.
-
-    The interval is the delta method's: the vertex -b/2c as a function of the fitted b and c, with their covariance.
-    None if the parabola has no least, or not between the points.
-    """
-    import numpy as np
-    from scipy.special import stdtrit
-
-    places, heights = np.array(x), np.array(y)
-    centre = places.mean()  # or the columns would be all but parallel
-    columns = np.stack([np.ones_like(places), places - centre, (places - centre) ** 2], axis=1)
-    fit = np.linalg.lstsq(columns, heights, rcond=None)[0]
-    _, b, c = fit
-    if c <= 0 or not places.min() <= centre - b / (2 * c) <= places.max():
-        return None
-    residuals, freedom = heights - columns @ fit, len(x) - 3
-    covariance = np.linalg.pinv(columns.T @ columns) * float(residuals @ residuals) / freedom
-    slope = np.array([0, -1 / (2 * c), b / (2 * c**2)])
-    reach = float(stdtrit(freedom, 1 - ALPHA / 2)) * math.sqrt(float(slope @ covariance @ slope))
-    vertex = float(centre - b / (2 * c))
-    return vertex, [vertex - reach, vertex + reach]
 
 
 def _public(row: Row) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Optimum, Row
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Effect, Grid, Interaction, Row
 from gpt2exp.config import WandbConfig, parse
 from gpt2exp.run import record, terminal
 from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
@@ -170,8 +170,8 @@ class Sentence:
 def sentences(comparison: Comparison) -> list[Sentence]:
     """A sentence an arm: the loss first, then what it costs. One for all runs where there are no arms."""
     by_arm: dict[tuple[str, str], dict[str, Effect]] = {}
-    if comparison.optima:
-        return [Sentence("", optimum_sentence(item, comparison)) for item in comparison.optima]
+    if comparison.searched:
+        return _least(comparison)
     for effect in comparison.axes:
         by_arm.setdefault((effect.key, effect.arm), {})[effect.metric] = effect
     if not by_arm:
@@ -253,25 +253,17 @@ def interaction_sentence(item: Interaction, comparison: Comparison) -> str:
     )
 
 
-def optimum_sentence(item: Optimum, comparison: Comparison) -> str:
-    """What a search found, how sure that is, and the sweep that makes it surer."""
-    best, loss = f"{float(item.best):.3g}", BY_KEY[comparison.metric].name
-    text = f"of {item.n} values tried, {subject(item.key, best)} ended with the least {loss}, {spell(item.loss, 0.001)}"
-    if item.at is None or item.ci95 is None:
-        text += "; the least is not between the values around it: search beyond them"
-        return f"{text}."
-    low, at, high = (f"{value:.3g}" for value in (item.ci95[0], item.at, item.ci95[1]))
-    text += f"; a parabola in its logarithm through the {item.fitted} values nearest to it is least at {at} "
-    text += f"(95 % interval {low} to {high})"
-    if item.n_seeds > 1:
-        return f"{text}, {_plain_count(item.n_seeds, 'seed')}."
-    row = next(
-        row for row in comparison.runs if row["state"] == "done" and number_of(row, comparison.metric) == item.loss
-    )
-    kept = [word for word in row["overrides"] if word.partition("=")[0] not in (item.key, "seed")]
-    arms = ",".join(dict.fromkeys((low, at, high)))
-    surer = shlex.join(map(printable, ["gpt2exp", "-m", "seed=1,2,3,4,5", f"{item.key}={arms}", *kept]))
-    return f"{text}, all by one seed; to be surer: {surer}"
+def _least(comparison: Comparison) -> list[Sentence]:
+    """The best value of a search."""
+    (key,), metric = comparison.swept, comparison.metric
+    losses = [(number_of(row, metric), row["overrides"]) for row in comparison.runs if row["state"] == "done"]
+    tried = [(loss, overrides) for loss, overrides in losses if loss is not None]
+    if not tried:
+        return []
+    loss, overrides = min(tried)
+    arm = next((text for text in overrides if text.lstrip("+").startswith(f"{key}=")), key)
+    text = f"of {len(tried)} values tried, {printable(arm)} ended with the least {BY_KEY[metric].name}"
+    return [Sentence("", f"{text}, {spell(loss, 0.001)}; each ran once, so that no two can be told apart.")]
 
 
 def distance_sentence(item: Distance) -> str:
@@ -310,7 +302,8 @@ def effects_table(comparison: Comparison) -> Table:
     numeric = ("n", "difference", "p", "seed std")
     names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "verdict", "reason")
     rows = []
-    for effect in comparison.axes if not comparison.optima else ():  # a value tried once differs from another by chance
+    # in a search a value tried once differs from another by chance
+    for effect in comparison.axes if not comparison.searched else ():
         metric = BY_KEY[effect.metric]
         rows.append(
             [
@@ -355,7 +348,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     """Table, sentences, failed runs unless told elsewhere, and notes; `out`: where the report was written."""
     from rich.text import Text
 
-    if comparison.axes and not comparison.optima:
+    if comparison.axes and not comparison.searched:
         _show_table(effects_table(comparison), console, f"compared in {BY_KEY[comparison.metric].name}")
     for sentence in sentences(comparison):
         mark = Text(f"{SIGNS[sentence.verdict]} ", style=COLOURS.get(sentence.verdict, "dim"))
@@ -554,23 +547,41 @@ def _fenced(texts: Sequence[str]) -> list[str]:
     return [f"{fence}sh", *texts, fence]
 
 
-def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
-    """`report.md`, whose links and figures are relative to `out`."""
-    text = [f"# {escaped(title(comparison))}", "", f"{summary(comparison)}.", ""]
-    text += [f"- {verdict_text(item.verdict)} {escaped(item.text)}" for item in sentences(comparison)]
+def verdicts(comparison: Comparison) -> list[str]:
+    """What was found, a line of Markdown each."""
+    text = [f"- {verdict_text(item.verdict)} {escaped(item.text)}" for item in sentences(comparison)]
     large = [item for item in comparison.interactions if item.large]
     text += [f"- **× interaction** {escaped(interaction_sentence(item, comparison))}" for item in large]
     text += [f"- **↔ from fp64** {escaped(distance_sentence(item))}" for item in comparison.distances]
-    text += [f"- note: {escaped(printable(note))}" for note in comparison.notes]
-    effects = effects_table(comparison)
-    if effects.rows:
-        reasons = reasons_of(effects)
-        rows = [
-            [*map(escaped, cells), verdict_text(verdict) + (f" \\[{reasons.index(reason) + 1}\\]" if reason else "")]
-            for *cells, verdict, reason in effects.rows
-        ]
-        text += ["", "## Comparison", "", *_md_table(Table(effects.columns[:-1], rows))]
-        text += ["", *(f"- \\[{number + 1}\\] {escaped(reason)}" for number, reason in enumerate(reasons))]
+    return text + [f"- note: {escaped(printable(note))}" for note in comparison.notes]
+
+
+def effects(comparison: Comparison, metrics: Sequence[str] = ()) -> list[str]:
+    """The table of effects in Markdown, of these metrics or all, and the reasons of its verdicts."""
+    shown = effects_table(comparison)
+    shown.rows = [row for row in shown.rows if row[2] in metrics or not metrics]
+    if not shown.rows:
+        return []
+    reasons = reasons_of(shown)
+    rows = [
+        [*map(escaped, cells), verdict_text(verdict) + (f" \\[{reasons.index(reason) + 1}\\]" if reason else "")]
+        for *cells, verdict, reason in shown.rows
+    ]
+    notes = [f"- \\[{number + 1}\\] {escaped(reason)}" for number, reason in enumerate(reasons)]
+    return [*_md_table(Table(shown.columns[:-1], rows)), "", *notes]
+
+
+def reproduce(comparison: Comparison) -> list[str]:
+    """The commands and the facts that a repetition needs, in Markdown."""
+    known = [f"- {label}: {escaped(value)}" for label, value in facts(comparison.runs)]
+    return [*_fenced(commands(comparison.runs)), "", *known]
+
+
+def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
+    """`report.md`, whose links and figures are relative to `out`."""
+    text = [f"# {escaped(title(comparison))}", "", f"{summary(comparison)}.", "", *verdicts(comparison)]
+    if compared := effects(comparison):
+        text += ["", "## Comparison", "", *compared]
     if comparison.failed:
         text += ["", "## Not finished", ""]
         text += [f"- **{escaped(name)}** {escaped(fate)}" for name, fate in failures(comparison)]
@@ -592,8 +603,7 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
         for row, (name, state, *cells) in zip(comparison.runs, runs.rows, strict=True)
     ]
     text += ["", "## Runs", "", *_md_table(runs)]
-    text += ["", "## Reproduce", "", *_fenced(commands(comparison.runs)), ""]
-    text += [f"- {label}: {escaped(value)}" for label, value in facts(comparison.runs)]
+    text += ["", "## Reproduce", "", *reproduce(comparison)]
     text += ["", "## How to read this", "", *(f"{paragraph}\n" for paragraph in METHOD)]
     return "\n".join(text).rstrip() + "\n"
 

@@ -1,7 +1,7 @@
-"""Text to tokens, once: GPT-2's, by tiktoken on every core, into one `.npy` that is memory-mapped ever after.
+"""A text is tokenised once, by tiktoken on every core, into one `.npy` in the cache that runs map into memory.
 
-The only place that imports tiktoken. A tokenised text is a folder of the cache, under the text's key (`texts.Text`), so
-an edited text is a new folder. The folder is written beside its place and moved there: it is whole or absent.
+The only module that imports tiktoken. A tokenised text is a folder named by the text's key (`sources.Text`), so that an
+edited text gets a new folder. The folder is written beside its place and then renamed: it is whole or absent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import shutil
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 
 from gpt2exp import machine
 from gpt2exp.config import BadRequest, DataConfig, TrainConfig
-from gpt2exp.data import assets, documents, progress, texts
-from gpt2exp.data.texts import Text
+from gpt2exp.data import assets, sources
+from gpt2exp.data.sources import Pieces, Text
 from gpt2exp.files import beside, replacing, write_json
 
 if TYPE_CHECKING:
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 
 END_OF_TEXT = 50256
-"""`MARK`'s id: placed between documents."""
+"""The id placed between documents."""
 
 MARK = "<|endoftext|>"
-"""What it is called; in a text these are letters."""
+"""Its name. Where a text itself contains this, it is tokenised as ordinary letters."""
 
 FORMAT = "gpt2-npy"
-"""The tokenizer, and the version of what lies in a folder: another one, another folder."""
+"""Part of a folder's name: the tokenizer and the version of the folder's contents."""
 
 BIGRAM_TOKENS = 10_000_000
-"""The longest text whose pairs of tokens are counted: that takes some 30 bytes a token, 0.3 GB here."""
+"""The longest text whose pairs of tokens are counted, which takes about 30 bytes a token: 0.3 GB here."""
 
 T = TypeVar("T")
 
@@ -56,19 +56,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A tokenised text: where it lies and what is known of it."""
+    """A tokenised text: its folder in the cache, and facts about it."""
 
     folder: Path
     name: str
     sha256: str
-    """Of the text; see `texts.Text`."""
+    """Of the text; see `sources.Text`."""
     tokens: int
     distinct_tokens: int
     max_token: int
     unigram_entropy: float
-    """Of the tokens, in nats: the loss of always guessing by frequency."""
+    """In nats: the loss of guessing each token by its frequency."""
     bigram_entropy: float | None
-    """Of a token given the one before, in nats, both counted in this text; None if longer than `BIGRAM_TOKENS`."""
+    """Of a token given the one before, in nats; None where the text is longer than `BIGRAM_TOKENS`."""
     tokens_sha256: str
     """Of the tokens as little-endian uint16."""
     revision: str | None = None
@@ -77,10 +77,8 @@ class TokenFile:
     @property
     def facts(self) -> dict[str, Any]:
         """For the record."""
-        known: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
-        known |= {"tokens": self.tokens, "distinct_tokens": self.distinct_tokens}
-        known |= {"revision": self.revision} if self.revision else {}
-        return known | {"unigram_entropy": self.unigram_entropy, "bigram_entropy": self.bigram_entropy}
+        names = ("name", "sha256", "tokens", "distinct_tokens", "revision", "unigram_entropy", "bigram_entropy")
+        return {name: getattr(self, name) for name in names if name != "revision" or self.revision}
 
     def map(self) -> Tokens:
         """The tokens, (tokens,), memory-mapped read-only.
@@ -95,8 +93,8 @@ class TokenFile:
     def whole(self) -> bool:
         """Whether the files are as they were written.
 
-        The tokens are hashed, at a second or two a gigabyte, only if their file is dated after `facts.json`: it was
-        copied or touched, or something else wrote to it.
+        The tokens are hashed (1 to 2 s a gigabyte) only if their file is newer than `facts.json`, so was copied or
+        changed.
         """
         path = self.folder / TOKENS
         try:
@@ -110,8 +108,8 @@ class TokenFile:
             return True
         if hashlib.sha256(mapped.data).hexdigest() != self.tokens_sha256:
             return False
-        with contextlib.suppress(OSError):  # of a cache that may only be read
-            os.utime(path, ns=(known, known))  # so that it is hashed once
+        with contextlib.suppress(OSError):  # a read-only cache
+            os.utime(path, ns=(known, known))  # not hashed again next time
         return True
 
     def seen(self) -> npt.NDArray[np.int64]:
@@ -126,13 +124,13 @@ IDS = 2**16
 
 
 def prepare(config: DataConfig) -> TokenFile:
-    """The tokens of a data section, made if the cache has none.
+    """The tokens of a data section, tokenised unless the cache has them.
 
     Raises:
         BadRequest: `data.path` cannot be read, is not of the form its name says, or holds less than two tokens.
         assets.AssetError: the text or the BPE files could not be fetched, or the cache cannot be written.
     """
-    text = texts.find(config)
+    text = sources.find(config)
     return _cached(text) or _made(text, config)
 
 
@@ -182,12 +180,12 @@ def _made(text: Text, config: DataConfig) -> TokenFile:
         except Timeout:
             log.warning("%s: another process is tokenising it; waiting until it has", text.name)
             lock.acquire()
-        except NotImplementedError:  # a file system without locks: both tokenise, and the last one's stays
+        except NotImplementedError:  # a file system without locks: both tokenise, and the last rename wins
             pass
     try:
         return _cached(text) or _tokenise(text, config, folder)
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # who waits looks again at which file it has locked
+        Path(lock.lock_file).unlink(missing_ok=True)  # safe: filelock checks the inode again after acquiring
         lock.release()
 
 
@@ -196,7 +194,7 @@ def _lock(folder: Path) -> Path:
 
 
 def _clear_leftovers(place: Path) -> None:
-    """Remove what processes left that were killed: theirs are the unfinished folders that nobody holds the lock of."""
+    """Delete the unfinished folders of killed processes: those whose lock is free."""
     for part in place.glob(f".*.{FORMAT}.*.part"):
         name = part.name[1:].partition(f".{FORMAT}.")[0]
         lock = FileLock(_lock(place / f"{name}.{FORMAT}"), timeout=0)
@@ -207,60 +205,69 @@ def _clear_leftovers(place: Path) -> None:
 
 def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
     part = beside(folder)
-    counts, digest, most = np.zeros(IDS, np.int64), hashlib.sha256(), config.max_tokens
-    marks: Counter[str] = Counter()
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(shutil.rmtree, part, ignore_errors=True)
         with assets.writing(folder.parent):
             part.mkdir()
             file = cleanup.enter_context((part / TOKENS).open("wb"))
-            _write_header(file, 0)
-        with progress.reading(f"tokenising {text.name}", text.size) as advance:
-            for tokens in encoded(_counted(text.read(advance), marks)):
-                tokens = tokens[: None if most is None else most - counts.sum()]
-                counts += np.bincount(tokens, minlength=IDS)
-                digest.update(tokens.data)
-                with assets.writing(folder.parent):
-                    file.write(tokens.data)
-                if counts.sum() == most:
-                    break
+        counts, digest, marks = _write_tokens(text, config.max_tokens, file, folder.parent)
         total = int(counts.sum())
         if total < 2:
             what = f"{total} token{'s' if total != 1 else ''}"
             raise BadRequest(
                 f"data.path={text.name}: the text has {what}; a target needs at least 2, give a longer text"
             )
-        sha256 = text.sha256()
+        known: dict[str, Any] = {
+            "sha256": text.sha256(),
+            "tokens": total,
+            "distinct_tokens": int(np.count_nonzero(counts)),
+            "max_token": int(np.flatnonzero(counts)[-1]),
+            "unigram_entropy": _entropy(counts),
+        }
         with assets.writing(folder.parent):
             file.seek(0)
             _write_header(file, total)
             file.close()
-            known: dict[str, Any] = {
-                "sha256": sha256,
-                "tokens": total,
-                "distinct_tokens": int(np.count_nonzero(counts)),
-                "max_token": int(np.flatnonzero(counts)[-1]),
-                "unigram_entropy": _entropy(counts),
-                "bigram_entropy": _bigram_entropy(part) if total <= BIGRAM_TOKENS else None,
-                "tokens_sha256": digest.hexdigest(),
-            }
+            known["bigram_entropy"] = _bigram_entropy(part) if total <= BIGRAM_TOKENS else None
+            known["tokens_sha256"] = digest
             np.save(part / COUNTS, counts)
-            write_json(part / FACTS, known)  # after the tokens: `TokenFile.whole` looks at the dates
-            _put_in_place(part, folder)
-    if marks[MARK]:
-        log.warning("%s: %s", text.name, _how_to_part(marks[MARK], config))
+            write_json(part / FACTS, known)  # after the tokens: `TokenFile.whole` compares the dates
+            if folder.exists():  # damaged, or it would have been used
+                damaged = beside(folder)
+                folder.rename(damaged)
+                shutil.rmtree(damaged, ignore_errors=True)
+            part.rename(folder)
+    if marks:
+        log.warning("%s: %s", text.name, _how_to_part(marks, config))
     return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
 
 
-def _counted(pieces: documents.Pieces, marks: Counter[str]) -> documents.Pieces:
-    """The same pieces; adds to `marks` how often `MARK` stands in them (no cut goes through it)."""
-    for piece in pieces:
-        marks[MARK] += piece.count(MARK) if piece else 0
-        yield piece
+def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> tuple[npt.NDArray[np.int64], str, int]:
+    """Write the `.npy`; how often each id occurs, the tokens' sha256, and how often the text contains `MARK`."""
+    counts, digest, marks = np.zeros(IDS, np.int64), hashlib.sha256(), 0
+
+    def counted(pieces: Pieces) -> Pieces:
+        nonlocal marks
+        for piece in pieces:
+            marks += piece.count(MARK) if piece else 0  # no cut goes through it
+            yield piece
+
+    with assets.writing(cache):
+        _write_header(file, 0)
+    with sources.reading(f"tokenising {text.name}", text.size) as advance:
+        for tokens in encoded(counted(text.read(advance))):
+            tokens = tokens[: None if most is None else most - counts.sum()]
+            counts += np.bincount(tokens, minlength=IDS)
+            digest.update(tokens.data)
+            with assets.writing(cache):
+                file.write(tokens.data)
+            if counts.sum() == most:
+                break
+    return counts, digest.hexdigest(), marks
 
 
 def _how_to_part(count: int, config: DataConfig) -> str:
-    """A note on a text that writes `MARK` itself, with the command that makes JSON lines of a single plain file."""
+    """The note on a text that contains `MARK`, with a command that splits a single plain file into JSON lines."""
     note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it parts no documents"
     path = Path(str(config.path)).expanduser()
     if not path.is_file() or path.suffix not in ("", ".txt", ".md"):
@@ -273,27 +280,17 @@ def _how_to_part(count: int, config: DataConfig) -> str:
 
 
 def _write_header(file: BinaryIO, tokens: int) -> None:
-    """Write the header of the `.npy`, for which numpy takes 128 bytes whatever the number.
+    """Write the header of the `.npy`: 128 bytes whatever the number, so that it can be written again at the end.
 
-    How many tokens there will be is known only after the last, so it is written first with 0 and again with the
-    number; `open_memmap` would have to know it at once.
+    `open_memmap` would need the number of tokens at the start.
     """
     np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
 
 
-def _put_in_place(part: Path, folder: Path) -> None:
-    if folder.exists():  # damaged, or it would have been used
-        damaged = beside(folder)
-        folder.rename(damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
-    part.rename(folder)
+def encoded(pieces: Pieces) -> Iterator[Tokens]:
+    """The tokens of documents, `<|endoftext|>` between them, in order and in parts of about a piece.
 
-
-def encoded(pieces: documents.Pieces) -> Iterator[Tokens]:
-    """The tokens of a stream of documents, `<|endoftext|>` between them, in order and in parts of about a piece.
-
-    Threads are enough: tiktoken leaves the interpreter to the others while it works. No more than a few pieces for each
-    are held at a time.
+    Threads suffice, since tiktoken releases the GIL. A few pieces for each thread are in memory at a time.
     """
     encoding = gpt2_encoding()
 
@@ -314,16 +311,16 @@ END = np.array([END_OF_TEXT], dtype="<u2")
 WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 
 LONG = 100_000
-"""Characters of white space in a row that tiktoken's regular expression still takes: by a million its stack is full."""
+"""Characters of white space in a row that tiktoken's regular expression can match; a million overflow its stack."""
 
 _LONG_RUN = re.compile(rf"{WHITE}{{{LONG},}}(?:\Z|(?={WHITE}))")
 
 
 def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
-    """The tokens of a text, (tokens,): no id of its own is a control token, "<|endoftext|>" in it is letters.
+    """The tokens of a text, (tokens,); a control token's name in it is letters.
 
-    A long run of white space goes to the byte pairs past the regular expression, whose stack it would overflow: all of
-    it where the text ends there, else all but its last character, which that leaves to what follows.
+    A long run of white space would overflow the stack of tiktoken's regular expression, so its byte pairs are merged
+    directly: the whole run at the text's end, else all but its last character, as the expression does.
     """
     parts, at = [], 0
     if any(piece[start : start + LONG // 2].isspace() for start in range(0, len(piece), LONG // 2)):
@@ -337,14 +334,14 @@ def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
     return np.concatenate(parts).astype("<u2")
 
 
-def _batched(pieces: documents.Pieces) -> Iterator[list[str | None]]:
-    """Short documents together, so that each task is worth its while."""
+def _batched(pieces: Pieces) -> Iterator[list[str | None]]:
+    """Short documents in groups, so that a task outweighs its overhead."""
     batch: list[str | None] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece or "")
-        if size >= documents.BLOCK // 2:
+        if size >= sources.BLOCK // 2:
             yield batch
             batch, size = [], 0
     if batch:
@@ -354,7 +351,7 @@ def _batched(pieces: documents.Pieces) -> Iterator[list[str | None]]:
 def _in_order(
     pool: ThreadPoolExecutor, work: Callable[[T], Tokens], items: Iterator[T], ahead: int
 ) -> Iterator[Tokens]:
-    """`map` of a pool that takes no more than `ahead` items before their results are asked for."""
+    """`Executor.map` that submits no more than `ahead` items before their results are taken."""
     waiting: deque[Future[Tokens]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
@@ -378,10 +375,10 @@ def _bigram_entropy(folder: Path) -> float:
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Tiktoken's own `gpt2` encoding, its two files taken from our verified store, also offline."""
+    """Tiktoken's own `gpt2` encoding, its two files from our verified cache, also offline."""
     import tiktoken
 
-    # tiktoken looks in this folder for files named by the sha1 of their address
+    # tiktoken looks there for files named by the sha1 of their address
     folder = assets.cache_folder() / "tiktoken"
     for asset in (assets.VOCAB_BPE, assets.ENCODER_JSON):
         link = folder / hashlib.sha1(asset.url.encode()).hexdigest()

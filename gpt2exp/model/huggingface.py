@@ -1,27 +1,26 @@
-"""Hugging Face's GPT-2 weights: where they lie, whether they are this model, and the way in.
+"""Hugging Face's GPT-2: our configuration and theirs, and their weights read into our model.
 
 A folder, or a hub id, holds `config.json` and the weights: `model.safetensors`, or `pytorch_model.bin` (read with
-`weights_only=True`: a pickle could otherwise run code), either one also in shards with an index. Hugging Face keeps
-four matrices of a block as Conv1D, (in, out), which is the transpose of ours; OpenAI's own upload lacks the
-`transformer.` prefix, and a model saved inside a wrapper has the wrapper's. Finding and checking need no torch: a wrong
-folder is answered before anything is written.
+`weights_only=True`: a pickle could otherwise run code), each in one file or in shards with an index. Hugging Face
+stores four matrices of a block as Conv1D, (in, out), the transpose of ours; OpenAI's own upload lacks the
+`transformer.` prefix, and a model saved inside a wrapper has the wrapper's. Weights are checked before a run writes
+anything.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp.config import BadRequest, InitConfig, ModelConfig, first_line, require, show
-from gpt2exp.files import TIMEOUT, sha256
+from gpt2exp.files import TIMEOUT, joint, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""The files that weights lie in, the better one first; `NAME.index.json` tells of shards."""
+"""The files of weights, the preferred one first; `NAME.index.json` lists shards."""
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 
@@ -43,7 +42,7 @@ WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|model|gpt"
     r"|base_model|state_dict)\."
 )
-"""What wrappers put into names: DDP, torch.compile, FSDP, activation checkpoints, Fabric, Lightning, PEFT."""
+"""Prefixes that wrappers add: DDP, torch.compile, FSDP, activation checkpoints, Fabric, Lightning, PEFT."""
 
 MASKS = (".attn.bias", ".attn.masked_bias")
 """Constants that older files hold beside the weights."""
@@ -56,10 +55,10 @@ KEYS = {
     "vocab_size": "vocab_size",
     "tie_weights": "tie_word_embeddings",
 }
-"""Our keys of `model` by Hugging Face's of `config.json`, with the same default on both sides (GPT2Config's)."""
+"""Our keys of `model` and Hugging Face's of `config.json`; the defaults are the same (GPT2Config's)."""
 
 SHAPE = [key for key in KEYS if key != "tie_weights"]
-"""Those that weights must share with the model they go into: tied ones can go into an untied one."""
+"""Keys in which weights and model must agree; tied weights can be loaded untied."""
 
 GPT2: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -68,7 +67,7 @@ GPT2: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-"""What makes the architecture ours, by key of `config.json` (transformers' GPT2Config), its default first."""
+"""Values of `config.json` that our architecture has, transformers' default first."""
 
 
 def to_hf(model: ModelConfig) -> dict[str, Any]:
@@ -115,13 +114,13 @@ def from_hf(config: Mapping[str, Any], said: str = CONFIG) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Weights:
-    """A folder with weights, complete: nothing of it was read but `config.json` and an index."""
+    """A folder with weights."""
 
     said: str
     """How the request named it, for errors: `init.path=FOLDER`."""
     folder: Path
-    config: Mapping[str, Any]
-    files: tuple[Path, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
     @property
     def pickled(self) -> bool:
@@ -131,8 +130,48 @@ class Weights:
     @property
     def sha256(self) -> str:
         """Of the file, or of the shards' hashes in order."""
-        hashes = [sha256(file) for file in self.files]
-        return hashes[0] if len(hashes) == 1 else hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
+        return joint([sha256(file) for file in self.files])
+
+    def refused(self, text: str) -> BadRequest:
+        """What is wrong with it, and what to do."""
+        return BadRequest(f"{self.said}: {text}")
+
+    def damaged(self, file: Path, error: Exception) -> BadRequest:
+        """What a library said about one of its files."""
+        why = f"{file.name} is damaged or holds no weights ({first_line(error)[:120]})"
+        return self.refused(f"{why}; copy or download it again")
+
+    def complete(self) -> Weights:
+        """The same with `config` read and `files` found; raises `BadRequest` if one is missing or cannot be read."""
+        found = replace(self, config=self._json(CONFIG))
+        for name in WEIGHTS:
+            if (self.folder / name).is_file():
+                return replace(found, files=(self.folder / name,))
+            index = f"{name}.index.json"
+            if (self.folder / index).is_file():
+                files = [self.folder / shard for shard in self._shards(index)]
+                if missing := [file.name for file in files if not file.is_file()]:
+                    raise self.refused(f"{missing[0]} is missing, of {len(files)} in {index}; put it there")
+                return replace(found, files=tuple(files))
+        raise self.refused(f"has no {' or '.join(WEIGHTS)}; name a folder with GPT-2's weights")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.folder / name).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError
+        except FileNotFoundError as error:
+            raise self.refused(f"has no {name}; name a folder that transformers wrote, or a hub id") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise self.refused(f"its {name} cannot be read; copy or download it again") from error
+        return found
+
+    def _shards(self, index: str) -> list[str]:
+        found = self._json(index).get("weight_map")
+        names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
+        if not names or any(Path(name).name != name for name in names):  # a shard lies beside its index, nowhere else
+            raise self.refused(f"its {index} names no shards; copy or download it again")
+        return names
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -144,102 +183,59 @@ def find(path: str, key: str = "init.path=") -> Weights:
     Raises:
         BadRequest: there are none, something is missing or cannot be read, or the hub has no such id or no answer.
     """
-    said, folder = f"{key}{path}", Path(path).expanduser()
-    if folder.is_dir():
-        return _complete(said, folder)
-    if folder.exists():
-        raise BadRequest(f"{said}: a file; name the folder that it lies in, with {CONFIG} beside the weights")
+    found = Weights(f"{key}{path}", Path(path).expanduser())
+    if found.folder.is_dir():
+        return found.complete()
+    if found.folder.exists():
+        raise found.refused(f"a file; name the folder that it lies in, with {CONFIG} beside the weights")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
-        raise BadRequest(f"{said}: no such folder; name one with {CONFIG} and {WEIGHTS[0]}, or a hub id such as gpt2")
-    return _of_hub(said, path)
+        raise found.refused(f"no such folder; name one with {CONFIG} and {WEIGHTS[0]}, or a hub id such as gpt2")
+    return _of_hub(found, path)
 
 
-def _complete(said: str, folder: Path) -> Weights:
-    """A folder's weights once every file they need is there."""
-    config = _json(said, folder / CONFIG)
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return Weights(said, folder, config, (folder / name,))
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = [folder / shard for shard in _shards(said, index)]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise BadRequest(f"{said}: {missing[0]} is missing, of {len(files)} in {index.name}; put it there")
-            return Weights(said, folder, config, tuple(files))
-    raise BadRequest(f"{said}: has no {' or '.join(WEIGHTS)}; name a folder with GPT-2's weights")
-
-
-def _json(said: str, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError
-    except FileNotFoundError as error:
-        raise BadRequest(f"{said}: has no {path.name}; name a folder that transformers wrote, or a hub id") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadRequest(f"{said}: its {path.name} cannot be read; copy or download it again") from error
-    return found
-
-
-def _shards(said: str, index: Path) -> list[str]:
-    found = _json(said, index).get("weight_map")
-    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
-    if not names or any(Path(name).name != name for name in names):  # a shard lies beside its index, nowhere else
-        raise BadRequest(f"{said}: its {index.name} names no shards; copy or download it again")
-    return names
-
-
-def _of_hub(said: str, name: str) -> Weights:
+def _of_hub(asked: Weights, name: str) -> Weights:
     """The weights of a hub id from Hugging Face's cache, or else downloaded: the needed files, all of one commit."""
     try:
-        from huggingface_hub import HfApi, constants, errors, hf_hub_download
+        from huggingface_hub import constants, errors, snapshot_download
     except ImportError as error:
         remedy = "name a folder, or pip install 'gpt2exp[hub]' to load it by its hub id"
-        raise BadRequest(f"{said}: no such folder; {remedy}") from error
+        raise asked.refused(f"no such folder; {remedy}") from error
+
+    def fetched(kind: str, *, here: bool = False) -> Weights:
+        stem, suffix = kind.split(".")
+        patterns = [CONFIG, kind, f"{kind}.index.json", f"{stem}-*-of-*.{suffix}"]
+        folder = snapshot_download(name, allow_patterns=patterns, local_files_only=here, etag_timeout=TIMEOUT)
+        return replace(asked, folder=Path(folder)).complete()
 
     try:
-        with contextlib.suppress(errors.EntryNotFoundError, BadRequest):  # once here, an id stays what it was
-            return _complete(said, Path(hf_hub_download(name, CONFIG, local_files_only=True)).parent)
-        about = HfApi().model_info(name, timeout=TIMEOUT)
-
-        def fetch(file: str) -> Path:
-            return Path(hf_hub_download(name, file, revision=about.sha))
-
-        there = {item.rfilename for item in about.siblings or ()}
-        for file in WEIGHTS:
-            if file in there:
-                fetch(file)
-                break
-            if f"{file}.index.json" in there:
-                for shard in _shards(said, fetch(f"{file}.index.json")):
-                    fetch(shard)
-                break
-        if CONFIG in there:
-            hf_hub_download(name, CONFIG)  # asked for by its branch, so that the cache knows which commit that is
-            return _complete(said, fetch(CONFIG).parent)
-    except BadRequest:
-        raise
+        with contextlib.suppress(errors.LocalEntryNotFoundError, BadRequest):  # once here, an id stays what it was
+            return fetched(WEIGHTS[0], here=True)
+        try:
+            return fetched(WEIGHTS[0])
+        except BadRequest:
+            return fetched(WEIGHTS[1])
     except errors.RepositoryNotFoundError as error:  # private ones look the same
         remedy = "check the spelling, or log in with hf auth login if it is private"
-        raise BadRequest(f"{said}: neither a folder nor a model on {constants.ENDPOINT}; {remedy}") from error
+        raise asked.refused(f"neither a folder nor a model on {constants.ENDPOINT}; {remedy}") from error
     except errors.HFValidationError as error:
-        raise BadRequest(f"{said}: neither a folder nor a hub id; name one, such as gpt2") from error
+        raise asked.refused("neither a folder nor a hub id; name one, such as gpt2") from error
+    except BadRequest:
+        raise
     except Exception as error:  # of whichever HTTP client the library's version stands on
         why = f"no such folder, and {constants.ENDPOINT} did not answer ({type(error).__name__})"
-        raise BadRequest(f"{said}: {why}; name a folder, or try again with a network") from error
-    raise BadRequest(f"{said}: has no {CONFIG}; name a model that transformers wrote")
+        raise asked.refused(f"{why}; name a folder, or try again with a network") from error
 
 
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
 def check(found: Weights, model: ModelConfig) -> None:
-    """Refuse weights that are not `model`'s, from `config.json` and the names and shapes in the files.
+    """Check from `config.json` and the names and shapes in the files that the weights are `model`'s.
 
-    Where those do not tell (a pickle, or a head beside tied weights) the files are read, which imports torch.
+    A pickle, or a head beside tied weights, is read whole for that.
 
     Raises:
-        BadRequest: it is another architecture or size, or a file is damaged; or the head differs from `wte`.
+        BadRequest: they are of another architecture or size, a file is damaged, or the head differs from `wte`.
     """
     _check_config(found, model)
     if found.pickled:
@@ -254,7 +250,7 @@ def check(found: Weights, model: ModelConfig) -> None:
                 for ours, name in _renamed(found, opened.keys()).items():
                     shapes[ours] = tuple(opened.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
-            raise _damaged(found, file, error) from error
+            raise found.damaged(file, error) from error
     _check_shapes(found, shapes, model)
     if HEAD in shapes and model.tie_weights:
         read(found, model)
@@ -287,16 +283,16 @@ def _size(theirs: ModelConfig, model: ModelConfig) -> str:
 
 
 def _check_shapes(found: Weights, shapes: Mapping[str, Sequence[int]], model: ModelConfig) -> None:
-    """Names as ours, shapes as Hugging Face's."""
-    c, t, v = model.n_embd, model.block_size, model.vocab_size
-    block: dict[str, tuple[int, ...]] = {f"{ln}.{leaf}": (c,) for ln in ("ln_1", "ln_2") for leaf in ("weight", "bias")}
-    for name, (rows, columns) in zip(CONV1D, ((c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)), strict=True):
-        block |= {name: (rows, columns), name.replace("weight", "bias"): (columns,)}
-    expected: dict[str, tuple[int, ...]] = {WTE: (v, c), "transformer.wpe.weight": (t, c)}
-    expected |= {f"transformer.ln_f.{leaf}": (c,) for leaf in ("weight", "bias")}
-    expected |= {f"transformer.h.{n}.{name}": of for n in range(model.n_layer) for name, of in block.items()}
-    if HEAD in shapes or not from_hf(found.config, found.said).tie_weights:
-        expected[HEAD] = (v, c)
+    """Compare names (ours) and shapes (Hugging Face's) with those of the model."""
+    import torch
+
+    from gpt2exp.model.gpt import GPT
+
+    with torch.device("meta"):
+        ours = dict(GPT(replace(model, tie_weights=False)).named_parameters())
+    if HEAD not in shapes and from_hf(found.config, found.said).tie_weights:
+        del ours[HEAD]
+    expected = {name: tuple(transposed(name, tensor).shape) for name, tensor in ours.items()}
     named = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(MASKS)}
     for name in (*sorted(expected.keys() - named.keys()), *sorted(named)):
         if name not in named:
@@ -304,19 +300,17 @@ def _check_shapes(found: Weights, shapes: Mapping[str, Sequence[int]], model: Mo
             if wrapped := next((other for other in sorted(named) if other.endswith(f".{short}")), None):
                 prefix = wrapped.removeprefix("transformer.").removesuffix(short)
                 why = f"its names begin with {prefix}, which no known wrapper puts there"
-                raise BadRequest(f"{found.said}: {why}; take it off and save the weights again")
-            raise BadRequest(f"{found.said}: {name} is missing from its weights; copy or download them again")
+                raise found.refused(f"{why}; take it off and save the weights again")
+            raise found.refused(f"{name} is missing from its weights; copy or download them again")
         if name not in expected:
-            raise BadRequest(
-                f"{found.said}: {name} is no part of GPT-2 with the shape in its {CONFIG}; name other weights"
-            )
+            raise found.refused(f"{name} is no part of GPT-2 with the shape in its {CONFIG}; name other weights")
         if named[name] != expected[name]:
             why = f"{name} is {named[name]}, where its {CONFIG} makes it {expected[name]}"
-            raise BadRequest(f"{found.said}: {why}; copy or download both again")
+            raise found.refused(f"{why}; copy or download both again")
 
 
 def _ours(name: str) -> str:
-    """A name in a file as this package has it, the parts that wrappers put into it taken out."""
+    """Our name for a name in a file: without wrappers' prefixes, with `transformer.`."""
     name = WRAPPERS.sub("", name)
     return name if name.startswith("transformer.") or name == HEAD else f"transformer.{name}"
 
@@ -330,13 +324,8 @@ def _renamed(found: Weights, names: Iterable[str]) -> dict[str, str]:
     renamed: dict[str, str] = {}
     for name in names:
         if (other := renamed.setdefault(_ours(name), name)) != name:
-            raise BadRequest(f"{found.said}: holds both {other} and {name}; save the weights of one model")
+            raise found.refused(f"holds both {other} and {name}; save the weights of one model")
     return renamed
-
-
-def _damaged(found: Weights, file: Path, error: Exception) -> BadRequest:
-    why = first_line(error)[:120]
-    return BadRequest(f"{found.said}: {file.name} is damaged or holds no weights ({why}); copy or download it again")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -380,20 +369,20 @@ def _load(found: Weights, file: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a damaged file sets off in its library
         if type(error).__name__ == "UnpicklingError" and "Unsupported" in str(error):
             why = f"{file.name} holds more than tensors, which could run code, so it is not opened"
-            raise BadRequest(f"{found.said}: {why}; name weights as safetensors") from error
-        raise _damaged(found, file, error) from error
+            raise found.refused(f"{why}; name weights as safetensors") from error
+        raise found.damaged(file, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise _damaged(found, file, ValueError("no tensors by name"))
+        raise found.damaged(file, ValueError("no tensors by name"))
     return tensors
 
 
 def transposed(name: str, tensor: Tensor) -> Tensor:
-    """A tensor under one of our names in Hugging Face's layout, or one of theirs in ours: the way is the same."""
+    """A tensor by our name from our layout into Hugging Face's, or back: both are the same transpose."""
     return tensor.T if name.endswith(CONV1D) else tensor
 
 
 def load(gpt: GPT, config: InitConfig) -> dict[str, Any]:
-    """Give `gpt` the weights at `init.path`; where they came from, for the record.
+    """Load the weights at `init.path` into `gpt`; returns where they came from, for the record.
 
     Raises:
         BadRequest: as `find` and `read`.

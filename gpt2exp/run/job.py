@@ -141,6 +141,7 @@ def _train(session: Session, config: RunConfig) -> None:
     with precision.applied(config.precision, device) as got:
         here = setup.Hardware.of(device, got)
         config, need = setup.settled(config, device, here, source)
+        setup.keep_memory(config, device)
         setup.check_text(config, source)
         _describe(session, config, device, got, source, need)
         _check_memory(config, need, here)
@@ -277,6 +278,7 @@ def _follow() -> int:
             source = tokens.prepare(config.data)
             _check_same_text(config, source, text)
             with precision.applied(config.precision, device) as got:
+                setup.keep_memory(config, device)
                 job, _origin = setup.trainer(config, device, got, source)
                 if goes_on:
                     job.restore({}, {})

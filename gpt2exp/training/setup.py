@@ -73,6 +73,14 @@ def settled(config: RunConfig, device: torch.device, here: Hardware, source: tok
     return config, memory(config, here)
 
 
+def keep_memory(config: RunConfig, device: torch.device) -> None:
+    """Have freed memory kept for the next step where that helps: on a CPU, and within what a tight run may take."""
+    from gpt2exp.training import hardware
+
+    if device.type == "cpu":
+        hardware.keep_freed_memory(tight=config.train.activation_checkpointing is True)
+
+
 def trainer(
     config: RunConfig,
     device: torch.device,
@@ -86,31 +94,20 @@ def trainer(
     """
     import torch
 
-    from gpt2exp.data import batches
+    from gpt2exp.data.batches import Windows
     from gpt2exp.model.gpt import GPT
     from gpt2exp.training import hardware
     from gpt2exp.training.trainer import Trainer
 
-    if device.type == "cpu":
-        hardware.keep_freed_memory(tight=config.train.activation_checkpointing is True)
+    share = distributed.rank(), distributed.world_size()
     with torch.device(device):
         gpt = GPT(config.model).to(got.weights)
     if hardware.pads_vocabulary(config.train.pad_vocab, device) and not distributed.is_sharded(config.distributed):
         gpt.pad_vocabulary()
     origin = start(gpt, config, saved)
-    train_tokens, val_tokens = batches.split(source.map(), config.data.val_fraction)
-    loader = batches.Batches(
-        train_tokens,
-        config.train,
-        config.data.order,
-        config.seed,
-        device,
-        distributed.rank(),
-        distributed.world_size(),
-    )
+    windows = Windows(source.map(), config.train, config.data, config.seed, device, share)
     seen = torch.from_numpy(source.seen()).to(device)
-    validation = val_tokens if len(val_tokens) else None
-    return Trainer(gpt, loader, config, seen=seen, validation=validation, autocast=got.autocast), origin
+    return Trainer(gpt, windows, config, seen=seen, autocast=got.autocast), origin
 
 
 def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:

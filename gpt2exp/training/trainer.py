@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2exp.config import RunConfig
-from gpt2exp.data.batches import Batches, validation_windows
-from gpt2exp.data.tokens import Tokens
+from gpt2exp.data.batches import Windows
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import norm
 from gpt2exp.training import distributed as dist
@@ -81,19 +80,18 @@ class Trainer:
     def __init__(
         self,
         model: GPT,
-        batches: Batches,
+        batches: Windows,
         config: RunConfig,
         *,
         seen: Tensor | None = None,
-        validation: Tokens | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """`seen` (S,): ids that occur in the data, for `loss_unseen`; `validation`: tokens held out, if any.
+        """`seen` (S,): ids that occur in the data, for `loss_unseen`.
 
         `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
         (Micikevicius et al. 2018). Of `config` it reads `train`, `optimizer` and `distributed`.
         """
-        self.model, self.batches, self.seen, self.validation = model, batches, seen, validation
+        self.model, self.batches, self.seen = model, batches, seen
         self.config, self.optimizer_config, self.autocast = config.train, config.optimizer, autocast
         # DDP and FSDP exchange the gradients that autograd reports, and it does not see this one
         model.transformer.gradient_in_place = model.config.tie_weights and dist.world_size() == 1
@@ -133,7 +131,7 @@ class Trainer:
         self._zero_grad()
         losses = []
         for micro in range(config.grad_accum_steps):
-            x, y = self.batches.at(self.steps_done * config.grad_accum_steps + micro)
+            x, y = self.batches.train(self.steps_done * config.grad_accum_steps + micro)
             with dist.gradient_sync(self.module, micro == config.grad_accum_steps - 1):
                 with precision.cast(self.device, self.autocast):
                     loss = self.module(x, y) / config.grad_accum_steps
@@ -210,17 +208,10 @@ class Trainer:
         self.steps_done = numbers["step"]
 
     def evaluate(self) -> float:
-        """Mean loss in nats over every validation window, in batches of `loss_rows` tokens or a training batch.
-
-        Without gradients, of which most memory is, a batch may be that large also where the training's is smaller.
-        """
-        assert self.validation is not None
+        """Mean loss in nats over every validation window."""
         total, count = 0.0, 0
-        config = self.config
-        share = self.batches.rank, self.batches.processes
-        batch = max(config.sequences, self.batches.processes * (config.loss_rows // config.seq_len))
         with torch.no_grad(), precision.cast(self.device, self.autocast):
-            for x, y in validation_windows(self.validation, config.seq_len, batch, self.device, *share):
+            for x, y in self.batches.validation():
                 loss = self.model(x, y)  # also of no rows at all, since a sharded model needs every process
                 if len(y):
                     total += float(loss) * y.numel()
@@ -264,7 +255,7 @@ class Trainer:
                     metrics["grad_norm"] = norm
                 elif not self.scaler.is_enabled():  # a scaled step that overflows is skipped, and the scale lowered
                     raise Diverged(number, "grad_norm", norm)
-            if self.validation is not None and (last or due):
+            if len(self.batches.held_out) and (last or due):
                 metrics["val_loss"] = self.evaluate()
                 if not math.isfinite(metrics["val_loss"]):  # the update just made broke the model
                     raise Diverged(number, "val_loss", metrics["val_loss"])
@@ -276,7 +267,7 @@ class Trainer:
         """What is measured on the next step's first micro-batch before the step, off the clock."""
         assert self.seen is not None
         self._zero_grad()  # of the step before: its memory is needed here
-        x, y = self.batches.at(self.steps_done * self.config.grad_accum_steps)
+        x, y = self.batches.train(self.steps_done * self.config.grad_accum_steps)
         with precision.cast(self.device, self.autocast):
             measured: dict[str, Any] = {"loss_unseen": loss_unseen(self.model, x, self.seen)}
             if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole

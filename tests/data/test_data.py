@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from gpt2exp.config import BadRequest, DataConfig, DataName, DataOrder, TrainConfig
 from gpt2exp.data import assets, tokens
-from gpt2exp.data import batches as windows
+from gpt2exp.data.batches import Windows
 
 CPU = torch.device("cpu")
 FEW = settings(deadline=None, max_examples=60, derandomize=True)
@@ -36,15 +36,15 @@ def numbered(count: int) -> tokens.Tokens:
     return np.arange(count, dtype="<u2")
 
 
-def batches(count: int, B: int, T: int, order: DataOrder = DataOrder.sequential, seed: int = 0) -> windows.Batches:  # noqa: N803
+def batches(count: int, B: int, T: int, order: DataOrder = DataOrder.sequential, seed: int = 0) -> Windows:  # noqa: N803
     """Batches over `numbered` tokens."""
-    return windows.Batches(numbered(count), TrainConfig(batch_size=B, seq_len=T), order, seed, CPU)
+    return Windows(numbered(count), TrainConfig(batch_size=B, seq_len=T), DataConfig(order=order), seed, CPU)
 
 
-def epoch_of(source: windows.Batches, number: int) -> list[int]:
+def epoch_of(source: Windows, number: int) -> list[int]:
     """First tokens of every window of an epoch, in the order they come."""
     first = number * source.per_epoch
-    return [int(row[0]) for n in range(first, first + source.per_epoch) for row in source.at(n)[0]]
+    return [int(row[0]) for n in range(first, first + source.per_epoch) for row in source.train(n)[0]]
 
 
 class TestTinyShakespeare:
@@ -75,9 +75,9 @@ class TestTinyShakespeare:
     @pytest.mark.parametrize(("B", "T", "expected"), [(4, 32, 2640), (16, 1024, 20)])
     def test_its_batches(self, B: int, T: int, expected: int) -> None:  # noqa: N803
         mapped = tokens.prepare(DataConfig()).map()
-        source = windows.Batches(mapped, TrainConfig(batch_size=B, seq_len=T), DataOrder.sequential, 0, CPU)
+        source = Windows(mapped, TrainConfig(batch_size=B, seq_len=T), DataConfig(), 0, CPU)
         assert source.per_epoch == expected
-        x, y = source.at(0)
+        x, y = source.train(0)
         assert x.shape == y.shape == (B, T)
         assert x.dtype == y.dtype == torch.int64
         assert x.flatten().tolist() == mapped[: B * T].tolist()
@@ -117,7 +117,7 @@ def test_sequential_is_build_nanogpts_loader(B: int, T: int, extra: int) -> None
     for number, (inputs, targets) in zip(
         range(2 * source.per_epoch + 2), LoaderLite(list(range(count)), B, T), strict=False
     ):
-        x, y = source.at(number)
+        x, y = source.train(number)
         assert (x.tolist(), y.tolist()) == (inputs, targets)
 
 
@@ -132,7 +132,7 @@ def test_sequential_is_build_nanogpts_loader(B: int, T: int, extra: int) -> None
 def test_shuffled_deals_whole_windows_once_an_epoch(B: int, T: int, extra: int, epoch: int, seed: int) -> None:  # noqa: N803
     count = B * T + 1 + extra
     source = batches(count, B, T, DataOrder.shuffled, seed)
-    x, y = source.at(epoch * source.per_epoch)
+    x, y = source.train(epoch * source.per_epoch)
     assert torch.equal(y, x + 1)  # numbered tokens: the target is the next
     starts = epoch_of(source, epoch)
     assert len(set(starts)) == len(starts) == source.per_epoch * B
@@ -147,7 +147,7 @@ def test_shuffled_differs_by_epoch_and_seed_alone() -> None:
     assert len({tuple(starts) for starts in order.values()}) == 4
     assert all(sorted(starts) == list(range(0, 400, 4)) for starts in order.values())  # a permutation of them all
     assert order[0, 0] != sorted(order[0, 0])
-    sequential = [batches(401, 2, 4, seed=seed).at(3)[0].tolist() for seed in (0, 1)]
+    sequential = [batches(401, 2, 4, seed=seed).train(3)[0].tolist() for seed in (0, 1)]
     assert sequential[0] == sequential[1]
 
 
@@ -156,7 +156,7 @@ def test_no_global_random_state_moves(order: DataOrder) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     source = batches(401, 2, 4, order)
     for number in (0, 60):
-        source.at(number)
+        source.train(number)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
 
@@ -167,7 +167,7 @@ def test_a_batch_fetched_ahead_is_the_one_asked_for(order: DataOrder) -> None:
     plain, ahead = batches(90, 2, 8, order), batches(90, 2, 8, order)
     for number, fetched in [(0, 0), (1, 1), (4, 4), (5, 5), (6, 2), (7, 8)]:
         ahead.prefetch(fetched)
-        for one, other in zip(plain.at(number), ahead.at(number), strict=True):
+        for one, other in zip(plain.train(number), ahead.train(number), strict=True):
             assert one.equal(other)
 
 
@@ -175,7 +175,9 @@ def test_a_batch_fetched_ahead_is_the_one_asked_for(order: DataOrder) -> None:
 @given(count=st.integers(2, 90), T=st.integers(1, 8), B=st.integers(1, 9))
 def test_validation_windows_do_not_depend_on_the_batch_size(count: int, T: int, B: int) -> None:  # noqa: N803
     def rows(batch_size: int) -> list[tuple[list[int], list[int]]]:
-        parts = list(windows.validation_windows(numbered(count), T, batch_size, CPU))
+        # one token to train on; `loss_chunk` no larger than a batch, which then decides
+        train = TrainConfig(batch_size=batch_size, seq_len=T, loss_chunk=1)
+        parts = list(Windows(numbered(count), train, DataConfig(val_fraction=1 - 1e-9), 0, CPU).validation())
         assert all(1 <= len(x) <= batch_size for x, _ in parts)
         return [(a, b) for x, y in parts for a, b in zip(x.tolist(), y.tolist(), strict=True)]
 
@@ -186,7 +188,8 @@ def test_validation_windows_do_not_depend_on_the_batch_size(count: int, T: int, 
 @FEW
 @given(count=st.integers(2, 2000), fraction=st.floats(0, 0.99))
 def test_split_keeps_every_token_once_and_validates_on_the_end(count: int, fraction: float) -> None:
-    train, val = windows.split(numbered(count), fraction)
+    source = Windows(numbered(count), TrainConfig(), DataConfig(val_fraction=fraction), 0, CPU)
+    train, val = source.training, source.held_out
     assert np.concatenate([train, val]).tolist() == list(range(count))
     assert abs(len(val) - count * fraction) <= 0.5
     assert len(train) == count or fraction > 0
@@ -221,16 +224,16 @@ def test_data_too_small_is_refused_with_a_remedy_that_works(
 @FEW
 @given(B=st.integers(1, 5), T=st.integers(1, 9), count=st.integers(2, 99), fraction=st.sampled_from([0.0, 0.1, 0.5]))
 def test_what_fits_gives_a_batch_and_a_validation_window(B: int, T: int, count: int, fraction: float) -> None:  # noqa: N803
-    train = TrainConfig(batch_size=B, seq_len=T)
-    training, held_out = windows.split(numbered(count), fraction)
-    enough = len(training) > B * T and (len(held_out) > T or not len(held_out))
+    train, data = TrainConfig(batch_size=B, seq_len=T), DataConfig(val_fraction=fraction)
+    source = Windows(numbered(count), train, data, 0, CPU)
+    enough = len(source.training) > B * T and (len(source.held_out) > T or not len(source.held_out))
     try:
-        tokens.check_fits(count, DataConfig(val_fraction=fraction), train)
+        tokens.check_fits(count, data, train)
     except BadRequest:
         assert not enough
         return
     assert enough
-    assert windows.Batches(training, train, DataOrder.sequential, 0, CPU).per_epoch >= 1
+    assert source.per_epoch >= 1
 
 
 class TestOwnText:

@@ -39,8 +39,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, orc, parquet
 
+from gpt2exp import files
 from gpt2exp.config import BadRequest, DataConfig, DataName
-from gpt2exp.data import assets, documents, tokens
+from gpt2exp.data import assets, sources, tokens
 
 EOT = tokens.END_OF_TEXT
 FEW = settings(deadline=None, max_examples=150, derandomize=True)
@@ -81,7 +82,7 @@ SEEN = st.sampled_from(["'s", "'ll", " 've", "the", " the", "  ", "\n\n", " \n",
 @FEW
 @given(st.lists(st.text(ODD, max_size=6) | SEEN, max_size=40))
 def test_the_tokens_of_the_pieces_are_those_of_the_whole(blocks: list[str]) -> None:
-    pieces = list(documents.cut(blocks))
+    pieces = list(sources.cut(blocks))
     assert "".join(pieces) == "".join(blocks)
     assert [number for piece in pieces for number in encode(piece)] == encode("".join(blocks))
 
@@ -91,7 +92,7 @@ def test_no_character_before_a_cut_changes_a_token() -> None:
     cuts = 0
     for code in (*range(0xD800), *range(0xE000, 0x10000)):
         whole = f"{chr(code)} x"
-        pieces = list(documents.cut([whole]))
+        pieces = list(sources.cut([whole]))
         cuts += len(pieces) > 1
         assert [number for piece in pieces for number in encode(piece)] == encode(whole), hex(code)
     assert 63_000 < cuts < 0x10000 - 0x800 - 25  # but for the white space itself
@@ -99,14 +100,14 @@ def test_no_character_before_a_cut_changes_a_token() -> None:
 
 def test_real_text_in_small_pieces() -> None:
     whole = assets.fetch(assets.TINY_SHAKESPEARE).read_text(encoding="utf-8")
-    pieces = list(documents.cut(whole[at : at + 997] for at in range(0, len(whole), 997)))
+    pieces = list(sources.cut(whole[at : at + 997] for at in range(0, len(whole), 997)))
     assert len(pieces) > 1100
     assert max(map(len, pieces)) < 1100
     assert [number for piece in pieces for number in encode(piece)] == encode(whole)
 
 
 def test_a_stretch_without_white_space_is_kept_whole() -> None:
-    assert list(documents.cut(["ab", "雪" * 5, "", "c d", " e"])) == ["ab" + "雪" * 5 + "c", " d", " e"]
+    assert list(sources.cut(["ab", "雪" * 5, "", "c d", " e"])) == ["ab" + "雪" * 5 + "c", " d", " e"]
 
 
 @pytest.mark.parametrize("unit", [" ", "\n", "\r\n", "\u3000\t", "\x1c"])
@@ -139,7 +140,7 @@ def test_a_text_with_a_million_blanks(tmp_path: Path, cold: Path) -> None:
 @pytest.mark.parametrize("piece", [7, 2**20])
 def test_the_token_file_is_numpys(piece: int, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One `.npy`, however many pieces it was written in; its hash and counts are of what it holds."""
-    monkeypatch.setattr(documents, "BLOCK", piece)
+    monkeypatch.setattr(sources, "BLOCK", piece)
     (tmp_path / "a.txt").write_text("Before we proceed any further, hear me speak.\n" * 50)
     source = tokens.prepare(text(tmp_path / "a.txt"))
     found = np.load(source.folder / "tokens.npy", allow_pickle=False)
@@ -198,8 +199,8 @@ FORMS = ["jsonl", "jsonl.gz", "ndjson", "ndjson.gz", "json", "JSON.GZ", "parquet
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_are_documents(form: str, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "BLOCK", 8)  # so that documents are cut, and batched, too
-    monkeypatch.setattr(documents, "ROWS", 3)
+    monkeypatch.setattr(sources, "BLOCK", 8)  # so that documents are cut, and batched, too
+    monkeypatch.setattr(sources, "ROWS", 3)
     source = tokens.prepare(text(write(form, tmp_path)))
     assert ids(source) == joined(*DOCUMENTS)
     body = write(form, tmp_path, "body")
@@ -246,7 +247,7 @@ def test_a_byte_order_mark_is_no_text(pack: Callable[[bytes], bytes], tmp_path: 
 def test_a_literal_end_of_text_is_noted_with_how_to_part(
     tmp_path: Path, cold: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once, with the count and a command that a shell takes; what that makes has the documents."""
+    """Once, with the count and a command that a shell takes; what that makes has the sources."""
     path = tmp_path / "my stories.txt"
     path.write_text("to be<|endoftext|>or not\n<|endoftext|>" + "naïve " * 300_000 + "<|endoftext|>")
     source = tokens.prepare(text(path))
@@ -431,7 +432,7 @@ def test_no_text_is_taken_for_something_else(begun: bytes, more: str) -> None:
     start = "".join(itertools.takewhile(str.isprintable, begun.decode("latin-1")))
     for whole in (more, start + " " + more, start + "Z" + more):
         if "\x00" not in whole and not whole.startswith(("%PDF-", "BZh91AY", "version https://git-lfs")):
-            assert not any(re.match(mark[0], whole.encode(errors="replace"), re.DOTALL) for mark in documents.NOT_TEXT)
+            assert not any(re.match(mark[0], whole.encode(errors="replace"), re.DOTALL) for mark in sources.NOT_TEXT)
 
 
 def test_parquet_without_its_library(tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,13 +487,14 @@ def test_a_text_is_read_once_and_a_change_is_noticed(
     for name in "ab":
         (folder / name).write_text("to be or not")
     opened = []
-    real = Path.open
+    real = sources._Hashed
 
-    def counted(path: Path, *how: Any, **more: Any) -> Any:
-        opened.extend([path.name] if path.parent == folder else [])
-        return real(path, *how, **more)
+    def counted(file: sources.File, advance: sources.Advance) -> Any:
+        opened.append(file.path.name)
+        return real(file, advance)
 
-    monkeypatch.setattr(Path, "open", counted)
+    monkeypatch.setattr(sources, "_Hashed", counted)
+    monkeypatch.setattr(files, "sha256", lambda path: pytest.fail("read a second time"))
     first = tokens.prepare(text(folder))
     assert opened == ["a", "b"]
     assert tokens.prepare(text(folder)) == first
@@ -509,13 +511,13 @@ def test_a_text_that_is_still_written_is_refused(
     form: str, tmp_path: Path, cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(form, tmp_path)
-    real = documents.in_row
+    real = sources.in_row
 
     def meanwhile(*row: Any) -> Iterator[str | None]:
         os.utime(path, (2e9, 2e9))
         return real(*row)
 
-    monkeypatch.setattr(documents, "in_row", meanwhile)
+    monkeypatch.setattr(sources, "in_row", meanwhile)
     with pytest.raises(
         BadRequest, match=rf"data\.path=.*a\.{form}: a\.{form} was changed while it was read; start again"
     ):
@@ -533,7 +535,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, cold: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from gpt2exp import tokens
+from gpt2exp.data import tokens
 from gpt2exp.config import DataConfig, DataName
 os.sched_setaffinity(0, [*os.sched_getaffinity(0)][:2])
 tokens.BIGRAM_TOKENS = 0
@@ -559,7 +561,7 @@ def test_killed_while_it_tokenises(tmp_path: Path, cold: Path) -> None:
     """Nothing of it is ever used, and the next one that tokenises anything clears it away."""
     path = tmp_path / "a.txt"
     path.write_text("Before we proceed any further, hear me speak.\n" * 400_000)
-    code = "import sys; from gpt2exp import tokens; from gpt2exp.config import DataConfig, DataName; "
+    code = "import sys; from gpt2exp.data import tokens; from gpt2exp.config import DataConfig, DataName; "
     code += "tokens.prepare(DataConfig(name=DataName.text, path=sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)])
     while not (found := list(cold.glob("tokens/.*.part/*.npy"))) and process.poll() is None:
@@ -712,7 +714,7 @@ def test_the_hub_is_asked_once(endpoint: str, tmp_path: Path, cold: Path) -> Non
     """Its commit is recorded, and later starts need no network; what it has not is said by name."""
     code = """
 import json, sys
-from gpt2exp import assets, tokens
+from gpt2exp.data import assets, tokens
 from gpt2exp.config import BadRequest, DataConfig, DataName
 for more in json.loads(sys.argv[1]):
     try:

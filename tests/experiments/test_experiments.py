@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 import importlib
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from support import SMALL
+
+from gpt2exp.sweep import launch
 
 ROOT = Path(__file__).parents[2]
 FINDINGS = ROOT / "experiments"
@@ -27,11 +33,46 @@ def test_the_index_follows_from_the_records(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.syspath_prepend(str(FINDINGS))
     for name in ("publish", "claims"):
         sys.modules.pop(name, None)
-    publish = importlib.import_module("publish")
-    assert block((FINDINGS / "README.md").read_text(), "claims") == publish.index()
+    publish, claims = importlib.import_module("publish"), importlib.import_module("claims")
+    assert block((FINDINGS / "README.md").read_text(), "claims") == claims.index()
     assert block((ROOT / "conf" / "README.md").read_text(), "keys") == publish.key_tables()
     tables = f"{publish.bench_table()}\n\n{publish.floor_table()}"
     assert block((FINDINGS / "throughput" / "README.md").read_text(), "bench") == tables
+
+
+def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page, the tables and the figures, from the comparison itself."""
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    monkeypatch.chdir(tmp_path)
+    publish = importlib.import_module("publish")
+    monkeypatch.setattr(publish, "HERE", tmp_path)
+    words = [*SMALL, "wandb.mode=disabled", "train.steps=2", "data.val_fraction=0.01", "hydra.sweep.dir=sweep"]
+    assert launch.command(["-m", "init.std=0.02,0.04", "seed=1,2", *words]) == 0
+    page = tmp_path / "init_std" / "README.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    publish.publish("init_std", [tmp_path / "sweep"])
+    text = page.read_text()
+    assert text.startswith("before\n<!-- results -->\n- ")
+    assert "old" not in text
+    for part in (
+        "init.std=0.04",
+        "0.04 against 0.02",
+        "![loss](loss.png)",
+        "```sh\ngpt2exp -m init.std=0.02,0.04",
+        "- parameters: ",
+    ):
+        assert part in text
+    assert (page.parent / "loss.png").stat().st_size > 1000
+    (row, *_) = publish.runs_of("init_std")
+    assert (row["state"], len(publish.runs_of("init_std"))) == ("done", 4)
+    assert len(publish.having(publish.runs_of("init_std"), "init.std=0.04")) == 2
+    assert publish.effect("init_std", "init.std", "0.04", "val_loss")["n_seeds"] == "2"
+    (tmp_path / "precision").mkdir()
+    (tmp_path / "precision" / "README.md").write_text("<!-- speed -->\n<!-- /speed -->\n")
+    publish.publish_speed(tmp_path / "sweep")
+    assert "speed, ratio" in (tmp_path / "precision" / "README.md").read_text()
+    assert "loss, nats" not in (tmp_path / "precision" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -58,6 +99,48 @@ def test_every_effect_stands_on_its_page() -> None:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 assert f"{row['arm']} against {row['baseline']}" in page
+
+
+@pytest.fixture
+def lr_search(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script beside the search."""
+    monkeypatch.syspath_prepend(str(FINDINGS / "lr_search"))
+    return importlib.import_module("optimum")
+
+
+def test_the_optimum_of_a_search(lr_search: Any) -> None:
+    """The vertex of numpy's own fit, with an interval that holds the truth as often as it says."""
+    x = np.linspace(-7, -3, 9)
+    assert lr_search.vertex(x, 2 + (x + 4.5) ** 2) == pytest.approx([-4.5] * 3)
+    assert lr_search.vertex(x, (2 - (x + 4.5) ** 2)) is None, "a hill has no least"
+    assert lr_search.vertex(x, (2 + (x + 9) ** 2)) is None, "beyond the values"
+    random, held = np.random.default_rng(1), 0
+    for _ in range(400):
+        y = (x + 4.5) ** 2 + random.normal(0, 0.2, len(x))
+        _, b, a = np.polynomial.polynomial.polyfit(x, y, 2)
+        low, at, high = lr_search.vertex(x, y)
+        assert at == pytest.approx(-b / (2 * a))
+        held += low <= -4.5 <= high
+    assert 0.92 < held / 400 < 0.98
+
+
+def test_a_search_is_read_from_its_comparison(lr_search: Any) -> None:
+    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+    losses = [8 + (math.log10(rate) + 2.9) ** 2 + noise for rate, noise in zip(rates, (0.01, -0.01) * 3, strict=False)]
+    told = [
+        {"state": "done", "val_loss": y, "overrides": ["model=nano", f"optimizer.lr={x}"]}
+        for x, y in zip(rates, losses, strict=True)
+    ]
+    told.append({"state": "diverged", "overrides": ["model=nano", "optimizer.lr=1.0"]})
+    comparison = {"swept": {"optimizer.lr": []}, "metric": "val_loss", "runs": told}
+    text = lr_search.optimum(comparison)
+    assert re.match(r"of 5 values tried, optimizer\.lr=0\.001 ended with the least val_loss, 8\.0\d+; a parabola", text)
+    low, at, high = map(float, re.search(r"least at (\S+) .*interval (\S+) to (\S+)\)", text).group(2, 1, 3))
+    assert low < at < high
+    assert at == pytest.approx(10**-2.9, rel=0.1)
+    assert text.endswith(f"gpt2exp -m seed=1,2,3,4,5 optimizer.lr={low:g},{at:g},{high:g} model=nano")
+    with pytest.raises(ValueError, match="2 values with a loss; 5 are needed"):
+        lr_search.optimum(comparison | {"runs": told[:2]})
 
 
 def test_tokenising_is_timed(cold: Path, tmp_path: Path) -> None:

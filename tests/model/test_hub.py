@@ -465,7 +465,12 @@ class Hub(http.server.SimpleHTTPRequestHandler):
         self.asked.append(self.path)
         name = re.fullmatch(r"/someone/tiny/resolve/\w+/([\w.-]+)", self.path)
         file = self.folder / name[1] if name else None
-        if self.path.startswith("/api/models/someone/tiny"):
+        if self.path.startswith("/api/models/someone/tiny/tree/"):
+            facts = {"type": "file", "oid": "0" * 40}
+            data = json.dumps(
+                [{**facts, "path": path.name, "size": path.stat().st_size} for path in self.folder.iterdir()]
+            ).encode()
+        elif self.path.startswith("/api/models/someone/tiny"):
             files = [{"rfilename": path.name} for path in self.folder.iterdir()]
             data = json.dumps({"id": "someone/tiny", "sha": self.commit, "siblings": files}).encode()
         elif file is not None and file.is_file():

@@ -24,13 +24,14 @@ from torch import Tensor
 from gpt2exp.config import (
     BadRequest,
     CheckpointConfig,
+    DataConfig,
     DataOrder,
     InitConfig,
     ModelConfig,
     RunConfig,
     TrainConfig,
 )
-from gpt2exp.data.batches import Batches
+from gpt2exp.data.batches import Windows
 from gpt2exp.model import init
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
@@ -68,7 +69,7 @@ def trained(steps: int, *, tie: bool = True, autocast: torch.dtype | None = None
     initialise(gpt, InitConfig(), 0)
     train = TrainConfig(batch_size=2, seq_len=8, steps=total, grad_accum_steps=2)
     text = (torch.arange(2000) ** 2 % 47).numpy().astype("<u2")
-    batches = Batches(text, train, DataOrder.shuffled, 0, CPU)
+    batches = Windows(text, train, DataConfig(order=DataOrder.shuffled), 0, CPU)
     trainer = Trainer(gpt, batches, RunConfig(train=train, optimizer=AdamW(lr=1e-2)), autocast=autocast)
     for _ in range(steps):
         trainer.step()

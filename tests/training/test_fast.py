@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2exp.config import (
     BadRequest,
-    DataOrder,
+    DataConfig,
     InitConfig,
     ModelConfig,
     PrecisionConfig,
@@ -30,7 +30,7 @@ from gpt2exp.config import (
     RunConfig,
     TrainConfig,
 )
-from gpt2exp.data.batches import Batches
+from gpt2exp.data.batches import Windows
 from gpt2exp.model import loss as loss_
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
@@ -51,8 +51,8 @@ def gpt(tie: bool) -> GPT:
     return model
 
 
-def batches(train: TrainConfig) -> Batches:
-    return Batches(TOKENS, train, DataOrder.sequential, 0, CPU)
+def batches(train: TrainConfig) -> Windows:
+    return Windows(TOKENS, train, DataConfig(), 0, CPU)
 
 
 def plain(tie: bool, autocast: torch.dtype | None = None) -> tuple[list[float], GPT]:
@@ -60,10 +60,10 @@ def plain(tie: bool, autocast: torch.dtype | None = None) -> tuple[list[float], 
     model, source = gpt(tie), batches(TrainConfig(batch_size=8, seq_len=16))
     decays = [p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decays[0], "weight_decay": 0.01}, {"params": decays[1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-3, foreach=False, fused=False)
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, eps=EPS, foreach=False, fused=False)
     losses = []
     for step in range(STEPS):
-        x, y = source.at(step)
+        x, y = source.train(step)
         optimizer.zero_grad()
         with precision.cast(CPU, autocast):
             logits = model(x)
@@ -79,8 +79,13 @@ def fast(tie: bool, pad: bool = False, autocast: torch.dtype | None = None, **tr
     if pad:
         model.pad_vocabulary()
     config = TrainConfig(**{"batch_size": 8, "seq_len": 16, "steps": STEPS, **train})  # type: ignore[arg-type]
-    return Trainer(model, batches(config), RunConfig(train=config, optimizer=AdamW(lr=3e-3)), autocast=autocast)
+    return Trainer(
+        model, batches(config), RunConfig(train=config, optimizer=AdamW(lr=3e-3, eps=EPS)), autocast=autocast
+    )
 
+
+EPS = 1e-5
+"""Added to AdamW's denominator: at 1e-8 a weight whose gradient is rounding error alone makes full steps."""
 
 PATHS = {
     "as it comes": {},

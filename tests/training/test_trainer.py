@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from gpt2exp.config import (
     AUTO,
     DataConfig,
-    DataOrder,
     InitConfig,
     ModelConfig,
     RunConfig,
@@ -34,7 +33,7 @@ from gpt2exp.config import (
 )
 from gpt2exp.data import batches as windows
 from gpt2exp.data import tokens
-from gpt2exp.data.batches import Batches, split
+from gpt2exp.data.batches import Windows
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import job as jobs
@@ -79,10 +78,12 @@ def trainer(
 ) -> Trainer:
     """A trainer on the text in order."""
     config = TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 5, **train})
-    batches = Batches(stream() if text is None else text, config, DataOrder.sequential, 0, CPU)
-    data = DataConfig(val_fraction=0.0 if validation is None else 0.1)
-    asked = RunConfig(train=config, optimizer=optimizer or AdamW(), data=data)
-    return Trainer(gpt or model(), batches, asked, seen=seen, validation=validation)
+    text = stream() if text is None else text
+    held_out = 0 if validation is None else len(validation)
+    whole = text if validation is None else np.concatenate([text, validation])
+    batches = Windows(whole, config, DataConfig(val_fraction=held_out / len(whole)), 0, CPU)
+    asked = RunConfig(train=config, optimizer=optimizer or AdamW(), data=DataConfig(val_fraction=held_out / len(whole)))
+    return Trainer(gpt or model(), batches, asked, seen=seen)
 
 
 def state(gpt: nn.Module) -> dict[str, Tensor]:
@@ -329,7 +330,7 @@ class TestLossUnseen:
         source = tokens.prepare(DataConfig())
         gpt = GPT(tiny)
         initialise(gpt, InitConfig(), seed=0)
-        x, y = Batches(source.map(), TrainConfig(), DataOrder.sequential, 0, CPU).at(0)
+        x, y = Windows(source.map(), TrainConfig(), DataConfig(), 0, CPU).train(0)
         unseen = trainers.loss_unseen(gpt, x, torch.from_numpy(source.seen()))
         assert unseen == pytest.approx(math.log(50257 / 11706), abs=0.01)
         assert float(gpt(x, y).detach()) == pytest.approx(math.log(50257), abs=0.05)
@@ -339,7 +340,7 @@ class TestFit:
     """What a run yields."""
 
     def test_keys_at_the_right_steps(self) -> None:
-        train, val = split(stream(), 0.1)
+        train, val = np.split(stream(), [round(0.9 * len(stream()))])
         seen = torch.from_numpy(np.unique(train).astype(np.int64))
         job = trainer(text=train, validation=val, seen=seen, steps=8, measure_every=3, eval_every=2, grad_accum_steps=2)
         rows = list(job.fit())
@@ -377,7 +378,7 @@ class TestFit:
 
     def test_loss_and_unseen_are_from_before_the_update(self) -> None:
         job, untouched = trainer(seen=torch.arange(0, WORDS, 2)), model()
-        x, y = job.batches.at(0)
+        x, y = job.batches.train(0)
         row = next(job.fit())
         assert row["loss"] == pytest.approx(float(untouched(x, y).detach()), rel=1e-6)
         assert row["loss_unseen"] == pytest.approx(trainers.loss_unseen(untouched, x, torch.arange(0, WORDS, 2)))
@@ -426,7 +427,7 @@ def test_evaluation_reads_as_many_rows_as_the_loss_takes_at_a_time(monkeypatch: 
         rows: list[int] = []
         monkeypatch.setattr(windows, "gather", lambda *args, to=rows: (to.append(len(args[1])), real(*args))[1])
         job = trainer(validation=text, batch_size=batch, loss_chunk=chunk)
-        job.batches.processes = processes
+        job.batches.share = 0, processes
         job.evaluate()
         assert max(rows) == expected
 
@@ -669,8 +670,8 @@ config = RunConfig(
     model=ModelConfig(**shape), train=TrainConfig(**train), precision=PrecisionConfig(name=PrecisionName(name))
 )
 cpu = torch.device("cpu")
-if not kept:
-    hardware.keep_freed_memory = lambda tight: None
+if kept:
+    setup.keep_memory(config, cpu)
 hardware.reset_peak_memory(cpu)
 source = tokens.prepare(config.data)
 with precision.applied(config.precision, cpu) as got:

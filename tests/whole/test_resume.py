@@ -220,8 +220,8 @@ class TestDone:
             asked(f"resume={folder}", "train.steps=9")
         request = asked(f"resume={folder}", "train.steps=9", "optimizer.grad_clip=6.0")
         assert request.jobs[0].config.optimizer.grad_clip == 6
-        assert request.composed is not None
-        assert request.composed.optimizer.grad_clip == 6
+        assert request.jobs[0].composed is not None
+        assert request.jobs[0].composed.own["optimizer"]["grad_clip"] == 6
 
     def test_a_damaged_checkpoint(self, done: Path, tmp_path: Path) -> None:
         """The one before it is used, and that is said; test_checkpoint.py damages each file in each way."""
@@ -431,7 +431,7 @@ class TestSweep:
         wait_for_step(tmp_path / "here", process, job=1)
         process.send_signal(signal.SIGTERM)
         assert shell_code(finish(process)) == 143
-        first, second = run_folders(tmp_path / "here")
+        first, second, _ = run_folders(tmp_path / "here")
         steps = read(second / "summary.json")["steps"]
         assert 0 < steps < 70
         before = content(first)
@@ -516,6 +516,7 @@ class TestSweep:
         assert note in alone.notes
         assert run(tmp_path, f"resume='{folders[0]}'", "train.steps=3").returncode == 0
         assert read(folders[0] / "summary.json")["steps"] == 3
+        had(1, folders[0])  # its configuration was written anew
         had(2, folders[1])
         with pytest.raises(BadRequest, match=r"its runs have train\.old=1 and 2, which is no key of this version"):
             asked(f"resume={sweep}")
