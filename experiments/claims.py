@@ -135,7 +135,7 @@ def tf32_speed() -> tuple[str, int, str]:
 
 def memory() -> tuple[str, int, str]:
     config = RunConfig(train=TrainConfig(batch_size=16, seq_len=1024))
-    need = setup.memory(config, on_cpu=False, unfused_attention=False)
+    need = setup.memory(config, setup.Hardware("cuda"))
     (same,) = (row for row in runs_of("scaling", "checks") if (row["series"], row["unit"]) == ("tutorial", "GB"))
     predicted = f"predicted {float(same['predicted']):.0f} GB as the tutorial computes it"
     return f"not run; {predicted}, estimated {need / 1e9:.0f} GB with fused attention", 0, NEEDS

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
-from gpt2exp.config import BadRequest, RunConfig, plain
+from gpt2exp.config import BadRequest, RunConfig, plain, require
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
 from gpt2exp.run import process, terminal
@@ -113,6 +113,8 @@ def asked_for(overrides: Sequence[str]) -> RunConfig:
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
     config = request.jobs[0].config
+    name, why = config.optimizer.name, "the peers and the floor are timed with AdamW"
+    require(name == "adamw", "optimizer", name, why, "leave it out")
     tokens.prepare(config.data)
     setup.check_weights(config.init, config.model)
     return config
@@ -244,21 +246,21 @@ class Prepared(NamedTuple):
 
 @contextlib.contextmanager
 def prepared(config: RunConfig, *, heap: bool = True) -> Iterator[Prepared]:
-    """A block in which the step of a configuration can be built and run; `heap`: with memory set up as for a run."""
-    free = setup.prepare_heap(config) if heap else None
+    """A block to build and run the step of a configuration in; `heap`: with freed memory kept, as in a run."""
     from gpt2exp.training import hardware, precision
 
     device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        free = free if heap else hardware.free_memory(device)
-        config, need = setup.settled(config, device, got, source, free)
+        config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
+        if heap:
+            setup.keep_memory(config, device)
         yield Prepared(config, device, got, source, need)
 
 
 def ours(config: RunConfig, steps: int, _: bool, *, begin: Callable[[], Any] = lambda: None) -> Result:
     """Step times of the trainer that a run of `config` builds; `begin` is called before the first."""
     with prepared(config) as (config, device, got, source, need):
-        job = setup.trainer(config, device, got, source)
+        job, _origin = setup.trainer(config, device, got, source)
         begin()
         done = [job.timed_step() for _ in range(steps)]
         losses, times = [float(loss) for loss, *_ in done], [seconds * 1e3 for _, seconds, *_ in done]
@@ -278,13 +280,11 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
         raise BadRequest("--peer hf: transformers is not installed; pip install 'gpt2exp[bench]'") from error
     import torch
 
-    from gpt2exp.training import optimizers
-
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with prepared(config, heap=False) as ready, torch.device(ready.device):
         model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))
         forward = torch.compile(model) if compiled else model
-        optimizer = optimizers.build(model, config.optimizer)
+        (optimizer,) = config.optimizer.build(model)
         return plain_steps(ready, lambda x: forward(x).logits, optimizer, steps)
 
 

@@ -8,6 +8,7 @@ and no torch, so that a typo is answered in a moment.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -18,10 +19,10 @@ import os
 import re
 import shlex
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 
 class BadRequest(ValueError):
@@ -135,9 +136,35 @@ class Section:
 
     @classmethod
     def key(cls, name: str) -> str:
-        """The dotted key of a field: `ModelConfig`'s n_layer is `model.n_layer`."""
-        section = cls.__name__.removesuffix("Config").lower()
+        """The dotted key of a field: `ModelConfig`'s n_layer is `model.n_layer`; a choice has its section's."""
+        named = next(base.__name__ for base in cls.__mro__ if base.__name__.endswith("Config"))
+        section = named.removesuffix("Config").lower()
         return name if section == "run" else f"{section}.{name}"
+
+
+Chosen = TypeVar("Chosen", bound=Section)
+
+CHOICES: dict[str, dict[str, type[Section]]] = {}
+"""By section: its classes by the name of the choice, the default first."""
+
+
+def choice_of(section: str) -> Callable[[type[Chosen]], type[Chosen]]:
+    """Register a subclass of a section's class as the choice that its field `name` has as default."""
+
+    def register(cls: type[Chosen]) -> type[Chosen]:
+        name = next(item for item in dataclasses.fields(cls) if item.name == "name")
+        CHOICES.setdefault(section, {})[name.default] = cls  # type: ignore[index]
+        return cls
+
+    return register
+
+
+def chosen(section: str, name: object = None) -> type[Any]:
+    """The class of a choice, or of the section's default; of a name that is none `BadRequest`."""
+    choices = CHOICES[section]
+    remedy = f"choose one of {', '.join(choices)}"
+    require(name is None or name in choices, f"{section}.name", name, "no such choice", remedy)
+    return choices[str(name)] if name is not None else next(iter(choices.values()))
 
 
 class InitScheme(StrEnum):
@@ -151,14 +178,32 @@ class InitScheme(StrEnum):
 
 
 class PrecisionName(StrEnum):
-    """How matrix products are computed."""
+    """How matrix products are computed: a row a precision, its columns in the order of `__new__`'s arguments."""
 
-    fp32 = auto()  # IEEE single precision
-    tf32 = auto()  # operands cropped to 10 mantissa bits, products accumulated in fp32
-    medium = auto()  # fp32 tensors, bf16 inside the product, where the hardware does that
-    bf16 = auto()  # autocast: activations and products in bf16, weights in fp32
-    fp16 = auto()  # autocast to fp16, with the loss scaled
-    fp64 = auto()  # everything in double precision: the reference trajectory
+    weights: str
+    """The type of weights, gradients and moments."""
+    autocast: str | None
+    """What the forward pass is cast to, by PyTorch's automatic mixed precision."""
+    matmul: str
+    """The argument of `torch.set_float32_matmul_precision`."""
+
+    fp32 = "fp32", "float32", None, "highest"  # IEEE single precision
+    tf32 = "tf32", "float32", None, "high"  # operands cropped to 10 mantissa bits, products accumulated in fp32
+    medium = "medium", "float32", None, "medium"  # bf16 inside the product, where the hardware does that
+    bf16 = "bf16", "float32", "bfloat16", "highest"  # activations and products in bf16
+    fp16 = "fp16", "float32", "float16", "highest"  # the same in fp16, with the loss scaled
+    fp64 = "fp64", "float64", None, "highest"  # everything in double precision: the reference trajectory
+
+    def __new__(cls, name: str, weights: str, autocast: str | None, matmul: str) -> PrecisionName:
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.weights, member.autocast, member.matmul = weights, autocast, matmul
+        return member
+
+    @property
+    def bytes(self) -> int:
+        """Of a weight."""
+        return int(self.weights[-2:]) // 8
 
 
 class Distributed(StrEnum):
@@ -173,7 +218,6 @@ Rounding = StrEnum("Rounding", "truncate nearest")
 DataName = StrEnum("DataName", "tinyshakespeare text hub")
 DataOrder = StrEnum("DataOrder", "sequential shuffled")
 DeviceName = StrEnum("DeviceName", "auto cpu cuda mps")
-OptimizerName = StrEnum("OptimizerName", "adamw")
 Schedule = StrEnum("Schedule", "constant cosine")
 WandbMode = StrEnum("WandbMode", "auto online offline disabled")
 
@@ -188,11 +232,6 @@ class ModelConfig(Section):
     block_size: int = option(1024, "longest sequence: rows of wpe", at_least=1)
     vocab_size: int = option(50257, "rows of wte: 50,000 BPE merges, 256 bytes and <|endoftext|>", at_least=1)
     tie_weights: bool = option(True, "use wte as lm_head too (Press and Wolf 2017), as GPT-2 does")
-    pad_vocab: bool | str = option(
-        AUTO,
-        "keep zero rows up to a multiple of 64 behind the head, for speed; auto: on CUDA, and where AVX2 is all",
-        choices=SWITCH,
-    )
 
     def agree(self) -> None:
         heads = self.n_head
@@ -342,6 +381,11 @@ class TrainConfig(Section):
     loss_chunk: int | str = option(
         AUTO, "rows of logits in memory at a time while the loss is computed; auto: 1024", at_least=1, choices=(AUTO,)
     )
+    pad_vocab: bool | str = option(
+        AUTO,
+        "keep zero rows up to a multiple of 64 behind the head, for speed; auto: on CUDA, and where AVX2 is all",
+        choices=SWITCH,
+    )
     activation_checkpointing: bool | str = option(
         AUTO, "compute a block's activations again in backward; auto: where the run fits only so", choices=SWITCH
     )
@@ -400,17 +444,10 @@ class TrainConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter 2019) with PyTorch's defaults, as the tutorial's 50 steps."""
+    """What every optimizer has; the choices are in `gpt2exp.training.optimizers`."""
 
-    name: OptimizerName = option(OptimizerName.adamw, "chosen by optimizer=NAME")
+    name: str = option("", "chosen by optimizer=NAME")
     lr: float = option(3e-4, "learning rate; under a schedule the peak", above=0)
-    betas: list[float] = option(
-        [0.9, 0.999], "decay of the running mean and square of the gradient", at_least=0, below=1
-    )
-    eps: float = option(1e-8, "added to the denominator", above=0)
-    weight_decay: float = option(
-        0.01, "decoupled decay of matrices and embeddings; biases and LayerNorms do not decay", at_least=0
-    )
     grad_clip: float = option(0.0, "clip the gradient's global norm to this; 0: no clipping", at_least=0)
     schedule: Schedule = option(Schedule.constant, "the learning rate over the steps")
     warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
@@ -418,10 +455,10 @@ class OptimizerConfig(Section):
     schedule_steps: int | None = option(
         None, "cosine: steps until min_lr, which stays from there on; null: train.steps", at_least=1
     )
+    moments: ClassVar[int] = 0
+    """Numbers kept for each weight beside it and its gradient."""
 
     def agree(self) -> None:
-        remedy = "try optimizer.betas=[0.9,0.95]"
-        require(len(self.betas) == 2, "optimizer.betas", self.betas, "must be two numbers", remedy)
         if self.schedule is Schedule.constant:
             for name in ("warmup_steps", "min_lr"):
                 value = getattr(self, name)
@@ -431,6 +468,10 @@ class OptimizerConfig(Section):
             require(value is None, "optimizer.schedule_steps", value, why, "add optimizer.schedule=cosine")
         why = f"above the peak optimizer.lr={self.lr}"
         require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, why, "try optimizer.min_lr=0")
+
+    def build(self, model: Any) -> list[Any]:
+        """PyTorch optimizers that together step every parameter of `model` once."""
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -486,7 +527,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: chosen("optimizer")())
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -520,12 +561,31 @@ def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
     for item in dataclasses.fields(cls):
         kind = hints[item.name]
         if isinstance(kind, type) and issubclass(kind, Section):
-            yield from options(kind)
+            known: dict[str, None] = {}
+            for name, choice in CHOICES.get(item.name, {"": kind}).items():
+                of_choice = f" ({item.name}={name})" if known else ""
+                new = [option for option in options(choice) if option[0] not in known]
+                yield from ((key, default, f"{about}{of_choice}") for key, default, about in new)
+                known |= dict.fromkeys(key for key, _, _ in new)
             continue
         switch = item.metadata["choices"] if item.metadata["at_least"] is None else ()
         choices = list(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else switch
         listed = f" ({', '.join(map(show, choices))})" if choices else ""
         yield cls.key(item.name), default_of(item), item.metadata["help"] + listed
+
+
+def choices_with(key: str) -> list[str]:
+    """The choices of its section whose class has a dotted key."""
+    section, _, name = key.rpartition(".")
+    return [choice for choice, cls in CHOICES.get(section, {}).items() if name in cls.__dataclass_fields__]
+
+
+def owner(key: str) -> tuple[type[Section], str]:
+    """The class that has a dotted key of the schema as a field, and the field's name."""
+    section, _, name = key.rpartition(".")
+    if found := choices_with(key):
+        return CHOICES[section][found[0]], name
+    return typing.get_type_hints(RunConfig)[section] if section else RunConfig, name
 
 
 def keys() -> Iterator[str]:
@@ -578,8 +638,12 @@ def parse(plain: Any) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
-        config = OmegaConf.to_object(merged)
+        schema = OmegaConf.structured(RunConfig)
+        given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # untyped: the types are the schema's
+        for section in CHOICES:
+            own = given.get(section)
+            schema[section] = OmegaConf.structured(chosen(section, own.get("name") if isinstance(own, dict) else None))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise BadRequest(explain(error)) from error
     assert isinstance(config, RunConfig)
@@ -623,6 +687,9 @@ def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     A key that it lacks has today's default. Both as plain values, interpolations as they stand; `parse` checks them.
     """
     today, unknown = plain(RunConfig()), leaves(recorded)
+    for group in CHOICES:
+        with contextlib.suppress(BadRequest):  # a choice of another version: its keys are unknown here
+            today[group] = plain(chosen(group, unknown.get(f"{group}.name"))())
     known = leaves(today).keys()
     for old, new in MOVED.items():
         if old in unknown.keys() - known:

@@ -53,11 +53,11 @@ def train(case: str, distributed: str) -> dict[str, Tensor]:
     device = torch.device("cpu")
     with precision.applied(run.precision, device) as got:
         source = tokens.prepare(run.data)
-        run, _need = setup.settled(run, device, got, source, None)
-        job = setup.trainer(run, device, got, source)
+        run, _need = setup.settled(run, device, setup.Hardware("cpu", got.emulated), source)
+        job, _origin = setup.trainer(run, device, got, source)
         rows = list(job.fit())
         gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
-        gradients = dist.gathered(gradients)
+        gradients = dist.gather(gradients)
         weights, _tensors, _numbers = job.state()
     found = {
         key: torch.tensor([row[key] for row in rows if key in row]) for key in ("loss", "grad_norm", "loss_unseen")
@@ -74,12 +74,12 @@ def main() -> None:
     """Every case under DDP and FSDP; the first process writes them all to one safetensors file."""
     torch.set_num_threads(1)
     found: dict[str, Tensor] = {}
-    with dist.joined():
+    with dist.process_group():
         for distributed in ("ddp", "fsdp"):
             for case in CASES:
                 result = train(case, distributed)
                 found |= {f"{distributed}/{case}/{name}": tensor.contiguous() for name, tensor in result.items()}
-    if dist.first():
+    if dist.is_main():
         save_file(found, Path(sys.argv[1]))
 
 

@@ -20,7 +20,7 @@ from gpt2exp import bench
 from gpt2exp.bench import Result
 from gpt2exp.config import RunConfig
 from gpt2exp.run import process, terminal
-from gpt2exp.training import setup
+from gpt2exp.training import optimizers, setup
 
 PROFILED = 4
 """Steps under the profiler."""
@@ -83,10 +83,11 @@ def plain(config: RunConfig, steps: int) -> Result:
     import torch
 
     with bench.prepared(config, heap=False) as ready:
-        job = setup.trainer(ready.config, ready.device, ready.got, ready.source)
+        job, _origin = setup.trainer(ready.config, ready.device, ready.got, ready.source)
         model, rates = job.model, config.optimizer
         model.transformer.gradient_in_place = model.transformer.recompute = False
-        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in job.optimizer.param_groups]
+        assert isinstance(rates, optimizers.AdamW)
+        groups = optimizers.decay_groups(model, rates.weight_decay)
         betas = (rates.betas[0], rates.betas[1])
         optimizer = torch.optim.AdamW(groups, lr=rates.lr, betas=betas, eps=rates.eps, foreach=False, fused=False)
         return bench.plain_steps(ready, model, optimizer, steps)
@@ -95,7 +96,7 @@ def plain(config: RunConfig, steps: int) -> Result:
 def roofline(config: RunConfig) -> Result:
     """What this machine needs at least for the step (`floor_ms`), and a profile of it in milliseconds a step."""
     with bench.prepared(config) as (config, device, got, source, _):
-        parts = profiled(setup.trainer(config, device, got, source), device)
+        parts = profiled(setup.trainer(config, device, got, source)[0], device)
         products = list(matrix_products(config, device))
         adamw = adamw_ms(config, device)
     for product in products:

@@ -60,9 +60,6 @@ KEYS = {
 SHAPE = [key for key in KEYS if key != "tie_weights"]
 """Keys in which weights and model must agree; tied weights can be loaded untied."""
 
-IN_MEMORY = ("pad_vocab",)
-"""Keys of `model` about its place in memory, which `config.json` says nothing of."""
-
 GPT2: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -80,7 +77,7 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
         BadRequest: a key of `model` that has none there is not at its default.
     """
     default = type(model)()
-    for name in (item.name for item in fields(model) if item.name not in (*KEYS, *IN_MEMORY)):
+    for name in (item.name for item in fields(model) if item.name not in KEYS):
         value, usual = getattr(model, name), getattr(default, name)
         why, remedy = "Hugging Face's GPT-2 has no such choice", f"it takes model.{name}={show(usual)}"
         require(value == usual, f"model.{name}", value, why, remedy)

@@ -75,11 +75,10 @@ def run(folder: Path, began: float = BEGAN) -> Summary:
         OSError: the record cannot be written.
     """
     config, _, overrides = record.asked(folder)
-    free = setup.prepare_heap(config)
     with processes.deferred() as stop, _session(folder, config, overrides, began, stop) as session:
         files = session.files
         try:
-            _train(session, config, free)
+            _train(session, config)
             state, error = "done", None
         except KeyboardInterrupt as interrupt:
             stop.asked = stop.asked or interrupt
@@ -130,8 +129,8 @@ def _newest_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
     return checkpoint.newest(folder, at_most=len(record.kept_metrics(folder)))
 
 
-def _train(session: Session, config: RunConfig, free: int | None) -> None:
-    """Settle what is open, build or restore, train to the end; `free`: bytes of memory before torch was imported."""
+def _train(session: Session, config: RunConfig) -> None:
+    """Settle what is open, build or restore, train to the end."""
     from gpt2exp.training import hardware, precision
 
     device = hardware.resolve_device(config.train.device)
@@ -140,13 +139,13 @@ def _train(session: Session, config: RunConfig, free: int | None) -> None:
     if session.saved is not None:
         config = _as_before(config, source, session.saved)
     with precision.applied(config.precision, device) as got:
-        if device.type == "cuda":
-            free = hardware.free_memory(device)
-        config, need = setup.settled(config, device, got, source, free)
+        here = setup.Hardware.of(device, got)
+        config, need = setup.settled(config, device, here, source)
+        setup.keep_memory(config, device)
         setup.check_text(config, source)
         _describe(session, config, device, got, source, need)
-        _check_memory(config, need, free, got, device)
-        distributed.from_first((config, source.sha256, session.saved is not None, Path.cwd()))
+        _check_memory(config, need, here)
+        distributed.broadcast((config, source.sha256, session.saved is not None, Path.cwd()))
         job = _built(session, config, device, got, source)
         try:
             _steps(job, config, session.stop, session)
@@ -184,8 +183,8 @@ def _describe(
         "precision": got.as_dict(),
         "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
         "device": f"{device.type}: {hardware.device_name(device)}",
-        "processes": distributed.size(),
-        "distributed": config.distributed.value if distributed.size() > 1 else None,
+        "processes": distributed.world_size(),
+        "distributed": config.distributed.value if distributed.world_size() > 1 else None,
         "threads": torch.get_num_threads(),
         "estimated_memory_bytes": need,
         "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
@@ -202,8 +201,7 @@ def _built(
     from gpt2exp.run import checkpoint
 
     files, saved, view = session.files, session.saved, session.view
-    job = setup.trainer(config, device, got, source, saved)
-    files.facts["init"] = job.origin
+    job, files.facts["init"] = setup.trainer(config, device, got, source, saved)
     view.rows({"weights  ": terminal.origin_line(files.facts["init"]), "wandb    ": session.mirror.ready()})
     session.mirror.describe({"facts": _for_wandb(files.facts)})
     here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
@@ -251,7 +249,7 @@ def _steps(job: Trainer, config: RunConfig, stop: processes.Stop, session: Sessi
     every = config.checkpoint.every
     for metrics in job.fit():
         done, last = job.steps_done, job.steps_done == config.train.steps
-        asked, warned, peak = distributed.largest(stop.asked is not None, stop.warned, hardware.peak_memory(job.device))
+        asked, warned, peak = distributed.all_max(stop.asked is not None, stop.warned, hardware.peak_memory(job.device))
         if session is not None:
             session.keep(metrics, peak)
         if warned or (every and done % every == 0) or (config.checkpoint.save_last if last else asked):
@@ -265,11 +263,10 @@ def _steps(job: Trainer, config: RunConfig, stop: processes.Stop, session: Sessi
 
 def _follow() -> int:
     """What a process does that is not the run's first: the same steps, with nothing written; the exit code."""
-    task: Any = distributed.from_first()
+    task: Any = distributed.broadcast()
     if task is None:  # no run came of it
         return 0
     config, text, goes_on, cwd = task
-    setup.prepare_heap(config)
     from gpt2exp.training import hardware, precision
 
     with processes.deferred() as stop:
@@ -281,30 +278,31 @@ def _follow() -> int:
             source = tokens.prepare(config.data)
             _check_same_text(config, source, text)
             with precision.applied(config.precision, device) as got:
-                job = setup.trainer(config, device, got, source)
+                setup.keep_memory(config, device)
+                job, _origin = setup.trainer(config, device, got, source)
                 if goes_on:
                     job.restore({}, {})
                 _steps(job, config, stop)
         except KeyboardInterrupt as interrupt:
             return processes.code(stop.asked or interrupt)
         except Exception as problem:
-            where, why = f"{distributed.rank() + 1} of {distributed.size()}", _classify(problem, config, None)[1]
+            where, why = f"{distributed.rank() + 1} of {distributed.world_size()}", _classify(problem, config, None)[1]
             log.error("process %s: %s", where, why)
             return 1
     return 0
 
 
-def _check_memory(config: RunConfig, need: int, free: int | None, got: Precision, device: torch.device) -> None:
+def _check_memory(config: RunConfig, need: int, here: setup.Hardware) -> None:
     """Fail before the system would kill the whole sweep for one job's memory.
 
     Raises:
         MemoryError: the estimate is a tenth above what is free; the text names a batch that fits.
     """
-    if free is None or need <= 1.1 * free:
+    if here.free is None or need <= 1.1 * here.free:
         return
-    batch = setup.fitting_batch(config, free, on_cpu=device.type == "cpu", unfused_attention=got.emulated)
+    batch = setup.fitting_batch(config, here)
     hint = f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
-    raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
+    raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {here.free / 2**30:.1f} are free; {hint}")
 
 
 def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_second: float) -> float | None:
@@ -313,7 +311,7 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
     peak = hardware.peak_flops(hardware.device_name(device), got.effective) if device.type == "cuda" else None
     if peak is None or got.emulated:
         return None
-    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / (peak * distributed.size())
+    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / (peak * distributed.world_size())
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:
@@ -325,8 +323,8 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
     line = first_line(problem)
     if isinstance(problem, Diverged):
         return "diverged", line
-    if distributed.lost(problem):
-        return "failed", f"one of the run's {distributed.size()} processes ended, or can no longer be reached"
+    if distributed.is_peer_lost(problem):
+        return "failed", f"one of the run's {distributed.world_size()} processes ended, or can no longer be reached"
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
         smaller = AUTO if config.train.batch_size == AUTO else config.train.sequences // 2
         hint = f"try train.batch_size={smaller}" if smaller else "try a smaller model or a shorter train.seq_len"

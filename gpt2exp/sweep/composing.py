@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 import hydra
 from hydra import initialize_config_module
@@ -37,7 +37,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp.config import BadRequest, RunConfig, Section, explain, keys, leaves, parse, plain, typed
+from gpt2exp.config import (
+    CHOICES,
+    BadRequest,
+    RunConfig,
+    Section,
+    choices_with,
+    explain,
+    keys,
+    leaves,
+    parse,
+    plain,
+    typed,
+)
 from gpt2exp.files import replacing
 from gpt2exp.run import process, secret, tracking
 from gpt2exp.sweep import engines
@@ -52,6 +64,10 @@ def register() -> None:
     """Make the schema and the resolvers of conf/ known to Hydra; every process that runs a job calls this."""
     schema = OmegaConf.structured(RunConfig)
     schema.wandb.update(tracking.defaults())
+    for section, choices in CHOICES.items():
+        schema[section] = OmegaConf.structured(get_type_hints(RunConfig)[section])  # any choice can be merged
+        for name, choice in choices.items():
+            ConfigStore.instance().store(f"{name}_schema", group=section, node=choice)
     ConfigStore.instance().store("schema", node=schema)
     # two launches in the same second get two folders
     resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
@@ -193,6 +209,10 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
         if remedy := engines.missing(choice or ""):
             raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
         text = explain(error)
+        key = (re.match(r"Could not override '([\w.]+)'", text) or ["", ""])[1]
+        if names := choices_with(key):
+            why = f"a key of {key.partition('.')[0]}={' and '.join(names)} alone"
+            raise BadRequest(f"{key}: {why}; leave it out, or make that choice") from error
         found = re.match(r"In '((\w+)/[^']+)': .*Key '(\w+)' not in '\w+'", text)
         if found and found[3] in ("hydra", found[2], *SECTIONS):
             why = f"its keys land in {found[2]}, which has no {found[3]}"

@@ -65,13 +65,13 @@ def _understand(argv: list[str]) -> int:
     if args.help:
         terminal.terminal().print(help.text(), markup=False)
         return 0
-    with distributed.joined():
-        if not distributed.first():
+    with distributed.process_group():
+        if not distributed.is_main():
             return _follow()
         try:
             return _carry_out(args, argv)
         finally:
-            distributed.dismiss()
+            distributed.release_followers()
 
 
 def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
@@ -79,7 +79,7 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         composing.hand_over(argv, work)
         return 0
     request = resume.make(args) or make(args)
-    if request.multirun and distributed.size() > 1:
+    if request.multirun and distributed.world_size() > 1:
         why = "under torchrun every job would share out its batch over the same processes"
         remedy = "start sweeps as gpt2exp -m ..., a device a job by hydra/launcher, or torchrun for one run at a time"
         raise BadRequest(f"a sweep: {why}; {remedy}")
@@ -112,7 +112,7 @@ def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
     yield from request.notes
     ignored = (tracking.ignored(job.config.wandb, sweep=request.multirun, resumed=request.resumed) for job in to_do)
     yield from dict.fromkeys(itertools.chain.from_iterable(ignored))
-    if distributed.size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
+    if distributed.world_size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
         yield "distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun"
 
 
@@ -199,8 +199,8 @@ def _dry_row(job: Job) -> dict[str, str]:
     config = job.config
     device, length = hardware.resolve_device(config.train.device), config.optimizer.schedule_steps
     with precision.applied(config.precision, device) as got:
-        free, source = hardware.free_memory(device), tokens.prepare(config.data)
-        config, need = setup.settled(config, device, got, source, free)
+        source = tokens.prepare(config.data)
+        config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
     return {
         "parameters": f"{config.model.parameters['total']:,}",
         "batch": f"{config.train.sequences} x {config.train.seq_len}",

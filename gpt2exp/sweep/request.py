@@ -13,7 +13,6 @@ import difflib
 import errno
 import functools
 import itertools
-import operator
 import os
 import re
 import shlex
@@ -36,13 +35,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2exp.config import (
+    CHOICES,
     BadRequest,
     InitConfig,
     InitScheme,
     RunConfig,
     check_key,
+    default_of,
     home,
     keys,
+    owner,
     quoted,
     require,
     show,
@@ -203,7 +205,11 @@ def check(composer: Composer, override: Override) -> None:
         if override.is_choice_sweep():
             raise BadRequest(f"{override.input_line}: a sweep has one {key}; name one, quoted if it holds a comma")
         return
-    choices = composer.loader.get_group_options(key)
+    choices = [name for name in composer.loader.get_group_options(key) if not name.endswith("_schema")]
+    group, _, part = key.rpartition(".")
+    if group in CHOICES and part == "name":
+        name = show(override.value())
+        raise BadRequest(f"{key}={name}: a choice brings keys of its own; write {group}={name}")
     if override.type is OverrideType.DEL:
         raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")
     if override.is_sweep_override() and not override.is_discrete_sweep():
@@ -230,15 +236,15 @@ def _check_choice(group: str, value: Any, choices: list[str]) -> None:
 def _check_type(key: str, value: Any) -> None:
     if isinstance(value, str) and "${" in value:
         return  # an interpolation: its type shows once composed
-    expected = kinds(key)
+    expected, (section, name) = kinds(key), owner(key)
     try:
         if isinstance(value, bool) and not {bool, str} & set(expected):
             raise ValueError("a bool is no number")
         if isinstance(value, (int, float)) and expected == (bool,) and value not in (0, 1):
             raise ValueError("a number is no bool")
-        OmegaConf.update(_schema(), key, value)
+        OmegaConf.update(OmegaConf.structured(section), name, value)
     except (OmegaConfBaseException, ValueError) as error:
-        shown = show(operator.attrgetter(key)(RunConfig()))
+        shown = show(default_of(section.__dataclass_fields__[name]))
         for kind in expected:
             if isinstance(kind, type) and issubclass(kind, Enum):
                 raise BadRequest(f"{key}={show(value)}: no such value; choose one of {', '.join(kind)}") from error
@@ -248,16 +254,10 @@ def _check_type(key: str, value: Any) -> None:
 
 
 @functools.cache
-def _schema() -> DictConfig:
-    schema: DictConfig = OmegaConf.structured(RunConfig)
-    return schema
-
-
-@functools.cache
 def kinds(key: str) -> tuple[Any, ...]:
     """The types that a key of the schema takes, None's among them where it may be null."""
-    section, _, name = key.rpartition(".")
-    hint = typing.get_type_hints(type(getattr(RunConfig(), section)) if section else RunConfig)[name]
+    section, name = owner(key)
+    hint = typing.get_type_hints(section)[name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 

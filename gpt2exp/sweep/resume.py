@@ -11,7 +11,6 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import operator
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -162,7 +161,11 @@ def _within(key: str, names: Sequence[str]) -> bool:
 
 
 def _value(of: RunConfig, key: str) -> Any:
-    return operator.attrgetter(key)(of)
+    """None where the choice made has no such key."""
+    value: Any = of
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _surroundings(folder: Path) -> tuple[Path | None, str | None]:

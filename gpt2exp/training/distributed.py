@@ -1,8 +1,7 @@
-"""One run in several processes, a device each, as torchrun starts them: who this one is, and what all agree on.
+"""Several processes that train one model, a device each, started by torchrun: ranks, collectives, DDP and FSDP2.
 
-Every process takes its rows of each batch; the model is spread by PyTorch's DistributedDataParallel, or sharded by its
-FSDP2. The first process alone plans, reads and writes the run's folder and prints; the others get from it what they
-need. A process alone, the usual case, goes through the same calls, and they leave what they are given as it is.
+Every process computes its rows of each batch. Rank 0 alone plans, reads and writes the run's folder and prints; the
+others receive what they need by broadcast. With one process every function here returns its input unchanged.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-PATIENCE = timedelta(hours=6)
-"""How long a process waits for the others: as long as the first may take to tokenise a large text. One that dies is
-noticed in a moment, by its closed connections and by torchrun."""
+TIMEOUT = timedelta(hours=6)
+"""For a collective: rank 0 may tokenise a large text meanwhile. A process that dies is noticed at once, by its closed
+connections and by torchrun."""
 
 T = TypeVar("T")
 
 _sent = False
-"""Whether the first process has told the others what to do."""
+"""Whether rank 0 has broadcast the task."""
 
 
 def rank() -> int:
@@ -35,7 +34,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes the run has."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -45,36 +44,36 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def local_size() -> int:
+def local_world_size() -> int:
     """How many processes of the run are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def first() -> bool:
-    """Whether this process is the one that plans, writes and prints."""
+def is_main() -> bool:
+    """Whether this is rank 0, the process that plans, writes and prints."""
     return rank() == 0
 
 
 def program() -> str:
-    """How this run was started, its overrides left out."""
-    return "gpt2exp" if size() == 1 else f"torchrun --nproc-per-node {local_size()} -m gpt2exp.train"
+    """The command that starts this run, without its overrides."""
+    return "gpt2exp" if world_size() == 1 else f"torchrun --nproc-per-node {local_world_size()} -m gpt2exp.train"
 
 
-def lost(problem: Exception) -> bool:
+def is_peer_lost(problem: Exception) -> bool:
     """Whether an exception says that another process of the run is gone."""
     import torch.distributed as dist
 
-    return size() > 1 and (isinstance(problem, dist.DistError) or "/gloo/" in str(problem))
+    return world_size() > 1 and (isinstance(problem, dist.DistError) or "/gloo/" in str(problem))
 
 
-def shards(how: Distributed) -> bool:
-    """Whether a process of this run holds but a part of the model."""
-    return how is Distributed.fsdp and size() > 1
+def is_sharded(how: Distributed) -> bool:
+    """Whether each process of this run holds only a part of the model."""
+    return how is Distributed.fsdp and world_size() > 1
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a batch that the processes cannot share alike; BadRequest."""
-    batch, processes = config.train.batch_size, size()
+    """Raise `BadRequest` for a batch that the processes cannot share equally."""
+    batch, processes = config.train.batch_size, world_size()
     if isinstance(batch, int):
         near = max(1, batch // processes) * processes
         why = f"torchrun started {processes} processes, and each takes an equal part"
@@ -82,13 +81,13 @@ def check(config: RunConfig) -> None:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Inside the block the processes can talk to each other: by NCCL between GPUs, by gloo between CPUs.
+def process_group() -> Iterator[None]:
+    """Let the processes communicate inside the block: by NCCL between GPUs, by gloo between CPUs.
 
     Raises:
         BadRequest: they do not find each other.
     """
-    if size() == 1:
+    if world_size() == 1:
         yield
         return
     import torch
@@ -99,18 +98,18 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(local_rank())
         backend += ",cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         why = f"the processes do not meet ({first_line(error)})"
-        raise BadRequest(f"WORLD_SIZE={size()}: {why}; start them by torchrun") from error
+        raise BadRequest(f"WORLD_SIZE={world_size()}: {why}; start them by torchrun") from error
     yield
-    dist.destroy_process_group()  # not after an exception: a peer may be gone, and would be waited for
+    dist.destroy_process_group()  # not after an exception: it would wait for a peer that may be gone
 
 
-def from_first(value: T | None = None) -> T:
-    """An object as the first process has it, in all of them; what the others give does not matter."""
+def broadcast(value: T | None = None) -> T:
+    """An object of rank 0's, on every rank; the argument is ignored on the others."""
     global _sent
-    if size() > 1:
+    if world_size() > 1:
         import torch.distributed as dist
 
         _sent = True
@@ -120,15 +119,15 @@ def from_first(value: T | None = None) -> T:
     return value  # type: ignore[return-value]
 
 
-def dismiss() -> None:
-    """Let the other processes end, if they still wait for their first word."""
-    if size() > 1 and not _sent:
-        from_first(None)
+def release_followers() -> None:
+    """If rank 0 has sent no task, send None, so that the other ranks exit."""
+    if world_size() > 1 and not _sent:
+        broadcast(None)
 
 
-def largest(*numbers: int | bool) -> list[int]:
+def all_max(*numbers: int | bool) -> list[int]:
     """The largest of each number over all processes."""
-    if size() == 1:
+    if world_size() == 1:
         return [int(number) for number in numbers]
     import torch
     import torch.distributed as dist
@@ -138,14 +137,14 @@ def largest(*numbers: int | bool) -> list[int]:
     return [int(number) for number in tensor]
 
 
-def mean(tensor: Tensor) -> Tensor:
+def all_mean(tensor: Tensor) -> Tensor:
     """The mean of a tensor over all processes."""
-    return tensor if size() == 1 else total(tensor) / size()
+    return tensor if world_size() == 1 else all_sum(tensor) / world_size()
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_sum(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
-    if size() > 1:
+    if world_size() > 1:
         import torch.distributed as dist
 
         tensor = tensor.clone()
@@ -153,14 +152,14 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def spread(model: nn.Module, how: Distributed, device: torch.device) -> nn.Module:
-    """`model`, whose weights count as they are in the first process, made ready to train with the other processes.
+def wrap(model: nn.Module, how: Distributed, device: torch.device) -> nn.Module:
+    """Wrap `model` in DDP, or shard it by FSDP2; all start from rank 0's weights. One process: `model` itself.
 
-    Its call takes this process's rows, and its backward pass leaves in `.grad` the mean over all processes: whole
-    under DDP; under FSDP each process keeps an N-th of every parameter, gradient and moment, and the parameters of a
-    block come together only while it computes. Alone: `model` itself.
+    A call takes this process's rows, and backward leaves in `.grad` the mean over all processes: whole under DDP;
+    under FSDP each process keeps an N-th of every parameter, gradient and moment, and a block's parameters are whole
+    only while it computes.
     """
-    if size() == 1:
+    if world_size() == 1:
         return model
     if how is Distributed.ddp:
         from torch.nn.parallel import DistributedDataParallel
@@ -172,7 +171,7 @@ def spread(model: nn.Module, how: Distributed, device: torch.device) -> nn.Modul
 
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), 0)
-    mesh = init_device_mesh(device.type, (size(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     for block in model.transformer.h:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -180,9 +179,9 @@ def spread(model: nn.Module, how: Distributed, device: torch.device) -> nn.Modul
 
 
 @contextlib.contextmanager
-def reducing(module: nn.Module, on: bool) -> Iterator[None]:
-    """Backward passes inside the block take the mean over the processes, or with `on` false add up where they are."""
-    if size() == 1:
+def gradient_sync(module: nn.Module, on: bool) -> Iterator[None]:
+    """Average gradients over the processes in this block if `on`, else accumulate them locally (DDP's `no_sync`)."""
+    if world_size() == 1:
         yield
     elif hasattr(module, "no_sync"):  # DDP
         with contextlib.nullcontext() if on else module.no_sync():  # type: ignore[operator]
@@ -193,48 +192,48 @@ def reducing(module: nn.Module, on: bool) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have a sharded model give back what a forward pass without a backward pass left whole."""
+    """Free the full parameters that FSDP keeps after a forward pass without backward."""
     if hasattr(model, "reshard"):
         model.reshard()  # type: ignore[operator]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with its parts from all processes, if it is sharded."""
-    return tensor.full_tensor() if _sharded(tensor) else tensor  # type: ignore[attr-defined]
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes; any other as it is."""
+    return tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by name, each whole; the sharded ones on the CPU of the first process, and nowhere else."""
+def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather tensors on rank 0, the sharded ones on its CPU; the other ranks get an empty dict."""
     kept = {}
     for name, tensor in tensors.items():
-        full = whole(tensor)  # one at a time: all of them may not fit on one device
-        if first():
-            kept[name] = full.cpu() if _sharded(tensor) else full
+        full = full_tensor(tensor)  # one at a time: all of them may not fit on one device
+        if is_main():
+            kept[name] = full.cpu() if _is_shard(tensor) else full
     return kept
 
 
-def given(value: Tensor | None, like: Tensor) -> Tensor:
-    """What the first process has, in all of them on the device of `like`: this process's shard, if `like` is one.
+def broadcast_like(value: Tensor | None, like: Tensor) -> Tensor:
+    """Broadcast rank 0's tensor to every rank, on the device of `like` and sharded as it is.
 
     Raises:
-        ValueError: the first process has none.
+        ValueError: rank 0 has none.
     """
     import torch
 
-    if value is None and first():
-        raise ValueError("there is nothing to give to the other processes")
+    if value is None and is_main():
+        raise ValueError("rank 0 has no tensor to broadcast")
     value = torch.empty(like.shape, dtype=like.dtype, device=like.device) if value is None else value
     value = value.to(like.device, copy=True)
-    if _sharded(like):
+    if _is_shard(like):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
-    if size() > 1:
+    if world_size() > 1:
         import torch.distributed as dist
 
         dist.broadcast(value, 0)
     return value
 
 
-def _sharded(tensor: Tensor) -> bool:
-    return size() > 1 and hasattr(tensor, "full_tensor")
+def _is_shard(tensor: Tensor) -> bool:
+    return world_size() > 1 and hasattr(tensor, "full_tensor")

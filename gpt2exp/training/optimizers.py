@@ -1,25 +1,87 @@
-"""AdamW, its parameter groups, and the learning rate as a pure function of the step."""
+"""Optimizers, a class each; the learning rate as a pure function of the step; an optimizer's state by name.
+
+A class is a choice of the group `optimizer`: its fields are the keys beside those of `OptimizerConfig`, and `build`
+makes PyTorch's. No torch before `build`: a request is checked without it.
+"""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from gpt2exp.config import BadRequest, OptimizerConfig, Schedule
+from gpt2exp.config import BadRequest, OptimizerConfig, Schedule, choice_of, option, require
 from gpt2exp.training import distributed
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-def build(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over every parameter of `model` once: matrices and embeddings decay, biases and LayerNorms do not."""
-    parameters = list(model.parameters())  # a tied tensor comes once
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Every parameter of `model` once (a tied tensor is one): matrices and embeddings decay, vectors do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+@choice_of("optimizer")
+@dataclass(kw_only=True, slots=True)
+class AdamW(OptimizerConfig):
+    """Fused AdamW (Loshchilov and Hutter 2019) with PyTorch's defaults, as the tutorial's 50 steps."""
+
+    name: str = option("adamw", "chosen by optimizer=NAME")
+    betas: list[float] = option(
+        [0.9, 0.999], "decay of the running mean and square of the gradient", at_least=0, below=1
+    )
+    eps: float = option(1e-8, "added to the denominator", above=0)
+    weight_decay: float = option(
+        0.01, "decoupled decay of matrices and embeddings; biases and LayerNorms do not decay", at_least=0
+    )
+    moments: ClassVar[int] = 2
+
+    def agree(self) -> None:
+        OptimizerConfig.agree(self)
+        remedy = "try optimizer.betas=[0.9,0.95]"
+        require(len(self.betas) == 2, "optimizer.betas", self.betas, "must be two numbers", remedy)
+
+    def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        import torch
+
+        groups = decay_groups(model, self.weight_decay)
+        betas = (self.betas[0], self.betas[1])
+        return [torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)]
+
+
+@choice_of("optimizer")
+@dataclass(kw_only=True, slots=True)
+class SGD(OptimizerConfig):
+    """Stochastic gradient descent with momentum (Polyak 1964; Sutskever et al. 2013), fused."""
+
+    name: str = option("sgd", "chosen by optimizer=NAME")
+    momentum: float = option(0.9, "decay of the running sum of gradients; 0: none", at_least=0, below=1)
+    nesterov: bool = option(False, "look one momentum step ahead (Nesterov 1983)")
+    weight_decay: float = option(
+        0.0, "added to the gradient of matrices and embeddings, times the weight; others do not decay", at_least=0
+    )
+    moments: ClassVar[int] = 1
+
+    def agree(self) -> None:
+        OptimizerConfig.agree(self)
+        why = "needs momentum, and optimizer.momentum=0"
+        require(not self.nesterov or self.momentum > 0, "optimizer.nesterov", True, why, "try optimizer.momentum=0.9")
+
+    def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        import torch
+
+        groups = decay_groups(model, self.weight_decay)
+        return [torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)]
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -38,38 +100,58 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor the optimizer keeps, as `exp_avg.transformer.wte.weight`; empty before the first step."""
-    kept = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            kept[f"{key}.{name}"] = value
-    return kept
+def state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every tensor the optimizers keep, as `exp_avg.transformer.wte.weight`; empty before the first step."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    kept = itertools.chain.from_iterable(optimizer.state.items() for optimizer in optimizers)
+    return {f"{key}.{names[parameter]}": value for parameter, values in kept for key, value in values.items()}
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give the optimizer what `state` said in the first process.
+def restore(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Give the optimizers what `state` returned on rank 0.
 
-    Each tensor is taken out of `tensors`, so that no two copies pile up; the other processes' may be empty.
+    Each tensor is removed from `tensors`, so that there are no two copies of all; on other ranks it may be empty.
 
     Raises:
-        BadRequest: a tensor is missing, is none of AdamW's, or has another shape or type.
+        BadRequest: a tensor is missing, is none of the optimizers', or has another shape or type.
     """
-    expected = {}
-    for name, parameter in model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            like = torch.zeros((), device=parameter.device) if key == "step" else parameter.detach()
-            expected[f"{key}.{name}"] = parameter, key, like
-    if distributed.first():
-        _check(tensors, {name: like for name, (_, _, like) in expected.items()})
-    for name, (parameter, key, like) in expected.items():
-        optimizer.state[parameter][key] = distributed.given(tensors.pop(name, None), like)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    expected = {
+        f"{key}.{names[parameter]}": (optimizer, parameter, key, like)
+        for optimizer in optimizers
+        for parameter, key, like in _kept_by(optimizer)
+    }
+    if distributed.is_main():
+        _check(tensors, {name: like for name, (*_, like) in expected.items()})
+    for name, (optimizer, parameter, key, like) in expected.items():
+        optimizer.state[parameter][key] = distributed.broadcast_like(tensors.pop(name, None), like)
+
+
+def _kept_by(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
+    """Each parameter of an optimizer, the name of each tensor it keeps for it, and a tensor of that shape and type.
+
+    Found by a step of the same optimizer over tiny parameters, one a group.
+    """
+    import torch
+
+    probe = copy.copy(optimizer)
+    probe.state, probe.param_groups = defaultdict(dict), []
+    for group in optimizer.param_groups:
+        like = group["params"][0]
+        tiny = torch.nn.Parameter(torch.zeros((2,) * like.dim(), dtype=like.dtype, device=like.device))
+        tiny.grad = torch.zeros_like(tiny)
+        probe.param_groups.append({**group, "params": [tiny]})
+    probe.step()
+    for group, tried in zip(optimizer.param_groups, probe.param_groups, strict=True):
+        for key, value in probe.state[tried["params"][0]].items():
+            for parameter in group["params"]:
+                yield parameter, key, parameter.detach().to(value.dtype) if value.dim() else value
 
 
 def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     remedy = "it is another version's, or another optimizer's: start a new run without resume"
     for name in sorted(tensors.keys() ^ expected.keys()):
-        what = "is not in it" if name in expected else "is none of AdamW's"
+        what = "is not in it" if name in expected else "is not kept by this optimizer"
         raise BadRequest(f"the optimizer's state in the checkpoint: {name} {what}; {remedy}")
     for name, like in expected.items():
         got, want = ((tuple(tensor.shape), tensor.dtype) for tensor in (tensors[name], like))

@@ -22,14 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2exp.config import BadRequest, Fallback, PrecisionConfig, PrecisionName, Rounding
 
-MATMUL_PRECISION = {PrecisionName.tf32: "high", PrecisionName.medium: "medium"}
-"""The argument of `torch.set_float32_matmul_precision`, the one switch this module writes; "highest" for the others.
-
-The newer `torch.backends.*.fp32_precision` is only ever read: a process that writes both raises (PyTorch's CUDA notes).
-"""
-
-AUTOCAST = {PrecisionName.bf16: torch.bfloat16, PrecisionName.fp16: torch.float16}
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -45,16 +37,20 @@ class Precision:
     @property
     def weights(self) -> torch.dtype:
         """The type of weights, gradients and moments."""
-        return torch.float64 if self.requested == "fp64" else torch.float32
+        return getattr(torch, PrecisionName[self.requested].weights)  # type: ignore[no-any-return]
 
     @property
     def autocast(self) -> torch.dtype | None:
         """The type that the forward pass is cast to, None without a cast (PyTorch's automatic mixed precision)."""
-        return AUTOCAST.get(PrecisionName(self.requested))
+        return _dtype(PrecisionName[self.requested].autocast)
 
     def as_dict(self) -> dict[str, Any]:
         """For the record."""
         return asdict(self)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
 @contextlib.contextmanager
@@ -65,15 +61,15 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
         BadRequest: `tf32` on hardware without it under `precision.fallback=error`, or `fp64` on MPS.
     """
     before = torch.get_float32_matmul_precision()
+    # torch.backends.*.fp32_precision is only ever read: a process that writes both raises (PyTorch's CUDA notes)
     try:
-        torch.set_float32_matmul_precision(MATMUL_PRECISION.get(config.name, "highest"))
-        dtype = torch.float64 if config.name is PrecisionName.fp64 else torch.float32
-        if device.type == "mps" and dtype is torch.float64:
-            raise BadRequest("precision=fp64: Apple's GPUs have no double precision; add train.device=cpu")
-        with cast(device, AUTOCAST.get(config.name)):
-            matmul, attention = probe(device, dtype)
+        torch.set_float32_matmul_precision(config.name.matmul)
+        if device.type == "mps" and config.name.weights == "float64":
+            raise BadRequest(f"precision={config.name}: Apple's GPUs have no double precision; add train.device=cpu")
+        with cast(device, _dtype(config.name.autocast)):
+            matmul, attention = probe(device, getattr(torch, config.name.weights))
         effective = classify(matmul)
-        if config.name is PrecisionName.fp16 and effective == "tf32":
+        if config.name.autocast == "float16" and effective == "tf32":
             effective = "fp16"  # both keep 10 bits of mantissa, so the error cannot tell them apart
         if config.name is PrecisionName.tf32 and effective != "tf32":
             if config.fallback is Fallback.error:
@@ -85,9 +81,9 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
             # attention's products are seen one by one only in its unfused form
             with EmulatedTF32(config.rounding), sdpa_kernel(SDPBackend.MATH):
                 matmul, attention = probe(device)
-                yield Precision(config.name.value, classify(matmul), True, matmul, attention)
+                yield Precision(str(config.name), classify(matmul), True, matmul, attention)
         else:
-            yield Precision(config.name.value, effective, False, matmul, attention)
+            yield Precision(str(config.name), effective, False, matmul, attention)
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, PrecisionName, RunConfig
+from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
-from gpt2exp.training import distributed, heap
+from gpt2exp.training import distributed
 
 if TYPE_CHECKING:
     import torch
@@ -22,21 +22,26 @@ if TYPE_CHECKING:
     from gpt2exp.training.trainer import Trainer
 
 
-def prepare_heap(config: RunConfig) -> int | None:
-    """Make the heap ready for a run, before torch is imported; the bytes that were free before."""
-    heap.give_back()
-    free = heap.available()
-    free = None if free is None else free // distributed.local_size()
-    if heap.computes_here(config.train.device):
-        how = {"on_cpu": True, "unfused_attention": False}
-        likely = fit(config, free, 2**30, **how)
-        heap.prepare(
-            memory(likely, **how) - PROCESS_BYTES,
-            certain=16 * config.model.parameters["total"],
-            steps=config.train.steps,
-            tight=likely.train.activation_checkpointing is True,
-        )
-    return free
+@dataclass(frozen=True)
+class Hardware:
+    """What a memory estimate depends on beside the configuration."""
+
+    kind: str
+    """cpu, cuda or mps."""
+    unfused_attention: bool = False
+    """Attention keeps its scores and probabilities: under emulated TF32."""
+    free: int | None = None
+    """Bytes that a process of the run may take in all; None where that is not known."""
+
+    @classmethod
+    def of(cls, device: torch.device, got: Precision) -> Hardware:
+        """Of this machine as it stands, with Python and PyTorch loaded."""
+        from gpt2exp.training import hardware
+
+        free = hardware.free_memory(device)
+        if free is not None and device.type != "cuda":
+            free = free // distributed.local_world_size() + PROCESS_BYTES
+        return cls(device.type, got.emulated, free)
 
 
 def smallest(config: RunConfig) -> RunConfig:
@@ -58,17 +63,22 @@ def check_weights(init: InitConfig, model: ModelConfig) -> None:
         huggingface.check(huggingface.find(str(init.path)), model)
 
 
-def settled(
-    config: RunConfig, device: torch.device, got: Precision, source: tokens.TokenFile, free: int | None
-) -> tuple[RunConfig, int]:
+def settled(config: RunConfig, device: torch.device, here: Hardware, source: tokens.TokenFile) -> tuple[RunConfig, int]:
     """`config` with every `auto` of its `train` decided, and its estimated peak memory in bytes."""
     from gpt2exp.training import hardware
 
-    how = {"on_cpu": device.type == "cpu", "unfused_attention": got.emulated}
     training = source.tokens - tokens.held_out(source.tokens, config.data.val_fraction)
-    config = fit(config, free, (training - 1) // config.train.seq_len, **how)
+    config = fit(config, here, (training - 1) // config.train.seq_len)
     config = replace(config, train=hardware.settle(config.train, device))
-    return config, memory(config, **how)
+    return config, memory(config, here)
+
+
+def keep_memory(config: RunConfig, device: torch.device) -> None:
+    """Have freed memory kept for the next step where that helps: on a CPU, and within what a tight run may take."""
+    from gpt2exp.training import hardware
+
+    if device.type == "cpu":
+        hardware.keep_freed_memory(tight=config.train.activation_checkpointing is True)
 
 
 def trainer(
@@ -77,10 +87,10 @@ def trainer(
     got: Precision,
     source: tokens.TokenFile,
     saved: Checkpoint | None = None,
-) -> Trainer:
-    """The trainer of a settled configuration, at its first step or with the weights of a checkpoint.
+) -> tuple[Trainer, dict[str, Any]]:
+    """The trainer of a settled configuration, with first weights or a checkpoint's, and where they came from (`start`).
 
-    Called, and stepped, inside `precision.applied`, which gave `got`.
+    Call and step it inside `precision.applied`, which returned `got`.
     """
     import torch
 
@@ -89,22 +99,15 @@ def trainer(
     from gpt2exp.training import hardware
     from gpt2exp.training.trainer import Trainer
 
-    share = distributed.rank(), distributed.size()
+    share = distributed.rank(), distributed.world_size()
     with torch.device(device):
         gpt = GPT(config.model).to(got.weights)
-    if hardware.pads_vocabulary(config.model.pad_vocab, device) and not distributed.shards(config.distributed):
+    if hardware.pads_vocabulary(config.train.pad_vocab, device) and not distributed.is_sharded(config.distributed):
         gpt.pad_vocabulary()
     origin = start(gpt, config, saved)
-    return Trainer(
-        gpt,
-        Windows(source.map(), config.train, config.data, config.seed, device, share),
-        config.train,
-        config.optimizer,
-        seen=torch.from_numpy(source.seen()).to(device),
-        autocast=got.autocast,
-        origin=origin,
-        distributed=config.distributed,
-    )
+    windows = Windows(source.map(), config.train, config.data, config.seed, device, share)
+    seen = torch.from_numpy(source.seen()).to(device)
+    return Trainer(gpt, windows, config, seen=seen, autocast=got.autocast), origin
 
 
 def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:
@@ -112,12 +115,12 @@ def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[
 
     Raises:
         BadRequest: `init.path` holds no weights of this model, or the checkpoint's are of another.
-        diagnostics.InitError: the weights are not what the configuration says.
+        InitError: the weights are not what the configuration says.
     """
     from gpt2exp.model.init import check_init, check_tying, initialise, load_weights
 
-    if not distributed.first():
-        return {}  # it takes them from the first
+    if not distributed.is_main():
+        return {}  # rank 0 sends the weights
     origin: dict[str, Any] = {"source": None, "files": [], "sha256": None}
     if saved is not None:
         if saved.model(str(saved.folder)) != config.model:
@@ -149,56 +152,57 @@ NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True
 """Sizes that `train.batch_size=auto` tries, largest first."""
 
 
-def memory(config: RunConfig, *, on_cpu: bool, unfused_attention: bool) -> int:
+def memory(config: RunConfig, here: Hardware) -> int:
     """Estimated peak bytes of training, of one process where the run has several.
 
-    Weights, gradients and AdamW's two moments take 16 bytes a parameter (fp64: 32). At the start of the backward pass
-    the activations are whole, the head's gradient is there (`gpt2exp.model.loss`) and the others are still to come: per
-    layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value, attention's output
-    twice, and the MLP's hidden layer before and after GELU), or, computed again in backward, 1·n_embd and one layer's
-    17. Under autocast on a GPU all but LayerNorms' inputs are halves, which makes 10 of 17, and the weights' copies
-    come on top; a CPU's peak showed nothing of it. Unfused attention keeps scores and probabilities as well. The peak
-    is the larger of that and the moment when all gradients are there. Sharded (FSDP), a process holds its part of the
-    parameters, gradients and moments, and whole only the embeddings, the head's gradient and a block.
+    Weights, gradients and AdamW's two moments take 16 bytes a parameter (fp64: 32); other optimizers keep fewer
+    (`moments`). When backward starts, all activations and the head's gradient (`gpt2exp.model.loss`) exist, the other
+    gradients do not yet: per layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value,
+    attention's output twice, and the MLP's hidden layer before and after GELU). With checkpointing: 1·n_embd per layer
+    kept, plus 17·n_embd for the layer being recomputed. Under autocast on a GPU all but LayerNorms' inputs are halves,
+    10 of 17, and copies of the weights are added; a CPU's peak showed nothing of it. Unfused attention keeps scores and
+    probabilities as well. The peak is the larger of that and the moment when all gradients exist. Under FSDP a process
+    holds its shard of parameters, gradients and moments, and the embeddings, the head's gradient and a block whole.
     """
     model, train = config.model, config.train
-    size = 8 if config.precision.name is PrecisionName.fp64 else 4
-    width, tokens = model.n_embd, train.micro_batch_tokens // distributed.size()
-    halves = not on_cpu and config.precision.name in (PrecisionName.bf16, PrecisionName.fp16)
+    size, cast = config.precision.name.bytes, config.precision.name.autocast
+    width, tokens = model.n_embd, train.micro_batch_tokens // distributed.world_size()
+    on_cpu = here.kind == "cpu"
+    halves = not on_cpu and cast is not None
     layer = (10 if halves else 17) * width
-    if unfused_attention:
+    if here.unfused_attention:
         layer += 3 * model.n_head * train.seq_len + 4 * width
     kept = model.n_layer * width + layer if train.activation_checkpointing is True else model.n_layer * layer
     head = model.vocab_size * width
     rows = min(tokens, train.loss_rows)
     # a product of emulated TF32 has rounded copies of both operands beside it
-    logits = rows * model.vocab_size * (2 if unfused_attention else 1)
-    if config.precision.name is PrecisionName.fp16:  # takes the plain way: logits, log-softmax and its gradient
+    logits = rows * model.vocab_size * (2 if here.unfused_attention else 1)
+    if cast == "float16":  # takes the plain way: logits, log-softmax and its gradient
         logits = 3 * tokens * model.vocab_size
-    backward = tokens * (kept + 3 * width) + head + logits + (head if unfused_attention else 0)
+    backward = tokens * (kept + 3 * width) + head + logits + (head if here.unfused_attention else 0)
     parameters = model.parameters["total"]
     extra = parameters // 2 if halves else 0
-    if distributed.shards(config.distributed):
+    if distributed.is_sharded(config.distributed):
         extra += parameters - model.parameters["blocks"] + 2 * model.parameters["blocks"] // model.n_layer
-        parameters //= distributed.size()
-    elif distributed.size() > 1:  # DDP keeps every gradient's memory, whole and filled or not
+        parameters //= distributed.world_size()
+    elif distributed.world_size() > 1:  # DDP keeps every gradient's memory, whole and filled or not
         backward += parameters
-    peak = size * (3 * parameters + extra + max(parameters + head // 2, backward))
+    peak = size * ((1 + config.optimizer.moments) * parameters + extra + max(parameters + head // 2, backward))
     return peak + (PROCESS_BYTES if on_cpu else 0)
 
 
-def fit(config: RunConfig, free: int | None, most: int, **how: Any) -> RunConfig:
+def fit(config: RunConfig, here: Hardware, most: int) -> RunConfig:
     """`config` with `train`'s batch size, loss chunk and activation checkpointing settled where they were left open.
 
-    The batch is the largest of `NICE_BATCHES` that needs no more than `free` bytes (None: not known) by `memory`
-    (which takes `how`), is at most `most` sequences and divides `train.tokens_per_step`; without checkpointing if one
-    fits so. A batch that was given stays, and activations are computed again where it fits only so.
+    The batch is the largest of `NICE_BATCHES` whose `memory` is at most `here.free`, that has at most `most` sequences
+    and divides `train.tokens_per_step`; without checkpointing if one fits so. A batch that was given stays, with
+    checkpointing where it fits only so.
     """
     recompute = config.train.activation_checkpointing
     for again in (False, True) if recompute == AUTO else (recompute,):
         for candidate in _batches(config, most):
             settled = _settled(config, batch_size=candidate, activation_checkpointing=again)
-            if free is None or memory(settled, **how) <= free:
+            if here.free is None or memory(settled, here) <= here.free:
                 return settled
     return _settled(config, batch_size=candidate, activation_checkpointing=recompute is not False)
 
@@ -209,7 +213,7 @@ def _batches(config: RunConfig, most: int) -> Iterator[int]:
         return
     windows = (config.train.tokens_per_step or 0) // config.train.seq_len
     for share in NICE_BATCHES:  # a process's
-        batch = share * distributed.size()
+        batch = share * distributed.world_size()
         if share == 1 or (batch <= most and windows % batch == 0):
             yield batch
 
@@ -220,16 +224,16 @@ def _settled(config: RunConfig, **choices: Any) -> RunConfig:
     return replace(config, train=replace(train, grad_accum_steps=pieces, loss_chunk=train.loss_rows, **choices))
 
 
-def fitting_batch(config: RunConfig, free: int, **how: Any) -> int | None:
-    """The largest batch below `train.batch_size`, a power of two for each process, whose estimate is at most `free`
-    bytes; None if not even 1 is.
+def fitting_batch(config: RunConfig, here: Hardware) -> int | None:
+    """The largest batch below `train.batch_size`, a power of two for each process, whose `memory` is at most
+    `here.free`; None if not even 1 is.
     """
-    share = config.train.sequences // distributed.size()
+    share = config.train.sequences // distributed.world_size()
     share = 2 ** ((share - 1).bit_length() - 1) if share > 1 else 0
     while share:
-        batch = share * distributed.size()
+        batch = share * distributed.world_size()
         smaller = replace(config, train=replace(config.train, batch_size=batch, tokens_per_step=None))
-        if memory(smaller, **how) <= free:
+        if memory(smaller, here) <= (here.free or 0):
             return batch
         share //= 2
     return None

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2exp.config import Distributed, OptimizerConfig, TrainConfig
+from gpt2exp.config import RunConfig
 from gpt2exp.data.batches import Windows
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import norm
-from gpt2exp.training import distributed, hardware, load, optimizers, precision
 from gpt2exp.training import distributed as dist
+from gpt2exp.training import hardware, load, optimizers, precision
 
 
 def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
@@ -37,12 +37,12 @@ def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
             logits = model(rows)
             logits = logits.float() if logits.dtype.itemsize == 2 else logits
             shares.append(logits.logsumexp(-1) - logits[..., seen].logsumexp(-1))
-        return float(distributed.mean(torch.cat(shares).mean()))
+        return float(dist.all_mean(torch.cat(shares).mean()))
 
 
 def grad_norm(model: nn.Module) -> float:
     """Euclidean norm of the whole gradient as it stands."""
-    return math.hypot(*(norm(distributed.whole(p.grad)) for p in model.parameters() if p.grad is not None))
+    return math.hypot(*(norm(dist.full_tensor(p.grad)) for p in model.parameters() if p.grad is not None))
 
 
 def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | list[float]]:
@@ -58,11 +58,11 @@ def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | li
     head = model.lm_head.weight.detach().requires_grad_()
     rms = []
     for x in transformer.stream(idx, rows):
-        rms.append(float(distributed.mean(x.detach().float().square().mean()).sqrt()))
+        rms.append(float(dist.all_mean(x.detach().float().square().mean()).sqrt()))
     loss = model.loss(transformer.ln_f(x), head, targets)
     by_row, by_head = torch.autograd.grad(loss, [rows, head])
     by_token = torch.zeros_like(by_head).index_add_(0, idx.reshape(-1), by_row.flatten(0, 1))  # its positions add up
-    lookup, head_use = (norm(distributed.mean(gradient)) for gradient in (by_token, by_head))
+    lookup, head_use = (norm(dist.all_mean(gradient)) for gradient in (by_token, by_head))
     return {"residual_rms": rms, "wte_grad_lookup": lookup, "wte_grad_head": head_use}
 
 
@@ -81,33 +81,29 @@ class Trainer:
         self,
         model: GPT,
         batches: Windows,
-        train: TrainConfig,
-        optimizer: OptimizerConfig,
+        config: RunConfig,
         *,
         seen: Tensor | None = None,
         autocast: torch.dtype | None = None,
-        origin: dict[str, Any] | None = None,
-        distributed: Distributed = Distributed.ddp,
     ) -> None:
         """`seen` (S,): ids that occur in the data, for `loss_unseen`.
 
         `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
-        (Micikevicius et al. 2018). `distributed`: how the model is spread, where the run has several processes.
-        `origin`: where the weights came from, for the record.
+        (Micikevicius et al. 2018). Of `config` it reads `train`, `optimizer` and `distributed`.
         """
-        self.model, self.batches, self.config, self.optimizer_config = model, batches, train, optimizer
-        # several processes exchange gradients as autograd reports them, which this one would not be
-        model.transformer.gradient_in_place = model.config.tie_weights and dist.size() == 1
-        model.transformer.recompute = train.activation_checkpointing is True
-        model.loss_rows = train.loss_rows
-        if train.compile is True:
-            for block in model.transformer.h:  # alike, so that one compilation serves all: PyTorch's regional recipe
+        self.model, self.batches, self.seen = model, batches, seen
+        self.config, self.optimizer_config, self.autocast = config.train, config.optimizer, autocast
+        # DDP and FSDP exchange the gradients that autograd reports, and it does not see this one
+        model.transformer.gradient_in_place = model.config.tie_weights and dist.world_size() == 1
+        model.transformer.recompute = config.train.activation_checkpointing is True
+        model.loss_rows = config.train.loss_rows
+        if config.train.compile is True:
+            for block in model.transformer.h:  # alike, so one compilation serves all: PyTorch's regional recipe
                 block.compile()
-        self.sharded = dist.shards(distributed)
-        self.module = dist.spread(model, distributed, batches.device)
-        """`model`, or what stands around it to train it together with other processes."""
-        self.optimizer = optimizers.build(model, optimizer)
-        self.seen, self.autocast, self.origin = seen, autocast, origin
+        self.sharded = dist.is_sharded(config.distributed)
+        self.module = dist.wrap(model, config.distributed, batches.device)
+        """`model`, or DDP around it."""
+        self.optimizers: list[torch.optim.Optimizer] = config.optimizer.build(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.steps_done = 0
         self._unclipped: Tensor | None = None
@@ -117,7 +113,7 @@ class Trainer:
         """Seconds that the threads waited for a core in each (`load.waited`); None where that is not known."""
         self._spinning = load.spinning(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.began_at = [0]
-        """Which of them were the first of a part: a run that was stopped and goes on warms up again."""
+        """Steps at which the run (re)started; the warm-up steps after each are not timed."""
 
     @property
     def device(self) -> torch.device:
@@ -125,34 +121,40 @@ class Trainer:
         return self.batches.device
 
     def step(self) -> Tensor:
-        """One optimizer step: next batch, forward, loss, backward, clip if asked, AdamW. Returns the loss, a scalar.
+        """One optimizer step: next batch, forward, loss, backward, clip if asked, update. Returns the loss, a scalar.
 
         With accumulation the loss and the gradient are the means over `grad_accum_steps` micro-batches of equal size,
         so that they equal one batch of them all; so is the gradient over several processes, while the loss returned is
         that of this one's rows. The gradient stays in `.grad` until the next step.
         """
         config = self.config
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         losses = []
         for micro in range(config.grad_accum_steps):
             x, y = self.batches.train(self.steps_done * config.grad_accum_steps + micro)
-            with dist.reducing(self.module, micro == config.grad_accum_steps - 1):
+            with dist.gradient_sync(self.module, micro == config.grad_accum_steps - 1):
                 with precision.cast(self.device, self.autocast):
                     loss = self.module(x, y) / config.grad_accum_steps
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         if self.optimizer_config.grad_clip > 0:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
-            self._unclipped = dist.whole(norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.scaler.step(self.optimizer)
+            self._unclipped = dist.full_tensor(norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            self.scaler.step(optimizer)
         self.scaler.update()
         self.steps_done += 1
         if self.device.type == "cuda":  # its kernels are queued, not done: the next batch can travel meanwhile
             self.batches.prefetch(self.steps_done * config.grad_accum_steps)
         return torch.stack(losses).sum()
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def timed_step(self) -> tuple[Tensor, float, float | None]:
         """`step`, its duration in seconds, the device synchronised at both ends, and the seconds waited for a core.
@@ -169,7 +171,7 @@ class Trainer:
         after = None if before is None else load.waited()
         waits = None if after is None or before is None else max(0.0, after - before)  # a thread may have ended
         self._spinning.after_step(None if waits is None else waits / seconds)
-        (most,) = dist.largest(-1 if waits is None else round(waits * 1e9))
+        (most,) = dist.all_max(-1 if waits is None else round(waits * 1e9))
         return loss, seconds, None if most < 0 else most / 1e9
 
     @property
@@ -178,13 +180,13 @@ class Trainer:
         return optimizers.learning_rate(self.optimizer_config, self.steps_done, self.config.steps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """What the steps to come depend on beside the configuration: weights and other tensors by name, and numbers.
+        """What later steps depend on beside the configuration: weights, the optimizers' tensors by name, and numbers.
 
         `micro_batches` is the position in the data: a batch is a pure function of its number. Every process calls this;
-        the first one's answer is the run's, and knows nothing of how many they are.
+        rank 0's answer is the run's, whatever the number of processes.
         """
-        weights = dist.gathered(dict(self.model.named_parameters()))
-        tensors = dist.gathered(optimizers.state(self.model, self.optimizer))
+        weights = dist.gather(dict(self.model.named_parameters()))
+        tensors = dist.gather(optimizers.state(self.model, self.optimizers))
         scaler = self.scaler.state_dict()
         numbers: dict[str, Any] = {
             "step": self.steps_done,
@@ -194,14 +196,14 @@ class Trainer:
         return weights, tensors, numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Go on from what `state` said in the first process; the weights are the caller's.
+        """Restore optimizers, scaler and step from rank 0's `state`; the caller loads the weights.
 
         Raises:
-            BadRequest: the tensors are not those of this model's optimizer.
+            BadRequest: the tensors are not those of this model's optimizers.
         """
-        numbers, kept = dist.from_first((numbers, bool(tensors)))
+        numbers, kept = dist.broadcast((numbers, bool(tensors)))
         if kept or not self.scaler.is_enabled():  # a run whose scaled steps all overflowed has no moments yet
-            optimizers.restore(self.model, self.optimizer, tensors)
+            optimizers.restore(self.model, self.optimizers, tensors)
         self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
         self.steps_done = numbers["step"]
 
@@ -215,7 +217,7 @@ class Trainer:
                     total += float(loss) * y.numel()
                     count += y.numel()
         dist.reshard(self.model)
-        sums = dist.total(torch.tensor([total, count], dtype=torch.float64))
+        sums = dist.all_sum(torch.tensor([total, count], dtype=torch.float64))
         return float(sums[0] / sums[1])
 
     def fit(self) -> Iterator[dict[str, Any]]:
@@ -238,7 +240,7 @@ class Trainer:
                 metrics |= self._before(thorough=number == 0 or last or due)
             loss, seconds, waits = self.timed_step()
             metrics |= {
-                "loss": float(dist.mean(loss)),
+                "loss": float(dist.all_mean(loss)),
                 "tokens": self.steps_done * config.step_tokens,
                 "step_ms": seconds * 1e3,
                 "tokens_per_second": config.step_tokens / seconds,
@@ -264,7 +266,7 @@ class Trainer:
     def _before(self, *, thorough: bool) -> dict[str, Any]:
         """What is measured on the next step's first micro-batch before the step, off the clock."""
         assert self.seen is not None
-        self.optimizer.zero_grad(set_to_none=True)  # of the step before: its memory is needed here
+        self._zero_grad()  # of the step before: its memory is needed here
         x, y = self.batches.train(self.steps_done * self.config.grad_accum_steps)
         with precision.cast(self.device, self.autocast):
             measured: dict[str, Any] = {"loss_unseen": loss_unseen(self.model, x, self.seen)}

@@ -141,7 +141,7 @@ def test_the_programs_own_estimate_is_near_a_published_peak_and_not_below() -> N
     )
     train = TrainConfig(batch_size=64, seq_len=1024, loss_chunk=64 * 1024)
     config = RunConfig(train=train, precision=PrecisionConfig(name=PrecisionName.bf16))
-    need = setup.memory(config, on_cpu=False, unfused_attention=False)
+    need = setup.memory(config, setup.Hardware("cuda"))
     assert published < need < 1.12 * published
-    assert setup.memory(config, on_cpu=True, unfused_attention=False) > need
+    assert setup.memory(config, setup.Hardware("cpu")) > need
     assert math.isfinite(need)

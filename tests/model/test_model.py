@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2exp.config import InitConfig, ModelConfig, OptimizerConfig
+from gpt2exp.config import InitConfig, ModelConfig
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
-from gpt2exp.training import optimizers
+from gpt2exp.training.optimizers import AdamW
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Hugging Face keeps these as Conv1D, (in, out)."""
@@ -145,7 +145,7 @@ def test_tied_is_one_storage_before_and_after_init_and_once_in_the_optimizer(tie
     assert (model.lm_head.weight is model.transformer.wte.weight) == tie
     initialise(model, InitConfig(), seed=0)
     assert one_storage() == tie
-    groups = optimizers.build(model, OptimizerConfig()).param_groups
+    groups = AdamW().build(model)[0].param_groups
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(held) == len(set(held))
     assert set(held) == {id(parameter) for parameter in model.parameters()}

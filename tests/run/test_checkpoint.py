@@ -28,7 +28,7 @@ from gpt2exp.config import (
     DataOrder,
     InitConfig,
     ModelConfig,
-    OptimizerConfig,
+    RunConfig,
     TrainConfig,
 )
 from gpt2exp.data.batches import Windows
@@ -37,6 +37,7 @@ from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import checkpoint, record
 from gpt2exp.training import distributed, hardware, optimizers
+from gpt2exp.training.optimizers import AdamW
 from gpt2exp.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def trained(steps: int, *, tie: bool = True, autocast: torch.dtype | None = None
     train = TrainConfig(batch_size=2, seq_len=8, steps=total, grad_accum_steps=2)
     text = (torch.arange(2000) ** 2 % 47).numpy().astype("<u2")
     batches = Windows(text, train, DataConfig(order=DataOrder.shuffled), 0, CPU)
-    trainer = Trainer(gpt, batches, train, OptimizerConfig(lr=1e-2), autocast=autocast)
+    trainer = Trainer(gpt, batches, RunConfig(train=train, optimizer=AdamW(lr=1e-2)), autocast=autocast)
     for _ in range(steps):
         trainer.step()
     return trainer
@@ -344,7 +345,7 @@ class TestRestore:
             whole.model.named_parameters(), second.model.named_parameters(), strict=True
         ):
             assert torch.equal(one, other), name
-        states = optimizers.state(whole.model, whole.optimizer), optimizers.state(second.model, second.optimizer)
+        states = [optimizers.state(job.model, job.optimizers) for job in (whole, second)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
         assert whole.scaler.state_dict() == second.scaler.state_dict()
@@ -367,13 +368,13 @@ class TestRestore:
         second = trained(0)
         second.restore(found.training(), found.state)
         assert second.steps_done == 4
-        assert optimizers.state(second.model, second.optimizer).keys() == training.keys()
+        assert optimizers.state(second.model, second.optimizers).keys() == training.keys()
 
     @pytest.mark.parametrize(
         ("change", "said"),
         [
             ({"exp_avg.transformer.wte.weight": None}, r"exp_avg\.transformer\.wte\.weight is not in it"),
-            ({"momentum.transformer.wte.weight": torch.zeros(50, 8)}, r"momentum\.\S+ is none of AdamW's"),
+            ({"momentum.transformer.wte.weight": torch.zeros(50, 8)}, r"momentum\.\S+ is not kept by this optimizer"),
             (
                 {"exp_avg.transformer.wte.weight": torch.zeros(8)},
                 r"exp_avg\.\S+ is \(\(8,\), .*, not \(\(50, 8\)",
@@ -390,7 +391,7 @@ class TestRestore:
         second = trained(0)
         with pytest.raises(BadRequest, match=rf"the optimizer's state in the checkpoint: .*{said}.*start a new run"):
             second.restore(changed, numbers)
-        assert not second.optimizer.state, "nothing was taken from it"
+        assert not second.optimizers[0].state, "nothing was taken from it"
 
     def test_before_the_first_step_that_did_not_overflow(self) -> None:
         """In fp16 the first steps may be skipped while the scale falls: there are no moments yet."""
@@ -402,8 +403,8 @@ class TestRestore:
         assert float(second.step()) == float(first.step())
 
     def test_nothing_is_made_up_for_the_other_processes(self) -> None:
-        with pytest.raises(ValueError, match="nothing to give"):
-            distributed.given(None, torch.zeros(3))
+        with pytest.raises(ValueError, match="no tensor to broadcast"):
+            distributed.broadcast_like(None, torch.zeros(3))
 
     @pytest.mark.parametrize(
         ("change", "said"),

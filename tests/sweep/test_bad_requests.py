@@ -60,7 +60,7 @@ REQUESTS = [
     Bad("wandb.name=[a]", "wandb.name=[a]: must be text", "the default is null"),
     Bad("train.batch_size=2.5", "train.batch_size=2.5: must be a whole number or auto", "the default is 4"),
     Bad("train.compile=maybe", "train.compile=maybe: no such value", "choose one of auto, true, false"),
-    Bad("model.pad_vocab=64", "model.pad_vocab=64: must be true or false or auto", "the default is auto"),
+    Bad("train.pad_vocab=64", "train.pad_vocab=64: must be true or false or auto", "the default is auto"),
     Bad("train.loss_chunk=none", "train.loss_chunk=none: must be at least 1, or auto", "train.loss_chunk=auto"),
     Bad("train.steps=0", "train.steps=0: must be at least 1", "try train.steps=50"),
     Bad("optimizer.lr=0", "optimizer.lr=0.0: must be a finite number above 0", "try optimizer.lr=0.0003"),

@@ -25,7 +25,6 @@ from gpt2exp.config import (
     DataConfig,
     InitConfig,
     ModelConfig,
-    OptimizerConfig,
     PrecisionConfig,
     PrecisionName,
     RunConfig,
@@ -37,6 +36,7 @@ from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.model.loss import HeadLoss
 from gpt2exp.training import hardware, precision, setup
+from gpt2exp.training.optimizers import AdamW
 from gpt2exp.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -46,9 +46,7 @@ STEPS = 20
 
 
 def gpt(tie: bool) -> GPT:
-    model = GPT(
-        ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=WORDS, tie_weights=tie, pad_vocab=False)
-    )
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=WORDS, tie_weights=tie))
     initialise(model, InitConfig(), seed=3)
     return model
 
@@ -81,7 +79,9 @@ def fast(tie: bool, pad: bool = False, autocast: torch.dtype | None = None, **tr
     if pad:
         model.pad_vocabulary()
     config = TrainConfig(**{"batch_size": 8, "seq_len": 16, "steps": STEPS, **train})  # type: ignore[arg-type]
-    return Trainer(model, batches(config), config, OptimizerConfig(lr=3e-3, eps=EPS), autocast=autocast)
+    return Trainer(
+        model, batches(config), RunConfig(train=config, optimizer=AdamW(lr=3e-3, eps=EPS)), autocast=autocast
+    )
 
 
 EPS = 1e-5
@@ -242,50 +242,50 @@ def test_padding_shows_nowhere(tie: bool) -> None:
 class TestSettling:
     """What `auto` comes to, by the estimate."""
 
-    HOW = {"on_cpu": True, "unfused_attention": False}  # noqa: RUF012
+    HERE = setup.Hardware("cpu")
 
     def config(self, **train: int | str | bool) -> RunConfig:
         return RunConfig(train=TrainConfig(**{"seq_len": 1024, **train}))  # type: ignore[arg-type]
 
     def test_a_roomy_machine_recomputes_nothing(self) -> None:
-        train = setup.fit(self.config(batch_size=4), 24 * 2**30, 300, **self.HOW).train
+        train = setup.fit(self.config(batch_size=4), setup.Hardware("cpu", free=24 * 2**30), 300).train
         assert (train.batch_size, train.activation_checkpointing, train.loss_chunk) == (4, False, 1024)
 
     def test_a_tight_one_recomputes_activations(self) -> None:
         config = self.config(batch_size=4)
-        free = setup.memory(config, **self.HOW) - 2**20
-        settled = setup.fit(config, free, 300, **self.HOW)
+        free = setup.memory(config, self.HERE) - 2**20
+        settled = setup.fit(config, setup.Hardware("cpu", free=free), 300)
         assert settled.train.activation_checkpointing is True
-        assert setup.memory(settled, **self.HOW) <= free
+        assert setup.memory(settled, self.HERE) <= free
 
     def test_what_was_typed_stays(self) -> None:
         typed = self.config(batch_size=4, activation_checkpointing=False, loss_chunk=128)
-        assert setup.fit(typed, 2**20, 300, **self.HOW) == typed
+        assert setup.fit(typed, setup.Hardware("cpu", free=2**20), 300) == typed
 
     def test_sixteen_sequences_of_1024_tokens_fit_24_gib_in_fp32(self) -> None:
-        assert setup.memory(self.config(batch_size=16), **self.HOW) < 20 * 2**30
+        assert setup.memory(self.config(batch_size=16), self.HERE) < 20 * 2**30
 
     @settings(max_examples=50, deadline=None)
     @given(free=st.integers(2**31, 2**38), most=st.integers(1, 5000), seq_len=st.sampled_from([32, 100, 1024]))
     def test_the_batch_is_the_largest_nice_one_that_fits(self, free: int, most: int, seq_len: int) -> None:
         config = RunConfig(train=TrainConfig(batch_size="auto", seq_len=seq_len))
-        settled = setup.fit(config, free, most, **self.HOW)
+        settled = setup.fit(config, setup.Hardware("cpu", free=free), most)
         batch = settled.train.sequences
         assert batch in setup.NICE_BATCHES
         assert batch <= max(1, most)
-        need = setup.memory(settled, **self.HOW)
+        need = setup.memory(settled, self.HERE)
         larger = [size for size in setup.NICE_BATCHES if batch < size <= most]
         if need > free:  # even one sequence, computed again, is too much: the caller says so
             assert (batch, settled.train.activation_checkpointing) == (1, True)
         elif larger:
             more = replace(settled, train=replace(settled.train, batch_size=min(larger)))
-            assert setup.memory(more, **self.HOW) > free
+            assert setup.memory(more, self.HERE) > free
 
     @pytest.mark.parametrize("tokens", [4096, 16_384, 3 * 1024])
     def test_the_steps_tokens_stay_the_same_whatever_fits(self, tokens: int) -> None:
         for free in (3 * 2**30, 5 * 2**30, 2**34, 2**37):
             config = self.config(batch_size="auto", tokens_per_step=tokens)
-            assert setup.fit(config, free, 300, **self.HOW).train.step_tokens == tokens
+            assert setup.fit(config, setup.Hardware("cpu", free=free), 300).train.step_tokens == tokens
 
     def test_tokens_per_step_sets_the_micro_batches(self) -> None:
         assert TrainConfig(batch_size=4, seq_len=32, tokens_per_step=512).grad_accum_steps == 4

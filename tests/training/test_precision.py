@@ -390,12 +390,11 @@ class TestRuntime:
     def test_a_smaller_second_job_has_a_smaller_peak(self, keep: bool) -> None:
         code = f"""
 import torch
-from gpt2exp.training import hardware, heap
+from gpt2exp.training import hardware
 cpu = torch.device("cpu")
-if {keep}: heap.keep_freed_memory()
+if {keep}: hardware.keep_freed_memory()
 peaks = []
 for megabytes in (300, 40, 120):
-    heap.give_back()
     hardware.reset_peak_memory(cpu)
     blocks = [torch.ones(2**18) for _ in range(megabytes)]
     del blocks

@@ -27,7 +27,6 @@ from gpt2exp.config import (
     DataConfig,
     InitConfig,
     ModelConfig,
-    OptimizerConfig,
     RunConfig,
     Schedule,
     TrainConfig,
@@ -40,6 +39,7 @@ from gpt2exp.model.init import initialise
 from gpt2exp.run import job as jobs
 from gpt2exp.training import distributed, hardware, load, optimizers, setup
 from gpt2exp.training import trainer as trainers
+from gpt2exp.training.optimizers import AdamW
 from gpt2exp.training.precision import Precision, cast
 from gpt2exp.training.trainer import Diverged, Trainer
 
@@ -71,7 +71,7 @@ def trainer(
     gpt: GPT | None = None,
     text: tokens.Tokens | None = None,
     *,
-    optimizer: OptimizerConfig | None = None,
+    optimizer: AdamW | None = None,
     seen: Tensor | None = None,
     validation: tokens.Tokens | None = None,
     **train: int,
@@ -82,7 +82,8 @@ def trainer(
     held_out = 0 if validation is None else len(validation)
     whole = text if validation is None else np.concatenate([text, validation])
     batches = Windows(whole, config, DataConfig(val_fraction=held_out / len(whole)), 0, CPU)
-    return Trainer(gpt or model(), batches, config, optimizer or OptimizerConfig(), seen=seen)
+    asked = RunConfig(train=config, optimizer=optimizer or AdamW(), data=DataConfig(val_fraction=held_out / len(whole)))
+    return Trainer(gpt or model(), batches, asked, seen=seen)
 
 
 def state(gpt: nn.Module) -> dict[str, Tensor]:
@@ -142,7 +143,7 @@ def test_accumulation_equals_one_batch(pieces: int, tie: bool) -> None:
 
 def test_two_runs_are_bitwise_equal() -> None:
     def run() -> tuple[list[float], dict[str, Tensor]]:
-        job = trainer(grad_accum_steps=2, steps=6, optimizer=OptimizerConfig(grad_clip=0.5))
+        job = trainer(grad_accum_steps=2, steps=6, optimizer=AdamW(grad_clip=0.5))
         return [row["loss"] for row in job.fit()], state(job.model)
 
     (losses, weights), (again, weights_again) = run(), run()
@@ -169,7 +170,7 @@ def test_training_moves_no_global_random_state() -> None:
 @pytest.mark.parametrize("tie", [True, False])
 def test_matrices_and_embeddings_decay_and_the_rest_does_not(tie: bool) -> None:
     gpt = model(tie)
-    optimizer = optimizers.build(gpt, OptimizerConfig(weight_decay=0.3, betas=[0.8, 0.95], eps=1e-6, lr=0.01))
+    (optimizer,) = AdamW(weight_decay=0.3, betas=[0.8, 0.95], eps=1e-6, lr=0.01).build(gpt)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in gpt.named_parameters():
         leaf_decays = name.endswith(".weight") and ".ln_" not in name
@@ -190,10 +191,10 @@ class TestLearningRate:
     """A pure function of the step."""
 
     def test_constant(self) -> None:
-        assert {optimizers.learning_rate(OptimizerConfig(lr=0.1), step, 50) for step in range(50)} == {0.1}
+        assert {optimizers.learning_rate(AdamW(lr=0.1), step, 50) for step in range(50)} == {0.1}
 
     def test_cosine_at_its_turning_points(self) -> None:
-        config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=10, **COSINE)
+        config = AdamW(lr=1.0, min_lr=0.1, warmup_steps=10, **COSINE)
         rate = [optimizers.learning_rate(config, step, 111) for step in range(111)]
         assert rate[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
         assert rate[10] == 1.0  # the peak after the warm-up
@@ -207,7 +208,7 @@ class TestLearningRate:
         steps = data.draw(st.integers(1, 300))
         warmup = data.draw(st.integers(0, steps))
         lr = data.draw(st.floats(1e-6, 10))
-        config = OptimizerConfig(lr=lr, min_lr=lr * data.draw(st.floats(0, 1)), warmup_steps=warmup, **COSINE)
+        config = AdamW(lr=lr, min_lr=lr * data.draw(st.floats(0, 1)), warmup_steps=warmup, **COSINE)
         rate = [optimizers.learning_rate(config, step, steps) for step in range(steps)]
         slack = 1e-12 * lr
         assert all(0 < r <= lr + slack for r in rate[:warmup])
@@ -218,7 +219,7 @@ class TestLearningRate:
             assert rate[0] == pytest.approx(lr / warmup)
 
     def test_the_first_steps_of_a_longer_schedule(self) -> None:
-        config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=3, **COSINE)
+        config = AdamW(lr=1.0, min_lr=0.1, warmup_steps=3, **COSINE)
         long = replace(config, schedule_steps=40)
         assert [optimizers.learning_rate(long, step, 10) for step in range(40)] == [
             optimizers.learning_rate(config, step, 40) for step in range(40)
@@ -228,22 +229,22 @@ class TestLearningRate:
         ]
 
     def test_after_the_schedule_the_lowest_rate_stays(self) -> None:
-        config = OptimizerConfig(lr=1.0, min_lr=0.1, schedule_steps=5, **COSINE)
+        config = AdamW(lr=1.0, min_lr=0.1, schedule_steps=5, **COSINE)
         rate = [optimizers.learning_rate(config, step, 9) for step in range(9)]
         assert rate[4:] == pytest.approx([0.1] * 5)
         assert rate[3] > 0.2
 
     def test_the_optimizer_is_given_it(self) -> None:
-        config = OptimizerConfig(lr=0.01, warmup_steps=2, min_lr=0.001, **COSINE)
+        config = AdamW(lr=0.01, warmup_steps=2, min_lr=0.001, **COSINE)
         job = trainer(optimizer=config, steps=6)
         for row in job.fit():
             expected = optimizers.learning_rate(config, row["step"], 6)
             assert row["lr"] == expected
-            assert [group["lr"] for group in job.optimizer.param_groups] == [expected] * 2
+            assert [group["lr"] for group in job.optimizers[0].param_groups] == [expected] * 2
 
 
 def test_clipping_bounds_the_gradient_that_is_applied_and_only_then() -> None:
-    free, bound = trainer(), trainer(optimizer=OptimizerConfig(grad_clip=0.05))
+    free, bound = trainer(), trainer(optimizer=AdamW(grad_clip=0.05))
     free.step()
     bound.step()
     natural = trainers.grad_norm(free.model)
@@ -253,7 +254,7 @@ def test_clipping_bounds_the_gradient_that_is_applied_and_only_then() -> None:
         assert ours.grad is not None
         assert theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad * (0.05 / natural), atol=1e-7, rtol=1e-3)
-    loose = trainer(optimizer=OptimizerConfig(grad_clip=100.0))
+    loose = trainer(optimizer=AdamW(grad_clip=100.0))
     loose.step()
     assert trainers.grad_norm(loose.model) == pytest.approx(natural, rel=1e-6)
 
@@ -261,16 +262,14 @@ def test_clipping_bounds_the_gradient_that_is_applied_and_only_then() -> None:
 def test_the_clipped_gradient_is_the_one_the_optimizer_sees() -> None:
     """AdamW's first step is the same for a gradient of any length: those after tell."""
     free, clipped = (by_hand(model(), stream(), 20, 4, 16, clip) for clip in (math.inf, 0.5))
-    got = [row["loss"] for row in trainer(steps=20, optimizer=OptimizerConfig(grad_clip=0.5)).fit()]
+    got = [row["loss"] for row in trainer(steps=20, optimizer=AdamW(grad_clip=0.5)).fit()]
     assert got == pytest.approx(clipped, rel=1e-5)
     assert got != pytest.approx(free, rel=1e-4), "here clipping shows"
 
 
 def test_the_norm_recorded_is_the_one_before_clipping() -> None:
     natural = next(trainer().fit())["grad_norm"]
-    assert next(trainer(optimizer=OptimizerConfig(grad_clip=0.05)).fit())["grad_norm"] == pytest.approx(
-        natural, rel=1e-4
-    )
+    assert next(trainer(optimizer=AdamW(grad_clip=0.05)).fit())["grad_norm"] == pytest.approx(natural, rel=1e-4)
 
 
 def test_grad_norm_is_the_length_of_all_gradients() -> None:
@@ -394,7 +393,7 @@ class TestFit:
         assert first + [row["loss"] for row in rest] == whole
 
     def test_a_huge_learning_rate_diverges_and_says_where(self) -> None:
-        job = trainer(optimizer=OptimizerConfig(lr=1e30, weight_decay=0.0), steps=20)
+        job = trainer(optimizer=AdamW(lr=1e30, weight_decay=0.0), steps=20)
         done = []
         with pytest.raises(Diverged, match=r"(loss|grad_norm) became (nan|inf) at step \d+") as failure:
             done.extend(job.fit())
@@ -545,7 +544,7 @@ class TestTiming:
     def test_the_longest_wait_of_the_processes_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = itertools.count()
         monkeypatch.setattr(load, "waited", lambda: 0.5 * next(clock))
-        monkeypatch.setattr(distributed, "largest", lambda number: [2 * number])
+        monkeypatch.setattr(distributed, "all_max", lambda number: [2 * number])
         job = trainer(steps=2)
         assert [row["waited_ms"] for row in job.fit()] == [1000, 1000]
         assert job.step_waits == [1, 1]
@@ -662,10 +661,9 @@ def test_a_process_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 MEASURE = """
 import json, sys, torch
 torch.set_num_threads(2)
-from gpt2exp.data import batches, tokens
-from gpt2exp.model import gpt, init
-from gpt2exp.training import hardware, heap, precision, setup, trainer
 from gpt2exp.config import ModelConfig, PrecisionConfig, PrecisionName, RunConfig, TrainConfig
+from gpt2exp.data import tokens
+from gpt2exp.training import hardware, precision, setup
 import wandb
 shape, train, name, kept = json.loads(sys.argv[1])
 config = RunConfig(
@@ -673,19 +671,15 @@ config = RunConfig(
 )
 cpu = torch.device("cpu")
 if kept:
-    heap.prepare(2**30, certain=2**28, steps=heap.LONG)
+    setup.keep_memory(config, cpu)
 hardware.reset_peak_memory(cpu)
 source = tokens.prepare(config.data)
 with precision.applied(config.precision, cpu) as got:
-    job_model = gpt.GPT(config.model)
-    init.initialise(job_model, config.init, config.seed)
-    windows = batches.Windows(source.map(), config.train, config.data, config.seed, cpu)
-    job = trainer.Trainer(job_model, windows, config.train, config.optimizer, seen=torch.from_numpy(source.seen()))
+    job, _ = setup.trainer(config, cpu, got, source)
     for _ in job.fit():
         pass
-need = setup.memory(config, on_cpu=kept, unfused_attention=got.emulated)
-need += 0 if kept else setup.PROCESS_BYTES
-print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job_model.parameters()), config.model.parameters["total"])
+need = setup.memory(config, setup.Hardware("cpu", got.emulated))
+print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.parameters()), config.model.parameters["total"])
 """
 
 
@@ -716,12 +710,14 @@ def test_memory_is_estimated(
 
 def test_the_batch_suggested_fits_and_is_a_power_of_two() -> None:
     config = RunConfig(train=TrainConfig(batch_size=48, seq_len=1024))
-    told = {"on_cpu": True, "unfused_attention": False}
 
     def need(batch: int) -> int:
-        return setup.memory(replace(config, train=replace(config.train, batch_size=batch)), **told)
+        return setup.memory(replace(config, train=replace(config.train, batch_size=batch)), setup.Hardware("cpu"))
 
-    assert setup.fitting_batch(config, need(16), **told) == 16
-    assert setup.fitting_batch(config, need(16) - 1, **told) == 8
-    assert setup.fitting_batch(config, need(1) - 1, **told) is None
-    assert setup.fitting_batch(config, need(1000), **told) == 32
+    def suggested(free: int) -> int | None:
+        return setup.fitting_batch(config, setup.Hardware("cpu", free=free))
+
+    assert suggested(need(16)) == 16
+    assert suggested(need(16) - 1) == 8
+    assert suggested(need(1) - 1) is None
+    assert suggested(need(1000)) == 32

@@ -114,9 +114,7 @@ def test_a_diverging_job_and_one_refused_memory_leave_the_comparison(tmp_path: P
     """Eight jobs, of which those with the large batch cannot fit here and those with the large rate blow up."""
     free = hardware.free_memory(torch.device("cpu"))
     large = setup.memory(
-        RunConfig(train=TrainConfig(batch_size=4096, seq_len=64, loss_chunk=10**6)),
-        on_cpu=True,
-        unfused_attention=False,
+        RunConfig(train=TrainConfig(batch_size=4096, seq_len=64, loss_chunk=10**6)), setup.Hardware("cpu")
     )
     if free is None or free > large:
         pytest.skip(f"this machine has the {large / 2**30:.0f} GiB that the large batch needs")
