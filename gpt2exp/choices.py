@@ -185,12 +185,12 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
     Raises:
         BadRequest: `code` cannot be called as this section's choices are.
     """
-    base, leading = _base(section), LEADING[section]
+    above, leading = base(section), LEADING[section]
     parameters = _parameters(f"{section}.{TARGET}={target}", code, leading)[len(leading) :]
     hints = _hints(code)
     fields: dict[str, tuple[str, Any, Any]] = {}
     for parameter in parameters:
-        if parameter.name not in base.__dataclass_fields__:
+        if parameter.name not in above.__dataclass_fields__:
             default = "???" if parameter.default is parameter.empty else parameter.default
             default = list(default) if isinstance(default, tuple) else default
             kind = _kind(parameter, hints.get(parameter.name))
@@ -204,10 +204,11 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
         namespace["first"] = next(iter(inspect.signature(code).parameters))
     namespace["tuples"] = tuple(item.name for item in parameters if isinstance(item.default, tuple))
     name = f"{target.rpartition('.')[2]} from outside"
-    return make_dataclass(name, list(fields.values()), bases=(base, Outside), namespace=namespace, kw_only=True)
+    return make_dataclass(name, list(fields.values()), bases=(above, Outside), namespace=namespace, kw_only=True)
 
 
-def _base(section: str) -> type[Section]:
+def base(section: str) -> type[Section]:
+    """The class that a section, by dotted key, has in the schema."""
     found: Any = RunConfig
     for part in section.split("."):
         found = typing.get_type_hints(found)[part]
