@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast
 
 import hydra
 from hydra import initialize_config_module
@@ -44,7 +44,9 @@ from gpt2exp.config import (
     Section,
     choices_with,
     explain,
+    group_of,
     keys,
+    kind_of,
     leaves,
     parse,
     plain,
@@ -65,9 +67,9 @@ def register() -> None:
     schema = OmegaConf.structured(RunConfig)
     schema.wandb.update(tracking.defaults())
     for section, choices in CHOICES.items():
-        schema[section] = OmegaConf.structured(get_type_hints(RunConfig)[section])  # any choice can be merged
+        OmegaConf.update(schema, section, OmegaConf.structured(kind_of(section)), merge=False)  # takes any choice
         for name, choice in choices.items():
-            ConfigStore.instance().store(f"{name}_schema", group=section, node=choice)
+            ConfigStore.instance().store(f"{name}_schema", group=group_of(section), node=choice)
     ConfigStore.instance().store("schema", node=schema)
     # two launches in the same second get two folders
     resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
@@ -211,7 +213,7 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
         text = explain(error)
         key = (re.match(r"Could not override '([\w.]+)'", text) or ["", ""])[1]
         if names := choices_with(key):
-            why = f"a key of {key.partition('.')[0]}={' and '.join(names)} alone"
+            why = f"a key of {group_of(key.rpartition('.')[0])}={' and '.join(names)} alone"
             raise BadRequest(f"{key}: {why}; leave it out, or make that choice") from error
         found = re.match(r"In '((\w+)/[^']+)': .*Key '(\w+)' not in '\w+'", text)
         if found and found[3] in ("hydra", found[2], *SECTIONS):

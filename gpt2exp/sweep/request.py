@@ -42,6 +42,7 @@ from gpt2exp.config import (
     RunConfig,
     check_key,
     default_of,
+    group_of,
     home,
     keys,
     owner,
@@ -209,7 +210,7 @@ def check(composer: Composer, override: Override) -> None:
     group, _, part = key.rpartition(".")
     if group in CHOICES and part == "name":
         name = show(override.value())
-        raise BadRequest(f"{key}={name}: a choice brings keys of its own; write {group}={name}")
+        raise BadRequest(f"{key}={name}: a choice brings keys of its own; write {group_of(group)}={name}")
     if override.type is OverrideType.DEL:
         raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")
     if override.is_sweep_override() and not override.is_discrete_sweep():
