@@ -51,6 +51,7 @@ from gpt2exp.config import (
     show,
 )
 from gpt2exp.files import beside
+from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
 from gpt2exp.sweep import engines
 from gpt2exp.sweep.composing import (
@@ -290,6 +291,8 @@ def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Requ
         jobs = [Job(tuple(texts), composed.config, composed=composed)]
     if not multirun or jobs[0].folder:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
+    for job in jobs:
+        size.check(job.config.model, job.config.init, job.config.train.seq_len)
     for device in {job.config.train.device for job in jobs} if multirun else ():
         engines.check(master.hydra.launcher, device)
     return Request(tuple(jobs), multirun, folder, master if multirun else None)
