@@ -312,9 +312,8 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
     peak = hardware.peak_flops(hardware.device_name(device), got.effective) if device.type == "cuda" else None
     if peak is None or got.emulated:
         return None
-    return (
-        size.flops_per_token(config.model, config.train.seq_len) * tokens_per_second / (peak * distributed.world_size())
-    )
+    flops = size.flops_per_token(config.model, config.train.seq_len)
+    return flops * tokens_per_second / (peak * distributed.world_size())
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:

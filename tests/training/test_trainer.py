@@ -681,7 +681,8 @@ with precision.applied(config.precision, cpu) as got:
     for _ in job.fit():
         pass
 need = setup.memory(config, setup.Hardware("cpu", got.emulated))
-print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.parameters()), size.parameters(config.model)["total"])
+counted = size.parameters(config.model)["total"]
+print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.parameters()), counted)
 """
 
 
