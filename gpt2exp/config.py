@@ -184,6 +184,24 @@ def put(tree: dict[str, Any], key: str, value: object) -> None:
     (at(tree, ".".join(sections)) if sections else tree)[name] = value
 
 
+OUTSIDE: dict[tuple[str, str, str], type[Any]] = {}
+"""The classes of choices from outside whose code may run in this process, by section, `_target_` and `_sha256_`."""
+
+TARGET, SOURCE, SHA256 = "_target_", "_source_", "_sha256_"
+"""Keys of a choice from outside (`gpt2exp.choices`): MODULE.NAME, the file it was found in, and that file's hash."""
+
+
+def class_of(section: str, values: Mapping[str, Any]) -> type[Any]:
+    """The class that a section with these values has: a choice of ours, or one from outside that was admitted."""
+    if TARGET not in values:
+        return chosen(section, values.get("name"))
+    target, source = values[TARGET], values.get(SOURCE)
+    found = OUTSIDE.get((section, target, values.get(SHA256, "")))
+    if found is None:
+        raise BadRequest(f"{section}.{TARGET}={target}: its code, {source}, was not admitted to this process")
+    return found
+
+
 class InitScheme(StrEnum):
     """Where the standard deviations of the initial weights come from."""
 
@@ -503,8 +521,8 @@ class OptimizerConfig(Section):
     schedule_steps: int | None = option(
         None, "cosine: steps until min_lr, which stays from there on; null: train.steps", at_least=1
     )
-    moments: ClassVar[int] = 0
-    """Numbers kept for each weight beside it and its gradient."""
+    moments: ClassVar[int] = 2
+    """Numbers kept for each weight beside it and its gradient; where nobody knows, as many as AdamW's."""
 
     def agree(self) -> None:
         if self.schedule is Schedule.constant:
@@ -704,14 +722,38 @@ def parse(plain: Any) -> RunConfig:
     try:
         schema = OmegaConf.structured(RunConfig)
         given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # untyped: the types are the schema's
-        for section in CHOICES:
-            choice = OmegaConf.structured(chosen(section, at(given, f"{section}.name")))
-            OmegaConf.update(schema, section, choice, merge=False)
+        for section in _with_choice(given):
+            own = at(given, section)
+            own = own if isinstance(own, dict) else {}
+            cls = class_of(section, own)
+            OmegaConf.update(schema, section, OmegaConf.structured(cls), merge=False)
+            for name in own.keys() - cls.__dataclass_fields__.keys():
+                refuse(f"{section}.{name}", own[name], cls)
         config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise BadRequest(explain(error)) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+def _with_choice(tree: Mapping[str, Any]) -> list[str]:
+    """The sections whose class is a choice: ours, and those that have one from outside in a plain configuration."""
+    outside = [section for section, _, name in (key.rpartition(".") for key in leaves(tree)) if name == TARGET]
+    return list(dict.fromkeys([*CHOICES, *outside]))
+
+
+def refuse(key: str, value: object, cls: type[Section] | None = None) -> None:
+    """Raise `BadRequest` for a key that the choice made for its section does not have; `cls`: of one from outside."""
+    section, _, name = key.rpartition(".")
+    if others := choices_with(key):
+        why = f"a key of {group_of(section)}={' and '.join(others)} alone"
+        raise BadRequest(f"{key}: {why}; leave it out, or make that choice")
+    if cls is None or TARGET not in cls.__dataclass_fields__:
+        return check_key(key, value)
+    known = [item for item in cls.__dataclass_fields__ if not item.startswith("_")]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"did you mean {section}.{near[0]}?" if near else f"its keys: {', '.join(known)}"
+    raise BadRequest(f"{key}={show(value)}: {cls.__name__} has no such key; {hint}")
 
 
 def explain(error: Exception) -> str:
@@ -738,7 +780,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_housekeeping(key: str) -> bool:
     """Whether a dotted key is in `HOUSEKEEPING`, or in a section that is."""
-    return any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
+    return key.endswith(f".{SOURCE}") or any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
 
 
 MOVED = {"model.pad_vocab": "train.pad_vocab"}
@@ -751,9 +793,13 @@ def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     A key that it lacks has today's default. Both as plain values, interpolations as they stand; `parse` checks them.
     """
     today, unknown = plain(RunConfig()), leaves(recorded)
-    for group in CHOICES:
-        with contextlib.suppress(BadRequest):  # a choice of another version: its keys are unknown here
-            put(today, group, plain(chosen(group, unknown.get(f"{group}.name"))()))
+    for section in _with_choice(recorded):
+        own = at(recorded, section)
+        if isinstance(own, Mapping) and TARGET in own:  # from outside: its keys are its code's
+            put(today, section, dict(own))
+        else:
+            with contextlib.suppress(BadRequest):  # a choice of another version: its keys are unknown here
+                put(today, section, plain(chosen(section, unknown.get(f"{section}.name"))()))
     known = leaves(today).keys()
     for old, new in MOVED.items():
         if old in unknown.keys() - known:

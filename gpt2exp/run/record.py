@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from gpt2exp import choices
 from gpt2exp.config import BadRequest, RunConfig, leaves, parse, stored
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
@@ -231,10 +232,22 @@ def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
     """What a run was asked, by its `.hydra`: its configuration, what of that is no key today, and its overrides.
 
     Raises:
+        choices.Refused: the configuration names code that may not run here.
         BadRequest: it cannot be read, or no run can have that configuration.
     """
-    today, unknown = stored(written(folder))
-    return parse(today), unknown, [str(text) for text in _yaml(folder, "overrides.yaml", list)]
+    today, unknown, overrides = described(folder)
+    choices.admit(today)
+    return parse(today), unknown, overrides
+
+
+def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """As `asked`, the configuration as plain values, interpolations as they stand; no code that it names is run.
+
+    Raises:
+        BadRequest: it cannot be read.
+    """
+    today, unknown = stored(_yaml(folder, "config.yaml", dict))
+    return today, unknown, [str(text) for text in _yaml(folder, "overrides.yaml", list)]
 
 
 def _yaml(folder: Path, name: str, kind: type) -> Any:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import json
+import operator
 import os
 import re
 import sys
@@ -37,19 +38,22 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from gpt2exp import choices
 from gpt2exp.config import (
     CHOICES,
+    TARGET,
     BadRequest,
     RunConfig,
     Section,
-    choices_with,
     explain,
     group_of,
+    home,
     keys,
     kind_of,
     leaves,
     parse,
     plain,
+    refuse,
     typed,
 )
 from gpt2exp.files import replacing
@@ -66,10 +70,14 @@ def register() -> None:
     """Make the schema and the resolvers of conf/ known to Hydra; every process that runs a job calls this."""
     schema = OmegaConf.structured(RunConfig)
     schema.wandb.update(tracking.defaults())
-    for section, choices in CHOICES.items():
+    for section, ours in CHOICES.items():
         OmegaConf.update(schema, section, OmegaConf.structured(kind_of(section)), merge=False)  # takes any choice
-        for name, choice in choices.items():
-            ConfigStore.instance().store(f"{name}_schema", group=group_of(section), node=choice)
+        for name, choice in ours.items():
+            node = OmegaConf.structured(choice)
+            OmegaConf.set_struct(node, True)
+            ConfigStore.instance().store(f"{name}_schema", group=group_of(section), node=node)
+    for section in choices.LEADING:  # one from outside has keys that nobody knows before its code is loaded
+        OmegaConf.set_struct(OmegaConf.select(schema, section), False)
     ConfigStore.instance().store("schema", node=schema)
     # two launches in the same second get two folders
     resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
@@ -79,7 +87,9 @@ def register() -> None:
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """A command line as Hydra parses it; BadRequest for a flag that is none."""
-    return process.strict(get_args_parser(), "gpt2exp").parse_args(argv)
+    parser = process.strict(get_args_parser(), "gpt2exp")
+    parser.add_argument("--trust", action="store_true", help="run the code that the folder gone on with names")
+    return parser.parse_args(argv)
 
 
 @dataclass
@@ -96,8 +106,16 @@ class Composed:
 class Composer:
     """Hydra's loader over the packaged configuration and `--config-dir`."""
 
-    def __init__(self, path: Any, name: str) -> None:
-        self.loader, self.name = ConfigLoaderImpl(path), name
+    def __init__(self, path: Any, name: str, folder: Path | None = None) -> None:
+        self.loader, self.name, self.folder = ConfigLoaderImpl(path), name, folder
+
+    def may_have(self, key: str) -> bool:
+        """Whether a choice in the user's folder may have a key that is none of the schema's: its code tells."""
+        section = key.rpartition(".")[0]
+        if self.folder is None or section not in choices.LEADING:
+            return False
+        files = (self.folder / group_of(section)).glob("*.yaml")
+        return any(TARGET.encode() in path.read_bytes() for path in files)
 
     def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
         """The configuration of a command line; keys with several values are left as they are."""
@@ -115,8 +133,8 @@ class Composer:
             overrides = [read(text) for text in texts]
             values = {one.key_or_group: one.value() for one in overrides if _is_plain(one, simple)}
             shape = *values, *(text for text, one in zip(texts, overrides, strict=True) if not _is_plain(one, simple))
-            if own_folders or shape not in bases:
-                composed = self.loader.load_sweep_config(master, list(texts))
+            if own_folders or shape not in bases or bases[shape].outside:
+                composed = named(self.loader.load_sweep_config(master, list(texts)))
                 with open_dict(composed):
                     composed.hydra.job.num = number
                 bases[shape] = _Base(composed, values)
@@ -139,7 +157,10 @@ class _Base:
         # the rest goes by the overrides of the one job, and out with Hydra 1.4
         self.hydra["job"] = {key: self.hydra["job"][key] for key in ("name", "chdir", "env_set", "env_copy")}
         self.own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        self.following = [key for key, value in leaves(as_plain(self.own)).items() if "${" in str(value)]
+        own = as_plain(self.own)
+        self.outside = bool(choices.found_in(own))
+        """Whether it has a choice from outside: then it has no types, and each job is composed by itself."""
+        self.following = [key for key, value in leaves(own).items() if "${" in str(value) and not self.outside]
         """Keys whose value is that of another key."""
 
     def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Composed:
@@ -172,9 +193,33 @@ def with_values(section: SectionT, values: dict[str, Any]) -> SectionT:
 
 def checked(composed: DictConfig) -> RunConfig:
     """The configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
-    parsed = parse({str(key): composed._get_node(key) for key in composed if key != "hydra"})
+    own = {str(key): composed._get_node(key) for key in composed if key != "hydra"}
+    if outside := choices.found_in(as_plain(OmegaConf.masked_copy(composed, list(own)))):
+        choices.admit(outside)
+    parsed = parse(own)
     secret.check_values(plain(parsed))
     return parsed
+
+
+def named(composed: DictConfig) -> DictConfig:
+    """A composed configuration in which every choice from outside has its file's name, and its code's place and sha256.
+
+    With such a choice the sections have no types any more; `checked` gives each its own.
+    """
+    own = as_plain(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+    outside = choices.found_in(own)
+    if not outside:
+        return composed
+    made = composed.hydra.runtime.choices
+    for section, values in outside.items():
+        *above, last = section.split(".")
+        name = str(made.get(group_of(section)))
+        functools.reduce(operator.getitem, above, own)[last] = {**values, **choices.describe(section, values, name)}
+    result = OmegaConf.create(own)
+    OmegaConf.copy_cache(from_config=composed, to_config=result)
+    result.hydra = composed.hydra
+    OmegaConf.set_struct(result, True)
+    return result
 
 
 def as_plain(composed: Any) -> dict[str, Any]:
@@ -197,24 +242,21 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
     """Errors of Hydra's inside the block become a `BadRequest`."""
     _check_flags(args)
     register()  # the environment may have changed since
-    if args.config_dir and not Path(args.config_dir).is_dir():
-        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
+    folder = config_folder(args)
     try:
         # Hydra 1.3 takes a missing version_base for 1.1's ways; 1.4 wants it gone: then delete it here and in hand_over
         with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
             path = create_config_search_path(f"pkg://{CONF}")
-            if args.config_dir:  # as Hydra's main does, after ours, so that its groups add choices
-                path.prepend("command-line", f"file://{Path(args.config_dir).absolute()}", anchor="schema")
-            yield Composer(path, args.config_name or "config")
+            if folder:  # as Hydra's main does, after ours, so that its groups add choices
+                path.prepend("command-line", f"file://{folder}", anchor="schema")
+            yield Composer(path, args.config_name or "config", folder)
     except (HydraException, OmegaConfBaseException) as error:
         choice = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
         if remedy := engines.missing(choice or ""):
             raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
         text = explain(error)
-        key = (re.match(r"Could not override '([\w.]+)'", text) or ["", ""])[1]
-        if names := choices_with(key):
-            why = f"a key of {group_of(key.rpartition('.')[0])}={' and '.join(names)} alone"
-            raise BadRequest(f"{key}: {why}; leave it out, or make that choice") from error
+        if unknown := re.match(r"Could not override '([\w.]+)'.*=(\S*)", text):
+            refuse(unknown[1], unknown[2])
         found = re.match(r"In '((\w+)/[^']+)': .*Key '(\w+)' not in '\w+'", text)
         if found and found[3] in ("hydra", found[2], *SECTIONS):
             why = f"its keys land in {found[2]}, which has no {found[3]}"
@@ -224,6 +266,16 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
         where = f"--config-dir {args.config_dir}" if args.config_dir else "hydra.searchpath"
         why = " ".join(str(error).split())
         raise BadRequest(f"{where}: {why}; mend that file: it must be plain YAML in UTF-8") from error
+
+
+def config_folder(args: argparse.Namespace) -> Path | None:
+    """The folder of `--config-dir`, if there is one."""
+    if not args.config_dir:
+        return None
+    folder = Path(home(args.config_dir)).absolute()
+    if not folder.is_dir():
+        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
+    return folder
 
 
 def _check_flags(args: argparse.Namespace) -> None:

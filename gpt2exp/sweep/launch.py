@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
 from omegaconf import DictConfig
 
+from gpt2exp import choices
 from gpt2exp.config import BadRequest, DeviceName, Distributed, Fallback, PrecisionName, first_line, plain
 from gpt2exp.data import tokens
 from gpt2exp.model import size
@@ -79,6 +80,9 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
     if args.hydra_help or args.shell_completion:  # Hydra's own, about no request
         composing.hand_over(argv, work)
         return 0
+    choices.allow(composing.config_folder(args), Path.cwd())
+    choices.trust(args.trust)
+    argv = [word for word in argv if word != "--trust"]
     request = resume.make(args) or make(args)
     if request.multirun and distributed.world_size() > 1:
         why = "under torchrun every job would share out its batch over the same processes"
@@ -221,9 +225,13 @@ def work(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     folder = sweep = Path(hydra.runtime.output_dir)
     known = record.Sweep.read(folder)
+    choices.trust()  # as the command that launched the sweep found
     if known is None:
         sweep = record.sweep_of(folder) or folder.parent
     else:  # its sweeper made it up
+        mine = composing.arguments(known.argv).config_dir
+        choices.allow(Path(known.cwd, mine) if mine else None, known.cwd)
+        cfg = composing.named(cfg)
         told = list(hydra.overrides.task)
         folder = sweep / numbered(hydra.job.num, ",".join(sorted(text for text in told if text not in known.jobs[0])))
         settings = composing.as_plain(HydraConfig.instance().cfg)["hydra"]
@@ -253,6 +261,7 @@ def _work(folder: Path, sweep: Path, began: float) -> None:
 
 def _alone(folder: Path) -> int:
     """The run of a folder, in this process: 0 done, 1 not, 2 another process has it, 130 or 143 interrupted."""
+    choices.trust()  # as the command that made the folder found
     with processes.held(folder):
         return 0 if run(folder)["state"] == "done" else 1
 

@@ -64,6 +64,7 @@ from gpt2exp.sweep.composing import (
     composing,
     describe,
     is_hydra,
+    named,
     task,
 )
 
@@ -207,23 +208,24 @@ def check(composer: Composer, override: Override) -> None:
         if override.is_choice_sweep():
             raise BadRequest(f"{override.input_line}: a sweep has one {key}; name one, quoted if it holds a comma")
         return
-    choices = [name for name in composer.loader.get_group_options(key) if not name.endswith("_schema")]
+    offered = [name for name in composer.loader.get_group_options(key) if not name.endswith("_schema")]
     group, _, part = key.rpartition(".")
-    if group in CHOICES and part == "name":
+    if (group in CHOICES and part == "name") or part.startswith("_"):
         name = show(override.value())
-        raise BadRequest(f"{key}={name}: a choice brings keys of its own; write {group_of(group)}={name}")
+        again = f"write {group_of(group)}=NAME, NAME.yaml in that group"
+        raise BadRequest(f"{key}={name}: a choice brings keys of its own; {again}")
     if override.type is OverrideType.DEL:
         raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")
     if override.is_sweep_override() and not override.is_discrete_sweep():
         return  # intervals and the like belong to another sweeper, which checks them
     for number, value in enumerate(values(override)):
-        if choices:
-            _check_choice(key, value, choices)
-        else:
+        if offered:
+            _check_choice(key, value, offered)
+        elif key in keys() or not composer.may_have(key):
             if number == 0:
                 check_key(key, value)
             _check_type(key, value)
-        if override.is_add() and (not choices or key in (*SECTIONS, "experiment")):
+        if override.is_add() and (not offered or key in (*SECTIONS, "experiment")):
             again = shlex.quote((override.input_line or "").lstrip("+"))
             raise BadRequest(f"+{key}={show(value)}: the key is there already; leave out the +: {again}")
 
@@ -286,7 +288,7 @@ def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Requ
         jobs = name_jobs(composed_jobs(composer, master, combinations))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
-        alone = composer.compose(constant) if multirun else master
+        alone = named(composer.compose(constant) if multirun else master)
         composed = Composed(checked(alone), as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra))
         jobs = [Job(tuple(texts), composed.config, composed=composed)]
     if not multirun or jobs[0].folder:  # all the jobs are known

@@ -159,10 +159,11 @@ def memory(config: RunConfig, here: Hardware) -> int:
     (`moments`). When backward starts, all activations and the head's gradient (`gpt2exp.model.loss`) exist, the other
     gradients do not yet: per layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value,
     attention's output twice, and the MLP's hidden layer before and after GELU), and what other choices in the slots
-    keep beyond that. With checkpointing: 1·n_embd per layer kept, plus 17·n_embd for the layer being recomputed. Under autocast on a GPU all but LayerNorms' inputs are halves,
-    10 of 17, and copies of the weights are added; a CPU's peak showed nothing of it. Unfused attention keeps scores and
-    probabilities as well. The peak is the larger of that and the moment when all gradients exist. Under FSDP a process
-    holds its shard of parameters, gradients and moments, and the embeddings, the head's gradient and a block whole.
+    keep beyond that. With checkpointing: 1·n_embd per layer kept, plus 17·n_embd for the layer being recomputed. Under
+    autocast on a GPU all but LayerNorms' inputs are halves, 10 of 17, and copies of the weights are added; a CPU's peak
+    showed nothing of it. Unfused attention keeps scores and probabilities as well. The peak is the larger of that and
+    the moment when all gradients exist. Under FSDP a process holds its shard of parameters, gradients and moments, and
+    the embeddings, the head's gradient and a block whole.
     """
     model, train, parts = config.model, config.train, size.parameters(config.model)
     width, tokens = model.n_embd, train.micro_batch_tokens // distributed.world_size()

@@ -103,7 +103,10 @@ class Trainer:
         self.sharded = dist.is_sharded(config.distributed)
         self.module = dist.wrap(model, config.distributed, batches.device)
         """`model`, or DDP around it."""
-        self.optimizers: list[torch.optim.Optimizer] = config.optimizer.build(model)
+        self.optimizers = optimizers.build(config.optimizer, model)
+        peak = config.optimizer.lr
+        self._shares = {one: [group["lr"] / peak for group in one.param_groups] for one in self.optimizers}
+        """Each group's learning rate, as it was built, over `optimizer.lr`: 1 unless code from outside made another."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.steps_done = 0
         self._unclipped: Tensor | None = None
@@ -143,8 +146,8 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
             self._unclipped = dist.full_tensor(norm)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate
+            for group, share in zip(optimizer.param_groups, self._shares[optimizer], strict=True):
+                group["lr"] = self.learning_rate * share
             self.scaler.step(optimizer)
         self.scaler.update()
         self.steps_done += 1
@@ -192,6 +195,7 @@ class Trainer:
             "step": self.steps_done,
             "micro_batches": self.steps_done * self.config.grad_accum_steps,
         }
+        numbers["groups"] = optimizers.group_numbers(self.optimizers)
         numbers["scaler"] = {key: scaler[key] for key in ("scale", "_growth_tracker") if key in scaler}
         return weights, tensors, numbers
 
@@ -204,6 +208,8 @@ class Trainer:
         numbers, kept = dist.broadcast((numbers, bool(tensors)))
         if kept or not self.scaler.is_enabled():  # a run whose scaled steps all overflowed has no moments yet
             optimizers.restore(self.model, self.optimizers, tensors)
+        for group, known in zip(optimizers.groups(self.optimizers), numbers.get("groups", []), strict=False):
+            group.update(known)
         self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
         self.steps_done = numbers["step"]
 
