@@ -1,4 +1,4 @@
-"""Attention that sees places by turning queries and keys (Su et al. 2021, RoFormer); use it with model/position=none."""
+"""Attention that sees places by turning queries and keys (Su et al. 2021): use it with model/position=none."""
 
 import torch
 from torch import Tensor

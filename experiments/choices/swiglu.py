@@ -8,7 +8,7 @@ from gpt2exp.model.gpt import Linear
 
 
 class SwiGLU(nn.Module):
-    """Three matrices; `hidden` is their inner width, null for 8/3 of n_embd, so that they hold as much as GPT-2's two."""
+    """Three matrices of inner width `hidden`; null: 8/3 of n_embd, so that they hold as much as GPT-2's two."""
 
     def __init__(self, config: ModelConfig, hidden: int | None = None) -> None:
         super().__init__()
