@@ -110,9 +110,10 @@ class Composer:
         self.loader, self.name, self.folder = ConfigLoaderImpl(path), name, folder
 
     def may_have(self, key: str) -> bool:
-        """Whether a choice in the user's folder may have a key that is none of the schema's: its code tells."""
-        section = key.rpartition(".")[0]
-        if self.folder is None or section not in choices.LEADING:
+        """Whether a key may be one that a choice in the user's folder has beside its section's: its code tells."""
+        section, _, name = key.rpartition(".")
+        known = section in choices.LEADING and kind_of(section).__dataclass_fields__
+        if self.folder is None or not known or name in known:
             return False
         files = (self.folder / group_of(section)).glob("*.yaml")
         return any(TARGET.encode() in path.read_bytes() for path in files)
@@ -255,7 +256,8 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
         if remedy := engines.missing(choice or ""):
             raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
         text = explain(error)
-        if unknown := re.match(r"Could not override '([\w.]+)'.*=(\S*)", text):
+        unknown = re.match(r"Could not override '([\w.]+)'.*=(\S*)", text)
+        if unknown and not is_hydra(unknown[1]):
             refuse(unknown[1], unknown[2])
         found = re.match(r"In '((\w+)/[^']+)': .*Key '(\w+)' not in '\w+'", text)
         if found and found[3] in ("hydra", found[2], *SECTIONS):

@@ -221,7 +221,7 @@ def check(composer: Composer, override: Override) -> None:
     for number, value in enumerate(values(override)):
         if offered:
             _check_choice(key, value, offered)
-        elif key in keys() or not composer.may_have(key):
+        elif not composer.may_have(key):
             if number == 0:
                 check_key(key, value)
             _check_type(key, value)

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import config
+from gpt2exp import choices, config
 from gpt2exp.config import HOUSEKEEPING, BadRequest, DataName, RunConfig, Schedule, show
 from gpt2exp.run import record, terminal
 from gpt2exp.sweep import composing, engines, request
@@ -90,6 +90,8 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
             raise BadRequest(f"{text}: {terminal.short(folder)} is one run; leave it out, or name a sweep's folder")
     try:
         before, gone, overrides = record.asked(folder)
+    except choices.Refused as error:
+        raise BadRequest(f"resume={folder}: {error}") from error
     except BadRequest as error:
         raise BadRequest(f"resume={folder}: {error}; put the files back, or start a new run") from error
     recorded = OmegaConf.create(config.plain(before))  # resolved: what follows train.steps keeps the value it had
@@ -239,6 +241,8 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
     for run in record.runs_below(folder):
         try:
             of, unknown, overrides = record.asked(run)
+        except choices.Refused as error:
+            raise BadRequest(f"resume={folder}: {run.name}: {error}") from error
         except BadRequest:
             continue  # Hydra's own record is damaged: the job is run anew, beside it
         for key, value in unknown.items():
