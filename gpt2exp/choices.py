@@ -23,9 +23,23 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gpt2exp.config import OUTSIDE, SHA256, SOURCE, TARGET, BadRequest, RunConfig, Section, first_line, option
+from gpt2exp.config import (
+    OUTSIDE,
+    SHA256,
+    SOURCE,
+    TARGET,
+    BadRequest,
+    Section,
+    SlotConfig,
+    first_line,
+    kind_of,
+    option,
+)
 
-LEADING: dict[str, tuple[str, ...]] = {"optimizer": ("params",)}
+LEADING: dict[str, tuple[str, ...]] = {
+    "optimizer": ("params",),
+    **{f"model.{slot}": ("config",) for slot in ("attention", "mlp", "norm", "position")},
+}
 """By section what the code is called with first, in this order; its other parameters are keys of the section."""
 
 PLAIN = (int, float, bool, str)
@@ -185,12 +199,12 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
     Raises:
         BadRequest: `code` cannot be called as this section's choices are.
     """
-    above, leading = base(section), LEADING[section]
+    base, leading = kind_of(section), LEADING[section]
     parameters = _parameters(f"{section}.{TARGET}={target}", code, leading)[len(leading) :]
     hints = _hints(code)
     fields: dict[str, tuple[str, Any, Any]] = {}
     for parameter in parameters:
-        if parameter.name not in above.__dataclass_fields__:
+        if parameter.name not in base.__dataclass_fields__:
             default = "???" if parameter.default is parameter.empty else parameter.default
             default = list(default) if isinstance(default, tuple) else default
             kind = _kind(parameter, hints.get(parameter.name))
@@ -199,20 +213,14 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
     for name in ("name", TARGET, SOURCE, SHA256):
         fields[name] = name, str, option("", "of the file that made the choice, and of the code that it names")
     names = tuple(parameter.name for parameter in parameters)
-    namespace = {"code": staticmethod(code), "arguments": names, "needed": needed, "first": ""}
+    namespace: dict[str, Any] = {"code": staticmethod(code), "arguments": names, "needed": needed, "first": ""}
     if leading:
         namespace["first"] = next(iter(inspect.signature(code).parameters))
+    if issubclass(base, SlotConfig):
+        namespace["build"] = call
     namespace["tuples"] = tuple(item.name for item in parameters if isinstance(item.default, tuple))
     name = f"{target.rpartition('.')[2]} from outside"
-    return make_dataclass(name, list(fields.values()), bases=(above, Outside), namespace=namespace, kw_only=True)
-
-
-def base(section: str) -> type[Section]:
-    """The class that a section, by dotted key, has in the schema."""
-    found: Any = RunConfig
-    for part in section.split("."):
-        found = typing.get_type_hints(found)[part]
-    return typing.cast(type[Section], found)
+    return make_dataclass(name, list(fields.values()), bases=(base, Outside), namespace=namespace, kw_only=True)
 
 
 def _default(item: Any) -> Any:

@@ -16,6 +16,7 @@ import json
 import math
 import operator
 import os
+import pkgutil
 import re
 import shlex
 import typing
@@ -134,18 +135,21 @@ class Section:
     def agree(self) -> None:
         """Raise `BadRequest` unless the values go together."""
 
+    inside: ClassVar[str] = ""
+    """The section around it, with a dot."""
+
     @classmethod
     def key(cls, name: str) -> str:
         """The dotted key of a field: `ModelConfig`'s n_layer is `model.n_layer`; a choice has its section's."""
         named = next(base.__name__ for base in cls.__mro__ if base.__name__.endswith("Config"))
         section = named.removesuffix("Config").lower()
-        return name if section == "run" else f"{section}.{name}"
+        return name if section == "run" else f"{cls.inside}{section}.{name}"
 
 
 Chosen = TypeVar("Chosen", bound=Section)
 
 CHOICES: dict[str, dict[str, type[Section]]] = {}
-"""By section: its classes by the name of the choice, the default first."""
+"""By section, such as `optimizer` or `model.mlp`: its classes by the name of the choice, the default first."""
 
 
 def choice_of(section: str) -> Callable[[type[Chosen]], type[Chosen]]:
@@ -165,6 +169,19 @@ def chosen(section: str, name: object = None) -> type[Any]:
     remedy = f"choose one of {', '.join(choices)}"
     require(name is None or name in choices, f"{section}.name", name, "no such choice", remedy)
     return choices[str(name)] if name is not None else next(iter(choices.values()))
+
+
+def at(tree: Any, key: str) -> Any:
+    """What nested dicts have at a dotted key, or None."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def put(tree: dict[str, Any], key: str, value: object) -> None:
+    """Set what nested dicts have at a dotted key; its sections must be there."""
+    *sections, name = key.split(".")
+    (at(tree, ".".join(sections)) if sections else tree)[name] = value
 
 
 OUTSIDE: dict[tuple[str, str, str], type[Any]] = {}
@@ -241,6 +258,53 @@ WandbMode = StrEnum("WandbMode", "auto online offline disabled")
 
 
 @dataclass(kw_only=True, slots=True)
+class SlotConfig(Section):
+    """A part of the model that is a choice: a module of (B, T, C) to (B, T, C), and the keys that it is made with."""
+
+    name: str = option("gpt2", "chosen by model/SLOT=NAME, here and in the other slots")
+    inside: ClassVar[str] = "model."
+    target: ClassVar[str]
+    """The module's class, as `package.module:Class`; called with the model's config and the keys beside `name`."""
+
+    def build(self, model: ModelConfig) -> Any:
+        """The module, a new one at each call."""
+        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "name"}
+        return pkgutil.resolve_name(self.target)(model, **own)
+
+
+@choice_of("model.attention")
+@dataclass(kw_only=True, slots=True)
+class AttentionConfig(SlotConfig):
+    """What mixes the tokens of a sequence, in each block."""
+
+    target: ClassVar[str] = "gpt2exp.model.gpt:CausalSelfAttention"
+
+
+@choice_of("model.mlp")
+@dataclass(kw_only=True, slots=True)
+class MLPConfig(SlotConfig):
+    """What treats each token alone, in each block."""
+
+    target: ClassVar[str] = "gpt2exp.model.gpt:MLP"
+
+
+@choice_of("model.norm")
+@dataclass(kw_only=True, slots=True)
+class NormConfig(SlotConfig):
+    """What stands before attention, MLP and head."""
+
+    target: ClassVar[str] = "gpt2exp.model.gpt:LayerNorm"
+
+
+@choice_of("model.position")
+@dataclass(kw_only=True, slots=True)
+class PositionConfig(SlotConfig):
+    """What tells the embedded tokens where they stand."""
+
+    target: ClassVar[str] = "gpt2exp.model.gpt:Positions"
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig(Section):
     """The shape of GPT-2 (Radford et al. 2019); the defaults are the 124M model's."""
 
@@ -250,6 +314,11 @@ class ModelConfig(Section):
     block_size: int = option(1024, "longest sequence: rows of wpe", at_least=1)
     vocab_size: int = option(50257, "rows of wte: 50,000 BPE merges, 256 bytes and <|endoftext|>", at_least=1)
     tie_weights: bool = option(True, "use wte as lm_head too (Press and Wolf 2017), as GPT-2 does")
+    bias: bool = option(True, "biases in matrices and norms, as GPT-2 has")
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+    norm: NormConfig = field(default_factory=NormConfig)
+    position: PositionConfig = field(default_factory=PositionConfig)
 
     def agree(self) -> None:
         heads = self.n_head
@@ -257,27 +326,6 @@ class ModelConfig(Section):
         remedy = f"try model.n_embd={' or '.join(map(str, near))}, or a model.n_head that divides it"
         why = f"not divisible by model.n_head={heads}"
         require(self.n_embd % heads == 0, "model.n_embd", self.n_embd, why, remedy)
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """Parameter counts by part; `total` counts a tied tensor once, `without_tying` as two."""
-        c, v = self.n_embd, self.vocab_size
-        # a block: c_attn c x 3c, attn.c_proj c x c, c_fc c x 4c, mlp.c_proj 4c x c; biases 3c+c+4c+c; two LayerNorms
-        block = 12 * c * c + 13 * c
-        parts = {"wte": v * c, "wpe": self.block_size * c, "blocks": self.n_layer * block, "ln_f": 2 * c}
-        untied = sum(parts.values()) + v * c
-        total = untied - v * c if self.tie_weights else untied
-        return {"total": total, "without_tying": untied, "lm_head": v * c, **parts}
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of one token's forward and backward pass.
-
-        Six per weight of a matrix product (two forward, four backward), and 12·n_layer·n_embd·seq_len for
-        attention's two products, the causal half not discounted: Chowdhery et al. 2022 (PaLM), appendix B. The
-        embedding look-ups cost nothing; the head counts whether tied or not.
-        """
-        c = self.n_embd
-        return 6 * (self.n_layer * 12 * c * c + self.vocab_size * c) + 12 * self.n_layer * c * seq_len
 
 
 @dataclass(kw_only=True, slots=True)
@@ -580,8 +628,9 @@ def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
         kind = hints[item.name]
         if isinstance(kind, type) and issubclass(kind, Section):
             known: dict[str, None] = {}
-            for name, choice in CHOICES.get(item.name, {"": kind}).items():
-                of_choice = f" ({item.name}={name})" if known else ""
+            section = cls.key(item.name)
+            for name, choice in CHOICES.get(section, {"": kind}).items():
+                of_choice = f" ({group_of(section)}={name})" if known else ""
                 new = [option for option in options(choice) if option[0] not in known]
                 yield from ((key, default, f"{about}{of_choice}") for key, default, about in new)
                 known |= dict.fromkeys(key for key, _, _ in new)
@@ -590,6 +639,11 @@ def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
         choices = list(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else switch
         listed = f" ({', '.join(map(show, choices))})" if choices else ""
         yield cls.key(item.name), default_of(item), item.metadata["help"] + listed
+
+
+def group_of(section: str) -> str:
+    """The group whose choices a section has: `model/mlp` of `model.mlp`."""
+    return section.replace(".", "/")
 
 
 def choices_with(key: str) -> list[str]:
@@ -603,7 +657,15 @@ def owner(key: str) -> tuple[type[Section], str]:
     section, _, name = key.rpartition(".")
     if found := choices_with(key):
         return CHOICES[section][found[0]], name
-    return typing.get_type_hints(RunConfig)[section] if section else RunConfig, name
+    return kind_of(section), name
+
+
+def kind_of(section: str) -> type[Section]:
+    """The class that a section is declared with, of which its choices are; the whole configuration's for ""."""
+    kind: type[Section] = RunConfig
+    for part in filter(None, section.split(".")):
+        kind = typing.get_type_hints(kind)[part]
+    return kind
 
 
 def keys() -> Iterator[str]:
@@ -629,6 +691,8 @@ def check_key(key: str, value: object) -> None:
     known = list(keys())
     if key in known:
         return
+    if key in CHOICES:
+        raise BadRequest(f"{key}={show(value)}: a choice of files; write {group_of(key)}={show(value)}")
     section = key.split(".")[0]
     inside = [name for name in known if name.startswith(f"{section}.")]
     if key == section and inside:
@@ -658,12 +722,13 @@ def parse(plain: Any) -> RunConfig:
     try:
         schema = OmegaConf.structured(RunConfig)
         given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # untyped: the types are the schema's
-        for section, own in given.items():
-            if isinstance(own, dict) and (section in CHOICES or TARGET in own):
-                cls = class_of(section, own)
-                schema[section] = OmegaConf.structured(cls)
-                for name in own.keys() - cls.__dataclass_fields__.keys():
-                    refuse(f"{section}.{name}", own[name], cls)
+        for section in _with_choice(given):
+            own = at(given, section)
+            own = own if isinstance(own, dict) else {}
+            cls = class_of(section, own)
+            OmegaConf.update(schema, section, OmegaConf.structured(cls), merge=False)
+            for name in own.keys() - cls.__dataclass_fields__.keys():
+                refuse(f"{section}.{name}", own[name], cls)
         config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise BadRequest(explain(error)) from error
@@ -671,11 +736,17 @@ def parse(plain: Any) -> RunConfig:
     return config
 
 
+def _with_choice(tree: Mapping[str, Any]) -> list[str]:
+    """The sections whose class is a choice: ours, and those that have one from outside in a plain configuration."""
+    outside = [section for section, _, name in (key.rpartition(".") for key in leaves(tree)) if name == TARGET]
+    return list(dict.fromkeys([*CHOICES, *outside]))
+
+
 def refuse(key: str, value: object, cls: type[Section] | None = None) -> None:
     """Raise `BadRequest` for a key that the choice made for its section does not have; `cls`: of one from outside."""
     section, _, name = key.rpartition(".")
     if others := choices_with(key):
-        why = f"a key of {section}={' and '.join(others)} alone"
+        why = f"a key of {group_of(section)}={' and '.join(others)} alone"
         raise BadRequest(f"{key}: {why}; leave it out, or make that choice")
     if cls is None or TARGET not in cls.__dataclass_fields__:
         return check_key(key, value)
@@ -722,22 +793,19 @@ def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     A key that it lacks has today's default. Both as plain values, interpolations as they stand; `parse` checks them.
     """
     today, unknown = plain(RunConfig()), leaves(recorded)
-    for group, own in recorded.items():
+    for section in _with_choice(recorded):
+        own = at(recorded, section)
         if isinstance(own, Mapping) and TARGET in own:  # from outside: its keys are its code's
-            today[group] = dict(own)
-        elif group in CHOICES:
+            put(today, section, dict(own))
+        else:
             with contextlib.suppress(BadRequest):  # a choice of another version: its keys are unknown here
-                today[group] = plain(chosen(group, unknown.get(f"{group}.name"))())
+                put(today, section, plain(chosen(section, unknown.get(f"{section}.name"))()))
     known = leaves(today).keys()
     for old, new in MOVED.items():
         if old in unknown.keys() - known:
             unknown.setdefault(new, unknown.pop(old))
     for key in known & unknown.keys():
-        *sections, name = key.split(".")
-        section = today
-        for part in sections:
-            section = section[part]
-        section[name] = unknown.pop(key)
+        put(today, key, unknown.pop(key))
     return today, unknown
 
 

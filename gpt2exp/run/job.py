@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, plain
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
+from gpt2exp.model import size
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, terminal, tracking
 from gpt2exp.run.metrics import Summary
@@ -178,8 +179,8 @@ def _describe(
 
     held_out = tokens.held_out(source.tokens, config.data.val_fraction)
     session.files.facts |= {
-        "parameters": config.model.parameters,
-        "flops_per_token": config.model.flops_per_token(config.train.seq_len),
+        "parameters": size.parameters(config.model),
+        "flops_per_token": size.flops_per_token(config.model, config.train.seq_len),
         "precision": got.as_dict(),
         "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
         "device": f"{device.type}: {hardware.device_name(device)}",
@@ -311,7 +312,8 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
     peak = hardware.peak_flops(hardware.device_name(device), got.effective) if device.type == "cuda" else None
     if peak is None or got.emulated:
         return None
-    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / (peak * distributed.world_size())
+    flops = size.flops_per_token(config.model, config.train.seq_len)
+    return flops * tokens_per_second / (peak * distributed.world_size())
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast
 
 import hydra
 from hydra import initialize_config_module
@@ -46,8 +46,10 @@ from gpt2exp.config import (
     RunConfig,
     Section,
     explain,
+    group_of,
     home,
     keys,
+    kind_of,
     leaves,
     parse,
     plain,
@@ -69,11 +71,11 @@ def register() -> None:
     schema = OmegaConf.structured(RunConfig)
     schema.wandb.update(tracking.defaults())
     for section, ours in CHOICES.items():
-        schema[section] = OmegaConf.structured(get_type_hints(RunConfig)[section])  # any choice can be merged
+        OmegaConf.update(schema, section, OmegaConf.structured(kind_of(section)), merge=False)  # takes any choice
         for name, choice in ours.items():
             node = OmegaConf.structured(choice)
             OmegaConf.set_struct(node, True)
-            ConfigStore.instance().store(f"{name}_schema", group=section, node=node)
+            ConfigStore.instance().store(f"{name}_schema", group=group_of(section), node=node)
     for section in choices.LEADING:  # one from outside has keys that nobody knows before its code is loaded
         OmegaConf.set_struct(OmegaConf.select(schema, section), False)
     ConfigStore.instance().store("schema", node=schema)
@@ -110,10 +112,10 @@ class Composer:
     def may_have(self, key: str) -> bool:
         """Whether a key may be one that a choice in the user's folder has beside its section's: its code tells."""
         section, _, name = key.rpartition(".")
-        known = section in choices.LEADING and choices.base(section).__dataclass_fields__
+        known = section in choices.LEADING and kind_of(section).__dataclass_fields__
         if self.folder is None or not known or name in known:
             return False
-        files = (self.folder / section.replace(".", "/")).glob("*.yaml")
+        files = (self.folder / group_of(section)).glob("*.yaml")
         return any(TARGET.encode() in path.read_bytes() for path in files)
 
     def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
@@ -212,7 +214,7 @@ def named(composed: DictConfig) -> DictConfig:
     made = composed.hydra.runtime.choices
     for section, values in outside.items():
         *above, last = section.split(".")
-        name = str(made.get(section.replace(".", "/")))
+        name = str(made.get(group_of(section)))
         functools.reduce(operator.getitem, above, own)[last] = {**values, **choices.describe(section, values, name)}
     result = OmegaConf.create(own)
     OmegaConf.copy_cache(from_config=composed, to_config=result)

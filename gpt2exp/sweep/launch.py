@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 from gpt2exp import choices
 from gpt2exp.config import BadRequest, DeviceName, Distributed, Fallback, PrecisionName, first_line, plain
 from gpt2exp.data import tokens
+from gpt2exp.model import size
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, _check_same_text, _follow, run
@@ -206,7 +207,7 @@ def _dry_row(job: Job) -> dict[str, str]:
         source = tokens.prepare(config.data)
         config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
     return {
-        "parameters": f"{config.model.parameters['total']:,}",
+        "parameters": f"{size.parameters(config.model)['total']:,}",
         "batch": f"{config.train.sequences} x {config.train.seq_len}",
         "steps": f"{config.train.steps:,}" + (f" (schedule {length:,})" if length else ""),
         "tokens": f"{config.train.steps * config.train.step_tokens:,}",

@@ -42,6 +42,7 @@ from gpt2exp.config import (
     RunConfig,
     check_key,
     default_of,
+    group_of,
     home,
     keys,
     owner,
@@ -50,6 +51,7 @@ from gpt2exp.config import (
     show,
 )
 from gpt2exp.files import beside
+from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
 from gpt2exp.sweep import engines
 from gpt2exp.sweep.composing import (
@@ -210,7 +212,7 @@ def check(composer: Composer, override: Override) -> None:
     group, _, part = key.rpartition(".")
     if (group in CHOICES and part == "name") or part.startswith("_"):
         name = show(override.value())
-        again = f"write {group}={name if part == 'name' else 'NAME, with NAME.yaml in that group'}"
+        again = f"write {group_of(group)}={name if part == 'name' else 'NAME, with NAME.yaml in that group'}"
         raise BadRequest(f"{key}={name}: a choice brings keys of its own; {again}")
     if override.type is OverrideType.DEL:
         raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")
@@ -291,6 +293,8 @@ def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Requ
         jobs = [Job(tuple(texts), composed.config, composed=composed)]
     if not multirun or jobs[0].folder:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
+    for job in jobs:
+        size.check(job.config.model, job.config.init, job.config.train.seq_len)
     for device in {job.config.train.device for job in jobs} if multirun else ():
         engines.check(master.hydra.launcher, device)
     return Request(tuple(jobs), multirun, folder, master if multirun else None)
