@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, plain
+from gpt2exp import choices
+from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, parse, plain
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.model import size
@@ -146,7 +147,7 @@ def _train(session: Session, config: RunConfig) -> None:
         setup.check_text(config, source)
         _describe(session, config, device, got, source, need)
         _check_memory(config, need, here)
-        distributed.broadcast((config, source.sha256, session.saved is not None, Path.cwd()))
+        distributed.broadcast((plain(config), source.sha256, session.saved is not None, Path.cwd()))
         job = _built(session, config, device, got, source)
         try:
             _steps(job, config, session.stop, session)
@@ -188,6 +189,7 @@ def _describe(
         "distributed": config.distributed.value if distributed.world_size() > 1 else None,
         "threads": torch.get_num_threads(),
         "estimated_memory_bytes": need,
+        "outside": choices.about(config),
         "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
         "environment": record.environment_overrides(),
         **record.facts(),
@@ -267,7 +269,7 @@ def _follow() -> int:
     task: Any = distributed.broadcast()
     if task is None:  # no run came of it
         return 0
-    config, text, goes_on, cwd = task
+    asked, text, goes_on, cwd = task
     from gpt2exp.training import hardware, precision
 
     with processes.deferred() as stop:
@@ -275,6 +277,9 @@ def _follow() -> int:
         try:
             with contextlib.suppress(OSError):  # on another machine it need not be there
                 os.chdir(cwd)
+            choices.trust()  # as rank 0 found
+            choices.admit(asked)
+            config = parse(asked)
             device = hardware.resolve_device(config.train.device)
             source = tokens.prepare(config.data)
             _check_same_text(config, source, text)
