@@ -4,6 +4,8 @@
 `my_choices.py` lies in `mine` or in the current folder, and the other keys are arguments of `Lion`, typed and checked
 by its signature beside those that the section has anyway. The section's class is made here from both.
 
+A file in `conf/` may name code too, which is ours: `gpt2exp.model.init.NAME`.
+
 A configuration records the file and its sha256, and is carried out only with that very code. What may run is the code
 in the folders that the command line put there (`allow`); what a run folder names beside it runs only where the user
 said `--trust`, and in a process that another of ours started for the run. No torch.
@@ -14,12 +16,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import pkgutil
 import shlex
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -116,6 +120,8 @@ def describe(section: str, values: Mapping[str, Any], name: str) -> dict[str, st
     key, (module, _, attribute) = f"{section}.{TARGET}={target}", target.rpartition(".")
     if section not in LEADING:
         raise BadRequest(f"{key}: no choice from outside can be made here; it can be of {', '.join(LEADING)}")
+    if _is_ours(section, target, name):
+        return {"name": name, SOURCE: "", SHA256: ""}
     if not (module.isidentifier() and attribute.isidentifier()):
         raise BadRequest(f"{key}: must be MODULE.NAME, as my_choices.Lion in a file my_choices.py")
     there = [path for folder in _admitted.folders if (path := folder / f"{module}.py").is_file()]
@@ -135,7 +141,8 @@ def admit(config: Mapping[str, Any]) -> None:
     for section, values in found_in(config).items():
         target, known = str(values[TARGET]), str(values.get(SHA256))
         if (section, target, known) not in OUTSIDE:
-            code = _code(section, target, Path(str(values.get(SOURCE))), known)
+            ours = _is_ours(section, target, values.get("name"))
+            code = pkgutil.resolve_name(target) if ours else _code(section, target, values)
             OUTSIDE[section, target, known] = _section(section, target, code)
         if missing := sorted(OUTSIDE[section, target, known].needed - values.keys()):
             raise BadRequest(f"{section}.{missing[0]}: {target} needs it; give it in the YAML file, or type it")
@@ -164,9 +171,16 @@ def call(section: Any, *leading: Any) -> Any:
 # --- from code to a section ------------------------------------------------------------------------------------------
 
 
-def _code(section: str, target: str, recorded: Path, sha256: str) -> Any:
+def _is_ours(section: str, target: str, name: object) -> bool:
+    """Whether a choice's file in the package itself names this code."""
+    file = resources.files("gpt2exp.conf").joinpath(*section.split("."), f"{name}.yaml")
+    return target.startswith("gpt2exp.") and file.is_file() and f"{TARGET}: {target}\n" in file.read_text("utf-8")
+
+
+def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
     """The class or function that `target` names, from a file whose sha256 is the recorded one."""
     module, _, name = target.rpartition(".")
+    recorded, sha256 = Path(str(values.get(SOURCE))), str(values.get(SHA256))
     said = f"{section}.{TARGET}={target}"
     places = [folder / f"{module}.py" for folder in _admitted.folders]
     places += [recorded] if _admitted.recorded else []

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import operator
 import os
@@ -19,6 +20,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from importlib import resources
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar, cast
@@ -110,12 +112,13 @@ class Composer:
         self.loader, self.name, self.folder = ConfigLoaderImpl(path), name, folder
 
     def may_have(self, key: str) -> bool:
-        """Whether a key may be one that a choice in the user's folder has beside its section's: its code tells."""
+        """Whether a key may be one that a choice has by the code that its file names, beside its section's."""
         section, _, name = key.rpartition(".")
         known = section in choices.LEADING and kind_of(section).__dataclass_fields__
-        if self.folder is None or not known or name in known:
+        if not known or name in known:
             return False
-        files = (self.folder / group_of(section)).glob("*.yaml")
+        places = [Path(str(resources.files(CONF))), *([self.folder] if self.folder else [])]
+        files = itertools.chain.from_iterable((place / group_of(section)).glob("*.yaml") for place in places)
         return any(TARGET.encode() in path.read_bytes() for path in files)
 
     def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
@@ -140,7 +143,7 @@ class Composer:
         own_folders = (
             as_plain(master.hydra.sweep)["subdir"] != "."
         )  # by interpolation of what only Hydra knows of a job
-        files = {"optimizer.schedule"} if self.folder else set[str]()
+        files = {"optimizer.schedule"} if self.loader.get_group_options("schedule") else set[str]()
         simple, bases = set[str]() if own_folders else set(keys()) - files, dict[tuple[str, ...], _Base]()
         for number, texts in enumerate(jobs):
             overrides = [read(text) for text in texts]
@@ -286,7 +289,12 @@ def config_folder(args: argparse.Namespace) -> Path | None:
     """The folder of `--config-dir`, if there is one."""
     if not args.config_dir:
         return None
-    folder = Path(home(args.config_dir)).absolute()
+    package = str(args.config_dir).removeprefix("pkg://")
+    try:
+        place = home(args.config_dir) if package == args.config_dir else str(resources.files(package))
+    except (ImportError, ValueError) as error:
+        raise BadRequest(f"--config-dir {args.config_dir}: no such package; try pkg://gpt2exp.examples") from error
+    folder = Path(place).absolute()
     if not folder.is_dir():
         raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
     return folder

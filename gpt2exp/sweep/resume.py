@@ -97,6 +97,8 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
     recorded = OmegaConf.create(config.plain(before))  # resolved: what follows train.steps keeps the value it had
     overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
+    if args.trust:
+        choices.allow(args.config_dir, Path.cwd(), config_dir, began_in)
     changed: dict[str, Any] = {}
     if own := [override for override in typed if not is_hydra(override.key_or_group)]:
         args = copy.copy(args)
@@ -214,6 +216,8 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         flags.config_dir = str(Path(args.config_dir).absolute())
     elif flags.config_dir:
         flags.config_dir = str((began_in / flags.config_dir).absolute())
+    if args.trust:
+        choices.allow(args.config_dir, Path.cwd(), flags.config_dir, began_in)
     runs, gone = _recorded(folder)
     listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
     listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items()}
