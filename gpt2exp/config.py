@@ -747,13 +747,15 @@ def parse(plain: Any) -> RunConfig:
     try:
         schema = OmegaConf.structured(RunConfig)
         given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # untyped: the types are the schema's
-        for section in _with_choice(given):
+        chosen_ones = _with_choice(given)
+        for section in dict.fromkeys([*chosen_ones, *(given.keys() & RunConfig.__dataclass_fields__.keys())]):
             own = at(given, section)
             own = own if isinstance(own, dict) else {}
-            cls = class_of(section, own)
-            OmegaConf.update(schema, section, OmegaConf.structured(cls), merge=False)
-            for name in own.keys() - cls.__dataclass_fields__.keys():
+            cls = class_of(section, own) if section in chosen_ones else kind_of(section)
+            for name in own.keys() - cls.__dataclass_fields__.keys() if own else ():
                 refuse(f"{section}.{name}", own[name], cls)
+            if section in chosen_ones:
+                OmegaConf.update(schema, section, OmegaConf.structured(cls), merge=False)
         config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise BadRequest(explain(error)) from error
