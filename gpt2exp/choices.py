@@ -38,6 +38,10 @@ from gpt2exp.config import (
 
 LEADING: dict[str, tuple[str, ...]] = {
     "optimizer": ("params",),
+    "schedule": ("step", "steps"),
+    "metric": ("model", "batch"),
+    "init": ("name", "parameter"),
+    "data": (),
     **{f"model.{slot}": ("config",) for slot in ("attention", "mlp", "norm", "position")},
 }
 """By section what the code is called with first, in this order; its other parameters are keys of the section."""

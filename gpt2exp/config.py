@@ -254,6 +254,7 @@ DataName = StrEnum("DataName", "tinyshakespeare text hub")
 DataOrder = StrEnum("DataOrder", "sequential shuffled")
 DeviceName = StrEnum("DeviceName", "auto cpu cuda mps")
 Schedule = StrEnum("Schedule", "constant cosine")
+Better = StrEnum("Better", "lower higher")
 WandbMode = StrEnum("WandbMode", "auto online offline disabled")
 
 
@@ -419,7 +420,8 @@ class DataConfig(Section):
     @property
     def text(self) -> tuple[Any, ...]:
         """What decides which tokens there are: alike in jobs that share a text."""
-        return self.name, self.path, self.field, self.subset, self.split, self.revision, self.max_tokens
+        order = ("val_fraction", "order")
+        return tuple(repr(getattr(self, name)) for name in self.__dataclass_fields__ if name not in order)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -515,7 +517,9 @@ class OptimizerConfig(Section):
     name: str = option("", "chosen by optimizer=NAME")
     lr: float = option(3e-4, "learning rate; under a schedule the peak", above=0)
     grad_clip: float = option(0.0, "clip the gradient's global norm to this; 0: no clipping", at_least=0)
-    schedule: Schedule = option(Schedule.constant, "the learning rate over the steps")
+    schedule: str = option(
+        "constant", "the learning rate over the steps (constant, cosine, or a file of yours in the group schedule)"
+    )
     warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
     schedule_steps: int | None = option(
@@ -525,19 +529,33 @@ class OptimizerConfig(Section):
     """Numbers kept for each weight beside it and its gradient; where nobody knows, as many as AdamW's."""
 
     def agree(self) -> None:
-        if self.schedule is Schedule.constant:
-            for name in ("warmup_steps", "min_lr"):
+        if self.schedule != Schedule.cosine:
+            for name in ("warmup_steps", "min_lr", "schedule_steps"):
                 value = getattr(self, name)
-                why = "has no meaning under optimizer.schedule=constant"
-                require(value == 0, f"optimizer.{name}", value, why, "add optimizer.schedule=cosine")
-            value = self.schedule_steps
-            require(value is None, "optimizer.schedule_steps", value, why, "add optimizer.schedule=cosine")
+                why = f"has no meaning under optimizer.schedule={self.schedule}"
+                require(not value, f"optimizer.{name}", value, why, "add optimizer.schedule=cosine")
         why = f"above the peak optimizer.lr={self.lr}"
         require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, why, "try optimizer.min_lr=0")
 
     def build(self, model: Any) -> list[Any]:
         """PyTorch optimizers that together step every parameter of `model` once."""
         raise NotImplementedError
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig(Section):
+    """The keys of a learning rate's schedule from outside; `optimizer.schedule` chooses it."""
+
+    name: str = option("", "as optimizer.schedule, where that is a file of yours")
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricConfig(Section):
+    """A metric from outside, measured every `train.measure_every` steps and compared."""
+
+    name: str = option("", "chosen by metric=NAME, a file of yours")
+    unit: str = option("", "metric=NAME: of its values, as tables show it")
+    better: Better = option(Better.lower, "metric=NAME: which values are better")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -594,6 +612,8 @@ class RunConfig(Section):
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: chosen("optimizer")())
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    metric: MetricConfig = field(default_factory=MetricConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -610,7 +630,12 @@ class RunConfig(Section):
         why = "there is no validation data with data.val_fraction=0"
         ok = self.train.eval_every == 0 or self.data.val_fraction > 0
         require(ok, "train.eval_every", self.train.eval_every, why, "add data.val_fraction=0.1")
-        if self.optimizer.schedule is Schedule.cosine:
+        named, known = self.schedule.name, [*Schedule, *filter(None, [self.schedule.name])]
+        chosen = self.optimizer.schedule
+        remedy = f"choose one of {', '.join(known)}, or name a file in the folder schedule of --config-dir"
+        require(chosen in known, "optimizer.schedule", chosen, "no such schedule", remedy)
+        require(named in ("", chosen), "schedule", named, "is not chosen", f"write optimizer.schedule={named}")
+        if chosen == Schedule.cosine:
             warmup, steps, length = self.optimizer.warmup_steps, self.train.steps, self.optimizer.schedule_steps
             if length is not None and self.optimizer.min_lr == 0:
                 why = f"shorter than train.steps={steps}, and after it the rate would be optimizer.min_lr=0"
@@ -769,7 +794,7 @@ def plain(config: Section) -> dict[str, Any]:
     return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
 
 
-HOUSEKEEPING = ("wandb", "sweep", "dry_run", "resume", "checkpoint", "train.log_every", "train.measure_every")
+HOUSEKEEPING = ("wandb", "sweep", "dry_run", "resume", "checkpoint", "metric", "train.log_every", "train.measure_every")
 """Keys, or whole sections, that say how a run is kept and shown, not what it computes."""
 
 

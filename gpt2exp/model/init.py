@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from gpt2exp.choices import Outside, call
 from gpt2exp.config import BadRequest, InitConfig, InitScheme, ModelConfig
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.size import gpt2_slots
@@ -25,6 +26,8 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
     | wpe                         | N(0, position_std)     | likewise         | N(0, 1)                       |
     | biases                      | 0                      | 0                | U(-1/sqrt(in), 1/sqrt(in))    |
     | LayerNorm weight, bias      | 1, 0                   | 1, 0             | 1, 0                          |
+
+    Code from outside finds them as under `gpt2`, and may change each in place.
 
     As an embedding alone (untied) `wte` is N(0, 1) under `torch`; tied it is the head's tensor, as in the tutorial,
     where the head's draw is the one that survives.
@@ -55,6 +58,23 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda draw: fill(*draw), draws))
+    if isinstance(config, Outside):
+        _by_code(model, config, seed)
+
+
+def _by_code(model: GPT, config: InitConfig, seed: int) -> None:
+    """Let code from outside change parameters that GPT-2's rule has filled: a copy in fp32 on the CPU, one at a time.
+
+    PyTorch's random generator starts anew for each, by `seed` and the parameter's name.
+    """
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().to("cpu", torch.float32, copy=True)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(_seed_of(name, seed))
+            call(config, name, value)
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"it left {name} with values that are not finite")
+        parameter.data.copy_(value)
 
 
 def rule_of(name: str, parameter: Tensor, model: GPT, config: InitConfig) -> tuple[str, float]:

@@ -211,7 +211,7 @@ class View:
 def _init(init: InitConfig) -> str:
     if init.scheme is InitScheme.pretrained:
         return f"pretrained from {init.path}"
-    return f"{init.scheme.value}, residual scaling {'on' if init.residual_scaling else 'off'}"
+    return f"{getattr(init, 'name', init.scheme.value)}, residual scaling {'on' if init.residual_scaling else 'off'}"
 
 
 def origin_line(init: dict[str, Any]) -> str:

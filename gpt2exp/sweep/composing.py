@@ -129,7 +129,18 @@ class Composer:
     def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
         """The configuration of a command line; keys with several values are left as they are."""
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-        return self.loader.load_configuration(self.name, list(texts), run_mode=mode, validate_sweep_overrides=False)
+
+        def load(texts: list[str]) -> DictConfig:
+            return self.loader.load_configuration(self.name, texts, run_mode=mode, validate_sweep_overrides=False)
+
+        return self._with_schedule(load, texts)
+
+    def _with_schedule(self, load: Callable[[list[str]], DictConfig], texts: Sequence[str]) -> DictConfig:
+        """A configuration with the file of the group `schedule` that its `optimizer.schedule` names, if any."""
+        composed = load(list(texts))
+        named = composed.optimizer.schedule
+        known = [] if "${" in named else self.loader.get_group_options("schedule")
+        return load([*texts, f"schedule={named}"]) if named in known else composed
 
     def jobs(self, master: DictConfig, jobs: Sequence[Sequence[str]]) -> Iterator[Composed]:
         """The jobs of a sweep by their overrides, at most one for a key."""
@@ -137,13 +148,14 @@ class Composer:
         own_folders = (
             as_plain(master.hydra.sweep)["subdir"] != "."
         )  # by interpolation of what only Hydra knows of a job
-        simple, bases = set[str]() if own_folders else set(keys()), dict[tuple[str, ...], _Base]()
+        files = {"optimizer.schedule"} if self.folder else set[str]()
+        simple, bases = set[str]() if own_folders else set(keys()) - files, dict[tuple[str, ...], _Base]()
         for number, texts in enumerate(jobs):
             overrides = [read(text) for text in texts]
             values = {one.key_or_group: one.value() for one in overrides if _is_plain(one, simple)}
             shape = *values, *(text for text, one in zip(texts, overrides, strict=True) if not _is_plain(one, simple))
             if own_folders or shape not in bases or bases[shape].outside:
-                composed = named(self.loader.load_sweep_config(master, list(texts)))
+                composed = named(self._with_schedule(functools.partial(self.loader.load_sweep_config, master), texts))
                 with open_dict(composed):
                     composed.hydra.job.num = number
                 bases[shape] = _Base(composed, values)

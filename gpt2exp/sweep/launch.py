@@ -34,7 +34,7 @@ from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, _check_same_text, _follow, run
 from gpt2exp.sweep import composing, engines, help, resume
 from gpt2exp.sweep.request import Job, Request, as_meant, claimed, make, numbered
-from gpt2exp.training import distributed, setup
+from gpt2exp.training import distributed, outside, setup
 
 FEW = 12
 """Runs of a sweep that its closing table still shows one by one."""
@@ -167,6 +167,7 @@ def _make_ready(request: Request, to_do: list[Job]) -> None:
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         setup.check_text(setup.smallest(config), sources[text])
+        outside.try_out(config)
         weights = config.init, config.model
         # what goes on has its weights in a checkpoint
         if weights not in checked and not record.saved(request.folder / job.folder):

@@ -212,7 +212,7 @@ def check(composer: Composer, override: Override) -> None:
     group, _, part = key.rpartition(".")
     if (group in CHOICES and part == "name") or part.startswith("_"):
         name = show(override.value())
-        again = f"write {group_of(group)}=NAME, NAME.yaml in that group"
+        again = f"write {group_of(group)}={name if part == 'name' else 'NAME, with NAME.yaml in that group'}"
         raise BadRequest(f"{key}={name}: a choice brings keys of its own; {again}")
     if override.type is OverrideType.DEL:
         raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")

@@ -27,7 +27,7 @@ from gpt2exp.run import record, terminal
 from gpt2exp.sweep import composing, engines, request
 from gpt2exp.sweep.composing import Composed, Composer, is_hydra
 
-MAY_CHANGE = (*HOUSEKEEPING, "train.steps", "train.device", "distributed", "data.path")
+MAY_CHANGE = (*(set(HOUSEKEEPING) - {"metric"}), "train.steps", "train.device", "distributed", "data.path")
 """Keys, or whole sections, that a run may go on with another value of; the text at `data.path` must be the same."""
 
 
@@ -186,7 +186,8 @@ def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -
     """What typing more changes in a configuration: new values by dotted key."""
     with composing.composing(args) as composer:
         before, after = (composing.checked(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
-    return {key: _value(after, key) for key in list(config.keys()) if _value(after, key) != _value(before, key)}
+    every = [*config.keys(), *config.leaves(config.plain(before)), *config.leaves(config.plain(after))]
+    return {key: _value(after, key) for key in dict.fromkeys(every) if _value(after, key) != _value(before, key)}
 
 
 def _notes(before: RunConfig, after: RunConfig, changed: dict[str, Any]) -> list[str]:
@@ -194,7 +195,7 @@ def _notes(before: RunConfig, after: RunConfig, changed: dict[str, Any]) -> list
     for key in changed:
         if not _within(key, HOUSEKEEPING):
             notes.append(f"{key}: {show(_value(after, key))} from here on, {show(_value(before, key))} before")
-    if "train.steps" in changed and after.optimizer.schedule is Schedule.cosine and not after.optimizer.schedule_steps:
+    if "train.steps" in changed and after.optimizer.schedule == Schedule.cosine and not after.optimizer.schedule_steps:
         notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
     return notes
 

@@ -7,7 +7,6 @@ makes PyTorch's. No torch before `build`: a request is checked without it.
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import math
 from collections import defaultdict
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from gpt2exp import choices
 from gpt2exp.config import BadRequest, OptimizerConfig, Schedule, choice_of, option, require
 from gpt2exp.training import distributed
 
@@ -88,37 +86,6 @@ class SGD(OptimizerConfig):
         return [torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)]
 
 
-def build(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """PyTorch optimizers that together step every parameter of `model` once.
-
-    Code from outside is called with `model` if its first parameter has that name. Else with the parameters: an
-    optimizer's class that has `weight_decay` with `decay_groups`, any other with a list.
-
-    Raises:
-        BadRequest: what code from outside returns is no optimizer, or does not step every parameter once.
-    """
-    if not isinstance(config, choices.Outside):
-        return config.build(model)
-    import torch
-
-    decay = getattr(config, "weight_decay", None) if inspect.isclass(config.code) else None
-    params: Any = list(model.parameters()) if decay is None else decay_groups(model, decay)
-    made = choices.call(config, model if config.first == "model" else params)
-    built = list(made) if isinstance(made, (list, tuple)) else [made]
-    said = f"optimizer={config.name}"
-    for one in built:
-        if not isinstance(one, torch.optim.Optimizer):
-            raise BadRequest(
-                f"{said}: its code returned {type(one).__name__}; return a torch.optim.Optimizer, or a list of them"
-            )
-    stepped = [p for one in built for group in one.param_groups for p in group["params"]]
-    for name, parameter in model.named_parameters():
-        times = sum(p is parameter for p in stepped)
-        if times != 1:
-            raise BadRequest(f"{said}: steps {name} {times} times; give each parameter to one optimizer")
-    return built
-
-
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 
@@ -126,7 +93,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     that reaches `min_lr` at the last step (Loshchilov and Hutter 2017, without restarts), or at the last of
     `schedule_steps`, and stays there.
     """
-    if config.schedule is Schedule.constant:
+    if config.schedule == Schedule.constant:
         return config.lr
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

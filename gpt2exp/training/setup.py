@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2exp.choices import Outside
 from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface, size
@@ -131,8 +132,9 @@ def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[
         origin = huggingface.load(gpt, config.init)
     else:
         initialise(gpt, config.init, config.seed)
-        check_init(gpt, config.init)
-    return {"scheme": config.init.scheme.value, **origin, "tying": check_tying(gpt)}
+        if not isinstance(config.init, Outside):  # nothing says what its code is to do
+            check_init(gpt, config.init)
+    return {"scheme": getattr(config.init, "name", config.init.scheme.value), **origin, "tying": check_tying(gpt)}
 
 
 def _process_bytes() -> int:

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2exp.choices import Outside
 from gpt2exp.config import RunConfig
 from gpt2exp.data.batches import Windows
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import norm
 from gpt2exp.training import distributed as dist
-from gpt2exp.training import hardware, load, optimizers, precision
+from gpt2exp.training import hardware, load, optimizers, outside, precision
 
 
 def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
@@ -89,7 +90,7 @@ class Trainer:
         """`seen` (S,): ids that occur in the data, for `loss_unseen`.
 
         `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
-        (Micikevicius et al. 2018). Of `config` it reads `train`, `optimizer` and `distributed`.
+        (Micikevicius et al. 2018). Of `config` it reads `train`, `optimizer`, `schedule`, `metric` and `distributed`.
         """
         self.model, self.batches, self.seen = model, batches, seen
         self.config, self.optimizer_config, self.autocast = config.train, config.optimizer, autocast
@@ -103,7 +104,9 @@ class Trainer:
         self.sharded = dist.is_sharded(config.distributed)
         self.module = dist.wrap(model, config.distributed, batches.device)
         """`model`, or DDP around it."""
-        self.optimizers = optimizers.build(config.optimizer, model)
+        self.schedule, self.metric = config.schedule, config.metric
+        own = isinstance(config.optimizer, Outside)
+        self.optimizers = outside.optimizer(config.optimizer, model) if own else config.optimizer.build(model)
         peak = config.optimizer.lr
         self._shares = {one: [group["lr"] / peak for group in one.param_groups] for one in self.optimizers}
         """Each group's learning rate, as it was built, over `optimizer.lr`: 1 unless code from outside made another."""
@@ -180,7 +183,10 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Of the step to come."""
-        return optimizers.learning_rate(self.optimizer_config, self.steps_done, self.config.steps)
+        steps = self.config.steps
+        if isinstance(self.schedule, Outside):
+            return self.optimizer_config.lr * outside.rate(self.schedule, min(self.steps_done, steps - 1), steps)
+        return optimizers.learning_rate(self.optimizer_config, self.steps_done, steps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """What later steps depend on beside the configuration: weights, the optimizers' tensors by name, and numbers.
@@ -242,7 +248,7 @@ class Trainer:
             due = bool(config.eval_every) and (number + 1) % config.eval_every == 0
             measure = last or due or number % config.measure_every == 0
             metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
-            if measure and self.seen is not None:
+            if measure:
                 metrics |= self._before(thorough=number == 0 or last or due)
             loss, seconds, waits = self.timed_step()
             metrics |= {
@@ -271,13 +277,18 @@ class Trainer:
 
     def _before(self, *, thorough: bool) -> dict[str, Any]:
         """What is measured on the next step's first micro-batch before the step, off the clock."""
-        assert self.seen is not None
+        measured: dict[str, Any] = {}
+        if self.seen is None and not isinstance(self.metric, Outside):
+            return measured
         self._zero_grad()  # of the step before: its memory is needed here
         x, y = self.batches.train(self.steps_done * self.config.grad_accum_steps)
         with precision.cast(self.device, self.autocast):
-            measured: dict[str, Any] = {"loss_unseen": loss_unseen(self.model, x, self.seen)}
-            if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
-                measured |= first_look(self.model, x, y)
+            if self.seen is not None:
+                measured["loss_unseen"] = loss_unseen(self.model, x, self.seen)
+                if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
+                    measured |= first_look(self.model, x, y)
+            if isinstance(self.metric, Outside):
+                measured |= outside.measure(self.metric, self.model, (x, y))
         return measured
 
     def timing(self) -> dict[str, Any]:
