@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, plain
+from gpt2exp import choices
+from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, parse, plain
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.model import size
@@ -146,7 +147,7 @@ def _train(session: Session, config: RunConfig) -> None:
         setup.check_text(config, source)
         _describe(session, config, device, got, source, need)
         _check_memory(config, need, here)
-        distributed.broadcast((config, source.sha256, session.saved is not None, Path.cwd()))
+        distributed.broadcast((plain(config), source.sha256, session.saved is not None, Path.cwd()))
         job = _built(session, config, device, got, source)
         try:
             _steps(job, config, session.stop, session)
@@ -267,7 +268,10 @@ def _follow() -> int:
     task: Any = distributed.broadcast()
     if task is None:  # no run came of it
         return 0
-    config, text, goes_on, cwd = task
+    asked, text, goes_on, cwd = task
+    choices.trust()  # the first process was asked whether this code may run
+    choices.admit(asked)
+    config = parse(asked)
     from gpt2exp.training import hardware, precision
 
     with processes.deferred() as stop:
