@@ -19,7 +19,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -139,6 +139,19 @@ def admit(config: Mapping[str, Any]) -> None:
             OUTSIDE[section, target, known] = _section(section, target, code)
         if missing := sorted(OUTSIDE[section, target, known].needed - values.keys()):
             raise BadRequest(f"{section}.{missing[0]}: {target} needs it; give it in the YAML file, or type it")
+
+
+def about(config: Section, place: str = "") -> dict[str, str]:
+    """The choices from outside in a configuration by dotted key: each its name, and the first line of its docstring."""
+    found: dict[str, str] = {}
+    for item in fields(config):
+        inside = getattr(config, item.name)
+        if isinstance(inside, Outside):
+            text = inspect.getdoc(inside.code) or ""
+            found[f"{place}{item.name}"] = f"{inside.name}: {first_line(text)}"  # type: ignore[attr-defined]
+        elif isinstance(inside, Section):
+            found |= about(inside, f"{place}{item.name}.")
+    return found
 
 
 def call(section: Any, *leading: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2exp import choices
 from gpt2exp.config import BadRequest, DeviceName, ModelConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
@@ -131,6 +132,8 @@ def command(argv: list[str]) -> int:
     def sample() -> None:
         args = parser.parse_args(argv)
         _check(args)
+        choices.allow(Path.cwd())
+        choices.trust(args.trust)
         model = load(args.run)
         ids = generate(
             model, _prompt(args.prompt, model.config), temperature=args.temperature, top_k=args.top_k, seed=args.seed
@@ -161,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest token (1)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens alone (all)")
     parser.add_argument("--seed", type=int, default=1337, metavar="S", help="the same seed gives the same text (1337)")
+    parser.add_argument("--trust", action="store_true", help="run the code that the run's model names")
     return parser
 
 

@@ -189,6 +189,7 @@ def _describe(
         "distributed": config.distributed.value if distributed.world_size() > 1 else None,
         "threads": torch.get_num_threads(),
         "estimated_memory_bytes": need,
+        "outside": choices.about(config),
         "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
         "environment": record.environment_overrides(),
         **record.facts(),

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gpt2exp import choices
-from gpt2exp.config import BadRequest, RunConfig, leaves, parse, stored
+from gpt2exp.config import BadRequest, RunConfig, leaves, parse, plain, put, stored
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
-from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, judged, losses, number_of
+from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, from_outside, judged, losses, number_of
 from gpt2exp.training import load
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Record:
             "state": state,
             "error": error,
             **self.facts,
-            **losses(self.metrics),
+            **losses(self.metrics, from_outside(self.facts["config"])),
             "steps": len(self.metrics),
             "tokens": self.metrics[-1]["tokens"] if self.metrics else 0,
             **self.measured,
@@ -235,17 +235,28 @@ def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
         choices.Refused: the configuration names code that may not run here.
         BadRequest: it cannot be read, or no run can have that configuration.
     """
-    today, unknown, overrides = described(folder)
+    today, unknown, overrides = _asked(folder)
     choices.admit(today)
     return parse(today), unknown, overrides
 
 
 def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """As `asked`, the configuration as plain values, interpolations as they stand; no code that it names is run.
+    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there.
 
     Raises:
-        BadRequest: it cannot be read.
+        BadRequest: as `asked`.
     """
+    today, unknown, overrides = _asked(folder)
+    outside = choices.found_in(today)
+    for section in outside:
+        put(today, section, {"name": outside[section]["name"]} if section == "schedule" else {})
+    config = plain(parse(today))
+    for section, values in outside.items():
+        put(config, section, dict(values))
+    return config, unknown, overrides
+
+
+def _asked(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     today, unknown = stored(_yaml(folder, "config.yaml", dict))
     return today, unknown, [str(text) for text in _yaml(folder, "overrides.yaml", list)]
 

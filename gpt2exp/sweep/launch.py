@@ -65,7 +65,7 @@ def _understand(argv: list[str]) -> int:
     argv = [as_meant(word) for word in argv]
     args = composing.arguments(argv)
     if args.help:
-        terminal.terminal().print(help.text(), markup=False)
+        terminal.terminal().print(help.text(composing.config_folder(args)), markup=False)
         return 0
     with distributed.process_group():
         if not distributed.is_main():
@@ -152,7 +152,8 @@ def _say_how_to_go_on(request: Request) -> None:
         text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
         terminal.terminal().print(text, markup=False)
     if request.names:
-        line = f"to go on: {terminal.to_go_on(request.folder.absolute())}"
+        configs = [job.config for job in request.jobs]
+        line = f"to go on: {terminal.to_go_on(request.folder.absolute(), *configs)}"
         terminal.terminal().print(line, markup=False, soft_wrap=True)
 
 
