@@ -262,7 +262,7 @@ WandbMode = StrEnum("WandbMode", "auto online offline disabled")
 class SlotConfig(Section):
     """A part of the model that is a choice: a module of (B, T, C) to (B, T, C), and the keys that it is made with."""
 
-    name: str = option("gpt2", "chosen by model/SLOT=NAME, here and in the other slots")
+    name: str = option("gpt2", "chosen by model/SLOT=NAME")
     inside: ClassVar[str] = "model."
     target: ClassVar[str]
     """The module's class, as `package.module:Class`; called with the model's config and the keys beside `name`."""

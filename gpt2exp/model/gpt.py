@@ -52,9 +52,7 @@ class CausalSelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of each head (B, H, T, C/H), from (B, T, C)."""
-        B, T, C = x.shape  # noqa: N806
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        return self.c_attn(x).view(*x.shape[:2], 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -144,13 +142,11 @@ class Transformer(nn.Module):
         *_, x = self.stream(idx)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
-    def look_up(self, idx: Tensor) -> Tensor:
-        """Token embeddings (B, T, C) of tokens (B, T)."""
-        return _look_up(self.wte.weight, idx) if self.gradient_in_place else F.embedding(idx, self.wte.weight)
-
     def stream(self, idx: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """The residual stream (B, T, C) as embedded, then after each block; `rows` in place of `look_up(idx)`."""
-        x = self.wpe(self.look_up(idx) if rows is None else rows)
+        """The residual stream (B, T, C) as embedded, then after each block; `rows` in place of the tokens'."""
+        if rows is None:
+            rows = _look_up(self.wte.weight, idx) if self.gradient_in_place else F.embedding(idx, self.wte.weight)
+        x = self.wpe(rows)
         yield x
         for block in self.h:
             if self.recompute and torch.is_grad_enabled():

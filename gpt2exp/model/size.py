@@ -1,33 +1,25 @@
 """What a model holds and computes, counted on its own modules, on PyTorch's meta device: shapes without numbers.
 
-Each slot is counted alone and its blocks multiplied, once for each configuration. That is also where a class in a slot
-is tried, before a run begins: one that cannot be made, or that does not map (B, T, C) to (B, T, C), is a `BadRequest`.
+A slot is counted alone, once for each configuration, and stands for that slot of every block. That is also where its
+class is tried, before a run begins.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import (
-    AttentionConfig,
-    BadRequest,
-    InitConfig,
-    MLPConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-    first_line,
-)
+from gpt2exp.config import BadRequest, InitConfig, ModelConfig, first_line, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SLOTS = ("attention", "mlp", "norm", "position")
+BLOCK = {"attention": 1, "mlp": 1, "norm": 2}
+"""The slots of a block, and how many modules each fills."""
+SLOTS = (*BLOCK, "position")
 
-_known: dict[tuple[str, str, int], int] = {}
+_known: dict[tuple[Any, ...], int] = {}
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
@@ -36,9 +28,9 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     Raises:
         BadRequest: the class in a slot cannot be made.
     """
-    own = _of_slots(model, _held, 0)
+    own = {slot: _once(_held, model, slot) for slot in SLOTS}
     head = model.vocab_size * model.n_embd
-    blocks = model.n_layer * (own["attention"] + own["mlp"] + 2 * own["norm"])
+    blocks = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
     parts = {"wte": head, "wpe": own["position"], "blocks": blocks, "ln_f": own["norm"]}
     untied = sum(parts.values()) + head
     return {"total": untied - head * model.tie_weights, "without_tying": untied, "lm_head": head, **parts}
@@ -55,24 +47,23 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     Raises:
         BadRequest: the class in a slot cannot be made or called, or gives another shape.
     """
-    own = _of_slots(model, _forward, seq_len)
-    layers = model.n_layer * (own["attention"] + own["mlp"] + 2 * own["norm"])
-    stream = layers + own["norm"] + own["position"]
-    return 3 * (stream // seq_len + 2 * model.vocab_size * model.n_embd)
+    own = {slot: _once(_forward, model, slot, seq_len) for slot in SLOTS}
+    layers = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
+    return 3 * ((layers + own["norm"] + own["position"]) // seq_len + 2 * model.vocab_size * model.n_embd)
 
 
 def kept_beyond_gpt2(model: ModelConfig, seq_len: int) -> int:
     """How many more numbers a block keeps for backward than one with GPT-2's own slots, per token."""
     usual = gpt2_slots(model)
-    if model == usual:
-        return 0
-    return (_once("block", model, _kept, seq_len) - _once("block", usual, _kept, seq_len)) // seq_len
+    filled = [slot for slot in BLOCK if getattr(model, slot) != getattr(usual, slot)]
+    more = (_once(_kept, model, slot, seq_len) - _once(_kept, usual, slot, seq_len) for slot in filled)
+    return sum(BLOCK[slot] * numbers for slot, numbers in zip(filled, more, strict=True)) // seq_len
 
 
 def gpt2_slots(model: ModelConfig) -> ModelConfig:
     """The model with GPT-2's own modules in its slots."""
-    own = {"attention": AttentionConfig(), "mlp": MLPConfig(), "norm": NormConfig(), "position": PositionConfig()}
-    return replace(model, **own)  # type: ignore[arg-type]
+    own: dict[str, Any] = {slot: kind_of(f"model.{slot}")() for slot in SLOTS}
+    return replace(model, **own)
 
 
 def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
@@ -81,7 +72,8 @@ def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
     Raises:
         BadRequest: a class cannot be made or called, gives another shape, or has a parameter that no rule starts.
     """
-    if model == gpt2_slots(model):
+    key = (check, repr(model), repr(init), seq_len)
+    if model == gpt2_slots(model) or key in _known:
         return
     flops_per_token(model, seq_len)
     import torch
@@ -93,67 +85,56 @@ def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
         gpt = GPT(replace(model, n_layer=1))
     for name, parameter in gpt.named_parameters():
         rule_of(name, parameter, gpt, init)
+    _known[key] = 0
 
 
-def _of_slots(model: ModelConfig, count: Callable[[ModelConfig, str, int], int], seq_len: int) -> dict[str, int]:
-    return {slot: _once(slot, model, count, seq_len) for slot in SLOTS}
-
-
-def _once(part: str, model: ModelConfig, count: Callable[[ModelConfig, str, int], int], seq_len: int) -> int:
-    """A count, made once for a configuration."""
-    key = (f"{count.__name__} {part}", repr(model), seq_len)
+def _once(count: Callable[..., int], model: ModelConfig, slot: str, *length: int) -> int:
+    """A count of a slot, made once for a configuration; whatever its class raises names the slot."""
+    key = (count, repr(model), slot, *length)
     if key not in _known:
-        with _naming(model, part):
-            _known[key] = count(model, part, seq_len)
+        try:
+            _known[key] = count(model, slot, *length)
+        except BadRequest:
+            raise
+        except Exception as error:
+            why = first_line(error) if type(error) is ValueError else f"{type(error).__name__}: {first_line(error)}"
+            remedy = "mend its class: it is made of the model's config and its keys, and maps (B, T, C) to (B, T, C)"
+            raise BadRequest(f"model/{slot}={getattr(model, slot).name}: {why}; {remedy}") from error
     return _known[key]
 
 
-@contextlib.contextmanager
-def _naming(model: ModelConfig, slot: str) -> Iterator[None]:
-    """Name the slot in whatever its class raises."""
-    try:
-        yield
-    except BadRequest:
-        raise
-    except Exception as error:
-        why = first_line(error) if type(error) is ValueError else f"{type(error).__name__}: {first_line(error)}"
-        remedy = "mend its class: it is made of the model's config and its keys, and maps (B, T, C) to (B, T, C)"
-        raise BadRequest(f"model/{slot}={getattr(model, slot).name}: {why}; {remedy}") from error
-
-
-def _made(model: ModelConfig, slot: str) -> nn.Module:
+def _made(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor]:
+    """A slot's module and a sequence for it, on the meta device."""
     import torch
 
     with torch.device("meta"):
         module: nn.Module = getattr(model, slot).build(model)
-    return module.to("meta")  # what its class made elsewhere
+        return module.to("meta"), torch.empty(1, length, model.n_embd)  # also what its class made elsewhere
 
 
-def _held(model: ModelConfig, slot: str, _: int) -> int:
+def _held(model: ModelConfig, slot: str) -> int:
     """Numbers in the parameters of a slot's module."""
-    return sum(parameter.numel() for parameter in _made(model, slot).parameters())
+    return sum(parameter.numel() for parameter in _made(model, slot, 1)[0].parameters())
 
 
-def _forward(model: ModelConfig, slot: str, seq_len: int) -> int:
+def _forward(model: ModelConfig, slot: str, length: int) -> int:
     """Floating-point operations of the products in a slot's forward pass over a sequence."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    module, x = _made(model, slot), torch.empty(1, seq_len, model.n_embd, device="meta")
+    module, x = _made(model, slot, length)
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         y = module(x)
     if (shape := getattr(y, "shape", None)) != x.shape:
         given = type(y).__name__ if shape is None else tuple(shape)
         raise ValueError(f"maps {tuple(x.shape)} to {given}, where the shape must stay")
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
-def _kept(model: ModelConfig, _: str, seq_len: int) -> int:
-    """Numbers that a block's forward pass over a sequence leaves for backward, its parameters aside."""
+def _kept(model: ModelConfig, slot: str, length: int) -> int:
+    """Numbers that a slot's forward pass over a sequence leaves for backward, its parameters and tables aside."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from gpt2exp.model.gpt import Block
 
     held: list[Tensor] = []  # alive until counted, so that no memory is taken for another's
 
@@ -163,10 +144,10 @@ def _kept(model: ModelConfig, _: str, seq_len: int) -> int:
 
     # tensors that say they are on a CPU: on the meta device attention would be the slow kind, that keeps its scores
     with FakeTensorMode(allow_non_fake_inputs=True):
-        block = Block(model)
-        x = torch.empty(1, seq_len, model.n_embd, requires_grad=True)
+        module = getattr(model, slot).build(model)
+        x = torch.empty(1, length, model.n_embd, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            block(x)
-    own = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *block.buffers())}
-    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() // t.itemsize for t in held}
-    return sum(size for memory, size in sizes.items() if memory not in own)
+            module(x)
+    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    sizes = {kept.untyped_storage()._cdata: kept.untyped_storage().nbytes() // kept.itemsize for kept in held}
+    return sum(numbers for memory, numbers in sizes.items() if memory not in own)

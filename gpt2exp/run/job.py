@@ -270,6 +270,9 @@ def _follow() -> int:
     if task is None:  # no run came of it
         return 0
     asked, text, goes_on, cwd = task
+    choices.trust()  # the first process was asked whether this code may run
+    choices.admit(asked)
+    config = parse(asked)
     from gpt2exp.training import hardware, precision
 
     with processes.deferred() as stop:
@@ -277,9 +280,6 @@ def _follow() -> int:
         try:
             with contextlib.suppress(OSError):  # on another machine it need not be there
                 os.chdir(cwd)
-            choices.trust()  # as rank 0 found
-            choices.admit(asked)
-            config = parse(asked)
             device = hardware.resolve_device(config.train.device)
             source = tokens.prepare(config.data)
             _check_same_text(config, source, text)

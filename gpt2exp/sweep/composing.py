@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
 import itertools
 import json
 import operator
@@ -91,7 +92,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """A command line as Hydra parses it; BadRequest for a flag that is none."""
     parser = process.strict(get_args_parser(), "gpt2exp")
     parser.add_argument("--trust", action="store_true", help="run the code that the folder gone on with names")
-    return parser.parse_args(argv)
+    return parser.parse_args([_located(word) for word in argv])
+
+
+def _located(word: str) -> str:
+    """A folder given as Hydra names an installed package's, such as pkg://gpt2exp.examples, by its path."""
+    found = re.fullmatch(r"(--config-dir=)?pkg://(gpt2exp\.\w+)", word)
+    package = importlib.util.find_spec(found[2]) if found else None
+    return f"{found[1] or ''}{Path(package.origin).parent}" if found and package and package.origin else word
 
 
 @dataclass
@@ -289,12 +297,7 @@ def config_folder(args: argparse.Namespace) -> Path | None:
     """The folder of `--config-dir`, if there is one."""
     if not args.config_dir:
         return None
-    package = str(args.config_dir).removeprefix("pkg://")
-    try:
-        place = home(args.config_dir) if package == args.config_dir else str(resources.files(package))
-    except (ImportError, ValueError) as error:
-        raise BadRequest(f"--config-dir {args.config_dir}: no such package; try pkg://gpt2exp.examples") from error
-    folder = Path(place).absolute()
+    folder = Path(home(args.config_dir)).absolute()
     if not folder.is_dir():
         raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
     return folder
@@ -376,7 +379,7 @@ def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Pat
     """
     pins = [] if sweep is None else [typed("hydra.sweep.dir", sweep.absolute()), "hydra.output_subdir=null"]
     before, had = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv[1:], os.environ["HYDRA_FULL_ERROR"] = [*argv, *pins], "1"
+    sys.argv[1:], os.environ["HYDRA_FULL_ERROR"] = [*map(_located, argv), *pins], "1"
     try:
         hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(work)()
     finally:

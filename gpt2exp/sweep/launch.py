@@ -80,11 +80,7 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
     if args.hydra_help or args.shell_completion:  # Hydra's own, about no request
         composing.hand_over(argv, work)
         return 0
-    folder = composing.config_folder(args)
-    if folder and "://" in args.config_dir:  # a package's: from here on as the folder that it is
-        argv = [word.replace(args.config_dir, str(folder)) for word in argv]
-        args.config_dir = str(folder)
-    choices.allow(folder, Path.cwd())
+    choices.allow(composing.config_folder(args), Path.cwd())
     choices.trust(args.trust)
     argv = [word for word in argv if word != "--trust"]
     request = resume.make(args) or make(args)

@@ -187,7 +187,8 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
     """What typing more changes in a configuration: new values by dotted key."""
     with composing.composing(args) as composer:
-        before, after = (composing.checked(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
+        composed = (composing.named(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
+        before, after = map(composing.checked, composed)
     every = [*config.keys(), *config.leaves(config.plain(before)), *config.leaves(config.plain(after))]
     return {key: _value(after, key) for key in dict.fromkeys(every) if _value(after, key) != _value(before, key)}
 
