@@ -108,7 +108,7 @@ def _naming(choice: str) -> Iterator[None]:
     import torch
 
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), distributed.alone():
             yield
     except Exception as error:
         raised = "" if type(error) is ValueError else f"its code raised {type(error).__name__}: "

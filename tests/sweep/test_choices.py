@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,15 @@ def write(folder: Path, code: str = CODE, files: dict[str, str] = FILES) -> Path
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Neither what may run here, nor where Python looks for modules."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    choices.allow()
+    choices.trust(False)
 
 
 @pytest.fixture
@@ -209,7 +219,7 @@ def end_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_it_goes_on_bit_for_bit_from_elsewhere(tmp_path: Path) -> None:
-    """Every kind at once; the optimizer keeps numbers and a tensor of another shape. Without leave its code is not run."""
+    """Every kind at once; the optimizer keeps numbers and a tensor of another shape. Without leave no code is run."""
     write(tmp_path / "here" / "mine")
     args = [
         "--config-dir",
