@@ -157,7 +157,7 @@ class Composer:
             overrides = [read(text) for text in texts]
             values = {one.key_or_group: one.value() for one in overrides if _is_plain(one, simple)}
             shape = *values, *(text for text, one in zip(texts, overrides, strict=True) if not _is_plain(one, simple))
-            if own_folders or shape not in bases or bases[shape].outside:
+            if own_folders or shape not in bases:
                 composed = named(self._with_schedule(functools.partial(self.loader.load_sweep_config, master), texts))
                 with open_dict(composed):
                     composed.hydra.job.num = number
@@ -183,15 +183,15 @@ class _Base:
         self.own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         own = as_plain(self.own)
         self.outside = bool(choices.found_in(own))
-        """Whether it has a choice from outside: then it has no types, and each job is composed by itself."""
-        self.following = [key for key, value in leaves(own).items() if "${" in str(value) and not self.outside]
+        """Whether it has a choice from outside: then `own` has no types, but `config` has."""
+        self.following = [key for key, value in leaves(own).items() if "${" in str(value)]
         """Keys whose value is that of another key."""
 
     def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Composed:
         """The job with these values, which are of the keys that the base was told."""
         changed = {key: value for key, value in values.items() if repr(value) != repr(self.values[key])}
         for key, value in changed.items():
-            OmegaConf.update(self.own, key, value, merge=True)
+            OmegaConf.update(self.own, key, _of_type(self.config, key, value) if self.outside else value, merge=True)
         self.values = values
         live = {key: _value(self.own, key) for key in (*changed, *self.following)}
         secret.check_values(live)
@@ -199,6 +199,18 @@ class _Base:
         own = [override for override in overrides if not override.is_hydra_override()]
         told = self.hydra["overrides"] | {"task": [override.input_line for override in own]}
         return Composed(self.config, as_plain(self.own), self.hydra | {"overrides": told})
+
+
+def _of_type(config: RunConfig, key: str, value: object) -> Any:
+    """A value as the section that has its key holds it: 1 as 1.0 where that is a number."""
+    *sections, name = key.split(".")
+    node = schema_of(type(functools.reduce(getattr, sections, config)))
+    OmegaConf.update(node, name, value)
+    return _value(node, name)
+
+
+schema_of = functools.cache(OmegaConf.structured)
+"""A section's class as OmegaConf checks values against it; which values the one node holds does not matter."""
 
 
 def _value(tree: DictConfig, key: str) -> Any:

@@ -65,6 +65,7 @@ from gpt2exp.sweep.composing import (
     describe,
     is_hydra,
     named,
+    schema_of,
     task,
 )
 
@@ -246,7 +247,7 @@ def _check_type(key: str, value: Any) -> None:
             raise ValueError("a bool is no number")
         if isinstance(value, (int, float)) and expected == (bool,) and value not in (0, 1):
             raise ValueError("a number is no bool")
-        OmegaConf.update(OmegaConf.structured(section), name, value)
+        OmegaConf.update(schema_of(section), name, value)
     except (OmegaConfBaseException, ValueError) as error:
         shown = show(default_of(section.__dataclass_fields__[name]))
         for kind in expected:
