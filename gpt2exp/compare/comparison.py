@@ -312,13 +312,16 @@ class Grid:
         return pooled_std(by_arms.values())
 
 
-def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
+def compare(
+    rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None, brief: bool = False
+) -> Comparison:
     """The comparison of a set of runs, finished or not.
 
     Args:
         rows: As `read` gives them.
         margin: Nats, instead of the `sweep.margin` that the runs have.
         out: Where an earlier comparison may lie, besides the runs' sweeps.
+        brief: Only the loss of the arms.
 
     Raises:
         BadRequest: nothing to compare, or the runs differ in something unswept.
@@ -337,12 +340,13 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         stated, notes = margin, []
     sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
     before = history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
-    effects = _effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated)
+    metrics = (loss,) if brief else (loss, SPEED, MEMORY)
+    effects = _effects(grid, metrics, before, _contended(known), stated)
     return Comparison(
         runs=rows,
         axes=effects,
-        interactions=_interactions(grid, loss, before),
-        distances=_distances(grid),
+        interactions=[] if brief else _interactions(grid, loss, before),
+        distances=[] if brief else _distances(grid),
         failed=[_failed(row) for row in rows if row["state"] != "done"],
         swept=grid.axes,
         seeds=grid.seeds,
@@ -442,7 +446,7 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
 def _estimate(effect: Effect, pairs: Sequence[Pair], metric: Metric, before: History) -> None:
     """Set the mean difference and its interval over seeds, in the order in which the seeds were run."""
     back = math.exp if metric.ratio else float
-    by_seed = _in_order((pair.seed, (pair.baseline, pair.arm)) for pair in pairs)
+    by_seed = _in_order(((pair.seed, (pair.baseline, pair.arm)) for pair in pairs), before)
     both = [[(_compared(one, metric), _compared(other, metric)) for one, other in rows] for rows in by_seed.values()]
     ones = [statistics.fmean(one for one, _ in figures) for figures in both]
     others = [statistics.fmean(other for _, other in figures) for figures in both]
@@ -463,13 +467,13 @@ def _estimate(effect: Effect, pairs: Sequence[Pair], metric: Metric, before: His
     paired(effect, ones, others)
 
 
-def _in_order(found: Iterable[tuple[int, tuple[Row, ...]]]) -> dict[int, list[tuple[Row, ...]]]:
-    """Runs held against each other by seed, the seeds in the order in which the last runs of each began."""
+def _in_order(found: Iterable[tuple[int, tuple[Row, ...]]], before: History) -> dict[int, list[tuple[Row, ...]]]:
+    """Runs held against each other by seed, in the order in which the last runs of each began, or as was declared."""
     by_seed: dict[int, list[tuple[Row, ...]]] = defaultdict(list)
     for seed, rows in found:
         by_seed[seed].append(rows)
     began = {seed: max(row["started"] for rows in each for row in rows) for seed, each in by_seed.items()}
-    return dict(sorted(by_seed.items(), key=lambda item: began[item[0]]))
+    return dict(sorted(by_seed.items(), key=lambda item: item[0] if before.schedule else began[item[0]]))
 
 
 def _emulated(pair: Pair) -> bool:
@@ -574,7 +578,7 @@ def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interacti
                     one - two - three + four
                     for one, two, three, four in ((_compared(row, metric) for row in four) for four in rows)
                 )
-                for rows in _in_order(by_arms[pair]).values()
+                for rows in _in_order(by_arms[pair], before).values()
             ]
             spread = grid.spread(metric, a, (a_arms[0], pair[0]))
             of = infer(by_seed, before.of(len(by_seed), a, (a_arms[0], pair[0])), before.schedule)
