@@ -137,8 +137,7 @@ def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
 def _launch(request: Request, to_do: list[Job], argv: list[str]) -> None:
     """Run what is to do: a run alone, the jobs of a sweep one by one, or by the launcher or the sweeper it names."""
     if request.master is None:
-        composed = to_do[0].composed
-        with env_override(composed.hydra.get("job", {}).get("env_set", {}) if composed else {}):
+        with env_override(to_do[0].hydra.get("job", {}).get("env_set", {})):
             run(request.folder)
         return
     try:

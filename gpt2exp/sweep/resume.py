@@ -133,8 +133,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         more = f"to train on, add train.steps=N above {steps}"
         notes = [f"{terminal.short(folder)} is done: {steps} of {after.train.steps} steps; {more}"]
     notes += _gone_note(gone)
-    own = composing.as_plain(recorded) if changed and not done else None
-    job = Job(tuple(overrides), after, own, done=done)
+    job = Job(tuple(overrides), after, composing.as_plain(recorded) if changed and not done else None, done=done)
     argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
     return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
 
@@ -312,8 +311,7 @@ def _jobs(
         if (identity := config.identity(job.config)) not in known:
             known.add(identity)
             jobs.append(job)
-    heads = (path.name.partition("_")[0] for path in folder.iterdir())
-    heads = itertools.chain(heads, (name.partition("_")[0] for name in listed))
+    heads = [name.partition("_")[0] for name in (*listed, *(path.name for path in folder.iterdir()))]
     return request.named(jobs, max((int(head) for head in heads if head.isdigit()), default=-1) + 1)
 
 
