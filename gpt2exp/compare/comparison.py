@@ -9,6 +9,7 @@ their seed's noise, and the interval is taken over seeds. No torch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import os
@@ -288,6 +289,13 @@ class Grid:
         )
         self.seeds = sorted({seed for seed, _ in self.cells})
 
+    def of(self, seeds: set[int]) -> Grid:
+        """Its part of these seeds."""
+        part = copy.copy(self)
+        part.cells = {cell: row for cell, row in self.cells.items() if cell[0] in seeds}
+        part.planned = [cell for cell in self.planned if cell[0] in seeds]
+        return part
+
     def pairs(self, key: str, baseline: str, arm: str) -> tuple[list[Pair], int]:
         """The pairs of two arms, one for every seed and setting of the other axes, and how many lack a finished run."""
         at = list(self.axes).index(key)
@@ -312,16 +320,13 @@ class Grid:
         return pooled_std(by_arms.values())
 
 
-def compare(
-    rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None, brief: bool = False
-) -> Comparison:
+def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
     """The comparison of a set of runs, finished or not.
 
     Args:
         rows: As `read` gives them.
         margin: Nats, instead of the `sweep.margin` that the runs have.
         out: Where an earlier comparison may lie, besides the runs' sweeps.
-        brief: Only the loss of the arms.
 
     Raises:
         BadRequest: nothing to compare, or the runs differ in something unswept.
@@ -332,21 +337,17 @@ def compare(
         damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
         raise BadRequest("; ".join(damaged) or "none of the runs has a summary yet; wait for one to finish")
     done = [row for row in known if row["state"] == "done"]
-    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
-    loss = everywhere[-1] if everywhere else LOSSES[0]
-    grid = Grid(known, axes_of(known))
+    grid, loss = Grid(known, axes_of(known)), _loss(done)
     stated, notes = _margin(known)
     if margin is not None:
         stated, notes = margin, []
-    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
-    before = history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
-    metrics = (loss,) if brief else (loss, SPEED, MEMORY)
-    effects = _effects(grid, metrics, before, _contended(known), stated)
+    before = _history(known, grid, out)
+    effects = _effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated)
     return Comparison(
         runs=rows,
         axes=effects,
-        interactions=[] if brief else _interactions(grid, loss, before),
-        distances=[] if brief else _distances(grid),
+        interactions=_interactions(grid, loss, before),
+        distances=_distances(grid),
         failed=[_failed(row) for row in rows if row["state"] != "done"],
         swept=grid.axes,
         seeds=grid.seeds,
@@ -355,6 +356,29 @@ def compare(
         margin=stated,
         looks=before.looks,
     )
+
+
+def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
+    """The loss of each arm against its baseline at each of these numbers of seeds, as if no later seed were there.
+
+    Raises:
+        BadRequest: as `compare`.
+    """
+    rows = [_of_today(row) for row in rows if "config" in row]
+    grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
+    before, (margin, _), seeds = _history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
+    return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]
+
+
+def _loss(done: Sequence[Row]) -> Metric:
+    """The loss to compare: the last that all of them have."""
+    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
+    return everywhere[-1] if everywhere else LOSSES[0]
+
+
+def _history(known: Sequence[Row], grid: Grid, out: Path | None = None) -> History:
+    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
+    return history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
 
 
 def _failed(row: Row) -> dict[str, Any]:

@@ -7,19 +7,22 @@ that was killed and resumed, or whose seeds end out of order, ends at the same s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpt2exp.compare.comparison import Comparison, Row, compare, read
+from gpt2exp.compare.comparison import Comparison, Row, at_looks, compare, read
 from gpt2exp.compare.effect import Effect
-from gpt2exp.compare.inference import Inference, reach, tells, upper_std
+from gpt2exp.compare.inference import LARGEST, Inference, reach, tells, upper_std
 from gpt2exp.compare.report import amounts, spell, subject
 from gpt2exp.config import BadRequest, show
 from gpt2exp.run import record
 
+ENDED = ("done", "diverged", "failed")
+"""States of runs that are not waited for."""
 COUNTS = (3, 5, 10, 20)
 """Numbers of seeds of which `prior` says what they can tell."""
 
@@ -51,27 +54,24 @@ class Stand:
 def decide(known: record.Sweep, rows: Sequence[Row]) -> Stand:
     """The first end in the order of seeds, or how far the sweep is.
 
-    It looks at the seeds 1 to n for each declared n, and ends where no arm is left to be answered. An arm that cannot
-    be compared after so many seeds is not answered by more of them.
+    It looks at the seeds 1 to n for each n from the first declared look on, and ends where no arm is left to be
+    answered. An arm that cannot be compared after so many seeds is not answered by more of them.
     """
-    ended = {Path(row["folder"]).name: row for row in rows if row["state"] in ("done", "diverged", "failed")}
-    found, so_far = Stand(), list[Row]()
-    for n, names in enumerate(known.by_seed.values(), 1):
-        if not ended.keys() >= set(names):
-            break
-        so_far += [ended[name] for name in names]
-        effects = list[Effect]()
-        with contextlib.suppress(BadRequest):  # what keeps them from being compared is said at the end
-            effects = compare(so_far, brief=True).axes if n >= known.looks[0] else []
-        open_ = [one for one in effects if one.verdict in (None, "inconclusive")]
-        found = Stand(n, effects, "" if open_ or not effects else "every arm has its verdict")
-        if not found.why and n >= known.rule["max_seeds"]:
-            found = Stand(n, effects, "sweep.max_seeds is reached")
-        if found.why:
-            return found
+    ended = {Path(row["folder"]).name: row for row in rows if row["state"] in ENDED}
+    whole = itertools.takewhile(ended.keys().__ge__, map(set, known.by_seed.values()))
+    names = list(itertools.islice(whole, known.rule["max_seeds"]))
+    numbers, found = range(known.looks[0], len(names) + 1), Stand(len(names))
+    with contextlib.suppress(BadRequest):  # what keeps the runs from being compared is said at the end
+        looks = at_looks([ended[name] for name in itertools.chain(*names)], numbers) if numbers else []
+        for n, effects in zip(numbers, looks, strict=True):
+            found = Stand(n, effects)
+            if all(one.verdict not in (None, "inconclusive") for one in effects):
+                return replace(found, why="every arm has its verdict")
     hours = known.rule["max_hours"]
-    over = hours is not None and time.time() - known.launched > 3600 * hours
-    return Stand(found.seeds, found.effects, f"sweep.max_hours={show(hours)} is over") if over else found
+    if len(names) == known.rule["max_seeds"]:
+        return replace(found, why="sweep.max_seeds is reached")
+    over = names and hours is not None and time.time() - known.launched > 3600 * hours
+    return replace(found, why=f"sweep.max_hours={show(hours)} is over") if over else found
 
 
 def stand(sweep: Path) -> Stand:
@@ -111,11 +111,11 @@ def prior(folder: Path, looks: Sequence[int]) -> list[dict[str, str]]:
         BadRequest: the folder holds no arms with two seeds or more.
     """
     try:
-        earlier = compare(read([folder]), brief=True)
+        (earlier,) = at_looks(read([folder]), [LARGEST])
     except BadRequest as error:
         raise BadRequest(f"sweep.prior={folder}: {str(error).removeprefix(f'{folder}: ')}") from error
     table = list[dict[str, str]]()
-    for one in (effect for effect in earlier.axes if len(effect.differences) > 1):
+    for one in (effect for effect in earlier if len(effect.differences) > 1):
         std, n = statistics.stdev(one.scaled), len(one.differences)
         designs: dict[Inference, tuple[int, ...]] = {"fixed": COUNTS, "declared": tuple(looks)}
         for design, at in designs.items():

@@ -260,7 +260,8 @@ def work(cfg: DictConfig) -> float:
         described = {"own": composing.as_plain(cfg), "overrides": told, "settings": settings}
     config = _asked(sweep / name, described)
     engines.enter(str(hydra.launcher._target_), sweep, config.train.device)
-    _work(sweep / name, sweep, BEGAN if first else time.monotonic(), described)
+    if config.seed not in _needless(sweep):
+        _work(sweep / name, sweep, BEGAN if first else time.monotonic(), described)
     return record.objective(sweep / name)
 
 
@@ -277,9 +278,8 @@ def _work(folder: Path, sweep: Path, began: float, described: dict[str, Any] | N
     """
     config = _asked(folder, described)
     done = record.row(folder, sweep)["state"] in ("done", "diverged")  # in an earlier launch
-    needless = set[int]() if done else _needless(sweep)
-    if done or config.seed in needless or (config.sweep.fail_fast and _failed_before(sweep)):
-        return needless
+    if done or (config.sweep.fail_fast and _failed_before(sweep)):
+        return set()
     if described is not None and not (folder / ".hydra" / "config.yaml").is_file():
         composing.describe(folder, **described)
     try:
@@ -292,23 +292,25 @@ def _work(folder: Path, sweep: Path, began: float, described: dict[str, Any] | N
         log.warning("%s", error)
     except OSError as error:  # the folder says as much as it could
         log.error("%s", unwritable(error))
-    return _needless(sweep, after=config.seed)
+    return _needless(sweep, config.seed)
 
 
-def _needless(sweep: Path, after: int | None = None) -> set[int]:
-    """The seeds of which a sweep that runs until it is answered is to begin no run; of any other none.
+def _needless(sweep: Path, ended: int | None = None) -> set[int]:
+    """The seeds of which a sweep that runs until it is answered begins no run any more; of any other none.
 
-    `after`: the seed of a run that has ended. If that was its last, people see what the seeds say by now.
+    `ended`: the seed of a run that has ended. Once all of that seed's have, people see what the seeds say.
     """
     known = record.Sweep.read(sweep)
     if known is None or not known.looks:
         return set()
     from gpt2exp.compare import stopping
 
+    of = [record.read_status(sweep / name)["state"] for name in known.by_seed.get(ended or 0, [])]
+    if ended is not None and not {*of} <= {*stopping.ENDED}:
+        return set()
     stand = stopping.stand(sweep)
-    if after is not None and after in list(known.by_seed)[: stand.seeds]:
-        for line in stand.lines(known.rule["max_seeds"]):
-            terminal.terminal().print(line, markup=False, soft_wrap=True)
+    for line in stand.lines(known.rule["max_seeds"]) if ended is not None else ():
+        terminal.terminal().print(line, markup=False, soft_wrap=True)
     begun = {path.parent.name for path in sweep.glob("*/status.json")}
     return {seed for seed, names in known.by_seed.items() if not begun & {*names}} if stand.why else set()
 
