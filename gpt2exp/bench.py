@@ -16,9 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -33,7 +33,6 @@ from gpt2exp.training import setup
 if TYPE_CHECKING:
     import torch
 
-    from gpt2exp.training.precision import Precision
 
 UNTIMED = 2
 """First steps of a process that are left out."""
@@ -232,39 +231,15 @@ def _ratios(rounds: Sequence[Mapping[str, Result]], peer: str) -> dict[str, dict
 # --- what a process does ---------------------------------------------------------------------------------------------
 
 
-class Prepared(NamedTuple):
-    """What a step needs, inside the configuration's precision."""
-
-    config: RunConfig
-    """With every `auto` settled."""
-    device: torch.device
-    got: Precision
-    source: tokens.TokenFile
-    need: int
-    """Estimated peak memory in bytes."""
-
-
-@contextlib.contextmanager
-def prepared(config: RunConfig, *, heap: bool = True) -> Iterator[Prepared]:
-    """A block to build and run the step of a configuration in; `heap`: with freed memory kept, as in a run."""
-    from gpt2exp.training import hardware, precision
-
-    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
-    with precision.applied(config.precision, device) as got:
-        config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
-        if heap:
-            setup.keep_memory(config, device)
-        yield Prepared(config, device, got, source, need)
-
-
 def ours(config: RunConfig, steps: int, _: bool, *, begin: Callable[[], Any] = lambda: None) -> Result:
     """Step times of the trainer that a run of `config` builds; `begin` is called before the first."""
-    with prepared(config) as (config, device, got, source, need):
-        job, _origin = setup.trainer(config, device, got, source)
+    with setup.ready(config) as ready:
+        setup.keep_memory(ready.config, ready.device)
+        trainer, _origin = setup.trainer(ready)
         begin()
-        done = [job.timed_step() for _ in range(steps)]
+        done = [trainer.timed_step() for _ in range(steps)]
         losses, times = [float(loss) for loss, *_ in done], [seconds * 1e3 for _, seconds, *_ in done]
-        return result_of(losses, times, config, device) | {"estimated_mib": need / 2**20}
+        return result_of(losses, times, ready.config, ready.device) | {"estimated_mib": ready.need / 2**20}
 
 
 def beside(config: RunConfig, steps: int, _: bool) -> Result:
@@ -281,14 +256,14 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     import torch
 
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
-    with prepared(config, heap=False) as ready, torch.device(ready.device):
+    with setup.ready(config) as ready, torch.device(ready.device):
         model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))
         forward = torch.compile(model) if compiled else model
         (optimizer,) = config.optimizer.build(model)
         return plain_steps(ready, lambda x: forward(x).logits, optimizer, steps)
 
 
-def plain_steps(ready: Prepared, logits_of: Callable[[Any], Any], optimizer: Any, steps: int) -> Result:
+def plain_steps(ready: setup.Ready, logits_of: Callable[[Any], Any], optimizer: Any, steps: int) -> Result:
     """Steps as anyone writes them: micro-batches through whole logits and their cross-entropy, then the optimizer."""
     import torch.nn.functional as F
 

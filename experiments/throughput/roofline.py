@@ -82,8 +82,8 @@ def plain(config: RunConfig, steps: int) -> Result:
     """The same model on the same batches the plain way: whole logits, dense gradients, AdamW tensor by tensor."""
     import torch
 
-    with bench.prepared(config, heap=False) as ready:
-        job, _origin = setup.trainer(ready.config, ready.device, ready.got, ready.source)
+    with setup.ready(config) as ready:
+        job, _origin = setup.trainer(ready)
         model, rates = job.model, config.optimizer
         model.transformer.gradient_in_place = model.transformer.recompute = False
         assert isinstance(rates, optimizers.AdamW)
@@ -95,8 +95,10 @@ def plain(config: RunConfig, steps: int) -> Result:
 
 def roofline(config: RunConfig) -> Result:
     """What this machine needs at least for the step (`floor_ms`), and a profile of it in milliseconds a step."""
-    with bench.prepared(config) as (config, device, got, source, _):
-        parts = profiled(setup.trainer(config, device, got, source)[0], device)
+    with setup.ready(config) as ready:
+        config, device = ready.config, ready.device
+        setup.keep_memory(config, device)
+        parts = profiled(setup.trainer(ready)[0], device)
         products = list(matrix_products(config, device))
         adamw = adamw_ms(config, device)
     for product in products:

@@ -161,7 +161,7 @@ def _with(sha256: str, chosen: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def reading(what: str, size: int | None) -> Iterator[Advance]:
     """A block that reads `size` bytes (None: unknown); after `PATIENCE` seconds a terminal shows a bar."""
-    console, began = Console(stderr=True), time.monotonic()
+    console, began = Console(stderr=True, force_jupyter=False), time.monotonic()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
     task = bar.add_task(what, total=size)

@@ -144,6 +144,21 @@ def requeued_by() -> list[int]:
     return [number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))]
 
 
+_guest = False
+"""Whether this process is another program's, such as a notebook's, which a second signal may not end."""
+
+
+@contextlib.contextmanager
+def guest() -> Iterator[None]:
+    """A second signal inside the block raises instead of ending the process."""
+    global _guest
+    before, _guest = _guest, True
+    try:
+        yield
+    finally:
+        _guest = before
+
+
 @dataclass
 class Stop:
     """Whether an end was asked for."""
@@ -173,6 +188,8 @@ def deferred() -> Iterator[Stop]:
         if isinstance(stop.asked, Preempted) and number in requeuing:
             return
         if stop.asked is not None:
+            if _guest:
+                raise stop.asked
             if os.isatty(1):
                 os.write(1, b"\x1b[?25h")  # the progress bar had hidden the cursor
             os._exit(128 + number)

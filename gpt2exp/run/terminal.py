@@ -85,7 +85,7 @@ class Patient:
 def terminal(*, stderr: bool = False) -> Console:
     """The console of this process; piped, it has no colour and room for every line of ours."""
     stream = Patient(sys.stderr if stderr else sys.stdout)
-    console = Console(file=cast(TextIO, stream), stderr=stderr, highlight=False, soft_wrap=False)
+    console = Console(file=cast(TextIO, stream), stderr=stderr, highlight=False, force_jupyter=False)
     if not console.is_terminal:
         console.width = max(console.width, 110)
     return console

@@ -286,7 +286,7 @@ def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Requ
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = composer.compose(constant) if multirun else master
         composed = Composed(checked(alone), as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra))
-        jobs = [Job(tuple(texts), composed.config, composed=composed)]
+        jobs = [Job(tuple(task(texts)), composed.config, composed=composed)]
     if not multirun or jobs[0].folder:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
     for device in {job.config.train.device for job in jobs} if multirun else ():
