@@ -176,15 +176,16 @@ def warm_ms(call: Callable[[], Any], device: Any) -> float:
 
 def table(roof: Result) -> Any:
     """The limits, and the profile's shares."""
-    found = bench.table("limit of this machine", "ms", "")
     rate = sum(p["gflop"] for p in roof["products"]) / sum(p["ms"] for p in roof["products"]) * 1e3
-    found.add_row("matrix products alone", f"{roof['matmul_ms']:.1f}", f"{rate:,.0f} GFLOP/s")
-    found.add_row("AdamW on one flat tensor", f"{roof['adamw_ms']:.1f}", f"{roof['adamw_gb_per_second']:.0f} GB/s")
-    found.add_row("floor", f"{roof['floor_ms']:.1f}", f"the step is at {roof['fraction']:.2f} of it")
+    rows = [
+        ("matrix products alone", roof["matmul_ms"], f"{rate:,.0f} GFLOP/s"),
+        ("AdamW on one flat tensor", roof["adamw_ms"], f"{roof['adamw_gb_per_second']:.0f} GB/s"),
+        ("floor", roof["floor_ms"], f"the step is at {roof['fraction']:.2f} of it"),
+    ]
     total = sum(roof["parts"].values())
-    for kind, milliseconds in sorted(roof["parts"].items(), key=lambda item: -item[1]):
-        found.add_row(f"  profiled: {kind}", f"{milliseconds:.1f}", f"{milliseconds / total:.1%}")
-    return found
+    for kind, ms in sorted(roof["parts"].items(), key=lambda item: -item[1]):
+        rows.append((f"  profiled: {kind}", ms, f"{ms / total:.1%}"))
+    return terminal.table([{"limit of this machine": name, "ms": f"{ms:.1f}", "": what} for name, ms, what in rows])
 
 
 if __name__ == "__main__":

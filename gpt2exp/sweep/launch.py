@@ -205,7 +205,7 @@ def _show_dry(to_do: list[Job]) -> None:
         shape = f"{shape} {length} {job.config.optimizer.name}"
         known[shape] = known.get(shape) or _dry_row(job)
         rows.append({"run": " ".join(job.overrides) or "defaults", **known[shape]})
-    terminal.terminal().print(terminal.plan_table(rows))
+    terminal.terminal().print(terminal.table(rows))
 
 
 def _dry_row(job: Job) -> dict[str, str]:
@@ -308,7 +308,7 @@ def _outcome(request: Request) -> int:
         kept = conclude.conclude(request.folder, console)
         for row in rows:
             if row["state"] != "done":
-                terminal.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
+                terminal.refuse(f"{row['name']}: {terminal.state_line(row)}")
         offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
         place = shlex.quote(terminal.place(request.folder.absolute()))
         found = [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]
