@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gpt2exp.config import BadRequest, RunConfig, first_line, leaves, parse, stored
-from gpt2exp.files import replacing, write_json
+from gpt2exp.files import replacing, walk, write_json
 from gpt2exp.run import process
 from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, judged, losses, number_of
 from gpt2exp.training import load
@@ -183,24 +183,9 @@ def read_status(folder: Path) -> Status:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names.
-
-    Links are followed. A folder with several paths counts once, under its own path where that lies below too.
-    """
-    found, seen, to_see = list[Path](), set[tuple[int, int]](), [folder]
-    for top in to_see:  # grows by the links met
-        for place, inside, _ in os.walk(top):
-            here = Path(place)
-            with contextlib.suppress(OSError):  # unreadable, or gone by now
-                known = here.stat()
-                if (known.st_dev, known.st_ino) in seen:
-                    inside.clear()
-                    continue
-                seen.add((known.st_dev, known.st_ino))
-                to_see += [here / name for name in inside if (here / name).is_symlink()]
-                if (here / ".hydra" / "config.yaml").exists():
-                    found.append(here)
-    return sorted(found)
+    """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names."""
+    found = (here for here, _, _ in walk(folder))
+    return sorted(here for here in found if os.path.exists(here / ".hydra" / "config.yaml"))  # noqa: PTH110 - no error
 
 
 def written(folder: Path) -> dict[str, Any]:
