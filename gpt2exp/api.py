@@ -20,13 +20,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp.choices import about
 from gpt2exp.compare import comparison
-from gpt2exp.config import CHOICES, BadRequest, RunConfig, flatten, group_of, leaves, plain, quoted, show, stored, typed
+from gpt2exp.config import (
+    CHOICES,
+    BadRequest,
+    RunConfig,
+    at,
+    flatten,
+    group_of,
+    leaves,
+    plain,
+    quoted,
+    show,
+    stored,
+    typed,
+)
 from gpt2exp.run import process, record, terminal
 from gpt2exp.run.metrics import METRICS, Summary
 from gpt2exp.sweep import launch, resume
@@ -135,10 +147,11 @@ class Runs:
 
 def _words(config: RunConfig) -> list[str]:
     """The overrides that ask for a configuration: its choices, then the keys that differ from what these bring."""
-    named = ((section, reduce(getattr, section.split("."), config).name) for section in CHOICES)
+    asked = plain(config)
+    named = ((section, at(asked, f"{section}.name")) for section in CHOICES)
     choices = [f"{group_of(section)}={name}" for section, name in named if name != next(iter(CHOICES[section]))]
     before = leaves(plain(compose(*choices)))
-    changed = {key: value for key, value in leaves(plain(config)).items() if before.get(key) != value}
+    changed = {key: value for key, value in leaves(asked).items() if before.get(key) != value}
     return [*choices, *(_typed(key, value) for key, value in changed.items())]
 
 
