@@ -5,6 +5,8 @@ line put it; a comparison runs none.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from support import COMPARE, SMALL, at_step, finish, losses, read, run, start
 
-from gpt2exp import choices
+from gpt2exp import choices, config
+from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
 from gpt2exp.model import init
 from gpt2exp.model.gpt import GPT
@@ -201,6 +204,34 @@ def test_a_module_that_is_missing_or_hides_another(mine: Path, capsys: pytest.Ca
     (mine / "precision").mkdir()
     (mine / "precision" / "odd.yaml").write_text("_target_: my.odd\n")
     assert "precision" in refused(capsys, "--config-dir", "mine", "precision=odd")
+
+
+STRANGERS = {
+    "optimizer": ("../strangers/evil.Signs", "must be MODULE.NAME"),
+    "train": ("my_choices.Signs", "no choice from outside can be made here"),
+    "init": ("gpt2exp.export.write", "no file of the package's names that code"),
+    "data": ("os.system", "would run code of"),
+}
+
+
+@pytest.mark.parametrize("section", STRANGERS)
+def test_a_strangers_folder_runs_nothing(section: str, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it names is refused, also where it lies beside and has the sha256 recorded."""
+    target, said = STRANGERS[section]
+    evil = Path.cwd() / "strangers" / "evil.py"
+    evil.parent.mkdir()
+    evil.write_text("raise SystemExit(9)")
+    asked = config.plain(RunConfig())
+    sha256 = hashlib.sha256(evil.read_bytes()).hexdigest()
+    asked[section] |= {"name": "../../strangers/x", "_target_": target, "_source_": str(evil), "_sha256_": sha256}
+    (evil.parent / ".hydra").mkdir()
+    (evil.parent / ".hydra" / "config.yaml").write_text(json.dumps(asked))
+    (evil.parent / ".hydra" / "overrides.yaml").write_text("[]")
+    line = refused(capsys, "resume=strangers")
+    if section != "init":
+        assert said in line, line
+    assert comparing.command(["strangers"]) == 2, "there is nothing to compare"
+    assert "wait for one to finish" in capsys.readouterr().err
 
 
 def test_help_lists_them_and_runs_none(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
