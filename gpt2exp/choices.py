@@ -237,8 +237,8 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
     Raises:
         BadRequest: `code` cannot be called as this section's choices are.
     """
-    base, leading = kind_of(section), LEADING[section]
-    parameters = _parameters(f"{section}.{TARGET}={target}", code, leading)[len(leading) :]
+    base = kind_of(section)
+    parameters = _parameters(f"{section}.{TARGET}={target}", code, LEADING[section])
     hints = _hints(code)
     fields: dict[str, tuple[str, Any, Any]] = {}
     for parameter in parameters:
@@ -247,42 +247,38 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
             default = list(default) if isinstance(default, tuple) else default
             kind = _kind(parameter, hints.get(parameter.name))
             fields[parameter.name] = parameter.name, kind, option(default, f"argument of {target}")
-    needed = frozenset(name for name in fields if _default(fields[name][2]) == "???")
-    for name in ("name", TARGET, SOURCE, SHA256):
-        fields[name] = name, str, option("", "of the file that made the choice, and of the code that it names")
-    names = tuple(parameter.name for parameter in parameters)
-    namespace: dict[str, Any] = {"code": staticmethod(code), "arguments": names, "needed": needed, "first": ""}
-    if leading:
-        namespace["first"] = next(iter(inspect.signature(code).parameters))
+    namespace: dict[str, Any] = {
+        "code": staticmethod(code),
+        "first": next(iter(inspect.signature(code).parameters), ""),
+        "arguments": tuple(item.name for item in parameters),
+        "tuples": tuple(
+            item.name
+            for item in parameters
+            if isinstance(item.default, tuple) or typing.get_origin(hints.get(item.name)) is tuple
+        ),
+        "needed": frozenset(item.name for item in parameters if item.default is item.empty and item.name in fields),
+    }
     if issubclass(base, SlotConfig):
         namespace["build"] = call
-    namespace["tuples"] = tuple(item.name for item in parameters if isinstance(item.default, tuple))
+    for name in ("name", TARGET, SOURCE, SHA256):
+        fields[name] = name, str, option("", "of the file that made the choice, and of the code that it names")
     name = f"{target.rpartition('.')[2]} from outside"
     return make_dataclass(name, list(fields.values()), bases=(base, Outside), namespace=namespace, kw_only=True)
 
 
-def _default(item: Any) -> Any:
-    return None if callable(item.default_factory) else item.default
-
-
 def _parameters(said: str, code: Any, leading: tuple[str, ...]) -> list[inspect.Parameter]:
-    """The parameters of a class or function by name, those first that it is called with by position."""
+    """The parameters of a class or function that are keys: all but the first, which it is called with by position."""
     call = f"it is called as {said.rpartition('.')[2]}({', '.join((*leading, 'KEY=VALUE'))})"
     try:
-        every = list(inspect.signature(code).parameters.values())
-    except ValueError as error:
-        raise BadRequest(f"{said}: has no signature to read; write a function in Python around it") from error
-    first, rest = every[: len(leading)], every[len(leading) :]
-    if len(first) < len(leading) or any(
-        item.kind not in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD) for item in first
-    ):
-        raise BadRequest(f"{said}: takes {len(first)} arguments by position, but {call}")
+        signature = inspect.signature(code)
+        signature.bind_partial(*leading)
+    except (TypeError, ValueError) as error:
+        raise BadRequest(f"{said}: {call}, but {first_line(error)}") from error
+    rest = list(signature.parameters.values())[len(leading) :]
     named = [item for item in rest if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
-    if odd := [item.name for item in rest if item not in named and item.kind is item.POSITIONAL_ONLY]:
-        raise BadRequest(f"{said}: takes {odd[0]} by position alone, but {call}")
     if odd := [item.name for item in named if item.name == "name" or item.name.startswith("_")]:
         raise BadRequest(f"{said}: its parameter {odd[0]} cannot be a key; rename it")
-    return first + [item for item in named if item.default is item.empty or _is_plain(item.default)]
+    return [item for item in named if item.default is item.empty or _is_plain(item.default)]
 
 
 def _is_plain(value: Any) -> bool:

@@ -159,7 +159,7 @@ def test_keys_have_the_signatures_types_and_defaults(mine: Path) -> None:
 BAD = {
     "import math\nraise RuntimeError('no\\nluck')": "my_choices.py raised RuntimeError as it was imported: no",
     "def Sings(params): ...": "my_choices.py has no class or function Signs",
-    "def Signs(): ...": "takes 0 arguments by position, but it is called as Signs(params, KEY=VALUE)",
+    "def Signs(): ...": "it is called as Signs(params, KEY=VALUE), but too many positional arguments",
     "def Signs(params, need): ...": "optimizer.need: my_choices.Signs needs it",
     "def Signs(params): return 3": "optimizer=signs: it returned int, where a torch.optim.Optimizer",
     "def Signs(params): return params.shape": "optimizer=signs: its code raised AttributeError: 'list' object",
