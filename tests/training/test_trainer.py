@@ -686,7 +686,7 @@ def test_memory_is_estimated(
 
     Large activations are left to the first kind: how far kept buffers fragment the heap differs in every run.
     """
-    asked = json.dumps([shape, {**train, "steps": 2}, name, kept])
+    asked = json.dumps([shape, {**train, "steps": 4}, name, kept])
     done = subprocess.run([sys.executable, "-c", MEASURE, asked], capture_output=True, text=True, check=True)
     estimated, measured, counted, parameters = map(int, done.stdout.split())
     print(f"estimated {estimated / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
