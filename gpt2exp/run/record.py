@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -378,6 +378,10 @@ class Sweep:
     """Where relative paths start."""
     launched: float = 0.0
     """When its newest launch began, in seconds since 1970."""
+    looks: list[int] = field(default_factory=list)
+    """Numbers of seeds at which it looks, as decided before its first run; empty where it runs all its jobs."""
+    rule: dict[str, Any] = field(default_factory=dict)
+    """What else was decided then: its `axes`, `margin`, `max_seeds` and `max_hours`."""
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
@@ -385,14 +389,21 @@ class Sweep:
         with contextlib.suppress(OSError, ValueError):
             known = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
             if isinstance(known, dict) and isinstance(known.get("jobs"), list):
-                return cls(
-                    **{"argv": []} | {field.name: known[field.name] for field in fields(cls) if field.name in known}
-                )
+                return cls(**{"argv": []} | {item.name: known[item.name] for item in fields(cls) if item.name in known})
         return None
+
+    @property
+    def by_seed(self) -> dict[int, list[str]]:
+        """The jobs' folders by seed, in the order of seeds."""
+        found: dict[int, list[str]] = {}
+        for name, job in zip(self.folders or (), self.jobs, strict=False):
+            for seed in (text[5:] for text in job if text.startswith("seed=")):
+                found.setdefault(int(seed), []).append(name)
+        return found
 
     def write(self, folder: Path) -> None:
         """Keep it in that folder."""
-        write_json(folder / SWEEP, {key: value for key, value in asdict(self).items() if value is not None})
+        write_json(folder / SWEEP, {key: value for key, value in asdict(self).items() if value not in (None, [], {})})
 
 
 def sweep_of(folder: Path) -> Path | None:
@@ -409,6 +420,8 @@ def progress(folder: Path, job: Path) -> str:
     text = f"job {(sweep.folders.index(place) if place in sweep.folders else len(others)) + 1} of {len(sweep.folders)}"
     ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
     now = [status for status in ended if status["updated"] > sweep.launched]
+    if sweep.looks:  # how many jobs there will be is not known
+        return text.replace(" of ", " of at most ")
     if now:
         pace = (time.time() - sweep.launched) / len(now)
         text += f", about {pace * (len(sweep.folders) - len(ended)):.0f} s left"
