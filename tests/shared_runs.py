@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2exp import config
-from gpt2exp.data import tokens
 from gpt2exp.training import distributed as dist
-from gpt2exp.training import precision, setup
+from gpt2exp.training import setup
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64}
 TRAIN = {
@@ -53,11 +52,8 @@ def train(case: str, distributed: str) -> dict[str, Tensor]:
     for section, values in CASES[case].items():
         asked[section] = {**asked.get(section, {}), **values}
     run = config.parse(asked)
-    device = torch.device("cpu")
-    with precision.applied(run.precision, device) as got:
-        source = tokens.prepare(run.data)
-        run, _need = setup.settled(run, device, setup.Hardware("cpu", got.emulated), source)
-        job, _origin = setup.trainer(run, device, got, source)
+    with setup.ready(run) as ready:
+        job, _origin = setup.trainer(ready)
         rows = list(job.fit())
         gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
         gradients = dist.gather(gradients)
