@@ -405,7 +405,7 @@ class TestFailingWandb:
 
     def test_an_unreachable_server(self, tmp_path: Path) -> None:
         """Exit code 0, one warning, the local record whole, the offline file there, the key nowhere."""
-        surroundings = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
+        surroundings = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "3"}
         done = run(tmp_path / "here", *SMALL, "train.steps=3", "wandb.mode=online", **surroundings)
         assert done.returncode == 0
         ours = [line for line in done.stderr.splitlines() if not line.startswith("wandb: ")]
