@@ -1,7 +1,7 @@
 """A text is tokenised once, by tiktoken on every core, into one `.npy` in the cache that runs map into memory.
 
-The only module that imports tiktoken. A tokenised text is a folder named by the text's key (`sources.Text`). It is written
-beside its place and then renamed: it is whole or absent.
+The only module that imports tiktoken. A tokenised text is a folder named by the text's key (`sources.Text`). It is
+written beside its place and then renamed: it is whole or absent.
 """
 
 from __future__ import annotations
@@ -265,9 +265,8 @@ def _how_to_part(count: int, config: DataConfig) -> str:
     path = Path(str(config.path)).expanduser()
     if not path.is_file() or path.suffix not in ("", ".txt", ".md"):
         return f"{note}; to part them, make each a row, or a file, of its own"
-    code = (
-        f"import json, sys; [print(json.dumps({{'text': part}})) for part in sys.stdin.read().split('{MARK}') if part]"
-    )
+    parts = f"sys.stdin.read().split('{MARK}')"
+    code = f"import json, sys; [print(json.dumps({{'text': part}})) for part in {parts} if part]"
     place = shlex.quote(f"{path.with_suffix('')}.jsonl")
     return f'{note}; to part them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
 
