@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.compare import comparison
+from gpt2exp.compare import comparison, stopping
 from gpt2exp.config import CHOICES, BadRequest, RunConfig, flatten, leaves, plain, quoted, show, stored, typed
 from gpt2exp.run import process, record, terminal
 from gpt2exp.run.metrics import METRICS, Summary
@@ -125,7 +125,7 @@ class Runs:
         """
         from gpt2exp.compare.__main__ import write
 
-        made = comparison.compare(self.rows, margin=margin, out=Path(out or self.folders[0]))
+        made = stopping.compared(self.rows, margin=margin, out=Path(out or self.folders[0]))
         if out is not None:
             write(made, Path(out))
         return made

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2exp.compare import report
-from gpt2exp.compare.comparison import Comparison, compare, read
+from gpt2exp.compare.comparison import Comparison, read
 from gpt2exp.compare.report import Section, mirror, show
+from gpt2exp.compare.stopping import compared
 from gpt2exp.config import BadRequest
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
@@ -45,7 +46,7 @@ def command(argv: list[str]) -> int:
         if args.margin is not None and not (math.isfinite(args.margin) and args.margin > 0):
             raise BadRequest(f"--margin {args.margin}: must be a number of nats above 0; try --margin 0.01")
         out = args.out or args.folders[0]
-        comparison = compare(read(args.folders), margin=args.margin, out=out)
+        comparison = compared(read(args.folders), margin=args.margin, out=out)
         with process.writing("cannot write the comparison", "name a folder with --out"):
             write(comparison, out)
         show(comparison, terminal(), out)
@@ -84,7 +85,7 @@ def conclude(sweep: Path, console: Console) -> Path | None:
     """
     again = f"{pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
-        comparison = compare(read([sweep]))
+        comparison = compared(read([sweep]))
         sections = write(comparison, sweep)
         show(comparison, console, sweep, failed=False)
         return mirror(comparison, sweep, sections)

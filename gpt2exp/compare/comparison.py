@@ -9,6 +9,7 @@ their seed's noise, and the interval is taken over seeds. No torch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import os
@@ -288,6 +289,13 @@ class Grid:
         )
         self.seeds = sorted({seed for seed, _ in self.cells})
 
+    def of(self, seeds: set[int]) -> Grid:
+        """Its part of these seeds."""
+        part = copy.copy(self)
+        part.cells = {cell: row for cell, row in self.cells.items() if cell[0] in seeds}
+        part.planned = [cell for cell in self.planned if cell[0] in seeds]
+        return part
+
     def pairs(self, key: str, baseline: str, arm: str) -> tuple[list[Pair], int]:
         """The pairs of two arms, one for every seed and setting of the other axes, and how many lack a finished run."""
         at = list(self.axes).index(key)
@@ -329,14 +337,11 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
         raise BadRequest("; ".join(damaged) or "none of the runs has a summary yet; wait for one to finish")
     done = [row for row in known if row["state"] == "done"]
-    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
-    loss = everywhere[-1] if everywhere else LOSSES[0]
-    grid = Grid(known, axes_of(known))
+    grid, loss = Grid(known, axes_of(known)), _loss(done)
     stated, notes = _margin(known)
     if margin is not None:
         stated, notes = margin, []
-    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
-    before = history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
+    before = _history(known, grid, out)
     effects = _effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated)
     return Comparison(
         runs=rows,
@@ -351,6 +356,29 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         margin=stated,
         looks=before.looks,
     )
+
+
+def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
+    """The loss of each arm against its baseline at each of these numbers of seeds, as if no later seed were there.
+
+    Raises:
+        BadRequest: as `compare`.
+    """
+    rows = [_of_today(row) for row in rows if "config" in row]
+    grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
+    before, (margin, _), seeds = _history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
+    return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]
+
+
+def _loss(done: Sequence[Row]) -> Metric:
+    """The loss to compare: the last that all of them have."""
+    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
+    return everywhere[-1] if everywhere else LOSSES[0]
+
+
+def _history(known: Sequence[Row], grid: Grid, out: Path | None = None) -> History:
+    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
+    return history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
 
 
 def _failed(row: Row) -> dict[str, Any]:
@@ -442,7 +470,7 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
 def _estimate(effect: Effect, pairs: Sequence[Pair], metric: Metric, before: History) -> None:
     """Set the mean difference and its interval over seeds, in the order in which the seeds were run."""
     back = math.exp if metric.ratio else float
-    by_seed = _in_order((pair.seed, (pair.baseline, pair.arm)) for pair in pairs)
+    by_seed = _in_order(((pair.seed, (pair.baseline, pair.arm)) for pair in pairs), before)
     both = [[(_compared(one, metric), _compared(other, metric)) for one, other in rows] for rows in by_seed.values()]
     ones = [statistics.fmean(one for one, _ in figures) for figures in both]
     others = [statistics.fmean(other for _, other in figures) for figures in both]
@@ -463,13 +491,13 @@ def _estimate(effect: Effect, pairs: Sequence[Pair], metric: Metric, before: His
     paired(effect, ones, others)
 
 
-def _in_order(found: Iterable[tuple[int, tuple[Row, ...]]]) -> dict[int, list[tuple[Row, ...]]]:
-    """Runs held against each other by seed, the seeds in the order in which the last runs of each began."""
+def _in_order(found: Iterable[tuple[int, tuple[Row, ...]]], before: History) -> dict[int, list[tuple[Row, ...]]]:
+    """Runs held against each other by seed, in the order in which the last runs of each began, or as was declared."""
     by_seed: dict[int, list[tuple[Row, ...]]] = defaultdict(list)
     for seed, rows in found:
         by_seed[seed].append(rows)
     began = {seed: max(row["started"] for rows in each for row in rows) for seed, each in by_seed.items()}
-    return dict(sorted(by_seed.items(), key=lambda item: began[item[0]]))
+    return dict(sorted(by_seed.items(), key=lambda item: item[0] if before.schedule else began[item[0]]))
 
 
 def _emulated(pair: Pair) -> bool:
@@ -574,7 +602,7 @@ def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interacti
                     one - two - three + four
                     for one, two, three, four in ((_compared(row, metric) for row in four) for four in rows)
                 )
-                for rows in _in_order(by_arms[pair]).values()
+                for rows in _in_order(by_arms[pair], before).values()
             ]
             spread = grid.spread(metric, a, (a_arms[0], pair[0]))
             of = infer(by_seed, before.of(len(by_seed), a, (a_arms[0], pair[0])), before.schedule)

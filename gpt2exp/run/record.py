@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -345,6 +345,10 @@ class Sweep:
     """Where relative paths start."""
     launched: float = 0.0
     """When its newest launch began, in seconds since 1970."""
+    looks: list[int] = field(default_factory=list)
+    """Numbers of seeds at which it looks, as decided before its first run; empty where it runs all its jobs."""
+    rule: dict[str, Any] = field(default_factory=dict)
+    """What else was decided then: its `axes`, `margin`, `max_seeds` and `max_hours`."""
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
@@ -355,9 +359,18 @@ class Sweep:
                 return cls(**{"argv": []} | {key: known[key] for key in cls.__dataclass_fields__ if key in known})
         return None
 
+    @property
+    def by_seed(self) -> dict[int, list[str]]:
+        """The jobs' folders by seed, in the order of seeds."""
+        found: dict[int, list[str]] = {}
+        for name, job in zip(self.folders or (), self.jobs, strict=False):
+            for seed in (text[5:] for text in job if text.startswith("seed=")):
+                found.setdefault(int(seed), []).append(name)
+        return found
+
     def write(self, folder: Path) -> None:
         """Write it to that folder."""
-        write_json(folder / SWEEP, {key: value for key, value in asdict(self).items() if value is not None})
+        write_json(folder / SWEEP, {key: value for key, value in asdict(self).items() if value not in (None, [], {})})
 
 
 def sweep_of(folder: Path) -> Path | None:
@@ -373,6 +386,8 @@ def progress(folder: Path, job: Path) -> str:
     place, jobs = str(job.relative_to(folder)), len(sweep.folders)
     text = f"job {(sweep.folders.index(place) if place in sweep.folders else len(others)) + 1} of {jobs}"
     ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
+    if sweep.looks:  # how many jobs there will be is not known
+        return text.replace(" of ", " of at most ")
     if now := sum(status["updated"] > sweep.launched for status in ended):
         text += f", about {(time.time() - sweep.launched) / now * (jobs - len(ended)):.0f} s left"
     return text
