@@ -399,6 +399,7 @@ class TestFailingWandb:
             for step in range(3):
                 files.log({"step": step, "loss": 1.0})
             files.finish({}, failed=False)
+        assert not [one for one in logging.getLogger("wandb").handlers if isinstance(one, logging.FileHandler)]
         real.finish()
         (warning,) = warnings
         assert "disk full" in warning
