@@ -22,8 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2exp.choices import about
 from gpt2exp.compare import comparison, stopping
-from gpt2exp.config import CHOICES, BadRequest, RunConfig, flatten, leaves, plain, quoted, show, stored, typed
+from gpt2exp.config import (
+    CHOICES,
+    BadRequest,
+    RunConfig,
+    at,
+    flatten,
+    group_of,
+    leaves,
+    plain,
+    quoted,
+    show,
+    stored,
+    typed,
+)
 from gpt2exp.run import process, record, terminal
 from gpt2exp.run.metrics import METRICS, Summary
 from gpt2exp.sweep import launch, resume
@@ -66,10 +80,10 @@ def run(config: RunConfig, folder: str | Path | None = None) -> Summary:
 
     Its `overrides` are the keys that differ from the defaults. KeyboardInterrupt: a signal stopped it; it is saved.
     """
+    if about(config):
+        raise BadRequest("this configuration has a choice of a --config-dir; give its words to gpt2exp.sweep instead")
     words = _words(config) + ([typed("hydra.run.dir", str(folder))] if folder is not None else [])
     request = make(launch.parsed(words)[0])
-    if request.jobs[0].config != config:
-        raise BadRequest("this configuration has a choice of a --config-dir; give its words to gpt2exp.sweep instead")
     _carry_out(request, words)
     return record.row(request.folder, request.folder)
 
@@ -131,10 +145,11 @@ class Runs:
 
 def _words(config: RunConfig) -> list[str]:
     """The overrides that ask for a configuration: its choices, then the keys that differ from what these bring."""
-    named = ((section, getattr(config, section).name) for section in CHOICES)
-    choices = [f"{section}={name}" for section, name in named if name != next(iter(CHOICES[section]))]
+    asked = plain(config)
+    named = ((section, at(asked, f"{section}.name")) for section in CHOICES)
+    choices = [f"{group_of(section)}={name}" for section, name in named if name != next(iter(CHOICES[section]))]
     before = leaves(plain(compose(*choices)))
-    changed = {key: value for key, value in leaves(plain(config)).items() if before.get(key) != value}
+    changed = {key: value for key, value in leaves(asked).items() if before.get(key) != value}
     return [*choices, *(_typed(key, value) for key, value in changed.items())]
 
 

@@ -32,6 +32,7 @@ from gpt2exp.config import (
 )
 from gpt2exp.data.batches import Windows
 from gpt2exp.model import loss as loss_
+from gpt2exp.model import size
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.model.loss import HeadLoss
@@ -237,7 +238,7 @@ def test_padding_shows_nowhere(tie: bool) -> None:
     assert {value.shape[0] for name, value in model.state_dict().items() if "wte" in name or "lm_head" in name} == {
         WORDS
     }
-    assert sum(p.numel() for p in model.parameters()) == model.config.parameters["total"]
+    assert sum(p.numel() for p in model.parameters()) == size.parameters(model.config)["total"]
 
 
 class TestSettling:

@@ -34,6 +34,7 @@ from gpt2exp.config import (
 from gpt2exp.data import batches as windows
 from gpt2exp.data import tokens
 from gpt2exp.data.batches import Windows
+from gpt2exp.model import size
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import job as jobs
@@ -575,7 +576,7 @@ class TestMFU:
         """The figure on A100s, at a speed that is 312 TFLOP/s."""
         monkeypatch.setattr(hardware, "device_name", lambda _: "NVIDIA A100-SXM4-80GB")
         config = RunConfig()
-        speed = 312e12 / config.model.flops_per_token(config.train.seq_len)
+        speed = 312e12 / size.flops_per_token(config.model, config.train.seq_len)
 
         def mfu(requested: str, effective: str, processes: int = 1, emulated: bool = False) -> float | None:
             monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -636,6 +637,7 @@ MEASURE = """
 import json, sys, torch
 torch.set_num_threads(2)
 from gpt2exp.config import ModelConfig, PrecisionConfig, PrecisionName, RunConfig, TrainConfig
+from gpt2exp.model import size
 from gpt2exp.training import hardware, setup
 import wandb
 shape, train, name, kept = json.loads(sys.argv[1])
@@ -651,7 +653,8 @@ with setup.ready(config) as ready:
     for _ in job.fit():
         pass
 need = setup.memory(config, setup.Hardware("cpu", ready.got.emulated))
-print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.parameters()), config.model.parameters["total"])
+counted = size.parameters(config.model)["total"]
+print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.parameters()), counted)
 """
 
 
