@@ -30,13 +30,13 @@ from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import declared, open_ended, reach
 from gpt2exp.compare.report import Drawing, Section
 from gpt2exp.run import record
-from gpt2exp.run.metrics import Metric, number_of
+from gpt2exp.run.metrics import Metric, number_of, shown
 from gpt2exp.run.terminal import printable
 
 Array = npt.NDArray[np.float64]
 Curve = tuple[Array, Array]
 """Places along x and the values there."""
-Replicates = Sequence[tuple[int, Curve | None]]
+Replicates = list[tuple[int, Curve | None]]
 """Curves with the seed of each; None where a run did not measure it."""
 Draw = Callable[[Axes, "Axis"], str | None]
 """Draws an axis of the comparison and returns the caption; None if there is nothing to draw."""
@@ -65,6 +65,8 @@ STYLE: dict[Any, Any] = {
     "hatch.linewidth": 0.7,
     "patch.linewidth": 0.8,
 }
+ZERO: dict[str, Any] = {"color": "black", "linewidth": 0.9}
+REFERENCE: dict[str, Any] = {"color": "black", "alpha": 0.55, "linewidth": 0.9, "linestyle": (0, (2, 2))}
 
 
 @dataclass
@@ -75,11 +77,6 @@ class Arm:
     colour: str
     dash: Any
     cells: list[tuple[int, Row]]
-
-    @property
-    def label(self) -> str:
-        """Short enough for a legend, and not taken for a private one."""
-        return " " + shorten(self.name, 26)
 
 
 @dataclass
@@ -95,16 +92,19 @@ class Axis:
     """What runs along x: `step`, or `tokens` where a step does not cost the same in every run."""
 
     def effects(self, metric: str) -> list[Effect]:
-        """Of its arms, in one metric."""
-        return [effect for effect in self.comparison.axes if (effect.key, effect.metric) == (self.key, metric)]
+        """Of its arms, in one metric, where there is a difference."""
+        found = [effect for effect in self.comparison.axes if (effect.key, effect.metric) == (self.key, metric)]
+        return [effect for effect in found if effect.arm_mean is not None]
+
+    def arm(self, effect: Effect) -> Arm:
+        """The arm of an effect."""
+        return next(arm for arm in self.arms if arm.name == effect.arm)
 
     def curve(self, row: Row, key: str) -> Curve | None:
         """A metric of a run along the clock; None where it was never measured."""
         points = {line[self.clock]: line[key] for line in self.metrics(row) if key in line}  # resumed: the last counts
-        if not points:
-            return None
         x = sorted(points)
-        return np.array(x, dtype=float), np.array([points[at] for at in x], dtype=float)
+        return (np.array(x, dtype=float), np.array([points[at] for at in x], dtype=float)) if points else None
 
     def replicates(self, key: str) -> list[tuple[Arm, Replicates]]:
         """A metric's curves of every run, by arm."""
@@ -128,38 +128,32 @@ def draw(comparison: Comparison) -> list[Section]:
     clock = "step" if len(per_step) == 1 else "tokens"
     sections = []
     for number, key in enumerate(comparison.swept or [None]):
-        axis = Axis(key, _arms(grid, key), grid, comparison, lambda row: metrics(row["folder"]), clock)
+        arms = []
+        for place, name in enumerate(["all runs"] if key is None else grid.axes[key]):
+            cells = [(seed, row) for (seed, of), row in grid.cells.items() if key is None or of[number] == name]
+            turn, colour = divmod(place, len(COLOURS))
+            arms.append(Arm(name, COLOURS[colour], DASHES[turn % len(DASHES)], cells))
+        axis = Axis(key, arms, grid, comparison, lambda row: metrics(row["folder"]), clock)
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", key or "seeds").strip("-.")[:60] or "axis"
         sections.append(Section(key, list(_drawings(axis, f"{number + 1}-{slug}"))))
     return sections
 
 
-def _arms(grid: Grid, key: str | None) -> list[Arm]:
-    at = None if key is None else list(grid.axes).index(key)
-    found = []
-    for number, name in enumerate(["all runs"] if key is None else grid.axes[key]):
-        cells = [(seed, row) for (seed, arms), row in grid.cells.items() if at is None or arms[at] == name]
-        turn, colour = divmod(number, len(COLOURS))
-        found.append(Arm(name, COLOURS[colour], DASHES[turn % len(DASHES)], cells))
-    return found
-
-
 def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
-    arms, seeds = len(axis.arms), len(axis.grid.seeds)
-    ended = sum(effect.mean_difference is not None for effect in axis.effects(axis.comparison.metric))
-    speed = functools.partial(_bars, metric=SPEED, form=lambda value: f"{value:,.0f} tokens/s")
-    memory = functools.partial(_bars, metric=MEMORY, form=size)
+    arms, seeds = 0.62 * len(axis.arms), len(axis.grid.seeds)
+    differences = len(axis.effects(axis.comparison.metric)) * (0.55 + 0.16 * min(seeds, 12))
     kinds: list[tuple[str, str, float, Draw]] = [
-        ("loss", "Loss over the run", SIZE[1], _loss),
-        ("gap", "Difference along the way", SIZE[1], _gap),
-        ("difference", "Difference at the end, seed by seed", _height(ended, 0.55 + 0.16 * min(seeds, 12)), _pairs),
-        ("intervals", "Difference after each seed", SIZE[1], _intervals),
-        ("residual", "Residual stream through the blocks", SIZE[1], _residual),
-        ("speed", "Throughput", _height(arms, 0.62), speed),
-        ("memory", "Peak memory", _height(arms, 0.62), memory),
-        ("unseen", "What unused tokens cost", SIZE[1], _unseen),
+        ("loss", "Loss over the run", 0, _loss),
+        ("gap", "Difference along the way", 0, _gap),
+        ("difference", "Difference at the end, seed by seed", differences, _pairs),
+        ("intervals", "Difference after each seed", 0, _intervals),
+        ("residual", "Residual stream through the blocks", 0, _residual),
+        ("speed", "Throughput", arms, functools.partial(_bars, metric=SPEED)),
+        ("memory", "Peak memory", arms, functools.partial(_bars, metric=MEMORY)),
+        ("unseen", "What unused tokens cost", 0, _unseen),
     ]
-    for kind, title, height, painter in kinds:
+    for kind, title, rows, painter in kinds:  # `rows`: inches of a figure that grows with them
+        height = min(0.75 + rows, 14.0) if rows else SIZE[1]
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a glyph that the font lacks is no news to the user
             figure = Figure(figsize=(SIZE[0], height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
@@ -172,10 +166,6 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
             figure.suptitle(heading, x=0.02, ha="left", fontweight="bold", fontsize=11)
             figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
             yield Drawing(f"{stem}-{kind}", title, caption, svg.getvalue(), png.getvalue())
-
-
-def _height(rows: int, each: float) -> float:
-    return min(0.75 + each * max(rows, 1), 14.0)
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -192,60 +182,51 @@ def _by_seed(curves: Replicates) -> Curve | None:
         seeds[seed].append(y[np.searchsorted(own, x)])
     y = np.stack([np.mean(rows, axis=0) for rows in seeds.values()])
     if len(x) > POINTS:
-        stretch = math.ceil(len(x) / POINTS)
-        starts = np.arange(0, len(x), stretch)
+        starts = np.arange(0, len(x), math.ceil(len(x) / POINTS))
         sizes = np.diff([*starts, len(x)])
         x, y = np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts, axis=1) / sizes
     return x, y
 
 
-def _spread(y: Array) -> Array:
-    """The standard deviation between seeds."""
-    return y.std(axis=0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
-
-
-def _reach(y: Array) -> Array:
-    """Half the 95 % t interval of the mean over seeds."""
-    return _spread(y) * reach(max(len(y), 2), "fixed") / math.sqrt(len(y))
-
-
 def _curves(
-    ax: Axes, axis: Axis, label: str, curves: Iterable[tuple[Arm, Replicates]], half: Callable[[Array], Array] = _spread
+    ax: Axes, axis: Axis, label: str, curves: Iterable[tuple[Arm, Replicates]], *, interval: bool = False
 ) -> bool:
-    """A line for the mean of each arm's seeds and a band of ± `half` around it; whether there was any to draw."""
-    handles, labels = [], []
+    """A line for the mean of each arm's seeds in a band of ± their standard deviation, or its 95 % t interval.
+
+    Returns whether there was any to draw.
+    """
+    handles = []
     for arm, replicates in curves:
         stacked = _by_seed(replicates)
         if stacked is None:
             continue
         (x, y), mean = stacked, stacked[1].mean(axis=0)
-        if len(y) > 1:
-            ax.fill_between(x, mean - half(y), mean + half(y), color=arm.colour, alpha=0.2, linewidth=0)
+        if (n := len(y)) > 1:
+            half = y.std(axis=0, ddof=1) * (reach(n, "fixed") / math.sqrt(n) if interval else 1)
+            ax.fill_between(x, mean - half, mean + half, color=arm.colour, alpha=0.2, linewidth=0)
         marker = "o" if len(x) < 8 else None
-        handles += ax.plot(x, mean, color=arm.colour, linestyle=arm.dash, linewidth=1.6, marker=marker, markersize=3.5)
-        labels.append(arm.label)
+        (line,) = ax.plot(x, mean, color=arm.colour, linestyle=arm.dash, linewidth=1.6, marker=marker, markersize=3.5)
+        handles.append((arm.name, line))
     if not handles:
         return False
-    ax.set_xlabel("step" if axis.clock == "step" else "tokens trained on")
-    ax.set_ylabel(label)
+    _label(ax, "step" if axis.clock == "step" else "tokens trained on", label, handles)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if axis.clock == "tokens":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _rules(ax)
-    _legend(ax, handles, labels)
     return True
 
 
-def _rules(ax: Axes) -> None:
+def _label(ax: Axes, x: str, y: str, handles: Sequence[tuple[str, Any]]) -> None:
+    """Names along both axes, rules across, and above a legend of arms where there are several."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
     ax.grid(axis="y", color="black", alpha=0.12, linewidth=0.7)
     ax.set_axisbelow(True)
-
-
-def _legend(ax: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
     if len(handles) > 1:
+        labels = [" " + shorten(name, 26) for name, _ in handles]  # with a space: one that begins with _ is left out
         columns = max(1, min(4, int(44 / (max(map(len, labels)) + 5))))
-        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.1,
-                  handlelength=2.2, columnspacing=1.2)  # fmt: skip
+        ax.legend([handle for _, handle in handles], labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns,
+                  borderaxespad=0.1, handlelength=2.2, columnspacing=1.2)  # fmt: skip
 
 
 def _loss(ax: Axes, axis: Axis) -> str | None:
@@ -282,11 +263,10 @@ def _baselines(ax: Axes, axis: Axis) -> list[str]:
         if not low - room <= value <= high + room:
             outside.append(f"{label} {value:.3f}")
             continue
-        ax.axhline(value, color="black", alpha=0.55, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+        ax.axhline(value, **REFERENCE, zorder=1)
         upper = value > (low + high) / 2  # losses fall: the upper right and the lower left are free
-        where = {"x": 0.99, "ha": "right"} if upper else {"x": 0.01, "ha": "left"}
-        ax.text(y=value, s=f"{label} {value:.3f}", transform=ax.get_yaxis_transform(), va="bottom", fontsize=9,
-                alpha=0.8, **where)  # type: ignore[arg-type]  # fmt: skip
+        ax.text(0.99 if upper else 0.01, value, f"{label} {value:.3f}", transform=ax.get_yaxis_transform(),
+                ha="right" if upper else "left", va="bottom", fontsize=9, alpha=0.8)  # fmt: skip
     return outside
 
 
@@ -295,16 +275,17 @@ def _gap(ax: Axes, axis: Axis) -> str | None:
     if axis.key is None or len(axis.arms) < 2:
         return None
     base = axis.arms[0]
-
-    def differences(arm: Arm) -> Iterable[tuple[int, Curve]]:
-        for pair in axis.grid.pairs(axis.key or "", base.name, arm.name)[0]:
-            both = _by_seed([(0, axis.curve(pair.baseline, "loss")), (1, axis.curve(pair.arm, "loss"))])
+    curves = []
+    for arm in axis.arms[1:]:
+        pairs: Replicates = []
+        for seed, _, (one, other) in axis.grid.groups({axis.key: (base.name, arm.name)})[0]:
+            both = _by_seed([(0, axis.curve(one, "loss")), (1, axis.curve(other, "loss"))])
             if both is not None and len(both[1]) == 2 and len(both[0]) > 1:
-                yield pair.seed, (both[0], both[1][1] - both[1][0])
-
-    if not _curves(ax, axis, "arm minus baseline, nats", [(a, list(differences(a))) for a in axis.arms[1:]], _reach):
+                pairs.append((seed, (both[0], both[1][1] - both[1][0])))
+        curves.append((arm, pairs))
+    if not _curves(ax, axis, "arm minus baseline, nats", curves, interval=True):
         return None
-    ax.axhline(0, color="black", linewidth=0.9)
+    ax.axhline(0, **ZERO)
     text = f"Training loss minus that of {shorten(base.name, 60)} at the same seed and step: below zero is better"
     return f"{text}. Mean and 95 % interval over seeds." if len(axis.grid.seeds) > 1 else f"{text}."
 
@@ -318,21 +299,20 @@ def _unseen(ax: Axes, axis: Axis) -> str | None:
 
 
 def _residual(ax: Axes, axis: Axis) -> str | None:
-    handles, labels = [], []
+    handles = []
     for arm in axis.arms:
         streams = [
-            [line["residual_rms"] for line in axis.metrics(row) if line.get("residual_rms")] for _, row in arm.cells
+            [step["residual_rms"] for step in axis.metrics(row) if step.get("residual_rms")] for _, row in arm.cells
         ]
         for which, dash in ((0, (0, (2, 2))), (-1, "-")):
             by_depth: dict[int, list[list[float]]] = defaultdict(list)  # depths differ where another axis varies them
             for measured in filter(None, streams):
                 by_depth[len(measured[which])].append(measured[which])
             for depth, rows in by_depth.items():
-                line = ax.plot(range(depth), np.mean(rows, axis=0), color=arm.colour, linestyle=dash, linewidth=1.5,
-                               marker="o", markersize=3)[0]  # fmt: skip
+                (line,) = ax.plot(range(depth), np.mean(rows, axis=0), color=arm.colour, linestyle=dash, linewidth=1.5,
+                                  marker="o", markersize=3)  # fmt: skip
         if any(streams):
-            handles.append(line)
-            labels.append(arm.label)
+            handles.append((arm.name, line))
     if not handles:
         return None
     low, high = ax.get_ylim()
@@ -341,11 +321,8 @@ def _residual(ax: Axes, axis: Axis) -> str | None:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")  # the usual 10^n is mathtext, which the style forbids
         ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("blocks passed (0: the embedding)")
-    ax.set_ylabel("RMS of the stream")
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    _rules(ax)
-    _legend(ax, handles, labels)
+    _label(ax, "blocks passed (0: the embedding)", "RMS of the stream", handles)
     text = "Root mean square of the residual stream as embedded and after each block"
     return f"{text}: dotted as first measured, solid as last."
 
@@ -353,31 +330,35 @@ def _residual(ax: Axes, axis: Axis) -> str | None:
 # --- at the end ------------------------------------------------------------------------------------------------------
 
 
+def _rows(ax: Axes, rows: float, *sides: str) -> None:
+    """One row below the other, without a scale on the left and without these sides."""
+    ax.set_ylim(rows, 0)
+    ax.set_yticks([])
+    for side in ("left", *sides):
+        ax.spines[side].set_visible(False)
+
+
 def _pairs(ax: Axes, axis: Axis) -> str | None:
     """A line a seed from zero to the arm's difference, the mean with its interval below them."""
-    effects = [effect for effect in axis.effects(axis.comparison.metric) if effect.mean_difference is not None]
+    effects = axis.effects(axis.comparison.metric)
     if not effects:
         return None
-    colours = {arm.name: arm.colour for arm in axis.arms}
     std = max((effect.seed_std or 0.0 for effect in effects), default=0.0)
     furthest = max(abs(value) for effect in effects for value in (*effect.differences.values(), *(effect.ci95 or [])))
     shaded = 0 < std < 4 * furthest  # a band ten times as wide as the picture would hide the differences
     if shaded:
         ax.axvspan(-std, std, color="black", alpha=0.08, linewidth=0)
     for row, effect in enumerate(effects):
-        colour = colours[effect.arm]
-        values = list(effect.differences.values())
+        colour, values = axis.arm(effect).colour, list(effect.differences.values())
         places = row + (np.arange(len(values)) + 0.5) / (len(values) + 1.5) * 0.62 + 0.28
-        ax.vlines(0, row + 0.3, row + 1, color="black", linewidth=0.9)
+        ax.vlines(0, row + 0.3, row + 1, **ZERO)
         ax.hlines(places, 0, values, color=colour, linewidth=1.0, alpha=0.75)
         ax.plot(values, places, "o", color=colour, markersize=3.5)
         ax.text(0.01, row + 0.16, shorten(effect.arm, 40), transform=ax.get_yaxis_transform(), va="center")
         if effect.ci95 is not None:
             ax.plot(effect.ci95, [row + 0.92] * 2, color="black", linewidth=2, solid_capstyle="butt")
         ax.plot(effect.mean_difference or 0.0, row + 0.92, "D", color="black", markersize=5.5)
-    ax.set_ylim(len(effects) + 0.05, 0)
-    ax.set_yticks([])
-    ax.spines["left"].set_visible(False)
+    _rows(ax, len(effects) + 0.05)
     ax.locator_params(axis="x", nbins=5)
     ax.set_xlabel(f"{axis.comparison.metric} minus that of {shorten(effects[0].baseline, 24)}, nats")
     text = f"A line a seed, from {shorten(effects[0].baseline, 60)} at zero to the arm; the diamond is the mean"
@@ -390,8 +371,7 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
     effects = [effect for effect in axis.effects(axis.comparison.metric) if effect.ci95 and effect.n_seeds > 2]
     if not effects:
         return None
-    colours = {arm.name: (arm.colour, arm.label) for arm in axis.arms}
-    margin, handles, labels = axis.comparison.margin, [], []
+    margin, handles = axis.comparison.margin, []
     furthest = max(abs(bound) for effect in effects for bound in (*effect.differences.values(), *(effect.ci95 or ())))
     for number, effect in enumerate(effects):
         shift = (number - (len(effects) - 1) / 2) * 0.5 / len(effects)  # or arms would hide each other
@@ -399,20 +379,16 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
         ends = [n for n in schedule or range(3, len(values) + 1) if n <= len(values)]
         found = [declared(values[:n], schedule) if schedule else open_ended(values[:n]) for n in ends]
         x, means = np.array([item.n for item in found]) + shift, [item.mean for item in found]
-        (colour, label), bounds = colours[effect.arm], [(item.low, item.high) for item in found]
-        ax.vlines(x, *zip(*bounds, strict=True), color=colour, linewidth=1.4)
-        handles += ax.plot(x, means, "o", color=colour, markersize=4)
-        labels.append(label)
+        arm, bounds = axis.arm(effect), [(item.low, item.high) for item in found]
+        ax.vlines(x, *zip(*bounds, strict=True), color=arm.colour, linewidth=1.4)
+        handles.append((arm.name, ax.plot(x, means, "o", color=arm.colour, markersize=4)[0]))
         furthest = max(furthest, *map(abs, bounds[-1]))
-    ax.axhline(0, color="black", linewidth=0.9)
+    ax.axhline(0, **ZERO)
     for bound in (-margin, margin) if margin else ():
-        ax.axhline(bound, color="black", alpha=0.55, linewidth=0.9, linestyle=(0, (2, 2)))
+        ax.axhline(bound, **REFERENCE)
     ax.set_ylim(-1.3 * furthest, 1.3 * furthest)  # the first intervals are many times as wide as the last
-    ax.set_xlabel("seeds, in the order in which they were run")
-    ax.set_ylabel("arm minus baseline, nats")
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    _rules(ax)
-    _legend(ax, handles, labels)
+    _label(ax, "seeds, in the order in which they were run", "arm minus baseline, nats", handles)
     text = f"Mean difference from {shorten(effects[0].baseline, 60)} over the first seeds"
     text += ", with a 95 % interval that holds however often one looks"
     if any(effect.inference == "fixed" for effect in effects):
@@ -420,13 +396,9 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
     return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
 
 
-def _bars(ax: Axes, axis: Axis, metric: Metric, form: Callable[[float], str]) -> str | None:
+def _bars(ax: Axes, axis: Axis, metric: Metric) -> str | None:
     """A bar an arm, a tick a run; hatched where arms cannot be compared, with the reasons in the caption."""
-    refused = {
-        effect.arm: effect.reason
-        for effect in axis.effects(metric.key)
-        if effect.verdict == "not_comparable" and effect.arm_mean is not None
-    }
+    refused = dict.fromkeys(effect.reason for effect in axis.effects(metric.key) if effect.verdict == "not_comparable")
     values = []
     for arm in axis.arms:
         rows = [row for _, row in arm.cells if number_of(row, metric.key)]
@@ -442,22 +414,16 @@ def _bars(ax: Axes, axis: Axis, metric: Metric, form: Callable[[float], str]) ->
             ax.text(0, row + 0.62, "no finished run", va="center", fontsize=9, alpha=0.7)
             continue
         mean = statistics.fmean(some)
-        hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"}
-        ax.barh(row + 0.62, mean, height=0.42, **(hatched if refused else {"facecolor": arm.colour, "alpha": 0.65}))
+        plain, hatched = (
+            {"facecolor": arm.colour, "alpha": 0.65},
+            {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"},
+        )
+        ax.barh(row + 0.62, mean, height=0.42, **(hatched if refused else plain))
         ax.plot(some, np.full(len(some), row + 0.62), "|", color="black", markersize=9, alpha=0.6)
-        ax.text(max(*some, mean) + 0.02 * far, row + 0.62, form(mean), va="center")
+        amount = f"{shown({metric.key: mean}, metric.key, ',.0f')} {metric.unit}"
+        ax.text(max(*some, mean) + 0.02 * far, row + 0.62, amount, va="center")
     ax.set_xlim(0, far * 1.32)
-    ax.set_ylim(len(values), 0)
-    ax.set_yticks([])
     ax.set_xticks([])
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
+    _rows(ax, len(values), "bottom")
     text = "Mean of the arm's runs, a tick each."
-    if refused:
-        text += f" Hatched, not to be compared: {'; '.join(map(printable, dict.fromkeys(refused.values())))}."
-    return text
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+    return f"{text} Hatched, not to be compared: {'; '.join(map(printable, refused))}." if refused else text

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +29,8 @@ from gpt2exp import config
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison as comparisons
 from gpt2exp.compare import effect as effects
-from gpt2exp.compare import report
+from gpt2exp.compare import report, words
+from gpt2exp.compare import rows as rows_module
 from gpt2exp.compare.comparison import Comparison, Row
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import declared, fixed, holm, needed, open_ended, pairing, pooled_std
@@ -173,8 +175,8 @@ def test_null_factorial_sweeps_count_seeds_and_not_pairs() -> None:
             assert (e.n_pairs, e.n_seeds) == (10, 5)
             covered[e.key] += covers(e.ci95)
         called += any(e.verdict in ("better", "worse") for e in losses)
-        pairs, _ = comparisons.Grid(comparison.runs, comparison.swept).pairs(TIE, "true", "false")
-        each = [pair.arm["loss_mean_last10"] - pair.baseline["loss_mean_last10"] for pair in pairs]
+        pairs, _ = comparisons.Grid(comparison.runs, comparison.swept).groups({TIE: ("true", "false")})
+        each = [other["loss_mean_last10"] - one["loss_mean_last10"] for one, other in (pair.runs for pair in pairs)]
         naive += covers([(naively := fixed(each)).low, naively.high])
         [interaction] = comparison.interactions
         interactions += covers(interaction.ci95)
@@ -1123,9 +1125,7 @@ def test_folders_are_read_as_their_rows(tmp_path: Path) -> None:
     read = comparisons.read([tmp_path])
     assert [row["name"] for row in read] == [f"{number:03d}_job" for number in range(6)]
     assert all(Path(row["folder"]).is_absolute() for row in read)
-    assert [comparisons.asdict(e) for e in comparisons.compare(read).axes] == [
-        comparisons.asdict(e) for e in comparisons.compare(rows).axes
-    ]
+    assert [asdict(e) for e in comparisons.compare(read).axes] == [asdict(e) for e in comparisons.compare(rows).axes]
     json.dumps(comparisons.compare(read).as_dict(), allow_nan=False)
 
 
@@ -1297,7 +1297,7 @@ def searched(rates: Sequence[float], seed: int = 0) -> list[Row]:
 def test_a_search_names_the_best_value_and_compares_none() -> None:
     found = comparisons.compare(searched([0.0001, 0.0003, 0.001, 0.003, 0.01]))
     assert found.searched
-    [sentence] = report.sentences(found)
+    [sentence] = words.sentences(found)
     assert sentence.text.startswith("of 5 values tried, optimizer.lr=0.001 ended with the least ")
     assert report.effects(found) == []
 
@@ -1408,13 +1408,13 @@ def test_an_unwritable_place_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
 def flattenings(rows: Sequence[Row], monkeypatch: pytest.MonkeyPatch) -> int:
     """How often a comparison walks through a run's configuration: the work that grows, counted and not timed."""
     calls = []
-    real = comparisons.flatten
+    real = rows_module.flatten
 
     def counted(config: Mapping[str, Any]) -> dict[str, Any]:
         calls.append(config)
         return real(config)
 
-    monkeypatch.setattr(comparisons, "flatten", counted)
+    monkeypatch.setattr(rows_module, "flatten", counted)
     comparisons.compare(rows)
     return len(calls)
 
