@@ -118,40 +118,36 @@ def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> Non
     else:
         effect.verdict = "inconclusive"
         if effect.p_value is not None and effect.p_value < ALPHA:
-            said = ["not beyond doubt among this many comparisons (Holm)"]
+            said = ["p is below 0.05 by itself, but not after Holm's correction for several comparisons"]
         elif margin:
             said = [f"the interval reaches beyond ±{margin:g}"]
         else:
-            inside = std is not None and -std <= low and high <= std
-            said = [
-                f"the interval holds zero and {'lies inside' if inside else 'reaches beyond'} ± the seed-to-seed std"
-            ]
-        said += _advice(effect, margin)
+            reaches = "lies inside" if std is not None and -std <= low and high <= std else "reaches beyond"
+            said = [f"the interval holds zero and {reaches} ± the seed-to-seed std"]
+        said.append(_advice(effect, margin))
     effect.reason = "; ".join([*said, *_remarks(effect)])
 
 
-def _advice(effect: Effect, margin: float | None) -> list[str]:
+def _advice(effect: Effect, margin: float | None) -> str:
     """How many seeds in all would settle an effect; seeds added to it now come after a look."""
     way: Inference = "declared" if effect.inference == "declared" else "open"
     found = needed(effect.scaled, margin, way, effect.looks if way == "declared" else ())
-    more = effect.n_seeds + 1
-    tell, tell_most, equal, equal_most = (
-        None if number is None else max(number, more)
-        for number in (found.tell, found.tell_at_most, found.equal, found.equal_at_most)
-    )
-    effect.n_needed = min((number for number in (tell, equal) if number is not None), default=None)
-    effect.n_needed_at_most = min((number for number in (tell_most, equal_most) if number is not None), default=None)
     limit = f"more than {effect.looks[-1] if way == 'declared' else LARGEST:,}"
+    tell, equal = (
+        [None if number is None else max(number, effect.n_seeds + 1) for number in numbers]
+        for numbers in ((found.tell, found.tell_at_most), (found.equal, found.equal_at_most))
+    )
+    effect.n_needed, effect.n_needed_at_most = (
+        min((number for number in both if number is not None), default=None) for both in zip(tell, equal, strict=True)
+    )
 
     def count(number: int | None, most: int | None) -> str:
         if number is None:
             return limit
-        return f"about {number:,} ({'perhaps ' + limit if most is None else f'at most {most:,}'})"
+        return f"about {number:,} (perhaps {limit if most is None else f'{most:,}'})"
 
-    said = f"{count(tell, tell_most)} seeds in all would tell a difference of this size"
-    return [
-        said if not margin else f"{said}, {count(equal, equal_most)} to call it indistinguishable within ±{margin:g}"
-    ]
+    said = f"{count(*tell)} seeds in all would tell a difference of this size"
+    return f"{said}, {count(*equal)} to call it indistinguishable within ±{margin:g}" if margin else said
 
 
 def _remarks(effect: Effect) -> list[str]:
@@ -161,9 +157,9 @@ def _remarks(effect: Effect) -> list[str]:
         at = ", ".join(map(str, effect.looks))
         said.append(f"seeds were added after a look at n={at}: the interval holds at every look")
     if effect.pair_correlation is not None and effect.pair_correlation < 0:
-        said.append("the arms vary against each other over these seeds: unpaired runs would do better")
+        said.append("the two arms go against each other over the seeds (r below 0): unpaired runs would do better")
     if (seed := far_off(effect.differences, effect.scaled)) is not None:
-        said.append(f"seed {seed} is far off the others, and the intervals take differences for normal: look at it")
+        said.append(f"seed {seed} is far off the others: look at its runs, for intervals assume normal differences")
     return said
 
 

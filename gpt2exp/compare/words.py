@@ -142,8 +142,8 @@ def _sentence(loss: Effect, costs: str) -> str:
         text += f", {reason}{costs}" if reason else costs
         text += "" if "seed-to-seed" in reason else f"; the seed-to-seed std is {deviations(loss) or std}"
     elif loss.verdict in ("indistinguishable", "inconclusive"):
-        open_ = loss.verdict == "inconclusive"
-        text = f"{name} against {base} is open" if open_ else f"{name} cannot be told apart from {base}"
+        undecided = loss.verdict == "inconclusive"
+        text = f"{name} against {base} is undecided" if undecided else f"{name} cannot be told apart from {base}"
         text += f": a difference of {difference} nats (95 % interval {interval}, {tested}{costs}; {reason}"
     elif loss.verdict == "not_comparable":
         text = f"{name} and {base} cannot be compared: {reason}{costs}"

@@ -308,8 +308,8 @@ def test_an_open_row_says_how_many_seeds_would_settle_it() -> None:
     assert found.verdict == "inconclusive"
     assert found.n_needed == min(known.tell or 0, known.equal or 0)
     assert found.n_needed_at_most == min(known.tell_at_most or 0, known.equal_at_most or 0)
-    assert f"about {known.tell} (at most {known.tell_at_most:,}) seeds in all would tell" in found.reason
-    assert f"about {known.equal} (at most {known.equal_at_most:,}) to call it indistinguishable" in found.reason
+    assert f"about {known.tell} (perhaps {known.tell_at_most:,}) seeds in all would tell" in found.reason
+    assert f"about {known.equal} (perhaps {known.equal_at_most:,}) to call it indistinguishable" in found.reason
     alone = effect(rows, TIE)
     assert (alone.n_needed, alone.reason.count("indistinguishable")) == (known.tell, 0)
     never = arms(TIE, {"true": [3.0, 3.1, 2.9, 3.0], "false": [3.1, 3.0, 2.9, 3.0]})
