@@ -30,7 +30,7 @@ from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import declared, open_ended, reach
 from gpt2exp.compare.report import Drawing, Section
 from gpt2exp.run import record
-from gpt2exp.run.metrics import Metric, number_of, shown
+from gpt2exp.run.metrics import BY_KEY, Metric, number_of, shown
 from gpt2exp.run.terminal import printable
 
 Array = npt.NDArray[np.float64]
@@ -41,8 +41,10 @@ Replicates = list[tuple[int, Curve | None]]
 Draw = Callable[[Axes, "Axis"], str | None]
 """Draws an axis of the comparison and returns the caption; None if there is nothing to draw."""
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Told apart with any colour vision: Okabe and Ito 2008, without yellow (too faint on white) and black."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C26A9B", "#B47D00", "#3D94CC")
+"""Told apart with any colour vision: Okabe and Ito 2008 without yellow and black; pink, orange and sky blue darker than
+theirs, which are too faint on white and, inverted, on black.
+"""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 """A second mark, for more arms than colours."""
 POINTS = 300
@@ -360,7 +362,7 @@ def _pairs(ax: Axes, axis: Axis) -> str | None:
         ax.plot(effect.mean_difference or 0.0, row + 0.92, "D", color="black", markersize=5.5)
     _rows(ax, len(effects) + 0.05)
     ax.locator_params(axis="x", nbins=5)
-    ax.set_xlabel(f"{axis.comparison.metric} minus that of {shorten(effects[0].baseline, 24)}, nats")
+    ax.set_xlabel(f"{BY_KEY[axis.comparison.metric].column} minus that of {shorten(effects[0].baseline, 24)}, nats")
     text = f"A line a seed, from {shorten(effects[0].baseline, 60)} at zero to the arm; the diamond is the mean"
     text += ", its bar the 95 % interval" if any(effect.ci95 for effect in effects) else ""
     return f"{text}. Shaded: ± the standard deviation between seeds." if shaded else f"{text}."
@@ -371,8 +373,8 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
     effects = [effect for effect in axis.effects(axis.comparison.metric) if effect.ci95 and effect.n_seeds > 2]
     if not effects:
         return None
-    margin, handles = axis.comparison.margin, []
-    furthest = max(abs(bound) for effect in effects for bound in (*effect.differences.values(), *(effect.ci95 or ())))
+    margin, handles, widest = axis.comparison.margin, [], list[tuple[float, float]]()
+    inside = [0.0]
     for number, effect in enumerate(effects):
         shift = (number - (len(effects) - 1) / 2) * 0.5 / len(effects)  # or arms would hide each other
         values, schedule = effect.scaled, effect.looks if effect.inference == "declared" else ()
@@ -380,19 +382,25 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
         found = [declared(values[:n], schedule) if schedule else open_ended(values[:n]) for n in ends]
         x, means = np.array([item.n for item in found]) + shift, [item.mean for item in found]
         arm, bounds = axis.arm(effect), [(item.low, item.high) for item in found]
-        ax.vlines(x, *zip(*bounds, strict=True), color=arm.colour, linewidth=1.4)
-        handles.append((arm.name, ax.plot(x, means, "o", color=arm.colour, markersize=4)[0]))
-        furthest = max(furthest, *map(abs, bounds[-1]))
+        ax.vlines(x, *zip(*bounds, strict=True), color=arm.colour, linewidth=1.4, linestyle=arm.dash)
+        face = arm.colour if arm.dash == DASHES[0] else "white"
+        handles.append((arm.name, ax.plot(x, means, "o", color=arm.colour, markersize=4, markerfacecolor=face)[0]))
+        inside += [*means, *bounds[-1]]
+        widest += bounds
     ax.axhline(0, **ZERO)
     for bound in (-margin, margin) if margin else ():
         ax.axhline(bound, **REFERENCE)
-    ax.set_ylim(-1.3 * furthest, 1.3 * furthest)  # the first intervals are many times as wide as the last
+    room = 0.2 * (max(inside) - min(inside))  # for the last intervals: the first are many times as wide
+    low, high = ax.set_ylim(min(inside) - room, max(inside) + room)
+    ax.margins(x=0.1)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     _label(ax, "seeds, in the order in which they were run", "arm minus baseline, nats", handles)
     text = f"Mean difference from {shorten(effects[0].baseline, 60)} over the first seeds"
     text += ", with a 95 % interval that holds however often one looks"
     if any(effect.inference == "fixed" for effect in effects):
         text += ", so wider than the table's, which is right at one look"
+    if any(one < low or other > high for one, other in widest):
+        text += "; the first intervals are wider than the picture"
     return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
 
 

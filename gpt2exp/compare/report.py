@@ -42,19 +42,20 @@ INTERACTIONS = (
     "p is not corrected. Large: the interval excludes zero and the size exceeds the seed-to-seed std."
 )
 METHOD = (
-    "Runs that differ in one axis and share the rest, seed included, are a pair. Differences at one seed are averaged "
-    "over the other axes first; n counts seeds. Intervals are 95 %, of the paired differences; p values are corrected "
-    "by Holm over the arms of all axes in one metric. The seed-to-seed std is that of the metric itself among runs "
-    "that differ in the seed alone: the size of a difference that chance makes between two single runs; the arm's, in "
-    "brackets the baseline's.",
-    "The interval is Student's t, which is right at one look. Where seeds were added after an earlier comparison, it "
-    "is that of an e-process, wider and right at every look; p then keeps the strongest look so far.",
-    "better, worse: p below 0.05. indistinguishable: the interval lies inside the margin stated beforehand "
-    "(sweep.margin, or --margin); without a margin only arms without any difference are. inconclusive: neither; the "
-    "seeds named would settle it in four of five studies that go on like this one, added after this look and not "
-    "corrected by Holm. not comparable: the reason says why.",
-    "r is the correlation of the two arms over seeds, and saved how many seeds more an arm would need without sharing "
-    "them; below 0, pairing lost.",
+    "A pair is two runs that differ in one axis and share the rest, seed included. Differences at one seed are first "
+    "averaged over the other axes, so n counts seeds. Intervals are 95 %, of the paired differences; p values are "
+    "corrected by Holm over all arms in one metric. The seed-to-seed std says how far runs of one arm lie apart where "
+    "only the seed differs: the arm's, and in brackets the baseline's.",
+    "The interval is Student's t, which is right for one look, at a number of seeds chosen beforehand. Where the looks "
+    "were declared beforehand, it is Student's t at a smaller p. Where seeds were added after another look, it is an "
+    "e-process's: wider, and right at every look. In both, p keeps the strongest look so far.",
+    "better, worse: p is below 0.05. indistinguishable: the interval lies inside the margin stated before the runs "
+    "(sweep.margin, or --margin); without a margin only arms without any difference are. inconclusive: neither. The "
+    "seeds named would settle it in four of five studies whose differences go on like these; perhaps: by the upper "
+    "80 % limit of their standard deviation. They count further looks, but no correction by Holm. not comparable: the "
+    "reason says why.",
+    "r is the correlation of the two arms over seeds. saved says how many more seeds each arm would need if the arms "
+    "shared none; below 0, pairing lost.",
 )
 """How to read it, for the page and the Markdown."""
 

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -453,6 +454,44 @@ class TestEnds:
         comparison = compare.compare(compare.read([tmp_path]))
         (section,) = figures.draw(comparison)
         assert b"tokens trained on" in section.drawings[0].svg
+
+
+def _contrast(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """WCAG's contrast of two colours, red, green and blue from 0 to 1."""
+
+    def luminance(colour: np.ndarray[Any, Any]) -> float:
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("colour", figures.COLOURS)
+def test_an_arms_colour_stands_out_light_and_dark(colour: str) -> None:
+    """At least 3 to 1, as WCAG asks of graphics; in the dark the page inverts the figure and turns its hues back."""
+    from matplotlib.colors import to_rgb
+
+    drawn = np.array(to_rgb(colour))
+    luma = np.array([0.213, 0.715, 0.072])
+    inverted = np.clip(2 * luma @ (1 - drawn) - (1 - drawn), 0, 1)  # hue-rotate(180deg), by the CSS standard's matrix
+    assert _contrast(drawn, np.array(to_rgb("#fcfcfa"))) >= 3
+    assert _contrast(inverted, np.array(to_rgb("#15181b"))) >= 3
+
+
+def test_intervals_after_each_seed(tmp_path: Path) -> None:
+    """More arms than colours differ in their marks; the last intervals fill the picture, and the caption says so."""
+    rng = np.random.default_rng(1)
+    for seed in range(1, 7):
+        for at, std in enumerate((0.02, 0.01, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08)):
+            loss = 3 + 0.01 * at + float(rng.normal(0, 0.01))
+            leave(tmp_path / f"{std}-{seed}", summary(seed, f"init.std={std}", loss=loss))
+    comparison = compare.compare(compare.read([tmp_path]))
+    (section,) = figures.draw(comparison)
+    (drawing,) = (item for item in section.drawings if item.name.endswith("intervals"))
+    marks = set(re.findall(rb'<use [^>]*style="(fill: [^"]+)"', drawing.svg))
+    assert len(marks) >= 7, "seven arms, six colours: the seventh is hollow"
+    assert "the first intervals are wider than the picture" in drawing.caption
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
