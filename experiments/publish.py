@@ -16,7 +16,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ FIGURES = {
 }
 """Which of the report's figures of the first axis a finding shows."""
 METRICS = {"throughput": ("speed, ratio", "memory, MiB")}
-"""Which metrics the table of a page has; of other pages the loss."""
+"""Which metrics the table of a page has; of other pages the loss, with the reasons in the sentences above it."""
 WHOLE = ("config", "precision", "data", "device", "threads", "processes", "machine", "versions", "git")
 """Fields of a summary that are recorded with all they hold."""
 
@@ -58,15 +58,18 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
 
 def results(name: str, comparison: Comparison) -> str:
     """The part of a finding's page between the markers."""
-    losses = ("loss, nats",)
+    pictures = [path for kind in sorted(FIGURES[name]) if (path := HERE / name / f"{kind}.png").is_file()]
+    table = report.effects(comparison, METRICS.get(name, ("loss, nats",)))
+    if name not in METRICS and "" in table:
+        table = [re.sub(r" \\\[\d+\\\]", "", line) for line in table[: table.index("")]]
     parts = [
         report.verdicts(comparison),
-        report.effects(comparison, METRICS.get(name, losses)),
-        [f"![{kind}]({kind}.png)" for kind in sorted(FIGURES[name]) if (HERE / name / f"{kind}.png").is_file()],
-        provenance(HERE / name / "runs.json"),
+        table,
+        [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
+        [provenance(HERE / name / "runs.json")],
         *([extra(runs_of(name))] for extra in EXTRAS.get(name, [])),
     ]
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    return "\n\n".join("\n".join(part).strip() for part in parts if part)
 
 
 def draw(name: str, comparison: Comparison) -> None:
@@ -82,7 +85,7 @@ def publish_speed(sweep: Path) -> None:
     comparison, stem = compare(read([sweep])), HERE / "precision" / "speed"
     write_record(comparison, stem)
     stem.with_suffix(".csv").write_text(report.table(comparison))
-    lines = [*report.effects(comparison, ["speed, ratio"]), "", *provenance(stem.with_suffix(".json"))]
+    lines = [*report.effects(comparison, ["speed, ratio"]), provenance(stem.with_suffix(".json"))]
     replace_block(HERE / "precision" / "README.md", "speed", "\n".join(lines))
 
 
@@ -94,7 +97,7 @@ def publish_gpt2(sweep: Path) -> None:
         runs = having(runs_of("residual_scaling", "gpt2"), f"init.residual_scaling={scaling}")
         growth = [float(run["stream_first_last_block"]) / float(run["stream_first_embedded"]) for run in runs]
         lines.append(f"- residual_scaling={scaling}: the stream grows {spread(growth, '.2f')} times (n={len(growth)})")
-    lines += ["", *provenance(stem.with_suffix(".json"))]
+    lines += ["", provenance(stem.with_suffix(".json"))]
     replace_block(HERE / "residual_scaling" / "README.md", "gpt2", "\n".join(lines))
 
 
@@ -187,15 +190,13 @@ def _row(run: Run, folder: Path, shared: Mapping[str, Any]) -> Row:
 NUMBERS = ("loss_mean_last10", "val_loss", "tokens_per_second", "peak_memory_bytes", "speed_disturbed")
 
 
-def provenance(path: Path) -> Iterable[str]:
-    """The commands of a record, and where the rest of it stands."""
+def provenance(path: Path) -> str:
+    """When and by what the runs of a record were made, and where the rest of it stands."""
     told = json.loads(path.read_text())
-    yield from ("```sh", *told["commands"], "```", "")
-    day = told["facts"]["started"].partition("T")[0]
-    yield (
-        f"Run on {day} at commit {told['facts']['commit'][:7]}; machine, versions, text and configuration: "
-        f"[{path.name}]({path.name})."
-    )
+    day, commit = told["facts"]["started"].partition("T")[0], told["facts"].get("commit", "")[:7]
+    by = ", ".join(f"`{command}`" for command in told["commands"])
+    rest = f"machine, versions, text and configuration: [{path.name}]({path.name})"
+    return f"Run on {day} at commit {commit} by {by}; {rest}."
 
 
 def replace_block(path: Path, name: str, text: str) -> None:
@@ -261,7 +262,7 @@ def floor_table() -> str:
 
 def publish_bench() -> None:
     """Rewrite the tables of the finding."""
-    replace_block(HERE / "throughput" / "README.md", "bench", f"{bench_table()}\n\n{floor_table()}")
+    replace_block(HERE / "throughput" / "bench" / "README.md", "bench", f"{bench_table()}\n\n{floor_table()}")
 
 
 # --- the configuration -----------------------------------------------------------------------------------------------
