@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from gpt2exp.compare import report
 from gpt2exp.compare.comparison import Comparison, compare, read
-from gpt2exp.compare.report import Section, mirror, show
 from gpt2exp.config import BadRequest
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import terminal
@@ -19,11 +18,7 @@ from gpt2exp.run.terminal import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-
 log = logging.getLogger("gpt2exp")
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -33,7 +28,7 @@ def main() -> None:
 
 def command(argv: list[str]) -> int:
     """Compare the runs under the folders named; exit code 0, or 2 for a bad request."""
-    from gpt2exp.run import process, terminal
+    from gpt2exp.run import process
 
     parser = process.parser(
         "gpt2exp-compare",
@@ -53,21 +48,17 @@ def command(argv: list[str]) -> int:
         out = args.out or args.folders[0]
         comparison = compare(read(args.folders), margin=args.margin, out=out)
         write(comparison, out)
-    except BadRequest as problem:
-        terminal.refuse(str(problem), program="gpt2exp-compare", trace=full_error)
-        return 2
-    except OSError as problem:
-        why = f"cannot write the comparison ({problem.strerror or problem}); name a folder with --out"
+    except (BadRequest, OSError) as problem:
+        why = str(problem)
+        if isinstance(problem, OSError):
+            why = f"cannot write the comparison ({problem.strerror or problem}); name a folder with --out"
         terminal.refuse(why, program="gpt2exp-compare", trace=full_error)
         return 2
-    show(comparison, terminal.terminal(), out)
+    report.show(comparison, terminal.terminal(), out)
     return 0
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def write(comparison: Comparison, out: Path) -> list[Section]:
+def write(comparison: Comparison, out: Path) -> list[report.Section]:
     """`comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` in the folder, each file whole.
 
     Returns what was drawn.
@@ -77,39 +68,30 @@ def write(comparison: Comparison, out: Path) -> list[Section]:
 
     sections = figures.draw(comparison)
     write_json(out / "comparison.json", report.finite(comparison.as_dict()))
-    _write_text(out / "comparison.csv", report.table(comparison))
-    if sections:
-        (out / "figures").mkdir(exist_ok=True)
-    for section in sections:
-        for drawing in section.drawings:
-            with replacing(out / "figures" / f"{drawing.name}.png") as part:
-                part.write_bytes(drawing.png)
     text = report.markdown(comparison, out, sections)
-    _write_text(out / "report.md", text)
-    _write_text(out / "report.html", report.page(text, comparison, out, sections))
+    files = {f"figures/{item.name}.png": item.png for section in sections for item in section.drawings}
+    files["comparison.csv"] = report.table(comparison).encode()
+    files["report.md"] = text.encode()
+    files["report.html"] = report.page(text, comparison, out, sections).encode()
+    for name, content in files.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        with replacing(out / name) as part:
+            part.write_bytes(content)
     return sections
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", newline="")
-
-
-# --- the end of a sweep ----------------------------------------------------------------------------------------------
 
 
 def conclude(sweep: Path, console: Console) -> Path | None:
     """Compare a sweep's runs, write, show and mirror the report; after a line of warning instead, if that fails.
 
     The runs are done and recorded by then, so no failure here may change what the sweep's command says of them; it
-    says itself which runs failed. Returns wandb's folder to upload, as `mirror`.
+    says itself which runs failed. Returns wandb's folder to upload, as `report.mirror`.
     """
     again = f"{terminal.pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
         comparison = compare(read([sweep]))
         sections = write(comparison, sweep)
-        show(comparison, console, sweep, failed=False)
-        return mirror(comparison, sweep, sections)
+        report.show(comparison, console, sweep, failed=False)
+        return report.mirror(comparison, sweep, sections)
     except (BadRequest, OSError) as error:
         log.warning("no comparison: %s; %s", printable(error), again)
     except Exception as error:

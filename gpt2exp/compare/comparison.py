@@ -39,7 +39,10 @@ MEMORY = BY_KEY["peak_memory_bytes"]
 
 @dataclass
 class Interaction:
-    """How much the effect of one axis changes with another: the difference of differences, by seed."""
+    """How much the effect of one axis changes with another: the difference of differences, by seed.
+
+    `large`: the interval excludes zero and the size exceeds the seed-to-seed std.
+    """
 
     keys: tuple[str, str]
     arms: tuple[str, str]
@@ -49,43 +52,42 @@ class Interaction:
     ci95: list[float] | None
     p_value: float | None
     large: bool
-    """The interval excludes zero and the size exceeds the seed-to-seed std."""
 
 
 @dataclass
 class Distance:
-    """How far a precision's training losses lie from fp64's at the same seed and step, in nats, means over seeds."""
+    """How far a precision's training losses lie from fp64's at the same seed and step, in nats, means over seeds.
+
+    `largest` and `mean` are over the steps. `seed_std`, the yardstick: that of fp64's own losses, its mean over steps.
+    """
 
     arm: str
     n_seeds: int
     largest: float
-    """Over the steps."""
     mean: float
-    """Over the steps."""
     seed_std: float | None
-    """The seed-to-seed std of fp64's own losses, its mean over the steps: the yardstick."""
 
 
 @dataclass
 class Comparison:
-    """Everything a comparison says; `as_dict` is `comparison.json`."""
+    """Everything a comparison says; `as_dict` is `comparison.json`.
+
+    `distances` are of each precision from fp64, where that is an arm; `swept` has the arms of each axis, the baseline
+    first; `metric` is the loss compared; within `margin` nats a difference in it counts as none. `looks` are the
+    comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`.
+    """
 
     runs: list[Row]
     axes: list[Effect]
     interactions: list[Interaction]
     distances: list[Distance]
-    """Of each precision from fp64, where that is an arm."""
     failed: list[dict[str, Any]]
     swept: dict[str, list[str]]
-    """Arms of each axis, the baseline first."""
     seeds: list[int]
     metric: str
-    """The loss compared."""
     notes: list[str]
     margin: float | None = None
-    """Nats within which a difference in the loss counts as none."""
     looks: list[dict[str, Any]] = field(default_factory=list)
-    """Comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`."""
 
     @property
     def searched(self) -> bool:
@@ -122,34 +124,15 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
     loss = everywhere[-1] if everywhere else LOSSES[0]
     grid = Grid(known, axes_of(known))
-    stated, notes = _margin(known)
-    if margin is not None:
-        stated, notes = margin, []
+    stated, notes = _margin(known) if margin is None else (margin, [])
     sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
     before = history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
-    contended = _contended(known)
-    effects = [
-        _effect(grid, key, arm, metric, before, contended)
-        for key, arms in grid.axes.items()
-        for arm in arms[1:]
-        for metric in (loss, SPEED, MEMORY)
-    ]
-    _judge(effects, loss, stated)
     return Comparison(
         runs=rows,
-        axes=effects,
+        axes=_effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated),
         interactions=_interactions(grid, loss, before),
         distances=_distances(grid),
-        failed=[
-            {
-                "name": row["name"],
-                "state": row["state"],
-                "step": row.get("steps", row.get("step")),
-                "error": row.get("error"),
-            }
-            for row in rows
-            if row["state"] != "done"
-        ],
+        failed=[_failed(row) for row in rows if row["state"] != "done"],
         swept=grid.axes,
         seeds=grid.seeds,
         metric=loss.key,
@@ -157,6 +140,11 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         margin=stated,
         looks=before.looks,
     )
+
+
+def _failed(row: Row) -> dict[str, Any]:
+    step = row.get("steps", row.get("step"))
+    return {"name": row["name"], "state": row["state"], "step": step, "error": row.get("error")}
 
 
 def _margin(known: Sequence[Row]) -> tuple[float | None, list[str]]:
@@ -192,13 +180,18 @@ def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[st
         yield f"the runs differ in {', '.join(changed)}, which may show in losses and speed"
 
 
-def _judge(effects: Sequence[Effect], loss: Metric, margin: float | None) -> None:
-    """Set the verdicts of the effects that have an interval, corrected by Holm in each metric."""
-    for metric in (loss, SPEED, MEMORY):
+def _effects(
+    grid: Grid, metrics: Sequence[Metric], before: History, contended: set[str], margin: float | None
+) -> list[Effect]:
+    """Each arm against the baseline of its axis in each metric, judged; the margin is of the first metric."""
+    each = [(key, arm, metric) for key, arms in grid.axes.items() for arm in arms[1:] for metric in metrics]
+    effects = [_effect(grid, key, arm, metric, before, contended) for key, arm, metric in each]
+    for metric in metrics:
         tested = [effect for effect in effects if effect.metric == metric.key and effect.ci95 is not None]
         for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
             effect.p_holm = adjusted
-            judge(effect, lower_is_better=metric.better == "lower", margin=margin if metric is loss else None)
+            judge(effect, lower_is_better=metric.better == "lower", margin=margin if metric is metrics[0] else None)
+    return effects
 
 
 def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, contended: set[str]) -> Effect:
