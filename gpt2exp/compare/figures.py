@@ -13,31 +13,24 @@ import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid, Row
-from gpt2exp.compare.effect import Effect
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid
+from gpt2exp.compare.curves import Arm, Axis, Replicates, by_seed
 from gpt2exp.compare.inference import declared, open_ended, reach
 from gpt2exp.compare.report import Drawing, Section
 from gpt2exp.run import record
 from gpt2exp.run.metrics import BY_KEY, Metric, number_of, shown
 from gpt2exp.run.terminal import printable
 
-Array = npt.NDArray[np.float64]
-Curve = tuple[Array, Array]
-"""Places along x and the values there."""
-Replicates = list[tuple[int, Curve | None]]
-"""Curves with the seed of each; None where a run did not measure it."""
 Draw = Callable[[Axes, "Axis"], str | None]
 """Draws an axis of the comparison and returns the caption; None if there is nothing to draw."""
 
@@ -47,70 +40,11 @@ theirs, which are too faint on white and, inverted, on black.
 """
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 """A second mark, for more arms than colours."""
-POINTS = 300
-"""Points of a curve; longer runs are averaged in equal stretches."""
 SIZE = (5.0, 3.4)
 """Inches; 360 units of an SVG, in which text of 11 stays readable on a telephone."""
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "xtick.labelsize": 10,
-    "ytick.labelsize": 10,
-    "legend.fontsize": 10,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "gpt2exp",
-    "text.parse_math": False,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "hatch.linewidth": 0.7,
-    "patch.linewidth": 0.8,
-}
+STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 ZERO: dict[str, Any] = {"color": "black", "linewidth": 0.9}
 REFERENCE: dict[str, Any] = {"color": "black", "alpha": 0.55, "linewidth": 0.9, "linestyle": (0, (2, 2))}
-
-
-@dataclass
-class Arm:
-    """The finished runs of one arm, by seed, and how it is drawn."""
-
-    name: str
-    colour: str
-    dash: Any
-    cells: list[tuple[int, Row]]
-
-
-@dataclass
-class Axis:
-    """What the figures of an axis are drawn from."""
-
-    key: str | None
-    arms: list[Arm]
-    grid: Grid
-    comparison: Comparison
-    metrics: Callable[[Row], list[dict[str, Any]]]
-    clock: str
-    """What runs along x: `step`, or `tokens` where a step does not cost the same in every run."""
-
-    def effects(self, metric: str) -> list[Effect]:
-        """Of its arms, in one metric, where there is a difference."""
-        found = [effect for effect in self.comparison.axes if (effect.key, effect.metric) == (self.key, metric)]
-        return [effect for effect in found if effect.arm_mean is not None]
-
-    def arm(self, effect: Effect) -> Arm:
-        """The arm of an effect."""
-        return next(arm for arm in self.arms if arm.name == effect.arm)
-
-    def curve(self, row: Row, key: str) -> Curve | None:
-        """A metric of a run along the clock; None where it was never measured."""
-        points = {line[self.clock]: line[key] for line in self.metrics(row) if key in line}  # resumed: the last counts
-        x = sorted(points)
-        return (np.array(x, dtype=float), np.array([points[at] for at in x], dtype=float)) if points else None
-
-    def replicates(self, key: str) -> list[tuple[Arm, Replicates]]:
-        """A metric's curves of every run, by arm."""
-        return [(arm, [(seed, self.curve(row, key)) for seed, row in arm.cells]) for arm in self.arms]
 
 
 def shorten(text: str, most: int) -> str:
@@ -173,23 +107,6 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def _by_seed(curves: Replicates) -> Curve | None:
-    """Where all curves have points (points,), and a row a seed (seeds, points): a seed's curves are averaged first."""
-    known = [(seed, curve) for seed, curve in curves if curve is not None]
-    x = functools.reduce(np.intersect1d, [curve[0] for _, curve in known]) if known else np.array([])
-    if not len(x):
-        return None
-    seeds: dict[int, list[Array]] = defaultdict(list)
-    for seed, (own, y) in known:
-        seeds[seed].append(y[np.searchsorted(own, x)])
-    y = np.stack([np.mean(rows, axis=0) for rows in seeds.values()])
-    if len(x) > POINTS:
-        starts = np.arange(0, len(x), math.ceil(len(x) / POINTS))
-        sizes = np.diff([*starts, len(x)])
-        x, y = np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts, axis=1) / sizes
-    return x, y
-
-
 def _curves(
     ax: Axes, axis: Axis, label: str, curves: Iterable[tuple[Arm, Replicates]], *, interval: bool = False
 ) -> bool:
@@ -199,7 +116,7 @@ def _curves(
     """
     handles = []
     for arm, replicates in curves:
-        stacked = _by_seed(replicates)
+        stacked = by_seed(replicates)
         if stacked is None:
             continue
         (x, y), mean = stacked, stacked[1].mean(axis=0)
@@ -234,7 +151,7 @@ def _label(ax: Axes, x: str, y: str, handles: Sequence[tuple[str, Any]]) -> None
 def _loss(ax: Axes, axis: Axis) -> str | None:
     if not _curves(ax, axis, "loss, nats a token", axis.replicates("loss")):
         return None
-    validated = [(arm, stacked) for arm, all_ in axis.replicates("val_loss") if (stacked := _by_seed(all_)) is not None]
+    validated = [(arm, stacked) for arm, all_ in axis.replicates("val_loss") if (stacked := by_seed(all_)) is not None]
     for arm, (x, y) in validated:
         ax.plot(x, y.mean(axis=0), color=arm.colour, linestyle="none", marker="D", markersize=4.5,
                 markerfacecolor="none", markeredgewidth=1.2, zorder=3)  # fmt: skip
@@ -281,7 +198,7 @@ def _gap(ax: Axes, axis: Axis) -> str | None:
     for arm in axis.arms[1:]:
         pairs: Replicates = []
         for seed, _, (one, other) in axis.grid.groups({axis.key: (base.name, arm.name)})[0]:
-            both = _by_seed([(0, axis.curve(one, "loss")), (1, axis.curve(other, "loss"))])
+            both = by_seed([(0, axis.curve(one, "loss")), (1, axis.curve(other, "loss"))])
             if both is not None and len(both[1]) == 2 and len(both[0]) > 1:
                 pairs.append((seed, (both[0], both[1][1] - both[1][0])))
         curves.append((arm, pairs))
