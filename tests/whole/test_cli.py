@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PROGRAM, SMALL, finish, read, run, shell_code, start, the_run, wait_for_step
+from support import PROGRAM, SMALL, at_step, finish, read, run, shell_code, start, the_run
 
 IMPORTS = [sys.executable, "-X", "importtime", "-m", "gpt2exp.train"]
 Done = subprocess.CompletedProcess[str]
@@ -264,15 +264,15 @@ def test_no_cuda(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """It closes its record, says so, and ends with the shell's code."""
-    process = start(tmp_path / "here", *SMALL, "train.steps=1000000", "train.log_every=1000")
-    folder = wait_for_step(tmp_path / "here", process)
-    process.send_signal(number)
+    process = start(tmp_path / "here", *SMALL, "train.steps=9", held=":5")
+    with at_step(tmp_path / "here", process) as (folder, held):
+        held.send_signal(number)
     done = finish(process)
     assert shell_code(done) == code
     assert "Traceback" not in done.stderr
     status, summary = read(folder / "status.json"), read(folder / "summary.json")
     assert (status["state"], summary["state"]) == ("interrupted", "interrupted")
-    assert summary["steps"] == status["step"] == len(read(folder / "metrics.jsonl")) > 0
+    assert summary["steps"] == status["step"] == len(read(folder / "metrics.jsonl")) == 6
     assert "interrupted" in done.stdout
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,26 +44,23 @@ def test_several_equal_one(tmp_path: Path, processes: int) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
-    args = [*support.SMALL, "train.steps=400", "checkpoint.every=5", "distributed=fsdp", "hydra.run.dir=run"]
+    args = [*support.SMALL, "train.steps=20", "checkpoint.every=5", "distributed=fsdp", "hydra.run.dir=run"]
     program = [*TORCHRUN, "2", "-m", "gpt2exp.train"]
-    process = support.start(tmp_path / "work", *args, program=program)
-    folder = tmp_path / "work" / "run"
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/step_*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(_process(process.pid, rank=1), signal.SIGKILL)
+    process = support.start(tmp_path / "work", *args, program=program, held=":6")
+    with support.at_step(tmp_path / "work", process) as (folder, _):
+        os.kill(_process(process.pid, rank=1), signal.SIGKILL)
     assert support.finish(process).returncode == 1
     status = support.read(folder / "status.json")
     assert status["state"] == "failed", status
     assert "one of the run's 2 processes ended" in status["error"]
-    more = support.run(tmp_path / "work", "resume=run", "train.steps=50", "checkpoint.save_last=true", program=program)
+    more = support.run(tmp_path / "work", "resume=run", "train.steps=12", "checkpoint.save_last=true", program=program)
     assert more.returncode == 0, more.stderr
-    done = support.run(tmp_path / "work", "resume=run", "train.steps=60")
+    done = support.run(tmp_path / "work", "resume=run", "train.steps=20")
     assert done.returncode == 0, done.stderr
-    whole = support.run(tmp_path / "work", *args[:-1], "train.steps=60", "hydra.run.dir=whole")
+    whole = support.run(tmp_path / "work", *args[:-1], "train.steps=20", "hydra.run.dir=whole")
     assert whole.returncode == 0, whole.stderr
     together, alone = (torch.tensor(support.losses(tmp_path / "work" / name)) for name in ("run", "whole"))
-    assert len(together) == 60
+    assert len(together) == 20
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=0)
 
 
