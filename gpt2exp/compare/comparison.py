@@ -18,12 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.compare.effect import Effect, infer, judge, paired
+from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_change, paired
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
 from gpt2exp.compare.rows import Grid, Group, Row, axes_of, figures, of_today, read
 from gpt2exp.config import BadRequest, flatten
-from gpt2exp.run import record
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, number_of
 from gpt2exp.training import load
 
@@ -214,6 +213,8 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
         grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
     )
     _estimate(effect, figures(groups, metric), metric, before)
+    if metric in LOSSES:
+        _trend(effect, grid, groups, before)
     if obstacle := _obstacle(key, metric, groups, contended):
         effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
     return effect
@@ -238,6 +239,21 @@ def _estimate(effect: Effect, by_seed: dict[int, list[float]], metric: Metric, b
         return
     effect.ci95, effect.p_value = [back(found.low), back(found.high)], found.p
     paired(effect, ones, others)
+
+
+def _trend(effect: Effect, grid: Grid, groups: Sequence[Group], before: History) -> None:
+    """Set the trend of the training losses' difference, by seed like the effect; of runs too short for one, none."""
+    changes: dict[int, list[float]] = {seed: [] for seed in map(int, effect.differences)}
+    for group in groups:
+        one, other = ({step["tokens"]: step["loss"] for step in grid.metrics(row)} for row in group.runs)
+        tokens = sorted(one.keys() & other.keys())
+        if len(tokens) < FEWEST_POINTS:
+            return
+        changes[group.seed].append(late_change(tokens, [other[at] - one[at] for at in tokens]))
+    looks = before.of(len(changes), effect.key, (effect.baseline, effect.arm))
+    found = infer([statistics.fmean(each) for each in changes.values()], looks, before.schedule)
+    if math.isfinite(found.low):
+        effect.trend = [found.mean, found.low, found.high]
 
 
 def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interaction]:
@@ -335,14 +351,10 @@ def _contended(rows: Sequence[Row]) -> set[str]:
 
 def _distances(grid: Grid) -> list[Distance]:
     """Each precision's distance from the fp64 trajectory; empty where fp64 is no arm."""
-
-    def losses(row: Row) -> list[float]:
-        return [step["loss"] for step in record.read_metrics(Path(row["folder"]))]
-
     found, arms = [], grid.axes.get("precision", [])
     for arm in arms if "fp64" in arms else ():
         pairs = grid.groups({"precision": ("fp64", arm)})[0] if arm != "fp64" else []
-        both = [tuple(map(losses, pair.runs)) for pair in pairs]
+        both = [tuple([step["loss"] for step in grid.metrics(row)] for row in pair.runs) for pair in pairs]
         both = [(one, other) for one, other in both if one and len(one) == len(other)]
         if not both:
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,6 @@ class Axis:
     arms: list[Arm]
     grid: Grid
     comparison: Comparison
-    metrics: Callable[[Row], list[dict[str, Any]]]
     clock: str
     """What runs along x: `step`, or `tokens` where a step does not cost the same in every run."""
 
@@ -57,7 +55,8 @@ class Axis:
 
     def curve(self, row: Row, key: str) -> Curve | None:
         """A metric of a run along the clock; None where it was never measured."""
-        points = {line[self.clock]: line[key] for line in self.metrics(row) if key in line}  # resumed: the last counts
+        lines = self.grid.metrics(row)  # of a resumed run several may have one step: the last counts
+        points = {line[self.clock]: line[key] for line in lines if key in line}
         x = sorted(points)
         return (np.array(x, dtype=float), np.array([points[at] for at in x], dtype=float)) if points else None
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from scipy import special
 
 from gpt2exp.compare.inference import (
@@ -24,6 +26,8 @@ from gpt2exp.compare.inference import (
 
 FAR_OFF = 0.01
 """Level of the test for a seed whose difference is far off the others'."""
+FEWEST_POINTS = 16
+"""Places along a run at which both losses are known, for a trend: 8 in the last half."""
 
 
 @dataclass
@@ -57,6 +61,10 @@ class Effect:
     """Of the two arms over seeds: what pairing lives on."""
     seeds_saved: int | None = None
     """Seeds an arm that runs without shared seeds would need beyond `n_seeds`; below 0 pairing lost."""
+    trend: list[float] | None = None
+    """Of the loss: by how much the difference in training loss moves over the last half of the run, and its 95 %
+    interval over seeds, by the same inference.
+    """
     verdict: str | None = None
     reason: str = ""
     n_needed: int | None = None
@@ -179,6 +187,16 @@ def far_off(seeds: Sequence[str] | dict[str, float], values: Sequence[float]) ->
         return None
     t = abs(value - statistics.fmean(others)) / (std * math.sqrt(n / (n - 1)))
     return seed if 2 * n * float(special.stdtr(n - 2, -t)) < FAR_OFF else None
+
+
+def late_change(x: Sequence[float], y: Sequence[float]) -> float:
+    """By how much `y` moves over the last half of `x` (ascending): the slope of least squares there, times its length.
+
+    Steps of one run are no replicates, since a run's noise lasts: the interval must be over the changes of the seeds.
+    """
+    at = bisect_left(x, (x[0] + x[-1]) / 2)
+    slope, _ = np.polyfit(np.asarray(x[at:], float) - x[at], y[at:], 1)
+    return float(slope) * (x[-1] - x[at])
 
 
 def paired(effect: Effect, baseline: Sequence[float], arm: Sequence[float]) -> None:

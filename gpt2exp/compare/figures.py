@@ -27,7 +27,6 @@ from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid
 from gpt2exp.compare.curves import Arm, Axis, Replicates, by_seed
 from gpt2exp.compare.inference import declared, open_ended, reach
 from gpt2exp.compare.report import Drawing, Section
-from gpt2exp.run import record
 from gpt2exp.run.metrics import BY_KEY, Metric, number_of, shown
 from gpt2exp.run.terminal import printable
 
@@ -59,7 +58,6 @@ def draw(comparison: Comparison) -> list[Section]:
     if not done:
         return []
     grid = Grid([row for row in comparison.runs if "config" in row], comparison.swept)
-    metrics = functools.cache(lambda folder: record.read_metrics(Path(folder)))
     per_step = {row["tokens"] / row["steps"] for row in done if row["steps"]}
     clock = "step" if len(per_step) == 1 else "tokens"
     sections = []
@@ -69,7 +67,7 @@ def draw(comparison: Comparison) -> list[Section]:
             cells = [(seed, row) for (seed, of), row in grid.cells.items() if key is None or of[number] == name]
             turn, colour = divmod(place, len(COLOURS))
             arms.append(Arm(name, COLOURS[colour], DASHES[turn % len(DASHES)], cells))
-        axis = Axis(key, arms, grid, comparison, lambda row: metrics(row["folder"]), clock)
+        axis = Axis(key, arms, grid, comparison, clock)
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", key or "seeds").strip("-.")[:60] or "axis"
         sections.append(Section(key, list(_drawings(axis, f"{number + 1}-{slug}"))))
     return sections
@@ -220,9 +218,8 @@ def _unseen(ax: Axes, axis: Axis) -> str | None:
 def _residual(ax: Axes, axis: Axis) -> str | None:
     handles = []
     for arm in axis.arms:
-        streams = [
-            [step["residual_rms"] for step in axis.metrics(row) if step.get("residual_rms")] for _, row in arm.cells
-        ]
+        lines = [axis.grid.metrics(row) for _, row in arm.cells]
+        streams = [[line["residual_rms"] for line in of_run if line.get("residual_rms")] for of_run in lines]
         for which, dash in ((0, (0, (2, 2))), (-1, "-")):
             by_depth: dict[int, list[list[float]]] = defaultdict(list)  # depths differ where another axis varies them
             for measured in filter(None, streams):

@@ -182,6 +182,7 @@ class Grid:
 
     def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
         self.axes = axes
+        self._metrics: dict[str, list[dict[str, Any]]] = {}
         self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
         planned: set[tuple[int, tuple[str, ...]]] = set()
         for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
@@ -196,6 +197,12 @@ class Grid:
             planned, key=lambda cell: (cell[0], [rank[arm] for rank, arm in zip(ranks, cell[1], strict=True)])
         )
         self.seeds = sorted({seed for seed, _ in self.cells})
+
+    def metrics(self, row: Row) -> list[dict[str, Any]]:
+        """The lines of a run's `metrics.jsonl`, read once."""
+        if row["folder"] not in self._metrics:
+            self._metrics[row["folder"]] = record.read_metrics(Path(row["folder"]))
+        return self._metrics[row["folder"]]
 
     def groups(self, varied: Mapping[str, tuple[str, str]]) -> tuple[list[Group], int]:
         """A group for every seed and setting of the other axes, and how many lack a finished run.

@@ -124,10 +124,13 @@ def sentences(comparison: Comparison) -> list[Sentence]:
     for effect in comparison.axes:
         by_arm.setdefault((effect.key, effect.arm), {})[effect.metric] = effect
     losses = [(effects, effects[comparison.metric]) for effects in by_arm.values()]
-    return [Sentence(loss.verdict or "", _sentence(loss, "".join(_costs(effects, loss)))) for effects, loss in losses]
+    return [
+        Sentence(loss.verdict or "", _sentence(loss, "".join(_costs(effects, loss)), comparison.margin))
+        for effects, loss in losses
+    ]
 
 
-def _sentence(loss: Effect, costs: str) -> str:
+def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     name, base, std = (
         f"{printable(loss.key)}={printable(loss.arm)}",
         printable(loss.baseline),
@@ -150,9 +153,24 @@ def _sentence(loss: Effect, costs: str) -> str:
     else:
         where = "above" if (loss.mean_difference or 0) > 0 else "below"
         text = f"{name} ended {size} nats {where} {base} ({reason}){costs}"
+    text += _trend(loss, margin)
     if loss.dropped_pairs:
         text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
     return f"{text}."
+
+
+def _trend(loss: Effect, margin: float | None) -> str:
+    """Whether the difference grows, fades or holds along the run, as a clause; empty where that cannot be told."""
+    if loss.trend is None or loss.verdict == "not_comparable":
+        return ""
+    change, low, high = loss.trend
+    if low <= 0 <= high:
+        holds = margin is not None and -margin <= low and high <= margin
+        return f"; over the last half of the run the difference holds within ±{margin:g} nats" if holds else ""
+    way = "grows" if (change > 0) == ((loss.mean_difference or 0) > 0) else "fades"
+    near, far = sorted((abs(low), abs(high)))
+    size, *ends = (spell(value, (far - near) / 2) for value in (abs(change), near, far))
+    return f"; over the last half of the run the difference {way} by {size} nats (95 % interval {' to '.join(ends)})"
 
 
 def _costs(effects: dict[str, Effect], loss: Effect) -> Iterable[str]:

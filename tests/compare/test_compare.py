@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from scipy import stats
+from scipy import signal, stats
 
 from gpt2exp import config
 from gpt2exp.compare import __main__ as conclude
@@ -1281,6 +1281,60 @@ def test_the_distance_from_fp64_has_no_sign(tmp_path: Path) -> None:
         file.write(json.dumps({"step": 2, "loss": 9.0, "tokens": 128}) + "\n")
     [found] = comparisons.compare(comparisons.read([tmp_path])).distances
     assert found.largest == pytest.approx(0.2)
+
+
+# --- along the run ---------------------------------------------------------------------------------------------------
+
+
+def test_the_trend_of_a_difference_covers_the_truth() -> None:
+    """The slope over the last half, by seed: its noise lasts along a run (AR(1) at 0.9), so steps are no replicates."""
+    rng = np.random.default_rng(7)
+    x, held, steps_alone = np.arange(100), 0, 0
+    for _ in range(600):
+        changes = []
+        for _ in range(5):
+            noise = signal.lfilter([1], [1, -0.9], rng.normal(0, 0.01, 150))[50:]
+            difference = 0.05 + 0.0004 * x + noise + rng.normal(0, 0.0002) * x
+            changes.append(effects.late_change(x.tolist(), difference.tolist()))
+        found = fixed(changes)
+        held += found.low <= 0.0004 * 49 <= found.high
+        line = stats.linregress(x[50:], difference[50:])
+        steps_alone += abs(line.slope - 0.0004) < stats.t.ppf(0.975, 48) * line.stderr
+    print(f"coverage over seeds {held / 600:.3f}, over the steps of one run {steps_alone / 600:.3f}")
+    assert 0.93 <= held / 600 <= 0.97
+    assert steps_alone / 600 < 0.7
+
+
+@pytest.mark.parametrize(
+    ("slope", "margin", "said"),
+    [
+        (0.01, None, "the difference grows by 0.0"),
+        (-0.01, None, "the difference fades by 0.0"),
+        (0, None, ""),
+        (0, 0.05, "the difference holds within ±0.05 nats"),
+    ],
+)
+def test_whether_a_difference_grows_fades_or_holds(
+    tmp_path: Path, slope: float, margin: float | None, said: str
+) -> None:
+    rows = arms(TIE, {"true": [3.0, 3.1, 2.9, 3.0], "false": [3.5, 3.62, 3.39, 3.5]})
+    for number, folder in enumerate(put_all(rows, tmp_path)):
+        arm, seed = divmod(number, 4)
+        noise = np.random.default_rng(seed).normal(0, 0.001, 20)
+        losses = [9 - step / 10 + arm * (0.5 + slope * step + noise[step]) for step in range(20)]
+        lines = ({"step": step, "loss": loss, "tokens": 128 * step} for step, loss in enumerate(losses))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = comparisons.compare(comparisons.read([tmp_path]), margin=margin)
+    trend = effect(found, TIE).trend
+    assert trend is not None
+    assert trend[1] <= slope * 9 <= trend[2]
+    [sentence] = words.sentences(found)
+    assert said in sentence.text
+    assert said or "last half" not in sentence.text
+    assert effect(found, TIE, "tokens_per_second").trend is None
+    kept = (tmp_path / "000_job" / "metrics.jsonl").read_text().splitlines()[:15]
+    (tmp_path / "000_job" / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    assert effect(comparisons.compare(comparisons.read([tmp_path])), TIE).trend is None, "too short"
 
 
 # --- searches --------------------------------------------------------------------------------------------------------
