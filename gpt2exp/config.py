@@ -516,6 +516,26 @@ class SweepConfig(Section):
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
     margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
+    until: str | None = option(
+        None, "answered: run seeds 1, 2, 3, ... until every axis has its verdict; null: all jobs", choices=("answered",)
+    )
+    min_seeds: int = option(3, "of sweep.until: seeds before the first look", at_least=2)
+    max_seeds: int | None = option(None, "of sweep.until: how many seeds at most; null: 30", at_least=2, below=1001)
+    max_hours: float | None = option(None, "of sweep.until: hours after which no further seed is begun", above=0)
+    prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
+
+    def agree(self) -> None:
+        for name in ("min_seeds", "max_seeds", "max_hours"):
+            value, usual = getattr(self, name), self.__dataclass_fields__[name].default
+            why = "has no meaning without sweep.until"
+            require(self.until is not None or value == usual, f"sweep.{name}", value, why, "add sweep.until=answered")
+        most, why = self.looks.stop - 1, f"fewer than sweep.min_seeds={self.min_seeds}"
+        require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
+
+    @property
+    def looks(self) -> range:
+        """Numbers of seeds at which a sweep that runs until it is answered looks."""
+        return range(self.min_seeds, (self.max_seeds or 30) + 1)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2exp.compare import report
-from gpt2exp.compare.comparison import Comparison, compare, read
+from gpt2exp.compare.comparison import Comparison, read
+from gpt2exp.compare.report import Section, mirror, show
+from gpt2exp.compare.stopping import compared
 from gpt2exp.config import BadRequest
 from gpt2exp.files import replacing, write_json
-from gpt2exp.run import terminal
-from gpt2exp.run.terminal import printable
+from gpt2exp.run import process
+from gpt2exp.run.terminal import pasted, printable, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 log = logging.getLogger("gpt2exp")
 
@@ -27,9 +30,7 @@ def main() -> None:
 
 
 def command(argv: list[str]) -> int:
-    """Compare the runs under the folders named; exit code 0, or 2 for a bad request."""
-    from gpt2exp.run import process
-
+    """Carry out a command line; for the exit code see `process.carry_out`."""
     parser = process.parser(
         "gpt2exp-compare",
         "Compare the runs under one or more run or sweep folders, finished or not, and write comparison.json, "
@@ -40,39 +41,36 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--margin", type=float, help="loss differences inside ±MARGIN nats count as none")
     parser.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
 
-    full_error = terminal.wants_traces()
-    try:
+    def carry_out() -> None:
         args = parser.parse_args(argv)
         if args.margin is not None and not (math.isfinite(args.margin) and args.margin > 0):
             raise BadRequest(f"--margin {args.margin}: must be a number of nats above 0; try --margin 0.01")
         out = args.out or args.folders[0]
-        comparison = compare(read(args.folders), margin=args.margin, out=out)
-        write(comparison, out)
-    except (BadRequest, OSError) as problem:
-        why = str(problem)
-        if isinstance(problem, OSError):
-            why = f"cannot write the comparison ({problem.strerror or problem}); name a folder with --out"
-        terminal.refuse(why, program="gpt2exp-compare", trace=full_error)
-        return 2
-    report.show(comparison, terminal.terminal(), out)
-    return 0
+        comparison = compared(read(args.folders), margin=args.margin, out=out)
+        with process.writing("cannot write the comparison", "name a folder with --out"):
+            write(comparison, out)
+        show(comparison, terminal(), out)
+
+    return process.carry_out("gpt2exp-compare", carry_out)
 
 
-def write(comparison: Comparison, out: Path) -> list[report.Section]:
-    """`comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` in the folder, each file whole.
+def write(comparison: Comparison, out: Path) -> list[Section]:
+    """Write `comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` to a folder; what was drawn.
 
-    Returns what was drawn.
+    Each file is written whole.
     """
     out.mkdir(parents=True, exist_ok=True)
     from gpt2exp.compare import figures  # with matplotlib: half a second
 
     sections = figures.draw(comparison)
-    write_json(out / "comparison.json", report.finite(comparison.as_dict()))
     text = report.markdown(comparison, out, sections)
-    files = {f"figures/{item.name}.png": item.png for section in sections for item in section.drawings}
-    files["comparison.csv"] = report.table(comparison).encode()
-    files["report.md"] = text.encode()
-    files["report.html"] = report.page(text, comparison, out, sections).encode()
+    files = {
+        "comparison.csv": report.table(comparison).encode(),
+        **{f"figures/{drawing.name}.png": drawing.png for section in sections for drawing in section.drawings},
+        "report.md": text.encode(),
+        "report.html": report.page(text, comparison, out, sections).encode(),
+    }
+    write_json(out / "comparison.json", report.finite(comparison.as_dict()))
     for name, content in files.items():
         (out / name).parent.mkdir(exist_ok=True)
         with replacing(out / name) as part:
@@ -81,21 +79,20 @@ def write(comparison: Comparison, out: Path) -> list[report.Section]:
 
 
 def conclude(sweep: Path, console: Console) -> Path | None:
-    """Compare a sweep's runs, write, show and mirror the report; after a line of warning instead, if that fails.
+    """Compare the runs of a sweep, and write, show and mirror the report; wandb's folder to upload, as `mirror`.
 
-    The runs are done and recorded by then, so no failure here may change what the sweep's command says of them; it
-    says itself which runs failed. Returns wandb's folder to upload, as `report.mirror`.
+    Whatever fails is one warning: the runs are done and recorded by then, and the sweep's exit code is theirs.
     """
-    again = f"{terminal.pasted('gpt2exp-compare', sweep.absolute())} tries again"
+    again = f"{pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
-        comparison = compare(read([sweep]))
+        comparison = compared(read([sweep]))
         sections = write(comparison, sweep)
-        report.show(comparison, console, sweep, failed=False)
-        return report.mirror(comparison, sweep, sections)
-    except (BadRequest, OSError) as error:
-        log.warning("no comparison: %s; %s", printable(error), again)
+        show(comparison, console, sweep, failed=False)
+        return mirror(comparison, sweep, sections)
     except Exception as error:
-        log.warning("no comparison: %s: %s; %s", type(error).__name__, printable(error), again, exc_info=True)
+        expected = isinstance(error, (BadRequest, OSError))
+        why = printable(error if expected else f"{type(error).__name__}: {error}")
+        log.warning("no comparison: %s; %s", why, again, exc_info=not expected)
     return None
 
 

@@ -120,15 +120,16 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
         raise BadRequest("; ".join(damaged) or "none of the runs has a summary yet; wait for one to finish")
     done = [row for row in known if row["state"] == "done"]
-    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
-    loss = everywhere[-1] if everywhere else LOSSES[0]
-    grid = Grid(known, axes_of(known))
+    grid, loss = Grid(known, axes_of(known)), _loss(done)
     stated, notes = _margin(known) if margin is None else (margin, [])
-    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
-    before = history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
+    before = _history(known, grid, out)
+    effects = _effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated)
+    for effect in effects:
+        if effect.metric == loss.key and effect.differences:
+            _trend(effect, grid, before)
     return Comparison(
         runs=rows,
-        axes=_effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated),
+        axes=effects,
         interactions=_interactions(grid, loss, before),
         distances=_distances(grid),
         failed=[_failed(row) for row in rows if row["state"] != "done"],
@@ -139,6 +140,29 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         margin=stated,
         looks=before.looks,
     )
+
+
+def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
+    """The loss of each arm against its baseline at each of these numbers of seeds, as if no later seed were there.
+
+    Raises:
+        BadRequest: as `compare`.
+    """
+    rows = [of_today(row) for row in rows if "config" in row]
+    grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
+    before, (margin, _), seeds = _history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
+    return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]
+
+
+def _loss(done: Sequence[Row]) -> Metric:
+    """The loss to compare: the last that all of them have."""
+    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
+    return everywhere[-1] if everywhere else LOSSES[0]
+
+
+def _history(known: Sequence[Row], grid: Grid, out: Path | None = None) -> History:
+    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
+    return history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
 
 
 def _failed(row: Row) -> dict[str, Any]:
@@ -212,9 +236,7 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     effect.seed_std, effect.baseline_std, effect.arm_std = (
         grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
     )
-    _estimate(effect, figures(groups, metric), metric, before)
-    if metric in LOSSES:
-        _trend(effect, grid, groups, before)
+    _estimate(effect, figures(groups, metric, declared=bool(before.schedule)), metric, before)
     if obstacle := _obstacle(key, metric, groups, contended):
         effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
     return effect
@@ -241,10 +263,10 @@ def _estimate(effect: Effect, by_seed: dict[int, list[float]], metric: Metric, b
     paired(effect, ones, others)
 
 
-def _trend(effect: Effect, grid: Grid, groups: Sequence[Group], before: History) -> None:
+def _trend(effect: Effect, grid: Grid, before: History) -> None:
     """Set the trend of the training losses' difference, by seed like the effect; of runs too short for one, none."""
     changes: dict[int, list[float]] = {seed: [] for seed in map(int, effect.differences)}
-    for group in groups:
+    for group in grid.groups({effect.key: (effect.baseline, effect.arm)})[0]:
         one, other = ({step["tokens"]: step["loss"] for step in grid.metrics(row)} for row in group.runs)
         tokens = sorted(one.keys() & other.keys())
         if len(tokens) < FEWEST_POINTS:
@@ -269,7 +291,7 @@ def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interacti
             four = [group for group in four if all(number_of(row, metric.key) is not None for row in group.runs)]
             if not four:
                 continue
-            corners = figures(four, metric).values()
+            corners = figures(four, metric, declared=bool(before.schedule)).values()
             by_seed = [both - a_alone - b_alone + neither for neither, b_alone, a_alone, both in corners]
             spread = grid.spread(metric, a, (a_arms[0], pair[0]))
             of = infer(by_seed, before.of(len(by_seed), a, (a_arms[0], pair[0])), before.schedule)

@@ -7,6 +7,7 @@ their configurations must be the same. No torch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import os
@@ -198,6 +199,13 @@ class Grid:
         )
         self.seeds = sorted({seed for seed, _ in self.cells})
 
+    def of(self, seeds: set[int]) -> Grid:
+        """Its part of these seeds."""
+        part = copy.copy(self)
+        part.cells = {cell: row for cell, row in self.cells.items() if cell[0] in seeds}
+        part.planned = [cell for cell in self.planned if cell[0] in seeds]
+        return part
+
     def metrics(self, row: Row) -> list[dict[str, Any]]:
         """The lines of a run's `metrics.jsonl`, read once."""
         if row["folder"] not in self._metrics:
@@ -235,10 +243,10 @@ class Grid:
         return pooled_std(by_arms.values())
 
 
-def figures(groups: Sequence[Group], metric: Metric) -> dict[int, list[float]]:
-    """By seed, a figure for each run of a group, averaged over the groups; seeds in the order in which they were run.
+def figures(groups: Sequence[Group], metric: Metric, *, declared: bool = False) -> dict[int, list[float]]:
+    """By seed, a figure for each run of a group, averaged over the groups.
 
-    A seed counts from when its last run began.
+    Seeds are in the order in which the last run of each began; by number, where that order was declared beforehand.
     """
     by_seed: dict[int, list[tuple[Row, ...]]] = defaultdict(list)
     for group in groups:
@@ -246,7 +254,7 @@ def figures(groups: Sequence[Group], metric: Metric) -> dict[int, list[float]]:
     began = {seed: max(row["started"] for runs in each for row in runs) for seed, each in by_seed.items()}
     return {
         seed: [statistics.fmean(compared(row, metric) for row in rows) for rows in zip(*by_seed[seed], strict=True)]
-        for seed in sorted(by_seed, key=began.__getitem__)
+        for seed in (sorted(by_seed) if declared else sorted(by_seed, key=began.__getitem__))
     }
 
 

@@ -93,6 +93,11 @@ def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, st
     return text, " to ".join(bounds)
 
 
+def subject(key: str, arm: str) -> str:
+    """`key=arm`."""
+    return f"{printable(key)}={printable(arm)}"
+
+
 def deviation(std: float | None, key: str) -> str:
     """A seed-to-seed std in the metric's unit, in per cent of the speed; empty if unknown."""
     if std is None:
@@ -132,7 +137,7 @@ def sentences(comparison: Comparison) -> list[Sentence]:
 
 def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     name, base, std = (
-        f"{printable(loss.key)}={printable(loss.arm)}",
+        subject(loss.key, loss.arm),
         printable(loss.baseline),
         deviation(loss.seed_std, loss.metric),
     )
@@ -233,14 +238,14 @@ def interactions(comparison: Comparison) -> Iterable[str]:
 
 
 def _subjects(item: Interaction) -> list[str]:
-    return [f"{printable(key)}={printable(arm)}" for key, arm in zip(item.keys, item.arms, strict=True)]
+    return list(map(subject, item.keys, item.arms))
 
 
 def distance_sentence(item: Distance) -> str:
     """How far a precision strays from fp64, in plain words."""
     std = "" if item.seed_std is None else f"; between seeds fp64's own losses have a std of {spell(item.seed_std)}"
     return (
-        f"precision={printable(item.arm)} strays from fp64's training loss at the same seed and step by "
+        f"{subject('precision', item.arm)} strays from fp64's training loss at the same seed and step by "
         f"{spell(item.mean)} nats on average and {spell(item.largest)} at most "
         f"(n={counted(item.n_seeds, 'seed')}{std})."
     )

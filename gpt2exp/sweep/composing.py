@@ -15,8 +15,8 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
@@ -56,7 +56,7 @@ from gpt2exp.sweep import engines
 
 CONF = "gpt2exp.conf"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-SECTIONS = [field.name for field in fields(RunConfig)]
+SECTIONS = [item.name for item in fields(RunConfig)]
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -80,15 +80,20 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return process.strict(get_args_parser(), "gpt2exp").parse_args(argv)
 
 
-@dataclass
-class Composed:
-    """One job as composed: checked, and as its `.hydra` is to hold it, interpolations as they stand."""
+@dataclass(frozen=True)
+class Job:
+    """One run of a request."""
 
+    overrides: tuple[str, ...]
     config: RunConfig
-    own: dict[str, Any]
-    hydra: dict[str, Any]
-    place: str = ""
-    """Its folder below the sweep's, where the user said so."""
+    own: dict[str, Any] | None = None
+    """Its configuration as its folder's `.hydra` is to hold it, interpolations as they stand; None: as it holds it."""
+    hydra: dict[str, Any] = field(default_factory=dict)
+    """Hydra's section of it; empty: as the folder holds it."""
+    folder: str = ""
+    """Its name in the sweep's folder; empty for a run alone, and where a sweeper makes up the jobs as it goes."""
+    done: bool = False
+    """An earlier launch came to its end: it is kept and not run again."""
 
 
 class Composer:
@@ -102,25 +107,17 @@ class Composer:
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
         return self.loader.load_configuration(self.name, list(texts), run_mode=mode, validate_sweep_overrides=False)
 
-    def jobs(self, master: DictConfig, jobs: Sequence[Sequence[str]]) -> Iterator[Composed]:
+    def jobs(self, master: DictConfig, jobs: Iterable[Sequence[str]]) -> Iterator[Job]:
         """The jobs of a sweep by their overrides, at most one for a key."""
         read = functools.cache(OverridesParser.create().parse_override)
-        own_folders = (
-            as_plain(master.hydra.sweep)["subdir"] != "."
-        )  # by interpolation of what only Hydra knows of a job
-        simple, bases = set[str]() if own_folders else set(keys()), dict[tuple[str, ...], _Base]()
-        for number, texts in enumerate(jobs):
+        simple, bases = set(keys()), dict[tuple[str, ...], _Base]()
+        for texts in jobs:
             overrides = [read(text) for text in texts]
             values = {one.key_or_group: one.value() for one in overrides if _is_plain(one, simple)}
             shape = *values, *(text for text, one in zip(texts, overrides, strict=True) if not _is_plain(one, simple))
-            if own_folders or shape not in bases:
-                composed = self.loader.load_sweep_config(master, list(texts))
-                with open_dict(composed):
-                    composed.hydra.job.num = number
-                bases[shape] = _Base(composed, values)
-            job = bases[shape].job(overrides, values)
-            job.place = str(composed.hydra.sweep.subdir) if own_folders else ""
-            yield job
+            if shape not in bases:
+                bases[shape] = _Base(self.loader.load_sweep_config(master, list(texts)), values)
+            yield bases[shape].job(overrides, values)
 
 
 def _is_plain(override: Override, simple: set[str]) -> bool:
@@ -140,7 +137,7 @@ class _Base:
         self.following = [key for key, value in leaves(as_plain(self.own)).items() if "${" in str(value)]
         """Keys whose value is that of another key."""
 
-    def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Composed:
+    def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Job:
         """The job with these values, which are of the keys that the base was told."""
         changed = {key: value for key, value in values.items() if repr(value) != repr(self.values[key])}
         for key, value in changed.items():
@@ -149,9 +146,9 @@ class _Base:
         live = {key: _value(self.own, key) for key in (*changed, *self.following)}
         secret.check_values(live)
         self.config = with_values(self.config, live)
-        own = [override for override in overrides if not override.is_hydra_override()]
-        told = self.hydra["overrides"] | {"task": [override.input_line for override in own]}
-        return Composed(self.config, as_plain(self.own), self.hydra | {"overrides": told})
+        told = [str(override.input_line) for override in overrides if not override.is_hydra_override()]
+        settings = self.hydra | {"overrides": self.hydra["overrides"] | {"task": told}}
+        return Job(tuple(told), self.config, as_plain(self.own), settings)
 
 
 def _value(tree: DictConfig, key: str) -> Any:
@@ -226,17 +223,17 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags of Hydra's that cannot be carried out here, or not together."""
-    if args.experimental_rerun:
-        raise BadRequest("--experimental-rerun: reads a pickle, which can run any code; repeat the run's overrides")
-    if args.config_path:
-        raise BadRequest(f"--config-path {args.config_path}: hides the shipped groups; add yours with --config-dir")
     modes = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
     asked = [flag for flag, given in modes.items() if given]
-    if len(asked) > 1:
-        raise BadRequest(f"{' '.join(asked)}: cannot be asked for together; leave out all but one")
-    for flag, given in (("--package", args.package), ("--resolve", args.resolve)):
-        if given and not args.cfg:
-            raise BadRequest(f"{flag}: shapes what --cfg prints; add --cfg job")
+    shaping = [flag for flag, given in {"--package": args.package, "--resolve": args.resolve}.items() if given]
+    for refused, why in (
+        (args.experimental_rerun, "--experimental-rerun: reads a pickle, which can run any code; repeat the overrides"),
+        (args.config_path, f"--config-path {args.config_path}: hides the shipped groups; add yours with --config-dir"),
+        (len(asked) > 1, f"{' '.join(asked)}: cannot be asked for together; leave out all but one"),
+        (shaping and not args.cfg, f"{' '.join(shaping)}: shapes what --cfg prints; add --cfg job"),
+    ):
+        if refused:
+            raise BadRequest(why)
 
 
 # --- a run's .hydra --------------------------------------------------------------------------------------------------
@@ -273,23 +270,28 @@ def _section(text: str) -> str:  # most sections are alike in all jobs of a swee
 # --- what Hydra still runs -------------------------------------------------------------------------------------------
 
 
-class _Folders:
-    """Stands in for Hydra's loader in a launcher: a job is its folder, which holds all of its configuration."""
+class _Described:
+    """Stands in for Hydra's loader in a launcher: a job is the text that describes it to `work`, under `JOB`."""
 
     def load_sweep_config(self, master: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         config = copy.deepcopy(master)
-        config.hydra.sweep.subdir = sweep_overrides[0]
+        with open_dict(config):
+            config[JOB] = sweep_overrides[0].encode()  # bytes: nothing in them is an interpolation
         return config
 
 
-def launch(master: DictConfig, folder: Path, names: Sequence[str], work: Callable[[DictConfig], Any]) -> None:
-    """Have the launcher that `master` names call `work` for every job's folder in the sweep's folder."""
+JOB = "gpt2exp_job"
+"""Where a launcher's worker finds its job in what it is called with."""
+
+
+def launch(master: DictConfig, folder: Path, jobs: Sequence[str], work: Callable[[DictConfig], Any]) -> None:
+    """Have the launcher that `master` names call `work` for every job of the sweep in the folder."""
     with open_dict(master):
         master.hydra.sweep.dir = str(folder.absolute())  # a worker may start elsewhere
-        master.hydra.output_subdir = None  # the folders hold theirs already
-    context = HydraContext(_Folders(), Callbacks())  # type: ignore[arg-type]
+        master.hydra.output_subdir = None  # what a folder's `.hydra` holds is ours to write
+    context = HydraContext(_Described(), Callbacks())  # type: ignore[arg-type]
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=master)
-    for done in launcher.launch([[name] for name in names], initial_job_idx=0):
+    for done in launcher.launch([[job] for job in jobs], initial_job_idx=0):
         done.return_value  # noqa: B018 - raises what ended the job
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -39,12 +40,13 @@ from gpt2exp.config import (
     BadRequest,
     InitConfig,
     InitScheme,
-    RunConfig,
     check_key,
     default_of,
     home,
+    is_housekeeping,
     keys,
     owner,
+    parse,
     quoted,
     require,
     show,
@@ -55,8 +57,8 @@ from gpt2exp.sweep import engines
 from gpt2exp.sweep.composing import (
     BASIC_SWEEPER,
     SECTIONS,
-    Composed,
     Composer,
+    Job,
     as_plain,
     checked,
     composing,
@@ -64,20 +66,6 @@ from gpt2exp.sweep.composing import (
     is_hydra,
     task,
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a request."""
-
-    overrides: tuple[str, ...]
-    config: RunConfig
-    folder: str = ""
-    """Its name in the sweep's folder; empty for a run alone, and where a sweeper makes up the jobs as it goes."""
-    done: bool = False
-    """An earlier launch came to its end: it is kept and not run again."""
-    composed: Composed | None = None
-    """What its folder's `.hydra` is to hold; None: what it holds."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +85,29 @@ class Request:
     """Where the relative paths of the configuration start, if not here."""
     notes: tuple[str, ...] = ()
     """What the user should know before it begins."""
+    looks: tuple[int, ...] = ()
+    """Numbers of seeds at which a sweep that runs until it is answered looks; empty for any other."""
 
     @property
     def names(self) -> list[str]:
         """The folders of a sweep's jobs, by number; empty where a sweeper makes up the jobs as it goes."""
         return [job.folder for job in self.jobs if job.folder]
+
+    @property
+    def to_do(self) -> list[Job]:
+        """The jobs that are not done, in the order in which they run.
+
+        All of a seed before the next seed's. Within a seed the order is drawn by the seed, so that a machine that
+        becomes slower or warmer favours no arm.
+        """
+        seeds = list(dict.fromkeys(job.config.seed for job in self.jobs))
+
+        def place(job: Job) -> tuple[int, str]:
+            arms = sorted(text for text in job.overrides if not text.startswith("seed="))
+            drawn = hashlib.sha256(f"{job.config.seed} {arms}".encode()).hexdigest()
+            return seeds.index(job.config.seed), drawn if len(seeds) > 1 else ""
+
+        return sorted((job for job in self.jobs if not job.done), key=place)
 
     @property
     def launcher(self) -> DictConfig | None:
@@ -112,6 +118,27 @@ class Request:
     def local(self) -> bool:
         """Whether the jobs run in this process, one after another."""
         return self.launcher is None or self.launcher._target_ == engines.BASIC
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """By what a sweep that runs until it is answered ends, besides its looks; of any other nothing."""
+        if not self.looks:
+            return {}
+        settings = self.jobs[-1].config.sweep
+        axes = {key: values for key, values in arms(self.jobs).items() if len(values) > 1 and key != "seed"}
+        most = max(settings.looks)
+        return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
+
+    def description(self, job: Job) -> dict[str, Any] | None:
+        """What `composing.describe` writes of a job; None where its folder holds what it is to hold."""
+        if job.own is None:
+            return None
+        settings = dict(job.hydra)
+        if self.multirun and settings:
+            number = self.jobs.index(job)
+            settings["sweep"] = settings["sweep"] | {"dir": str(self.folder.absolute()), "subdir": job.folder}
+            settings["job"] = settings["job"] | {"num": number, "id": number}
+        return {"own": job.own, "overrides": list(job.overrides), "settings": settings}
 
 
 def make(args: argparse.Namespace) -> Request:
@@ -127,7 +154,7 @@ def make(args: argparse.Namespace) -> Request:
 
 
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
-PLACES = ("data.path", "init.path", "resume", "wandb.dir")
+PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
 ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
 
 
@@ -279,19 +306,52 @@ def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Requ
     check_hydra(master.hydra)
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
-    if multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
-        combinations = list(itertools.product(*axes(composer, [*preset(master), *texts]).values()))
-        jobs = name_jobs(composed_jobs(composer, master, combinations))
+    basic = multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER
+    if basic:
+        found = axes(composer, [*preset(master), *texts])
+        if master.sweep.until is not None:
+            found = _with_seeds(found, typed, as_plain(master.sweep))
+        jobs = named(list(composer.jobs(master, itertools.product(*found.values()))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = composer.compose(constant) if multirun else master
-        composed = Composed(checked(alone), as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra))
-        jobs = [Job(tuple(texts), composed.config, composed=composed)]
-    if not multirun or jobs[0].folder:  # all the jobs are known
+        own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
+        jobs = [Job(tuple(task(texts)), checked(alone), own, settings)]
+    looks = _looks(jobs, master, basic=basic, multirun=multirun)
+    if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
     for device in {job.config.train.device for job in jobs} if multirun else ():
         engines.check(master.hydra.launcher, device)
-    return Request(tuple(jobs), multirun, folder, master if multirun else None)
+    return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks)
+
+
+def _with_seeds(
+    found: dict[str, list[str]], typed: Sequence[Override], settings: dict[str, Any]
+) -> dict[str, list[str]]:
+    """The axes of a sweep that runs until it is answered: its seeds are 1, 2, 3, ..., a preset's are left out."""
+    for override in typed:
+        if override.key_or_group == "seed":
+            why = "sweep.until=answered takes the seeds 1, 2, 3, ... one after another"
+            raise BadRequest(f"{override.input_line}: {why}; leave it out, or sweep.until")
+    found.pop("seed", None)
+    why, remedy = "nothing varies but the seed", "add what to compare, such as model.tie_weights=true,false"
+    require(any(len(texts) > 1 for texts in found.values()), "sweep.until", "answered", why, remedy)
+    return {"seed": [f"seed={seed}" for seed in range(1, parse({"sweep": settings}).sweep.looks.stop)], **found}
+
+
+def _looks(jobs: Sequence[Job], master: DictConfig, *, basic: bool, multirun: bool) -> tuple[int, ...]:
+    """The looks of a sweep that runs until it is answered, by one rule for all its jobs; of any other none."""
+    sweeps = [job.config.sweep for job in jobs]
+    if not any(sweep.until for sweep in sweeps):
+        return ()
+    why, remedy = "one run has no arms to compare", "add -m, and what to compare, such as model.tie_weights=true,false"
+    require(multirun, "sweep.until", "answered", why, remedy)
+    why = "another sweeper makes up its jobs, and no seeds"
+    require(basic, "sweep.until", "answered", why, "leave out hydra/sweeper, or sweep.until")
+    alike = len({(one.until, one.looks, one.max_hours, one.margin) for one in sweeps}) == 1 and master.sweep.until
+    why = "the rule by which a sweep ends is one for all its jobs"
+    require(bool(alike), "sweep.until", "answered", why, "give each key of sweep one value")
+    return tuple(sweeps[0].looks)
 
 
 def _check_several(composer: Composer, override: Override, *, multirun: bool) -> None:
@@ -323,6 +383,8 @@ def check_hydra(settings: DictConfig) -> None:
     secret.check_values(as_plain(settings), "hydra")
     place = settings.output_subdir
     require(place == ".hydra", "hydra.output_subdir", place, "a run is known by its folder .hydra", "leave it out")
+    place = as_plain(settings.sweep)["subdir"]
+    require(place == ".", "hydra.sweep.subdir", place, "resume= and the comparison name the folders", "leave it out")
     why, remedy = "relative paths would start in the run's folder", "leave it out, and set hydra.run.dir"
     require(not settings.job.chdir, "hydra.job.chdir", settings.job.chdir, why, remedy)
     called = list(settings.callbacks)
@@ -356,27 +418,23 @@ def axes(composer: Composer, texts: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def composed_jobs(composer: Composer, master: DictConfig, combinations: Sequence[Sequence[str]]) -> list[Job]:
-    """A job for each list of overrides, its folder as typed, or still without a name."""
-    jobs, places = list[Job](), set[str]()
-    for texts, composed in zip(combinations, composer.jobs(master, combinations), strict=True):
-        place, why = composed.place, "two jobs of the sweep would share a folder"
-        remedy = "leave it out, or name ${hydra.job.num} in it"
-        require(not place or place not in places, "hydra.sweep.subdir", place, why, remedy)
-        places.add(place)
-        jobs.append(Job(tuple(task(texts)), composed.config, place, composed=composed))
-    return jobs
-
-
-def name_jobs(jobs: Sequence[Job], first: int = 0) -> list[Job]:
+def named(jobs: Sequence[Job], first: int = 0) -> list[Job]:
     """The jobs with a folder each: those without are numbered from `first`, and named by what is not alike in all."""
     alike = set.intersection(*(set(job.overrides) for job in jobs))
     free = itertools.count(first)
-    named = []
-    for job in jobs:
-        told = ",".join(sorted(text for text in job.overrides if text not in alike))
-        named.append(job if job.folder else dataclasses.replace(job, folder=numbered(next(free), told)))
-    return named
+
+    def name(job: Job) -> str:
+        return numbered(next(free), ",".join(sorted(text for text in job.overrides if text not in alike)))
+
+    return [job if job.folder else dataclasses.replace(job, folder=name(job)) for job in jobs]
+
+
+def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """The values of each overridden key over the jobs; of one that changes no result, the last."""
+    found: dict[str, dict[str, None]] = {}
+    for key, value in (text.split("=", 1) for job in jobs for text in job.overrides):
+        found[key] = {value: None} if is_housekeeping(key) else {**found.get(key, {}), value: None}
+    return {key: list(values) for key, values in found.items()}
 
 
 def numbered(number: int, overrides: str) -> str:
@@ -427,13 +485,12 @@ def _create(request: Request, argv: Sequence[str]) -> None:
 def _write(request: Request, argv: Sequence[str], folder: Path) -> None:
     if request.multirun:
         told = [list(job.overrides) for job in request.jobs]
-        where = str(request.cwd or Path.cwd())
-        record.Sweep(list(request.argv or argv), told, request.names or None, where, time.time()).write(folder)
-    for number, job in enumerate(request.jobs):
-        if job.composed is None or job.done or (request.multirun and not job.folder):
-            continue
-        settings = dict(job.composed.hydra)
-        if request.multirun and settings:
-            settings["sweep"] = settings["sweep"] | {"dir": str(request.folder.absolute()), "subdir": job.folder}
-            settings["job"] = settings["job"] | {"num": number, "id": number}
-        describe(folder / job.folder, job.composed.own, job.overrides, settings, request.folder / job.folder)
+        where, looks, now = str(request.cwd or Path.cwd()), list(request.looks), time.time()
+        known = record.Sweep(list(request.argv or argv), told, request.names or None, where, now, looks, request.rule)
+        known.write(folder)
+    for job in request.jobs:
+        place = folder / job.folder
+        # a sweep that ends as soon as it is answered makes a folder as its run begins
+        later = (request.multirun and not job.folder) or (request.looks and not place.exists())
+        if not job.done and not later and (described := request.description(job)):
+            describe(place, **described, place=request.folder / job.folder)

@@ -25,7 +25,7 @@ from gpt2exp import config
 from gpt2exp.config import HOUSEKEEPING, BadRequest, DataName, RunConfig, Schedule, show
 from gpt2exp.run import record, terminal
 from gpt2exp.sweep import composing, engines, request
-from gpt2exp.sweep.composing import Composed, Composer, is_hydra
+from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
 MAY_CHANGE = (*HOUSEKEEPING, "train.steps", "train.device", "distributed", "data.path")
 """Keys, or whole sections, that a run may go on with another value of; the text at `data.path` must be the same."""
@@ -133,8 +133,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         more = f"to train on, add train.steps=N above {steps}"
         notes = [f"{terminal.short(folder)} is done: {steps} of {after.train.steps} steps; {more}"]
     notes += _gone_note(gone)
-    composed = Composed(after, composing.as_plain(recorded), {}) if changed and not done else None
-    job = request.Job(tuple(overrides), after, done=done, composed=composed)
+    job = Job(tuple(overrides), after, composing.as_plain(recorded) if changed and not done else None, done=done)
     argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
     return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
 
@@ -211,22 +210,42 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         flags.config_dir = str(Path(args.config_dir).absolute())
     elif flags.config_dir:
         flags.config_dir = str((began_in / flags.config_dir).absolute())
+    _check_rule(folder, known, typed)
     runs, gone = _recorded(folder)
     listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
     listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items()}
     with composing.composing(flags) as composer:
         added = request.axes(composer, [str(override.input_line) for override in typed])
-        settings = [text for texts in added.values() for text in texts if is_hydra(text)]
-        master = composer.compose([*_of_today(flags.overrides, gone), *settings], multirun=True)
+        settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
+        kept = [texts[-1] for key, texts in added.items() if config.is_housekeeping(_key(key))]
+        most = [text for text in kept if text.startswith("sweep.max_seeds=")]
+        master = composer.compose([*_of_today(flags.overrides, gone), *settings, *most], multirun=True)
         request.check_hydra(master.hydra)
-        master.hydra.sweep.subdir = "."
-        jobs = _jobs(composer, master, folder, listed, runs, added)
+        axes = {_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
+        if known.looks:
+            axes["seed"] = [f"seed={n}" for n in range(len(known.by_seed) + 1, (master.sweep.max_seeds or 0) + 1)]
+        jobs = _jobs(composer, master, folder, listed, runs, axes, kept)
     for device in {job.config.train.device for job in jobs}:
         engines.check(master.hydra.launcher, device)
     hydra = [*(text for text in flags.overrides if is_hydra(text)), *settings]
-    argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *_axes_of(jobs), *hydra]
+    told = [f"{key}={','.join(each)}" for key, each in request.arms(jobs).items() if key != "seed" or not known.looks]
+    argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *told, *hydra]
     where, notes = began_in if began_in.is_dir() else None, tuple(_gone_note(gone))
-    return request.Request(tuple(jobs), True, folder, master, tuple(argv), resumed=True, cwd=where, notes=notes)
+    looks = tuple(known.looks)
+    return request.Request(
+        tuple(jobs), True, folder, master, tuple(argv), resumed=True, cwd=where, notes=notes, looks=looks
+    )
+
+
+def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
+    """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
+    for override in typed:
+        key = override.key_or_group
+        other = known.looks and (key == "sweep.margin" or not (config.is_housekeeping(key) or is_hydra(key)))
+        if other or key in ("sweep.until", "sweep.min_seeds"):
+            how = "runs until it is answered, by what was decided" if known.looks else "has the seeds that were chosen"
+            why = f"{terminal.short(folder)} {how} before its first run"
+            raise BadRequest(f"{override.input_line}: {why}; leave it out, or start a new sweep")
 
 
 def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dict[str, Any]]:
@@ -255,54 +274,46 @@ def _jobs(
     folder: Path,
     listed: Mapping[str, list[str]],
     runs: Mapping[str, tuple[RunConfig, list[str]]],
-    added: Mapping[str, list[str]],
-) -> list[request.Job]:
-    """The jobs of before, then those that they become with each value added, where there is none yet."""
-    kept = {_key(key) for key in added if config.is_housekeeping(_key(key))}
-    housekeeping = [text for key, texts in added.items() if _key(key) in kept for text in texts[-1:]]
-    axes = {_key(key): texts for key, texts in added.items() if _key(key) not in kept and not is_hydra(key)}
+    axes: dict[str, list[str]],
+    kept: Sequence[str],
+) -> list[Job]:
+    """The jobs of before, then those that they become with each value of the axes, where there is none yet.
+
+    `kept`: overrides that change no result, for all that is to do.
+    """
     study = axes.pop("experiment", [])
     if study and any(study[0] not in overrides for overrides in listed.values()):
         raise BadRequest(f"{study[0]}: a study is a sweep of its own; leave out resume to start it")
-    told = [[text for text in overrides if _key(text) not in kept] + housekeeping for overrides in listed.values()]
-    named = {name: texts for name, texts in zip(listed, told, strict=True) if housekeeping or name not in runs}
+    changed = {_key(text): text for text in kept}
+    told = {name: list(({_key(text): text for text in texts} | changed).values()) for name, texts in listed.items()}
+    again = {name: texts for name, texts in told.items() if kept or name not in runs}
     new = dict[frozenset[str], list[str]]()
     for values in itertools.product(*([None, *texts] for texts in axes.values())):
         more = {key: text for key, text in zip(axes, values, strict=True) if text is not None}
-        for texts in told if more else ():
+        for texts in told.values() if more else ():
             whole = list(({_key(text): text for text in texts} | more).values())
             new.setdefault(frozenset(whole), whole)
-    composed = request.composed_jobs(composer, master, [*named.values(), *new.values()])
-    at_place, jobs = dict(zip(named, composed, strict=False)), list[request.Job]()
+    composed = list(composer.jobs(master, [*again.values(), *new.values()]))
+    at_place, jobs = dict(zip(again, composed, strict=False)), list[Job]()
     for name in listed:
         job = at_place.get(name)
         if name in runs:
             of, overrides = runs[name]
             if job is None or config.identity(job.config) != config.identity(of):
-                job = request.Job(tuple(overrides), of)
+                job = Job(tuple(overrides), of)
             # a diverged run would diverge again: that is its result
             done = record.row(folder / name, folder)["state"] in ("done", "diverged")
-            job = dataclasses.replace(job, folder=name, done=done)
-        elif job is not None and not (folder / name).exists():  # else the folder is damaged, and it gets another
-            job = dataclasses.replace(job, folder=name)
-        jobs += [job] if job is not None else []
+            jobs.append(dataclasses.replace(job, folder=name, done=done))
+        elif job is not None:  # where the folder is there it is damaged, and the job gets another
+            jobs.append(job if (folder / name).exists() else dataclasses.replace(job, folder=name))
     known = {config.identity(job.config) for job in jobs}
-    for gained in composed[len(named) :]:
-        if (identity := config.identity(gained.config)) not in known:
+    for job in composed[len(again) :]:
+        if (identity := config.identity(job.config)) not in known:
             known.add(identity)
-            jobs.append(gained)
-    heads = (path.name.partition("_")[0] for path in folder.iterdir())
-    return request.name_jobs(jobs, max((int(head) for head in heads if head.isdigit()), default=-1) + 1)
+            jobs.append(job)
+    heads = [name.partition("_")[0] for name in (*listed, *(path.name for path in folder.iterdir()))]
+    return request.named(jobs, max((int(head) for head in heads if head.isdigit()), default=-1) + 1)
 
 
 def _key(text: str) -> str:
     return text.lstrip("+").partition("=")[0]
-
-
-def _axes_of(jobs: Sequence[request.Job]) -> list[str]:
-    """The overrides by which a command line asks for the jobs, if they are a grid."""
-    found: dict[str, dict[str, None]] = {}
-    for text in itertools.chain.from_iterable(job.overrides for job in jobs):
-        key, _, value = text.partition("=")
-        found.setdefault(key, {})[value] = None
-    return [f"{key}={','.join(values)}" for key, values in found.items()]
