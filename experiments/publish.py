@@ -23,6 +23,7 @@ from typing import Any
 
 from gpt2exp.compare import figures, inference, report
 from gpt2exp.compare.comparison import Comparison, Distance, Row, compare, read
+from gpt2exp.compare.stopping import compared
 from gpt2exp.config import leaves, options, show
 
 HERE = Path(__file__).parent
@@ -48,11 +49,11 @@ Run = dict[str, str]
 
 def publish(name: str, sweeps: Sequence[Path]) -> None:
     """Write a finding's record from its sweeps, if any are named, then its results and its page from the record."""
+    comparison = compared(read(sweeps)) if sweeps else recorded(name)
     if sweeps:
-        write_record(compare(read(sweeps)), HERE / name / "runs")
-    comparison = recorded(name)
+        write_record(comparison, HERE / name / "runs")
     (HERE / name / "results.csv").write_text(report.table(comparison))
-    draw(name, compare(read(sweeps)) if sweeps else comparison)
+    draw(name, comparison)
     replace_block(HERE / name / "README.md", "results", results(name, comparison))
 
 
@@ -82,7 +83,7 @@ def draw(name: str, comparison: Comparison) -> None:
 
 def publish_speed(sweep: Path) -> None:
     """The second sweep of the precision study: speed alone, at the size where it matters."""
-    comparison, stem = compare(read([sweep])), HERE / "precision" / "speed"
+    comparison, stem = compared(read([sweep])), HERE / "precision" / "speed"
     write_record(comparison, stem)
     stem.with_suffix(".csv").write_text(report.table(comparison))
     lines = [*report.effects(comparison, ["speed, ratio"]), provenance(stem.with_suffix(".json"))]
@@ -91,7 +92,7 @@ def publish_speed(sweep: Path) -> None:
 
 def publish_gpt2(sweep: Path) -> None:
     """The second sweep of the residual scaling study: the stream of GPT-2 itself, at init."""
-    write_record(compare(read([sweep])), stem := HERE / "residual_scaling" / "gpt2")
+    write_record(compared(read([sweep])), stem := HERE / "residual_scaling" / "gpt2")
     lines = []
     for scaling in ("true", "false"):
         runs = having(runs_of("residual_scaling", "gpt2"), f"init.residual_scaling={scaling}")
@@ -122,7 +123,8 @@ def write_record(comparison: Comparison, stem: Path) -> None:
         "commands": typed,
         "facts": dict(report.facts(done)),
         "distances": [asdict(item) for item in comparison.distances],
-        "looks": comparison.looks,
+        "trends": {f"{effect.key}={effect.arm}": effect.trend for effect in comparison.axes if effect.trend},
+        "inference": sorted({effect.inference for effect in comparison.axes}),
         "shared": shared,
     }
     stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
@@ -160,13 +162,16 @@ def recorded(name: str) -> Comparison:
     """The comparison of a finding's runs, by today's rules, from its record.
 
     Raises:
-        ValueError: seeds were added after a look; only their sweeps know which.
+        ValueError: it was looked at more than once; only its sweeps know when.
     """
     told = json.loads((HERE / name / "runs.json").read_text())
-    if len(told["looks"]) > 1:
-        raise ValueError(f"{name}: seeds were added after a look, so publish it from its sweeps")
+    if {*told["inference"]} - {"fixed"}:
+        raise ValueError(f"{name}: it was looked at more than once, so publish it from its sweeps")
     comparison = compare([_row(run, HERE / name, told["shared"]) for run in runs_of(name)])
     comparison.distances = [Distance(**item) for item in told["distances"]]
+    for effect in comparison.axes:
+        if effect.metric == comparison.metric:
+            effect.trend = told["trends"].get(f"{effect.key}={effect.arm}")
     return comparison
 
 

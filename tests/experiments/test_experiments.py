@@ -59,7 +59,7 @@ def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     publish = importlib.import_module("publish")
     monkeypatch.setattr(publish, "HERE", tmp_path)
-    words = [*SMALL, "wandb.mode=disabled", "train.steps=2", "data.val_fraction=0.01", "hydra.sweep.dir=sweep"]
+    words = [*SMALL, "wandb.mode=disabled", "train.steps=20", "data.val_fraction=0.01", "hydra.sweep.dir=sweep"]
     assert launch.command(["-m", "init.std=0.02,0.04", "seed=1,2", *words]) == 0
     page = tmp_path / "init_std" / "README.md"
     page.parent.mkdir()
@@ -69,6 +69,7 @@ def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "sweep.dir" not in text
     publish.publish("init_std", [])
     assert page.read_text() == text, "the record says all that the sweep does"
+    assert publish.effect("init_std", "init.std", "0.04", "val_loss")["trend"], "also what only the losses say"
     assert text.startswith("before\n<!-- results -->\n- ")
     assert "STALE" not in text
     for part in (
