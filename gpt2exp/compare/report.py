@@ -136,9 +136,7 @@ def finite(value: Any) -> Any:
 
 
 def records(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
-    """The effects as column names and rows of exact values: `ci95` and `parameters` in two columns each, `differences`
-    as JSON.
-    """
+    """The effects as column names and rows of exact values: of `ci95` and `parameters` two columns each."""
     single = [item.name for item in fields(Effect) if item.name not in ("ci95", "parameters")]
     rows = []
     for effect in comparison.axes:

@@ -97,13 +97,9 @@ def _typed(row: Row, flat: Settings) -> Settings:
 
 def _arm(key: str, flat: Settings, told: Settings) -> str:
     """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it."""
-    chosen = f"{_section(key)}{'scheme' if key == 'init' else 'name'}"
+    chosen = f"{key.replace('/', '.')}.{'scheme' if key == 'init' else 'name'}"
     usual = "gpt2" if key.startswith("model") else "default"
     return flat.get(key) or told.get(key) or flat.get(chosen, usual)
-
-
-def _section(group: str) -> str:
-    return f"{group.replace('/', '.')}."
 
 
 def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -126,7 +122,7 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
     arms = {key: of_runs for key, of_runs in arms.items() if len(set(of_runs)) > 1}
     by_group: set[str] = set()
     for group in arms.keys() - keys:
-        inside = {key for key in keys if key.startswith(_section(group))}
+        inside = {key for key in keys if key.startswith(f"{group.replace('/', '.')}.")}
         for key in {key for key in inside & varying if key not in arms or usual.get(key) == "null"}:
             both = {(arm, flat.get(key)) for arm, flat in zip(arms[group], flats, strict=True)}
             if len(both) == len(set(arms[group])):
@@ -149,18 +145,17 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
 def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
     """Whether a key follows others in every run, alike, as `${train.steps}` does: typed, or written in a preset.
 
-    What a resolver gives (`${oc.env:LR}`) may be anything.
+    What a resolver gives (`${oc.env:LR}`) may be anything; so may what a run's unreadable `.hydra` says.
     """
-    texts = (settings.get(key) or _written(row, key) for row, settings in zip(rows, told, strict=True))
+
+    def written(row: Row) -> str:
+        with contextlib.suppress(BadRequest):
+            return str(record.written(Path(row["folder"])).get(key))
+        return ""
+
+    texts = (settings.get(key) or written(row) for row, settings in zip(rows, told, strict=True))
     first = next(texts)
     return "${" in first and ":" not in first and all(text == first for text in texts)
-
-
-def _written(row: Row, key: str) -> str:
-    """A key's value in a run's `.hydra`, interpolations as they stand; empty where that cannot be read."""
-    with contextlib.suppress(BadRequest):
-        return str(record.written(Path(row["folder"])).get(key))
-    return ""
 
 
 # --- pairing ---------------------------------------------------------------------------------------------------------
