@@ -12,17 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from gpt2exp.compare.inference import (
-    ALPHA,
-    LARGEST,
-    Inference,
-    Interval,
-    declared,
-    fixed,
-    needed,
-    open_ended,
-    pairing,
-)
+from gpt2exp.compare.inference import ALPHA, LARGEST, Inference, Interval, declared, fixed, needed, open_ended, pairing
 
 FAR_OFF = 0.01
 """Level of the test for a seed whose difference is far off the others'."""
@@ -40,37 +30,24 @@ class Effect:
     metric: str
     n_pairs: int = 0
     n_seeds: int = 0
-    dropped_pairs: int = 0
-    """Pairs planned that a failed or missing run broke."""
+    dropped_pairs: int = 0  # planned, but a failed or missing run broke them
     mean_difference: float | None = None
     speed_ratio: float | None = None
     ci95: list[float] | None = None
     p_value: float | None = None
-    p_holm: float | None = None
-    """`p_value` after Holm's correction over the axes of this metric."""
-    inference: Inference = "fixed"
-    """What the interval takes for fixed beforehand: the number of seeds, the looks, or nothing."""
-    looks: list[int] = field(default_factory=list)
-    """Numbers of seeds at which earlier comparisons looked before more were added; of declared looks, all of them."""
-    seed_std: float | None = None
-    """Seed-to-seed standard deviation of the metric itself (of its logarithm, for a ratio), pooled over both arms."""
+    p_holm: float | None = None  # after Holm's correction over the arms of all axes in this metric
+    inference: Inference = "fixed"  # what the interval takes for fixed beforehand: how many seeds, the looks, nothing
+    looks: list[int] = field(default_factory=list)  # seeds at which was looked before more were added, or all declared
+    seed_std: float | None = None  # of the metric itself (its logarithm, for a ratio), pooled over both arms
     baseline_std: float | None = None
-    """The same of the baseline alone."""
     arm_std: float | None = None
-    pair_correlation: float | None = None
-    """Of the two arms over seeds: what pairing lives on."""
-    seeds_saved: int | None = None
-    """Seeds an arm that runs without shared seeds would need beyond `n_seeds`; below 0 pairing lost."""
-    trend: list[float] | None = None
-    """Of the loss: by how much the difference in training loss moves over the last half of the run, and its 95 %
-    interval over seeds, by the same inference.
-    """
+    pair_correlation: float | None = None  # of the two arms over seeds: what pairing lives on
+    seeds_saved: int | None = None  # that an arm would need beyond `n_seeds` without sharing; below 0 pairing lost
+    trend: list[float] | None = None  # change of the training losses' difference over the last half, low, high
     verdict: str | None = None
     reason: str = ""
-    n_needed: int | None = None
-    """Of an inconclusive row: seeds in all that would settle it with probability 0.8, if they go on like these."""
-    n_needed_at_most: int | None = None
-    """The same by the upper 80 % limit of the differences' standard deviation."""
+    n_needed: int | None = None  # of an inconclusive row: seeds in all that would settle it with probability 0.8
+    n_needed_at_most: int | None = None  # the same by the upper 80 % limit of the differences' standard deviation
     baseline_mean: float | None = None
     arm_mean: float | None = None
     parameters: dict[str, Any] = field(default_factory=dict)

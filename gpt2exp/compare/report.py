@@ -77,9 +77,6 @@ class Section(NamedTuple):
     drawings: list[Drawing]
 
 
-# --- terminal --------------------------------------------------------------------------------------------------------
-
-
 def show(comparison: Comparison, console: Console, out: Path | None = None, *, failed: bool = True) -> None:
     """Table, sentences, failed runs unless told elsewhere, and notes; `out`: where the report was written."""
     from rich.text import Text
@@ -121,9 +118,6 @@ def _show_table(shown: Table, console: Console, heading: str) -> None:
     console.print(table)
     for number, reason in enumerate(reasons):
         console.print(Text(f"[{number + 1}] {reason}", style="dim"), soft_wrap=True)
-
-
-# --- exact -----------------------------------------------------------------------------------------------------------
 
 
 def finite(value: Any) -> Any:
@@ -302,9 +296,6 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
     return "\n".join(text).rstrip() + "\n"
 
 
-# --- page ------------------------------------------------------------------------------------------------------------
-
-
 def page(text: str, comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
     """`report.html`: the Markdown `text` as one page that needs nothing else, the figures inside it."""
     import jinja2
@@ -332,9 +323,6 @@ def page(text: str, comparison: Comparison, out: Path, sections: Sequence[Sectio
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         body=Markup(reader.renderer.render(tokens, reader.options, {})),  # html=False: user text is escaped in it
     )
-
-
-# --- wandb -----------------------------------------------------------------------------------------------------------
 
 
 def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> Path | None:
