@@ -113,6 +113,13 @@ def test_a_study_has_its_finding(study: str) -> None:
     assert shared["git.dirty"] is False, "findings come from committed code"
 
 
+@pytest.mark.parametrize("study", [study for study in STUDIES if study not in ("first_steps", "throughput")])
+def test_a_study_of_the_loss_states_its_margin_and_why(study: str) -> None:
+    """Or no later run of it could find arms equal: first_steps has one arm, throughput asks for the speed."""
+    preset = (ROOT / "conf" / "experiment" / f"{study}.yaml").read_text()
+    assert re.search(r"^sweep:\n  margin: 0\.\d+ # .{20,}$", preset, re.MULTILINE)
+
+
 def test_every_effect_stands_on_its_page() -> None:
     for path in FINDINGS.glob("*/results.csv"):
         page = (path.parent / "README.md").read_text()
