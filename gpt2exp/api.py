@@ -9,10 +9,9 @@
     runs.compare().axes                        # each metric's effect, interval and verdict
 
 A request that cannot be carried out raises `BadRequest`, and nothing is written. A run that fails raises nothing: its
-`state` and `error` say so. `run` and `sweep` print a line a step, or two a job, to `sys.stdout`. Ctrl-C, in a notebook
-"interrupt", finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second one raises at once. A thread
-handles no signal. Precision is a setting of the process, so at most one `run` or `sweep` goes on at a time. torch is
-imported by `trainer`, `run` and `sweep`.
+`state` and `error` say so. `run` and `sweep` print a line a step, or two a job. Ctrl-C, in a notebook "interrupt", ends
+them after the step, with a checkpoint, by KeyboardInterrupt; a second one raises at once. A thread handles no signal.
+Precision is a setting of the process, so one `run` or `sweep` goes on at a time. These and `trainer` import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp.choices import about
-from gpt2exp.compare import comparison
+from gpt2exp.compare import comparison, stopping
 from gpt2exp.config import (
     CHOICES,
     BadRequest,
@@ -45,7 +44,6 @@ from gpt2exp.sweep import launch, resume
 from gpt2exp.sweep.request import Request, make
 
 if TYPE_CHECKING:
-    from gpt2exp.compare.comparison import Comparison
     from gpt2exp.training.trainer import Trainer
 
 
@@ -132,14 +130,14 @@ class Runs:
             rows.append(about | {key: config.get(key) for key in varying} | figures)
         return rows
 
-    def compare(self, *, margin: float | None = None, out: str | Path | None = None) -> Comparison:
+    def compare(self, *, margin: float | None = None, out: str | Path | None = None) -> comparison.Comparison:
         """Pairs, intervals and verdicts; `BadRequest` if the runs cannot be compared.
 
         `margin`: nats within which a loss difference counts as none. `out`: a folder for the report; None: none.
         """
         from gpt2exp.compare.__main__ import write
 
-        made = comparison.compare(self.rows, margin=margin, out=Path(out or self.folders[0]))
+        made = stopping.compared(self.rows, margin=margin, out=Path(out or self.folders[0]))
         if out is not None:
             write(made, Path(out))
         return made

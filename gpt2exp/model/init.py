@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2exp.choices import Outside, call
-from gpt2exp.config import BadRequest, InitConfig, InitScheme, ModelConfig
+from gpt2exp.config import BadRequest, InitConfig, InitScheme, ModelConfig, show
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.size import gpt2_slots
 
@@ -202,18 +202,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         BadRequest: a name or shape is not the model's.
     """
     parameters = dict(model.named_parameters())
-    if "lm_head.weight" in parameters.keys() - weights.keys():
-        why = "the weights saved are tied, with no lm_head.weight of their own"
-        raise BadRequest(f"model.tie_weights=false: {why}; try model.tie_weights=true")
-    if "lm_head.weight" in weights.keys() - parameters.keys():
-        why = "the weights saved are not tied, and have an lm_head.weight of their own"
-        raise BadRequest(f"model.tie_weights=true: {why}; try model.tie_weights=false")
-    if odd := sorted(parameters.keys() ^ weights.keys()):
-        raise BadRequest(f"model: {odd[0]} is not in both checkpoint and model; give the model.* keys the run had")
-    for name, parameter in parameters.items():
-        if parameter.shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)} in the checkpoint, {tuple(parameter.shape)} in the model"
-            raise BadRequest(f"model: {name} is {shapes}; give the model.* keys the run had")
+    if (untied := "lm_head.weight" in parameters) != ("lm_head.weight" in weights):
+        why = f"the weights saved are {'tied' if untied else 'not tied'}; try model.tie_weights={show(untied)}"
+        raise BadRequest(f"model.tie_weights={show(not untied)}: {why}")
+    for name in dict.fromkeys([*parameters, *weights]):
+        ours, theirs = (tuple(held[name].shape) if name in held else "absent" for held in (parameters, weights))
+        if ours != theirs:
+            raise BadRequest(
+                f"model: {name} is {theirs} in the checkpoint, {ours} in the model; give the model.* keys the run had"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
