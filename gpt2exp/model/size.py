@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import BadRequest, InitConfig, ModelConfig, first_line, kind_of, require
+from gpt2exp.config import BadRequest, InitConfig, ModelConfig, first_line, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -84,21 +84,15 @@ def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
 
     with torch.device("meta"):
         gpt = GPT(replace(model, n_layer=1))
-    parameters = dict(gpt.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
+    known = dict(gpt.named_parameters(remove_duplicate=False))
+    for name, parameter in known.items():
         rule_of(name, parameter, gpt, init)
-    for name in gpt.state_dict().keys() - parameters.keys():
+    for name in gpt.state_dict().keys() - known.keys():
         why = "a buffer, and a checkpoint keeps parameters alone"
         raise BadRequest(f"{name}: {why}; make it a parameter, or with persistent=False if it never changes")
     for name, module in gpt.named_modules():
-        drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
-        require(
-            not drops,
-            f"{name}.p",
-            getattr(module, "p", 0),
-            "drops at random, and this model has no dropout",
-            "set it to 0",
-        )
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise BadRequest(f"{name}: drops at random, where this model has no dropout; make it with p=0")
     _known[key] = 0
 
 

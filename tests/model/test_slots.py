@@ -287,7 +287,7 @@ LOST = "class Mine(nn.Module):\n    def __init__(self, config, width: int = 4):\
         (
             LOST + "        self.drop = nn.Dropout(0.1)\n    def forward(self, x):\n        return self.drop(x)\n",
             [],
-            r"transformer\.h\.0\.mlp\.drop\.p=0\.1: drops at random",
+            r"transformer\.h\.0\.mlp\.drop: drops at random",
         ),
         (LOST + "    forward = nn.Identity.forward\n", ["model.mlp.width=wide"], r"model\.mlp\.width"),
         (
