@@ -451,7 +451,7 @@ def _parquet(file: File, field: str, advance: Advance) -> Pieces:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise BadRequest(f"data.path={file.named}: Parquet needs pyarrow; pip install 'gpt2exp[datasets]'") from error
+        raise BadRequest(f"data.path={file.named}: Parquet needs pyarrow; {EXTRA}") from error
     try:
         with parquet.ParquetFile(file.path, buffer_size=BLOCK) as table:
             columns = {column.name: "" if "string" in str(column.type) else None for column in table.schema_arrow}
@@ -487,13 +487,11 @@ def _commit(config: DataConfig) -> str:
         why = f"{config.path} has no such revision"
         raise BadRequest(f"data.revision={config.revision}: {why}; name a branch, a tag or a commit of it") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        why = "no such dataset on the Hub, nor a folder here"
         remedy = "name it OWNER/NAME; for a private one log in: hf auth login"
-        raise BadRequest(f"{key}: {why}; {remedy}") from error
+        raise BadRequest(f"{key}: no such dataset on the Hub, nor a folder here; {remedy}") from error
     except Exception as error:  # the library lets its HTTP client's own kinds through
-        raise assets.AssetError(
-            f"{key}: the Hub cannot be reached ({first_line(error)}); try again with a network"
-        ) from error
+        why = f"the Hub cannot be reached ({first_line(error)})"
+        raise assets.AssetError(f"{key}: {why}; try again with a network") from error
     assert commit is not None, "the Hub names the commit of every dataset"
     with assets.writing(memory.parent):
         memory.parent.mkdir(parents=True, exist_ok=True)

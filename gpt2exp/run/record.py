@@ -163,7 +163,7 @@ def _now() -> str:
 
 
 def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
-    """Write `status.json`, in the name of this process."""
+    """Write `status.json`, with this process as the one at work."""
     whose = {"pid": os.getpid(), "machine": process.machine()}
     write_json(folder / "status.json", {"state": state, "step": step, "error": error, **whose, "updated": time.time()})
 

@@ -207,13 +207,13 @@ STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second", "waited_
 
 
 def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
-    """Whether a step goes to the terminal and to wandb: each `log_every`-th, the last, each with something measured."""
+    """Whether a step is printed and sent to wandb: every `log_every`-th, the last, and any with a costlier measure."""
     number = metrics["step"]
     return number % train.log_every == 0 or number + 1 == train.steps or not metrics.keys() <= STEP
 
 
 def place(path: Path) -> str:
-    """A path as an argument: `short`, and never taken for a flag or a home folder."""
+    """A path as an argument: `short`, but absolute where a shell would see a flag or a home folder."""
     text = short(path)
     return str(path.absolute()) if text.startswith(("-", "~")) else text
 
@@ -295,7 +295,7 @@ def _speed(summary: Summary) -> str:
 
 
 def closing_line(summary: Summary) -> str:
-    """A job of a sweep in a line."""
+    """A job of a sweep that ended, in one line."""
     if summary["state"] != "done":
         return state_line(summary)
     loss = judged(summary)

@@ -207,10 +207,8 @@ def _of_type(config: RunConfig, key: str, value: object) -> Any:
     return _value(node, name)
 
 
-@functools.cache
-def schema_of(section: Any) -> Any:
-    """A section's class as OmegaConf checks values against it; which values the one node holds does not matter."""
-    return OmegaConf.structured(section)
+schema_of: Callable[[Any], Any] = functools.cache(OmegaConf.structured)
+"""A section's class as OmegaConf checks values against it; which values the one node holds does not matter."""
 
 
 def _value(tree: DictConfig, key: str) -> Any:

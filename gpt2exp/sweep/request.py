@@ -157,6 +157,8 @@ def make(args: argparse.Namespace) -> Request:
         return compose(composer, args.overrides, multirun=args.multirun)
 
 
+LOGGING = ("hydra.verbose", "hydra/job_logging")
+"""Hydra's settings that have an effect in the workers of a launcher alone."""
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
 PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
 ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
@@ -396,6 +398,12 @@ def check_hydra(settings: DictConfig) -> None:
     require(not settings.job.chdir, "hydra.job.chdir", settings.job.chdir, why, remedy)
     called = list(settings.callbacks)
     require(not called, "hydra.callbacks", called, "Hydra starts no run here, and calls none", "leave it out")
+    if settings.launcher._target_ == engines.BASIC:
+        found = settings.verbose, settings.runtime.choices["hydra/job_logging"]
+        for key, value, usual in zip(LOGGING, found, (False, "none"), strict=True):
+            require(
+                value == usual, key, value, "has no effect without a launcher", "leave it out; run.log has all lines"
+            )
     known = sorted(Plugins.instance().class_name_to_class)
     for part in ("launcher", "sweeper"):
         target = settings[part]._target_

@@ -104,14 +104,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         args = copy.copy(args)
         args.config_dir = args.config_dir or config_dir
         changed = _changes(args, overrides, [str(override.input_line) for override in own])
-    refused = [key for key in changed if not _within(key, MAY_CHANGE)]
-    if refused:
-        now = ", ".join(f"{key}={show(_value(before, key))}" for key in refused)
-        what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
-        why = f"{terminal.short(folder)} began with {now}"
-        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
-        remedy = f"add {now}" if follows else "leave it out"
-        raise BadRequest(f"{what}: {why}; {remedy} to go on, or start a new run without resume")
+    _check_changes(folder, before, changed)
     for key, value in changed.items():
         on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
         if key == "data.path" and value is not None and not on_hub:
@@ -140,6 +133,18 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
     job = Job(tuple(overrides), after, composing.as_plain(recorded) if changed and not done else None, done=done)
     argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
     return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
+
+
+def _check_changes(folder: Path, before: RunConfig, changed: Mapping[str, Any]) -> None:
+    """Refuse a change of what the run computes."""
+    refused = [key for key in changed if not _within(key, MAY_CHANGE)]
+    if refused:
+        now = ", ".join(f"{key}={show(_value(before, key))}" for key in refused)
+        what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
+        why = f"{terminal.short(folder)} began with {now}"
+        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
+        remedy = f"add {now}" if follows else "leave it out"
+        raise BadRequest(f"{what}: {why}; {remedy} to go on, or start a new run without resume")
 
 
 def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
@@ -225,9 +230,12 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     with composing.composing(flags) as composer:
         added = request.axes(composer, [str(override.input_line) for override in typed])
         settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
+        if place := added.get("hydra.sweep.subdir"):
+            raise BadRequest(f"{place[0]}: the jobs of a sweep that goes on keep their folders; leave it out")
         kept = [texts[-1] for key, texts in added.items() if config.is_housekeeping(_key(key))]
         most = [text for text in kept if text.startswith("sweep.max_seeds=")]
-        master = composer.compose([*_of_today(flags.overrides, gone), *settings, *most], multirun=True)
+        before = [text for text in _of_today(flags.overrides, gone) if _key(text) not in request.LOGGING]
+        master = composer.compose([*before, *settings, *most], multirun=True)
         request.check_hydra(master.hydra)
         axes = {_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
         if known.looks:

@@ -318,13 +318,6 @@ def test_from_scratch_against_pretrained_in_one_line(saved: dict[bool, Path], tm
     assert sources == [None, "mine"]
 
 
-def test_fine_tuning_is_a_study_like_any_other(saved: dict[bool, Path], tmp_path: Path) -> None:
-    assert launch.command([*QUIET, "-m", "init=pretrained", f"init.path={saved[True]}", "precision=fp32,fp64"]) == 0
-    single, double = (read(folder / "summary.json")["loss_first"] for folder in run_folders(tmp_path))
-    assert single != double
-    assert single == pytest.approx(double, abs=1e-5)
-
-
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from gpt2exp.sweep import composing, help, resume
 from gpt2exp.sweep import request as requests
 
 ROOT = Path(__file__).parents[2]
-PLACES = ("*.md", "conf/**/*.md", "gpt2exp/**/*.md", "tests/**/*.md", "experiments/throughput/*.md")
+PLACES = ("*.md", "conf/**/*.md", "gpt2exp/**/*.md", "tests/**/*.md", "experiments/throughput/**/*.md")
 PAGES = {path: path.read_text(encoding="utf-8") for place in PLACES for path in sorted(ROOT.glob(place))}
 README = PAGES[ROOT / "README.md"]
 BLOCKS = [block for page in PAGES.values() for block in re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)]
