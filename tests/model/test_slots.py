@@ -43,6 +43,7 @@ MIXED = ["model/mlp=swiglu", "model/attention=rotary", "model/norm=rmsnorm", "mo
 def _nothing_stays_admitted() -> Iterator[None]:
     yield
     choices.allow()
+    choices.trust(False)
 
 
 def asked(*words: str, folder: Path = EXAMPLES) -> RunConfig:
@@ -382,7 +383,9 @@ def test_a_run_goes_on_as_if_it_had_never_stopped_and_is_sampled_from(
     assert losses(part) == losses(whole)
     assert read(part / "summary.json")["config"]["model"]["mlp"]["hidden"] == 24
     monkeypatch.chdir(tmp_path)
-    assert sample.command([str(part), "--tokens", "3"]) == 2  # its code lies elsewhere
+    config.OUTSIDE.clear()  # as in a new process
+    assert sample.command([str(part), "--tokens", "3"]) == 2
+    assert "would run code of" in capsys.readouterr().err
     assert sample.command(["--trust", str(part), "--tokens", "3"]) == 0
     capsys.readouterr()
     assert export.command([str(part), "out"]) == 2
