@@ -14,6 +14,7 @@ from publish import HERE, column, effect, having, replace_block, runs_of, spread
 
 from gpt2exp.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2exp.data import assets, tokens
+from gpt2exp.model import size
 from gpt2exp.training import setup
 
 NEEDS = "needs a GPU"
@@ -46,7 +47,7 @@ def compression() -> tuple[str, int, str]:
 
 
 def tied_parameters() -> tuple[str, int, str]:
-    tied, untied = (ModelConfig(tie_weights=tie).parameters["total"] for tie in (True, False))
+    tied, untied = (size.parameters(ModelConfig(tie_weights=tie))["total"] for tie in (True, False))
     text = f"{untied - tied:,} fewer: {(untied - tied) / tied:.0%} of the tied model, {(untied - tied) / untied:.0%} of"
     return f"{text} the untied", 1, holds(abs((untied - tied) / tied - 0.3) < 0.02)
 

@@ -22,8 +22,8 @@ from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_cha
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
 from gpt2exp.compare.rows import Grid, Group, Row, axes_of, figures, of_today, read
-from gpt2exp.config import BadRequest, flatten
-from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, number_of
+from gpt2exp.config import SOURCE, BadRequest, flatten
+from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
 from gpt2exp.training import load
 
 __all__ = ["Comparison", "Distance", "Grid", "Interaction", "Row", "compare", "read"]
@@ -123,7 +123,9 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     grid, loss = Grid(known, axes_of(known)), _loss(done)
     stated, notes = _margin(known) if margin is None else (margin, [])
     before = _history(known, grid, out)
-    effects = _effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated)
+    own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
+    BY_KEY.update(own)
+    effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, _contended(known), stated)
     for effect in effects:
         if effect.metric == loss.key and effect.differences:
             _trend(effect, grid, before)
@@ -320,6 +322,9 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Group], contended: set[s
             return "the arms were trained on different texts"
         validated = metric.key == "val_loss" and differ(lambda row: row["data"].get("val_tokens"))
         return "the arms were validated on different texts" if validated else ""
+    if metric.compared == metric.key:
+        code = [row["config"]["metric"] | {SOURCE: ""} for row in runs]
+        return "" if all(one == code[0] for one in code) else "the runs measured it by different code or keys"
     if metric is SPEED and any(map(_emulated, runs)):
         return "emulated precision: its speed is not a hardware speed"
     if differ(lambda row: (row["device"], row["threads"], row.get("processes", 1))):

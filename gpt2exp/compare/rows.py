@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gpt2exp.compare.inference import pooled_std
-from gpt2exp.config import MOVED, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
+from gpt2exp.config import MOVED, SHA256, TARGET, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
 
@@ -65,9 +65,9 @@ def _row(run: Path, above: Path) -> Row:
         except (OSError, ValueError) as error:
             row["state"], row["error"] = "damaged", f"summary.json is missing or damaged: {error}"
     with contextlib.suppress(BadRequest):  # Hydra's record is unusable too
-        config, gone, overrides = record.asked(run)
-        secret.check_values([plain(config), gone, overrides])  # an interpolation in a stranger's folder may ask for one
-        row |= {"config": plain(config), "gone": gone, "overrides": overrides}
+        config, gone, overrides = record.described(run)
+        secret.check_values([config, gone, overrides])  # an interpolation in a stranger's folder may ask for one
+        row |= {"config": config, "gone": gone, "overrides": overrides}
     return row
 
 
@@ -97,9 +97,14 @@ def _typed(row: Row, flat: Settings) -> Settings:
 
 def _arm(key: str, flat: Settings, told: Settings) -> str:
     """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it."""
-    chosen = f"{key.replace('/', '.')}.{'scheme' if key == 'init' else 'name'}"
-    usual = "gpt2" if key.startswith("model") else "default"
-    return flat.get(key) or told.get(key) or flat.get(chosen, usual)
+    section = _section(key)
+    chosen = flat.get(f"{section}name") or flat.get(f"{section}scheme")
+    return flat.get(key) or told.get(key) or chosen or ("gpt2" if key.startswith("model") else "default")
+
+
+def _section(group: str) -> str:
+    """What the keys begin with that go with a choice; a schedule from outside has a section of its own."""
+    return "schedule." if group == "optimizer.schedule" else f"{group.replace('/', '.')}."
 
 
 def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -121,16 +126,21 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
     arms = {key: [_arm(key, *of_run) for of_run in zip(flats, told, strict=True)] for key in names}
     arms = {key: of_runs for key, of_runs in arms.items() if len(set(of_runs)) > 1}
     by_group: set[str] = set()
-    for group in arms.keys() - keys:
-        inside = {key for key in keys if key.startswith(f"{group.replace('/', '.')}.")}
+    for group in arms.keys() - (keys - {"optimizer.schedule"}):
+        inside = {key for key in keys if key.startswith(_section(group))}
         for key in {key for key in inside & varying if key not in arms or usual.get(key) == "null"}:
             both = {(arm, flat.get(key)) for arm, flat in zip(arms[group], flats, strict=True)}
             if len(both) == len(set(arms[group])):
                 by_group.add(key)
-        if inside and not inside & by_group:
+        if inside and not inside & by_group and group not in keys:
             del arms[group]  # told in some runs, a preset's choice in the others
     following = {key for key in varying - by_group if _follows(key, rows, told)}
     if differing := sorted(varying - arms.keys() - by_group - following):
+        if code := [key for key in differing if key.endswith(f".{SHA256}")]:
+            target = code[0].replace(SHA256, TARGET)
+            what = next(flat[target] for flat in flats if target in flat)
+            why = "its code was changed between the runs, so that they are no longer one arm"
+            raise BadRequest(f"{target}={what}: {why}; compare runs of one version of it")
         raise BadRequest(
             f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
             "compare folders whose runs share it"
