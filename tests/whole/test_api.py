@@ -132,6 +132,21 @@ def test_in_a_thread(here: Path) -> None:
     assert len(re.findall(r"^step ", out.getvalue(), re.M)) == 3
 
 
+def test_a_notebook_gets_plain_lines(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once: its stream calls itself a terminal, and moves no cursor."""
+
+    class Notebook(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Notebook()
+    monkeypatch.setattr(sys, "stdout", out)
+    gpt2exp.run(gpt2exp.compose(*FEW), "run")
+    assert len(re.findall(r"^step ", out.getvalue(), re.M)) == 3
+    assert "\x1b" not in out.getvalue()
+    assert "training " not in out.getvalue()
+
+
 def test_an_import_is_quick() -> None:
     code = (
         "import sys, gpt2exp; gpt2exp.compose('model=nano'); gpt2exp.run; gpt2exp.sweep\n"
