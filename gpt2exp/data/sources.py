@@ -26,14 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from gpt2exp import files
-from gpt2exp.config import BadRequest, DataConfig, DataName, explain, first_line, require, show
+from gpt2exp import choices, files
+from gpt2exp.config import SOURCE, BadRequest, DataConfig, DataName, explain, first_line, plain, require, show
 from gpt2exp.data import assets
 
-Pieces: TypeAlias = Iterator[str | None]
+Pieces: TypeAlias = "Iterator[str | npt.NDArray[np.uint16] | None]"
 
 Advance: TypeAlias = Callable[[int], None]
 """Called with the number of further bytes of input that have been read."""
@@ -114,6 +116,10 @@ def find(config: DataConfig) -> Text:
     """
     path, limit = Path(str(config.path)), {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
     rows: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split}
+    if isinstance(config, choices.Outside):
+        own = {key: value for key, value in plain(config).items() if key not in (SOURCE, "val_fraction", "order")}
+        known = _with("", own)
+        return Text(str(config.name), known, None, lambda _: _by_code(config), lambda: known)
     if config.name is DataName.tinyshakespeare:
         asset = assets.TINY_SHAKESPEARE  # its hash is known, so that with a warm cache the text is not read
         known = _with(asset.sha256, limit)
@@ -149,6 +155,32 @@ def find(config: DataConfig) -> Text:
 
     key = _with(hashlib.sha256(json.dumps(place).encode()).hexdigest(), {"name": config.name.value, **chosen})
     return Text(path.name, key, size, read, sha256)
+
+
+def _by_code(config: Any) -> Pieces:
+    """The documents that code from outside yields: texts, or token ids."""
+    said = f"data={config.name}"
+    for document in _guarded(said, config):
+        yield None
+        if isinstance(document, str):
+            yield document
+            continue
+        try:
+            ids = np.asarray(document)
+        except ValueError:
+            ids = np.asarray(None)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
+            why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
+            raise BadRequest(f"{said}: {why}; yield str, or lists of int")
+        yield ids.astype("<u2")
+
+
+def _guarded(said: str, config: Any) -> Iterator[Any]:
+    try:
+        yield from choices.call(config)
+    except Exception as error:
+        why = f"its code raised {type(error).__name__}: {first_line(error)}"
+        raise BadRequest(f"{said}: {why}; mend its code or its keys") from error
 
 
 def _with(sha256: str, chosen: Mapping[str, Any]) -> str:

@@ -238,7 +238,7 @@ def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> 
     def counted(pieces: Pieces) -> Pieces:
         nonlocal marks
         for piece in pieces:
-            marks += piece.count(MARK) if piece else 0  # no cut goes through it
+            marks += piece.count(MARK) if isinstance(piece, str) else 0  # no cut goes through it
             yield piece
 
     with assets.writing(cache):
@@ -282,8 +282,9 @@ def encoded(pieces: Pieces) -> Iterator[Tokens]:
     """
     encoding, cores = gpt2_encoding(), machine.cores()
 
-    def encode(pieces: list[str | None]) -> Tokens:
-        return np.concatenate([END if piece is None else encode_piece(encoding, piece) for piece in pieces])
+    def encode(pieces: list[str | Tokens | None]) -> Tokens:
+        made = [encode_piece(encoding, piece) if isinstance(piece, str) else piece for piece in pieces]
+        return np.concatenate([END if piece is None else piece for piece in made])
 
     next(pieces, None)  # the None before the first document: nothing to end there
     waiting: deque[Future[Tokens]] = deque()
@@ -327,12 +328,12 @@ def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
     return np.concatenate(parts).astype("<u2")
 
 
-def _batched(pieces: Pieces) -> Iterator[list[str | None]]:
+def _batched(pieces: Pieces) -> Iterator[list[str | Tokens | None]]:
     """Short documents in groups, so that a task outweighs its overhead."""
-    batch, size = list[str | None](), 0
+    batch, size = list[str | Tokens | None](), 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece or "")
+        size += 0 if piece is None else len(piece)
         if size >= sources.BLOCK // 2:
             yield batch
             batch, size = [], 0

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2exp import choices
 from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig, first_line, parse, show, stored
 from gpt2exp.files import beside, sha256, write_json
 from gpt2exp.run.record import CHECKPOINTS, saved
@@ -57,12 +58,13 @@ class Checkpoint:
         """The model whose weights these are; `said` names the run in errors.
 
         Raises:
-            BadRequest: the model was built with a key that this version does not know.
+            BadRequest: the model has a key that this version does not know, or code from outside that may not run here.
         """
         today, unknown = stored(self.state["config"])
         if odd := [key for key in unknown if key.startswith("model.")]:
             why = f"its model has {odd[0]}={show(unknown[odd[0]])}, which this version does not know"
             raise BadRequest(f"{said}: {why}; use the version that trained it")
+        choices.admit({"model": today["model"]})
         return parse({"model": today["model"]}).model
 
     def weights(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from gpt2exp.config import WandbConfig, WandbMode, first_line
-from gpt2exp.run.metrics import METRICS
+from gpt2exp.run.metrics import METRICS, from_outside
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""
@@ -210,7 +210,7 @@ def _init(run: dict[str, Any], mode: Any) -> Any:
     # finish_previous: by default a sweep's next job would get the run before
     opened = wandb.init(mode=mode, reinit="finish_previous", settings=settings, **run)
     opened.define_metric("*", step_metric="tokens", step_sync=True)
-    for metric in METRICS:
+    for metric in (*METRICS, *from_outside(run["config"])):
         if metric.step:
             opened.define_metric(metric.key, step_metric="tokens", step_sync=True, summary=metric.best)
     for name in ("tokens", "step"):

@@ -21,13 +21,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import config
+from gpt2exp import choices, config
 from gpt2exp.config import HOUSEKEEPING, BadRequest, DataName, RunConfig, Schedule, show
 from gpt2exp.run import record, terminal
 from gpt2exp.sweep import composing, engines, request
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
-MAY_CHANGE = (*HOUSEKEEPING, "train.steps", "train.device", "distributed", "data.path")
+MAY_CHANGE = (*(set(HOUSEKEEPING) - {"metric"}), "train.steps", "train.device", "distributed", "data.path")
 """Keys, or whole sections, that a run may go on with another value of; the text at `data.path` must be the same."""
 
 
@@ -90,11 +90,15 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
             raise BadRequest(f"{text}: {terminal.short(folder)} is one run; leave it out, or name a sweep's folder")
     try:
         before, gone, overrides = record.asked(folder)
+    except choices.Refused as error:
+        raise BadRequest(f"resume={folder}: {error}") from error
     except BadRequest as error:
         raise BadRequest(f"resume={folder}: {error}; put the files back, or start a new run") from error
     recorded = OmegaConf.create(config.plain(before))  # resolved: what follows train.steps keeps the value it had
     overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
+    if args.trust:
+        choices.allow(args.config_dir, Path.cwd(), config_dir, began_in)
     changed: dict[str, Any] = {}
     if own := [override for override in typed if not is_hydra(override.key_or_group)]:
         args = copy.copy(args)
@@ -187,8 +191,10 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
     """What typing more changes in a configuration: new values by dotted key."""
     with composing.composing(args) as composer:
-        before, after = (composing.checked(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
-    return {key: _value(after, key) for key in list(config.keys()) if _value(after, key) != _value(before, key)}
+        composed = (composing.identified(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
+        before, after = map(composing.checked, composed)
+    every = [*config.keys(), *config.leaves(config.plain(before)), *config.leaves(config.plain(after))]
+    return {key: _value(after, key) for key in dict.fromkeys(every) if _value(after, key) != _value(before, key)}
 
 
 def _notes(before: RunConfig, after: RunConfig, changed: dict[str, Any]) -> list[str]:
@@ -196,7 +202,7 @@ def _notes(before: RunConfig, after: RunConfig, changed: dict[str, Any]) -> list
     for key in changed:
         if not _within(key, HOUSEKEEPING):
             notes.append(f"{key}: {show(_value(after, key))} from here on, {show(_value(before, key))} before")
-    if "train.steps" in changed and after.optimizer.schedule is Schedule.cosine and not after.optimizer.schedule_steps:
+    if "train.steps" in changed and after.optimizer.schedule == Schedule.cosine and not after.optimizer.schedule_steps:
         notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
     return notes
 
@@ -215,6 +221,8 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         flags.config_dir = str(Path(args.config_dir).absolute())
     elif flags.config_dir:
         flags.config_dir = str((began_in / flags.config_dir).absolute())
+    if args.trust:
+        choices.allow(args.config_dir, Path.cwd(), flags.config_dir, began_in)
     _check_rule(folder, known, typed)
     runs, gone = _recorded(folder)
     listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
@@ -266,6 +274,8 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
     for run in record.runs_below(folder):
         try:
             of, unknown, overrides = record.asked(run)
+        except choices.Refused as error:
+            raise BadRequest(f"resume={folder}: {run.name}: {error}") from error
         except BadRequest:
             continue  # Hydra's own record is damaged: the job is run anew, beside it
         for key, value in unknown.items():

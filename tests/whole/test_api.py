@@ -95,7 +95,7 @@ def test_bad_requests_raise_one_line(here: Path) -> None:
     for words, line in {
         ("model.n_layer=0",): "model.n_layer=0: must be at least 1",
         ("seed=1,2",): "seed=1,2: several values make a sweep",
-        ("experiment=precision",): "this is several runs",
+        ("experiment=precision",): "several runs, or one that goes on",
         ("+wandb.api_key=12345678",): "credentials are no part of a request",
     }.items():
         with pytest.raises(gpt2exp.BadRequest, match=re.escape(line)):
