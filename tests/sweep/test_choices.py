@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from support import COMPARE, SMALL, at_step, finish, losses, read, run, start
 
-from gpt2exp import choices, config
+from gpt2exp import choices, config, export, sample
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
 from gpt2exp.model import init
@@ -316,6 +316,25 @@ def test_a_sweep_in_workers_ends_in_verdicts(tmp_path: Path) -> None:
     mixed = run(folder, "swept", "other", "--out", "both", program=COMPARE)
     assert mixed.returncode == 2
     assert "optimizer._target_=my_choices.Signs: its code was changed between the runs" in mixed.stderr
+
+
+def test_samples_and_exports_run_no_code_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An optimizer is none of their business, a slot's class is a sample's, and Hugging Face has none of it."""
+    for name, typed in (("first", "optimizer=lion"), ("second", "model/mlp=swiglu")):
+        args = [*SMALL, typed, "train.steps=1", "checkpoint.save_last=true", QUIET, f"hydra.run.dir={name}"]
+        assert run(tmp_path, "--config-dir", str(EXAMPLES), *args).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert export.command(["first", "out"]) == 0
+    assert sample.command(["first", "--tokens", "1"]) == 0
+    assert export.command(["second", "more"]) == 2
+    assert (
+        "model/mlp=swiglu: Hugging Face's GPT-2 has no such choice; it takes model/mlp=gpt2" in capsys.readouterr().err
+    )
+    assert sample.command(["second", "--tokens", "1"]) == 2
+    assert f"would run code of {EXAMPLES}/swiglu.py" in capsys.readouterr().err
+    assert sample.command(["second", "--tokens", "1", "--trust"]) == 0
 
 
 def test_schedules_of_ours_and_others_are_one_axis(mine: Path) -> None:
