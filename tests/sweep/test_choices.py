@@ -270,7 +270,7 @@ def test_killed_it_goes_on_bit_for_bit_from_elsewhere(tmp_path: Path) -> None:
     finish(process)
     no = run(tmp_path / "else", f"resume={part}")
     assert no.returncode == 2
-    assert f"would run code of {tmp_path}/here/mine/my_choices.py; add --config-dir" in no.stderr
+    assert f"would run code of {tmp_path}/here/mine/my_choices.py; if it is yours, add --trust" in no.stderr
     again = run(tmp_path / "else", "--trust", f"resume={part}")
     assert again.returncode == 0, again.stderr
     whole = tmp_path / "here" / "whole"
@@ -303,13 +303,17 @@ def test_a_sweep_in_workers_ends_in_verdicts(tmp_path: Path) -> None:
     assert verdicts["spread"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert verdicts["loss_mean_last10"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert "spread, logits" in (folder / "swept" / "report.md").read_text()
+    gained = run(tmp_path / "else", "--trust", f"resume={folder / 'swept'}", "seed=4", "sweep.isolate=true")
+    assert gained.returncode == 0, gained.stderr
+    assert len(read(folder / "swept" / "comparison.json")["seeds"]) == 4
+    before = read(folder / "swept" / "comparison.json")
     code = (folder / "mine" / "my_choices.py").read_text()
     (folder / "mine" / "my_choices.py").write_text("raise SystemExit(9)")
     again = run(folder, "swept", program=COMPARE)
     assert again.returncode == 0, again.stderr
     assert read(folder / "swept" / "comparison.json")["axes"] == before["axes"]
     (folder / "mine" / "my_choices.py").write_text(f"{code}\n# changed\n")
-    more = run(folder, "--config-dir", "mine", "resume=swept", "seed=4")
+    more = run(folder, "--config-dir", "mine", "resume=swept", "seed=5")
     assert more.returncode == 2
     assert "is not the code of before" in more.stderr
     assert run(folder, *asked, "optimizer=signs", "seed=4", "hydra.run.dir=other").returncode == 0
