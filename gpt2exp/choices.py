@@ -194,7 +194,9 @@ def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
     there = [path for path in places if path.is_file()]
     if not there:
         where = shlex.quote(str(recorded.parent))
-        raise Refused(f"{said} would run code of {recorded}; add --config-dir {where} if it is yours, or --trust")
+        raise Refused(
+            f"{said} would run code of {recorded}; if it is yours, add --trust (gpt2exp: or --config-dir {where})"
+        )
     text = {path: path.read_bytes() for path in there}
     same = [path for path in there if hashlib.sha256(text[path]).hexdigest() == sha256]
     if not same:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from support import COMPARE, SMALL, at_step, finish, losses, read, run, start
 
-from gpt2exp import choices, config
+from gpt2exp import choices, config, export, sample
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
 from gpt2exp.model import init
@@ -270,7 +270,7 @@ def test_killed_it_goes_on_bit_for_bit_from_elsewhere(tmp_path: Path) -> None:
     finish(process)
     no = run(tmp_path / "else", f"resume={part}")
     assert no.returncode == 2
-    assert f"would run code of {tmp_path}/here/mine/my_choices.py; add --config-dir" in no.stderr
+    assert f"would run code of {tmp_path}/here/mine/my_choices.py; if it is yours, add --trust" in no.stderr
     again = run(tmp_path / "else", "--trust", f"resume={part}")
     assert again.returncode == 0, again.stderr
     whole = tmp_path / "here" / "whole"
@@ -303,19 +303,42 @@ def test_a_sweep_in_workers_ends_in_verdicts(tmp_path: Path) -> None:
     assert verdicts["spread"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert verdicts["loss_mean_last10"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert "spread, logits" in (folder / "swept" / "report.md").read_text()
+    gained = run(tmp_path / "else", "--trust", f"resume={folder / 'swept'}", "seed=4", "sweep.isolate=true")
+    assert gained.returncode == 0, gained.stderr
+    assert len(read(folder / "swept" / "comparison.json")["seeds"]) == 4
+    before = read(folder / "swept" / "comparison.json")
     code = (folder / "mine" / "my_choices.py").read_text()
     (folder / "mine" / "my_choices.py").write_text("raise SystemExit(9)")
     again = run(folder, "swept", program=COMPARE)
     assert again.returncode == 0, again.stderr
     assert read(folder / "swept" / "comparison.json")["axes"] == before["axes"]
     (folder / "mine" / "my_choices.py").write_text(f"{code}\n# changed\n")
-    more = run(folder, "--config-dir", "mine", "resume=swept", "seed=4")
+    more = run(folder, "--config-dir", "mine", "resume=swept", "seed=5")
     assert more.returncode == 2
     assert "is not the code of before" in more.stderr
     assert run(folder, *asked, "optimizer=signs", "seed=4", "hydra.run.dir=other").returncode == 0
     mixed = run(folder, "swept", "other", "--out", "both", program=COMPARE)
     assert mixed.returncode == 2
     assert "optimizer._target_=my_choices.Signs: its code was changed between the runs" in mixed.stderr
+
+
+def test_samples_and_exports_run_no_code_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An optimizer is none of their business, a slot's class is a sample's, and Hugging Face has none of it."""
+    for name, typed in (("first", "optimizer=lion"), ("second", "model/mlp=swiglu")):
+        args = [*SMALL, typed, "train.steps=1", "checkpoint.save_last=true", QUIET, f"hydra.run.dir={name}"]
+        assert run(tmp_path, "--config-dir", str(EXAMPLES), *args).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert export.command(["first", "out"]) == 0
+    assert sample.command(["first", "--tokens", "1"]) == 0
+    assert export.command(["second", "more"]) == 2
+    assert (
+        "model/mlp=swiglu: Hugging Face's GPT-2 has no such choice; it takes model/mlp=gpt2" in capsys.readouterr().err
+    )
+    assert sample.command(["second", "--tokens", "1"]) == 2
+    assert f"would run code of {EXAMPLES}/swiglu.py" in capsys.readouterr().err
+    assert sample.command(["second", "--tokens", "1", "--trust"]) == 0
 
 
 def test_schedules_of_ours_and_others_are_one_axis(mine: Path) -> None:
