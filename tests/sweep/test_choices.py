@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import COMPARE, SMALL, finish, losses, read, run, start, wait_for_step
+from support import COMPARE, SMALL, at_step, finish, losses, read, run, start
 
 from gpt2exp import choices
 from gpt2exp.config import ModelConfig, RunConfig
@@ -232,9 +232,9 @@ def test_killed_it_goes_on_bit_for_bit_from_elsewhere(tmp_path: Path) -> None:
         "checkpoint.save_last=true",
     ]
     assert run(tmp_path / "here", *args, "hydra.run.dir=whole").returncode == 0
-    process = start(tmp_path / "here", *args, "hydra.run.dir=part", "checkpoint.every=4")
-    part = wait_for_step(tmp_path / "here" / "part", process)
-    process.send_signal(signal.SIGKILL)
+    process = start(tmp_path / "here", *args, "hydra.run.dir=part", "checkpoint.every=4", held=":5")
+    with at_step(tmp_path / "here" / "part", process) as (part, held):
+        held.send_signal(signal.SIGKILL)
     finish(process)
     no = run(tmp_path / "else", f"resume={part}")
     assert no.returncode == 2
