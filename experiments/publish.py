@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2exp.compare import figures, inference, report
-from gpt2exp.compare.comparison import compare, read
+from gpt2exp.compare.comparison import read
+from gpt2exp.compare.stopping import compared
 from gpt2exp.config import options, show
 
 HERE = Path(__file__).parent
@@ -41,7 +42,7 @@ Run = dict[str, str]
 
 def publish(name: str, sweeps: Sequence[Path]) -> None:
     """Write a finding's results, figures and the part of its page between the markers."""
-    comparison = compare(read(sweeps))
+    comparison = compared(read(sweeps))
     folder = HERE / name
     for old in folder.glob("*.png"):
         old.unlink()
@@ -61,7 +62,7 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
 
 def publish_speed(sweep: Path) -> None:
     """The second sweep of the precision study: speed alone, at the size where it matters."""
-    comparison = compare(read([sweep]))
+    comparison = compared(read([sweep]))
     folder = HERE / "precision"
     (folder / "speed.csv").write_text(report.table(comparison))
     lines = [*report.effects(comparison, ["speed, ratio"]), "", *report.reproduce(comparison)]
@@ -70,7 +71,7 @@ def publish_speed(sweep: Path) -> None:
 
 def publish_gpt2(sweep: Path) -> None:
     """The second sweep of the residual scaling study: the stream of GPT-2 itself, at init."""
-    comparison = compare(read([sweep]))
+    comparison = compared(read([sweep]))
     folder = HERE / "residual_scaling"
     write_runs(comparison.runs, folder / "gpt2.csv")
     lines = []

@@ -51,7 +51,8 @@ METHOD = (
     "that differ in the seed alone: the size of a difference that chance makes between two single runs; the arm's, in "
     "brackets the baseline's.",
     "The interval is Student's t, which is right at one look. Where seeds were added after an earlier comparison, it "
-    "is that of an e-process, wider and right at every look; p then keeps the strongest look so far.",
+    "is that of an e-process, wider and right at every look; p then keeps the strongest look so far. Where the looks "
+    "were declared beforehand it is Student's t at a smaller p, right at each of them.",
     "better, worse: p below 0.05. indistinguishable: the interval lies inside the margin stated beforehand "
     "(sweep.margin, or --margin); without a margin only arms without any difference are. inconclusive: neither; the "
     "seeds named would settle it in four of five studies that go on like this one, added after this look and not "

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,8 @@ from gpt2exp.config import (
     Distributed,
     Fallback,
     PrecisionName,
-    RunConfig,
     first_line,
     home,
-    parse,
     plain,
 )
 from gpt2exp.data import tokens
@@ -144,15 +143,13 @@ def _launch(request: Request, to_do: list[Job], argv: list[str]) -> None:
         if not request.names:
             composing.hand_over(argv, work, request.folder)
         elif not request.local:
-            jobs = [json.dumps([job.folder, job is to_do[0], request.description(job)]) for job in to_do]
-            composing.launch(request.master, request.folder, jobs, work)
+            composing.launch(request.master, request.folder, to_do, work)
         else:
             needless = set[int]()
             with env_override(request.master.hydra.job.env_set):
                 for job in to_do:
                     if job.config.seed not in needless:
-                        described, began = request.description(job), BEGAN if job is to_do[0] else time.monotonic()
-                        needless = _work(request.folder / job.folder, request.folder, began, described)
+                        needless = _work(job, request.folder, BEGAN if job is to_do[0] else time.monotonic())
     except KeyboardInterrupt:
         _say_how_to_go_on(request)
         raise
@@ -248,42 +245,31 @@ def work(cfg: DictConfig) -> float:
     Returns the loss that a sweeper is to minimise, infinite if the run diverged or failed.
     """
     terminal.show_warnings()
-    hydra = HydraConfig.get()
+    hydra, job = HydraConfig.get(), composing.handed(cfg)
     sweep = Path(hydra.runtime.output_dir)
-    if composing.JOB in cfg:
-        name, first, described = json.loads(cfg[composing.JOB])
-    else:  # its sweeper made it up
-        known, told = record.Sweep.read(sweep), list(hydra.overrides.task)
-        alike = known.jobs[0] if known else []
-        name = numbered(hydra.job.num, ",".join(sorted(text for text in told if text not in alike)))
-        first, settings = hydra.job.num == 0, composing.as_plain(HydraConfig.instance().cfg)["hydra"]
-        described = {"own": composing.as_plain(cfg), "overrides": told, "settings": settings}
-    config = _asked(sweep / name, described)
-    engines.enter(str(hydra.launcher._target_), sweep, config.train.device)
-    if config.seed not in _needless(sweep):
-        _work(sweep / name, sweep, BEGAN if first else time.monotonic(), described)
-    return record.objective(sweep / name)
+    if not job.folder:  # its sweeper made it up
+        known = record.Sweep.read(sweep)
+        told = sorted(set(job.overrides) - set(known.jobs[0] if known else ()))
+        job = replace(job, folder=numbered(hydra.job.num, ",".join(told)))
+    engines.enter(str(hydra.launcher._target_), sweep, job.config.train.device)
+    if job.config.seed not in _needless(sweep):
+        _work(job, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
+    return record.objective(sweep / job.folder)
 
 
-def _asked(folder: Path, described: dict[str, Any] | None) -> RunConfig:
-    """The configuration of a job, by its folder, or where that is not there yet by its description."""
-    made = (folder / ".hydra" / "config.yaml").is_file()
-    return record.asked(folder)[0] if made or described is None else parse(described["own"])
+def _work(job: Job, sweep: Path, began: float) -> set[int]:
+    """Run one job of a sweep, if that is to do; every outcome is recorded, and only a signal is raised.
 
-
-def _work(folder: Path, sweep: Path, began: float, described: dict[str, Any] | None) -> set[int]:
-    """Run one folder of a sweep, if that is to do; every outcome is recorded, and only a signal is raised.
-
-    `described`: by `composing.describe`, where the folder is not there yet. Returns the seeds that are not to begin.
+    Returns the seeds of which no run is to begin any more.
     """
-    config = _asked(folder, described)
+    folder = sweep / job.folder
     done = record.row(folder, sweep)["state"] in ("done", "diverged")  # in an earlier launch
-    if done or (config.sweep.fail_fast and _failed_before(sweep)):
+    if done or (job.config.sweep.fail_fast and _failed_before(sweep)):
         return set()
-    if described is not None and not (folder / ".hydra" / "config.yaml").is_file():
-        composing.describe(folder, **described)
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        composing.describe(folder, job)
     try:
-        if config.sweep.isolate and not processes.requeued_by():  # submitit gives a job its own process already
+        if job.config.sweep.isolate and not processes.requeued_by():  # submitit gives a job its own process already
             _in_own_process(folder)
         else:
             with processes.held(folder):
@@ -292,7 +278,7 @@ def _work(folder: Path, sweep: Path, began: float, described: dict[str, Any] | N
         log.warning("%s", error)
     except OSError as error:  # the folder says as much as it could
         log.error("%s", unwritable(error))
-    return _needless(sweep, config.seed)
+    return _needless(sweep, job.config.seed)
 
 
 def _needless(sweep: Path, ended: int | None = None) -> set[int]:

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import config
-from gpt2exp.config import HOUSEKEEPING, BadRequest, DataName, RunConfig, Schedule, show
+from gpt2exp.config import BadRequest, DataName, RunConfig, Schedule, show
 from gpt2exp.run import record, terminal
 from gpt2exp.sweep import composing, engines, request
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
-MAY_CHANGE = (*HOUSEKEEPING, "train.steps", "train.device", "distributed", "data.path")
-"""Keys, or whole sections, that a run may go on with another value of; the text at `data.path` must be the same."""
+MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
+"""Keys besides housekeeping that a run may go on with another value of; the text at `data.path` must be the same."""
 
 
 def make(args: argparse.Namespace) -> request.Request | None:
@@ -41,8 +40,6 @@ def make(args: argparse.Namespace) -> request.Request | None:
         return None
     with composing.composing(args) as composer:
         typed = request.read(composer, args.overrides)
-        for override in typed:
-            request.check(composer, override)
         folders = [override for override in typed if override.key_or_group == "resume"]
         typed = [override for override in typed if override.key_or_group != "resume"]
         values = {str(value) for override in folders for value in request.values(override) if value is not None}
@@ -100,9 +97,9 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         args = copy.copy(args)
         args.config_dir = args.config_dir or config_dir
         changed = _changes(args, overrides, [str(override.input_line) for override in own])
-    refused = [key for key in changed if not _within(key, MAY_CHANGE)]
-    if refused:
-        now = ", ".join(f"{key}={show(_value(before, key))}" for key in refused)
+    had = _flat(before)
+    if refused := [key for key in changed if not config.is_housekeeping(key) and key not in MAY_CHANGE]:
+        now = ", ".join(f"{key}={show(had.get(key))}" for key in refused)
         what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
         why = f"{terminal.short(folder)} began with {now}"
         follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
@@ -112,7 +109,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
         if key == "data.path" and value is not None and not on_hub:
             value = str(Path(value).expanduser().absolute())  # as typed it starts here, and the run's others there
-        OmegaConf.update(recorded, key, value.value if isinstance(value, Enum) else value)
+        OmegaConf.update(recorded, key, value)
         overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != key]
         overrides.append(f"{key}={show(value)}")
     after = config.parse(recorded)
@@ -126,7 +123,13 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         why = f"{terminal.short(folder)} is done and kept no checkpoint to go on from"
         remedy = "start a new run, with checkpoint.save_last=true if it may go on later"
         raise BadRequest(f"train.steps={after.train.steps}: {why}; {remedy}")
-    notes = _notes(before, after, changed)
+    notes = [
+        f"{key}: {show(value)} from here on, {show(had.get(key))} before"
+        for key, value in _flat(after).items()
+        if key in changed and not config.is_housekeeping(key)
+    ]
+    if "train.steps" in changed and after.optimizer.schedule is Schedule.cosine and not after.optimizer.schedule_steps:
+        notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
     if steps and not record.saved(folder):
         notes.append(f"no checkpoint was saved: its {steps} steps are done again, from the start")
     if done:
@@ -155,18 +158,6 @@ def _gone_note(gone: Mapping[str, Any]) -> list[str]:
     return [f"{told}: no key of this version, recorded by another; what is to do is done without it"] if gone else []
 
 
-def _within(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _value(of: RunConfig, key: str) -> Any:
-    """None where the choice made has no such key."""
-    value: Any = of
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
 def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
     """Where a run was started, and its `--config-dir`, each if it is still there."""
     try:
@@ -182,18 +173,12 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
     """What typing more changes in a configuration: new values by dotted key."""
     with composing.composing(args) as composer:
-        before, after = (composing.checked(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
-    return {key: _value(after, key) for key in list(config.keys()) if _value(after, key) != _value(before, key)}
+        before, after = (_flat(composing.checked(composer.compose(texts))) for texts in (overrides, overrides + typed))
+    return {key: value for key, value in after.items() if key not in before or value != before[key]}
 
 
-def _notes(before: RunConfig, after: RunConfig, changed: dict[str, Any]) -> list[str]:
-    notes = []
-    for key in changed:
-        if not _within(key, HOUSEKEEPING):
-            notes.append(f"{key}: {show(_value(after, key))} from here on, {show(_value(before, key))} before")
-    if "train.steps" in changed and after.optimizer.schedule is Schedule.cosine and not after.optimizer.schedule_steps:
-        notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
-    return notes
+def _flat(of: RunConfig) -> dict[str, Any]:
+    return config.leaves(config.plain(of))
 
 
 # --- a sweep ---------------------------------------------------------------------------------------------------------
@@ -215,7 +200,7 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
     listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items()}
     with composing.composing(flags) as composer:
-        added = request.axes(composer, [str(override.input_line) for override in typed])
+        added = request.axes(typed)
         settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
         kept = [texts[-1] for key, texts in added.items() if config.is_housekeeping(_key(key))]
         most = [text for text in kept if text.startswith("sweep.max_seeds=")]
