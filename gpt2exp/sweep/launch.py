@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -346,23 +345,14 @@ def _outcome(request: Request) -> int:
 
         if request.looks and stopping.stand(request.folder).why:
             jobs = len(rows)  # those of later seeds are not needed
-        console, place = terminal.terminal(), terminal.short(request.folder.absolute())
-        title = f"{done} of {jobs} runs done in {place}"
+        console = terminal.terminal()
+        title = f"{done} of {jobs} runs done in {terminal.short(request.folder.absolute())}"
         console.print(terminal.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
         kept = conclude.conclude(request.folder, console)
         for row in rows:
             if row["state"] != "done":
                 terminal.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
-        offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
-        place = shlex.quote(terminal.place(request.folder.absolute()))
-        found = [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]
-        for row in rows:
-            if elsewhere := row.get("config", {}).get("wandb", {}).get("dir"):
-                pattern = f"wandb/offline-run-*-{row['parts'][-1]['wandb']}"
-                found += map(terminal.pasted, Path(elsewhere).absolute().glob(pattern))
-        if kept is not None and not kept.is_relative_to(request.folder.absolute()):
-            found.append(terminal.pasted(kept))
-        if found:
+        if found := tracking.offline(request.folder, rows, kept):
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
     return 0 if rows and done == max(jobs, len(rows)) else 1
 

@@ -296,18 +296,17 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
     if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
         found = axes([*read(composer, preset(master)), *typed])
-        if master.sweep.until is not None:
-            found = {
-                "seed": _seeds(typed, as_plain(master.sweep)),
-                **{key: found[key] for key in found if key != "seed"},
-            }
+        if master.sweep.until is not None:  # a study's seeds are replaced
+            found.pop("seed", None)
+            looks = parse({"sweep": as_plain(master.sweep)}).sweep.looks
+            found = {"seed": [f"seed={seed}" for seed in range(1, looks.stop)], **found}
         jobs = named(list(composer.jobs(master, itertools.product(*found.values()))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = composer.compose(constant) if multirun else master
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
         jobs = [Job(tuple(texts), checked(alone), own, settings)]
-    looks = _looks(jobs, master, basic=basic, multirun=multirun)
+    looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
     for device in {job.config.train.device for job in jobs} if multirun else ():
@@ -315,31 +314,22 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks)
 
 
-def _seeds(typed: Sequence[Override], settings: dict[str, Any]) -> list[str]:
-    """The seeds of a sweep that runs until it is answered: 1, 2, 3, ..., whatever seeds a study brings along."""
-    for override in typed:
-        if override.key_or_group == "seed":
-            why = "sweep.until=answered takes the seeds 1, 2, 3, ... one after another"
-            raise BadRequest(f"{override.input_line}: {why}; leave it out, or sweep.until")
-    return [f"seed={seed}" for seed in range(1, parse({"sweep": settings}).sweep.looks.stop)]
-
-
-def _looks(jobs: Sequence[Job], master: DictConfig, *, basic: bool, multirun: bool) -> tuple[int, ...]:
+def _looks(jobs: Sequence[Job], typed: Sequence[Override], *, single: bool, until: str | None) -> tuple[int, ...]:
     """The looks of a sweep that runs until it is answered, by one rule for all its jobs; of any other none."""
-    sweeps = [job.config.sweep for job in jobs]
-    if not any(sweep.until for sweep in sweeps):
+    rules = {(one.until, one.looks, one.max_hours, one.margin) for one in (job.config.sweep for job in jobs)}
+    if not any(asked for asked, *_ in rules):
         return ()
-    rules = {(one.until, one.looks, one.max_hours, one.margin) for one in sweeps}
-    varying = len({tuple(text for text in job.overrides if not text.startswith("seed=")) for job in jobs}) > 1
-    what = "what to compare, such as model.tie_weights=true,false"
-    for ok, why, remedy in (
-        (multirun, "one run has no arms to compare", f"add -m, and {what}"),
-        (basic, "another sweeper makes up its jobs, and no seeds", "leave out hydra/sweeper, or sweep.until"),
-        (len(rules) == 1 and master.sweep.until, "the rule is one for all jobs", "give each key of sweep one value"),
-        (varying, "nothing varies but the seed", f"add {what}"),
+    arms = {tuple(text for text in job.overrides if not text.startswith("seed=")) for job in jobs}
+    seeds, what = [one.input_line for one in typed if one.key_or_group == "seed"], "model.tie_weights=true,false"
+    for wrong, why in (
+        (single, f"one run has no arms to compare; add -m, and what to compare, such as {what}"),
+        (not until or len(rules) > 1, "it takes the basic sweeper and one rule for all jobs; name one value of each"),
+        (seeds, f"it takes the seeds 1, 2, 3, ... one after another; leave out {seeds and seeds[0]}"),
+        (len(arms) < 2, f"nothing varies but the seed; add what to compare, such as {what}"),
     ):
-        require(bool(ok), "sweep.until", "answered", why, remedy)
-    return tuple(sweeps[0].looks)
+        if wrong:
+            raise BadRequest(f"sweep.until=answered: {why}")
+    return tuple(jobs[0].config.sweep.looks)
 
 
 def _check_several(composer: Composer, override: Override, *, multirun: bool) -> None:
@@ -368,22 +358,13 @@ def _check_path_used(inits: Sequence[InitConfig]) -> None:
 
 def check_hydra(settings: DictConfig) -> None:
     """Refuse settings of Hydra's own that name a credential, or under which no run could be kept or begun."""
-    given = as_plain(settings)
-    secret.check_values(given, "hydra")
-    place, subdir, called = given["output_subdir"], given["sweep"]["subdir"], list(given["callbacks"])
-    for key, value, ok, why in (
-        ("output_subdir", place, place == ".hydra", "a run is known by its folder .hydra; leave it out"),
-        ("sweep.subdir", subdir, subdir == ".", "resume= and the comparison name the folders; leave it out"),
-        ("callbacks", called, not called, "Hydra starts no run here, and calls none; leave it out"),
-        (
-            "job.chdir",
-            given["job"]["chdir"],
-            not given["job"]["chdir"],
-            "relative paths would start in the run's folder; leave it out, and set hydra.run.dir",
-        ),
-    ):
-        if not ok:
-            raise BadRequest(f"hydra.{key}={show(value)}: {why}")
+    secret.check_values(as_plain(settings), "hydra")
+    place, subdir, called = settings.output_subdir, as_plain(settings.sweep)["subdir"], list(settings.callbacks)
+    require(place == ".hydra", "hydra.output_subdir", place, "a run is known by its folder .hydra", "leave it out")
+    require(subdir == ".", "hydra.sweep.subdir", subdir, "resume= and the comparison name the folders", "leave it out")
+    require(not called, "hydra.callbacks", called, "Hydra starts no run here, and calls none", "leave it out")
+    why, remedy = "relative paths would start in the run's folder", "leave it out, and set hydra.run.dir"
+    require(not settings.job.chdir, "hydra.job.chdir", settings.job.chdir, why, remedy)
     known = sorted(Plugins.instance().class_name_to_class)
     for part in ("launcher", "sweeper"):
         target = settings[part]._target_

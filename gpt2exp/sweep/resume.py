@@ -224,12 +224,11 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
     """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
+    fixed = ("sweep.until", "sweep.min_seeds", *["sweep.margin"] * bool(known.looks))
     for override in typed:
         key = override.key_or_group
-        other = known.looks and (key == "sweep.margin" or not (config.is_housekeeping(key) or is_hydra(key)))
-        if other or key in ("sweep.until", "sweep.min_seeds"):
-            how = "runs until it is answered, by what was decided" if known.looks else "has the seeds that were chosen"
-            why = f"{terminal.short(folder)} {how} before its first run"
+        if key in fixed or not (not known.looks or config.is_housekeeping(key) or is_hydra(key)):
+            why = f"that was decided before the first run of {terminal.short(folder)}"
             raise BadRequest(f"{override.input_line}: {why}; leave it out, or start a new sweep")
 
 

@@ -155,13 +155,15 @@ FLAGS = [
     Bad("sweep.until=answered", "sweep.until=answered: one run has no arms to compare", "add -m, and what to compare"),
     Bad("-m sweep.until=answered", "sweep.until=answered: nothing varies but the seed", "add what to compare"),
     Bad("-m sweep.until=often init=gpt2,torch", "sweep.until=often: no such value", "choose one of answered"),
-    Bad("-m sweep.until=answered init=gpt2,torch seed=1,2", "seed=1,2: sweep.until=answered takes the", "leave it out"),
-    Bad("experiment=init_std sweep.until=answered seed=7", "seed=7: sweep.until=answered takes the", "leave it out"),
-    Bad("-m sweep.until=answered,null init=gpt2,torch", "sweep.until=answered: the rule is one", "one value"),
+    Bad("-m sweep.until=answered init=gpt2,torch seed=1,2", "sweep.until=answered: it takes the seeds", "out seed=1,2"),
+    Bad("experiment=init_std sweep.until=answered seed=7", "sweep.until=answered: it takes the seeds", "out seed=7"),
+    Bad("-m sweep.until=answered,null init=gpt2,torch", "sweep.until=answered: it takes the basic", "one value"),
     Bad(
-        "-m sweep.until=answered init=gpt2,torch sweep.margin=1,2", "sweep.until=answered: the rule is one", "one value"
+        "-m sweep.until=answered init=gpt2,torch sweep.margin=1,2",
+        "sweep.until=answered: it takes the basic",
+        "one value",
     ),
-    Bad("-m sweep.until=answered hydra/sweeper=lr_search", "sweep.until=answered: another sweeper", "hydra/sweeper"),
+    Bad("-m sweep.until=answered hydra/sweeper=lr_search", "sweep.until=answered: it takes the basic sweeper", ""),
     Bad(
         "-m sweep.until=answered init=gpt2,torch sweep.max_seeds=2",
         "sweep.max_seeds=2: fewer than sweep.min_seeds=3",
