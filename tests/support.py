@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import struct
 import subprocess
@@ -21,12 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from wandb.proto import wandb_internal_pb2
 
 SMALL = ["model=nano", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=64"]
 """The smallest model worth training: milliseconds a step."""
 PROGRAM = [sys.executable, "-m", "gpt2exp.train"]
 COMPARE = [sys.executable, "-m", "gpt2exp.compare"]
+HELD = Path(__file__).parent / "held"
 EARLY = ("LD_", "PYTHON", "OMP_", "GOMP_", "MKL_")
 """Variables that are read before or while Python and torch are loaded."""
 FORKING = multiprocessing.get_context("forkserver")
@@ -56,6 +59,8 @@ def _forked(
         os.sched_setaffinity(0, cores)
     tempfile.tempdir = None  # TMPDIR may be another
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "HELD" in environment:
+        runpy.run_path(str(HELD / "sitecustomize.py"))
     sys.argv = ["gpt2exp", *args]
     main()
 
@@ -115,10 +120,12 @@ class Forked:
 Process = subprocess.Popen[str] | Forked
 
 
-def start(folder: Path, *args: str, program: list[str] | None = None, **env: str) -> Process:
-    """Begin `gpt2exp ARGS` in `folder`."""
+def start(folder: Path, *args: str, program: list[str] | None = None, held: str = "", **env: str) -> Process:
+    """Begin `gpt2exp ARGS` in `folder`; `held="001:5"`: the run in the folder 001... waits after 5 steps."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = surroundings(folder.parent / "home", **env)
+    if held:
+        environment |= {"HELD": held, "PYTHONPATH": str(HELD)}
     # a launcher's workers are ended by exit handlers, which a fork of multiprocessing's does not call
     workers = any(arg.startswith("hydra/launcher=") for arg in args)
     if program is None and not workers and not any(key.startswith(EARLY) for key in env):
@@ -174,18 +181,27 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read(folder / "metrics.jsonl")]
 
 
-def wait_for_step(below: Path, process: subprocess.Popen[str], job: int = 0) -> Path:
-    """The run folder (the `job`-th) of a process once it is well under way: a few steps done, nothing left to load."""
+@contextlib.contextmanager
+def at_step(below: Path, process: Process | None = None, job: int = 0) -> Iterator[tuple[Path, psutil.Process]]:
+    """The `job`-th run folder and its process, which `held` has stopped; it goes on when the block is left.
+
+    Signals sent inside the block all reach it in the middle of one step.
+    """
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        folders = run_folders(below)
-        if len(folders) > job and (folders[job] / "status.json").is_file():
-            status = read(folders[job] / "status.json")
-            if status["step"] >= 5:
-                assert status["state"] == "running"
-                return folders[job]
-        time.sleep(0.05)
-    raise AssertionError(f"no step was done: {process.poll()}")
+    while time.monotonic() < deadline and (process is None or process.poll() is None):
+        with contextlib.suppress(OSError, IndexError, psutil.NoSuchProcess):  # not there yet
+            folder = run_folders(below)[job]
+            found = psutil.Process(read(folder / "status.json")["pid"])
+            if found.status() == psutil.STATUS_STOPPED:
+                break
+        time.sleep(0.02)
+    else:
+        raise AssertionError(f"no run was held: {process and process.poll()}")
+    try:
+        yield folder, found
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.send_signal(signal.SIGCONT)
 
 
 def offline_records(file: Path) -> Iterator[Any]:

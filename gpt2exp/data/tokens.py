@@ -1,7 +1,7 @@
 """A text is tokenised once, by tiktoken on every core, into one `.npy` in the cache that runs map into memory.
 
-The only module that imports tiktoken. A tokenised text is a folder named by the text's key (`sources.Text`), so that an
-edited text gets a new folder. The folder is written beside its place and then renamed: it is whole or absent.
+The only module that imports tiktoken. A tokenised text is a folder named by the text's key (`sources.Text`). It is
+written beside its place and then renamed: it is whole or absent.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import re
 import shlex
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,6 @@ FORMAT = "gpt2-npy"
 
 BIGRAM_TOKENS = 10_000_000
 """The longest text whose pairs of tokens are counted, which takes about 30 bytes a token: 0.3 GB here."""
-
-T = TypeVar("T")
 
 Tokens: TypeAlias = npt.NDArray[np.uint16]
 
@@ -93,8 +91,7 @@ class TokenFile:
     def whole(self) -> bool:
         """Whether the files are as they were written.
 
-        The tokens are hashed (1 to 2 s a gigabyte) only if their file is newer than `facts.json`, so was copied or
-        changed.
+        The tokens are hashed (1 to 2 s a gigabyte) only if their file is newer than `facts.json`: copied, or changed.
         """
         path = self.folder / TOKENS
         try:
@@ -104,12 +101,11 @@ class TokenFile:
             return False
         if (mapped.dtype, mapped.shape) != (np.dtype("<u2"), (self.tokens,)):
             return False
-        if written <= known:
-            return True
-        if hashlib.sha256(mapped.data).hexdigest() != self.tokens_sha256:
-            return False
-        with contextlib.suppress(OSError):  # a read-only cache
-            os.utime(path, ns=(known, known))  # not hashed again next time
+        if written > known:
+            if hashlib.sha256(mapped.data).hexdigest() != self.tokens_sha256:
+                return False
+            with contextlib.suppress(OSError):  # a read-only cache
+                os.utime(path, ns=(known, known))  # not hashed again next time
         return True
 
     def seen(self) -> npt.NDArray[np.int64]:
@@ -213,33 +209,30 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
         counts, digest, marks = _write_tokens(text, config.max_tokens, file, folder.parent)
         total = int(counts.sum())
         if total < 2:
-            what = f"{total} token{'s' if total != 1 else ''}"
-            raise BadRequest(
-                f"data.path={text.name}: the text has {what}; a target needs at least 2, give a longer text"
-            )
-        known: dict[str, Any] = {
-            "sha256": text.sha256(),
-            "tokens": total,
-            "distinct_tokens": int(np.count_nonzero(counts)),
-            "max_token": int(np.flatnonzero(counts)[-1]),
-            "unigram_entropy": _entropy(counts),
-        }
+            why = f"the text has {total} token{'' if total else 's'}"
+            raise BadRequest(f"data.path={text.name}: {why}; a target needs at least 2, give a longer text")
+        sha256 = text.sha256()  # which may refuse a text that was changed meanwhile
         with assets.writing(folder.parent):
             file.seek(0)
             _write_header(file, total)
             file.close()
-            known["bigram_entropy"] = _bigram_entropy(part) if total <= BIGRAM_TOKENS else None
-            known["tokens_sha256"] = digest
+            known = {
+                "sha256": sha256,
+                "tokens": total,
+                "distinct_tokens": int(np.count_nonzero(counts)),
+                "max_token": int(np.flatnonzero(counts)[-1]),
+                "unigram_entropy": _entropy(counts),
+                "bigram_entropy": _bigram_entropy(part) if total <= BIGRAM_TOKENS else None,
+                "tokens_sha256": digest,
+            }
             np.save(part / COUNTS, counts)
             write_json(part / FACTS, known)  # after the tokens: `TokenFile.whole` compares the dates
             if folder.exists():  # damaged, or it would have been used
-                damaged = beside(folder)
-                folder.rename(damaged)
-                shutil.rmtree(damaged, ignore_errors=True)
+                shutil.rmtree(folder.rename(beside(folder)), ignore_errors=True)
             part.rename(folder)
     if marks:
         log.warning("%s: %s", text.name, _how_to_part(marks, config))
-    return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
+    return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)  # type: ignore[arg-type]
 
 
 def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> tuple[npt.NDArray[np.int64], str, int]:
@@ -292,16 +285,21 @@ def encoded(pieces: Pieces) -> Iterator[Tokens]:
 
     Threads suffice, since tiktoken releases the GIL. A few pieces for each thread are in memory at a time.
     """
-    encoding = gpt2_encoding()
+    encoding, cores = gpt2_encoding(), machine.cores()
 
     def encode(pieces: list[str | None]) -> Tokens:
         return np.concatenate([END if piece is None else encode_piece(encoding, piece) for piece in pieces])
 
     next(pieces, None)  # the None before the first document: nothing to end there
-    cores = machine.cores()
+    waiting: deque[Future[Tokens]] = deque()
     pool = ThreadPoolExecutor(cores)
     try:
-        yield from _in_order(pool, encode, _batched(pieces), ahead=2 * cores)
+        for batch in _batched(pieces):
+            waiting.append(pool.submit(encode, batch))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -346,19 +344,6 @@ def _batched(pieces: Pieces) -> Iterator[list[str | None]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[T], Tokens], items: Iterator[T], ahead: int
-) -> Iterator[Tokens]:
-    """`Executor.map` that submits no more than `ahead` items before their results are taken."""
-    waiting: deque[Future[Tokens]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _entropy(counts: npt.NDArray[np.int64]) -> float:

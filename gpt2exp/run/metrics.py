@@ -36,21 +36,13 @@ class Metric:
         return {"lower": "min", "higher": "max"}.get(self.better)
 
 
-def _mean_of_last10(values: Sequence[float]) -> float:
-    return statistics.fmean(values[-10:])
-
-
-def _first(values: Sequence[float]) -> float:
-    return values[0]
-
-
 METRICS = (
     Metric(key="step", step="step {:5d}"),
     Metric(key="loss", unit="nats", better="lower", step="loss {:9.6f}"),
-    Metric(key="loss_first", of="loss", how=_first, unit="nats", better="lower"),
+    Metric(key="loss_first", of="loss", how=lambda values: values[0], unit="nats", better="lower"),
     Metric(key="loss_last", of="loss", unit="nats", better="lower"),
-    Metric(key="loss_mean_last10", of="loss", how=_mean_of_last10, name="loss, the mean of the last ten steps",
-           unit="nats", better="lower", column="loss", compared="loss"),
+    Metric(key="loss_mean_last10", of="loss", how=lambda values: statistics.fmean(values[-10:]), unit="nats",
+           name="loss, the mean of the last ten steps", better="lower", column="loss", compared="loss"),
     Metric(key="step_ms", measured=True, unit="ms", better="lower", step="{:9.2f} ms", form=".1f"),
     Metric(key="first_step_ms", measured=True, unit="ms", better="lower", form=".0f"),
     Metric(key="tokens_per_second", measured=True, name="speed", unit="tokens/s", better="higher",
@@ -59,7 +51,7 @@ METRICS = (
     Metric(key="loss_unseen", unit="nats", better="lower", step="unused tokens {:.4f}"),
     Metric(key="val_loss", of="val_loss", name="validation loss", unit="nats", better="lower",
            step="val loss {:.4f}", column="val loss", compared="loss"),
-    Metric(key="loss_unseen_first", of="loss_unseen", how=_first, unit="nats", better="lower"),
+    Metric(key="loss_unseen_first", of="loss_unseen", how=lambda values: values[0], unit="nats", better="lower"),
     Metric(key="loss_unseen_last", of="loss_unseen", unit="nats", better="lower"),
     Metric(key="timed_steps", measured=True, form="d"),
     Metric(key="speed_disturbed", measured=True, better="lower", form=".0%"),
@@ -69,9 +61,7 @@ METRICS = (
 )  # fmt: skip
 """The figures of a run, in the order in which a step's line shows them."""
 
-COLUMNS = sorted(
-    (row for row in METRICS if row.column), key=lambda row: ("loss", "speed", "memory").index(row.compared)
-)
+COLUMNS = [row for of in ("loss", "speed", "memory") for row in METRICS if row.column and row.compared == of]
 """Those that tables of runs show, in their order."""
 
 BY_KEY = {metric.key: metric for metric in METRICS}

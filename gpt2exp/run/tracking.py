@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from gpt2exp.config import WandbConfig, WandbMode, first_line
@@ -67,7 +67,7 @@ def defaults() -> dict[str, Any]:
 
 
 def ignored(config: WandbConfig, *, sweep: bool, resumed: bool) -> list[str]:
-    """A line for each of wandb's variables that is set and has no effect, beside those whose key was typed."""
+    """A line for each of wandb's variables that is set and has no effect."""
     lines = []
     there = {name: value for name, value in os.environ.items() if value and name.startswith("WANDB_")}
     mode = there.get("WANDB_MODE", "online")
@@ -93,20 +93,16 @@ def ignored(config: WandbConfig, *, sweep: bool, resumed: bool) -> list[str]:
 
 
 def resolve_mode(config: WandbConfig) -> str:
-    """online, offline or disabled: the configuration's, with `auto` decided by WANDB_MODE, then by credentials."""
+    """online, offline or disabled: the key's, or under `auto` WANDB_MODE's, or as there are credentials."""
     if config.mode is not WandbMode.auto:
         return str(config.mode.value)
-    return MODES.get(os.environ.get("WANDB_MODE", "")) or ("online" if _has_credentials() else "offline")
-
-
-def _has_credentials() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    if mode := MODES.get(os.environ.get("WANDB_MODE", "")):
+        return mode
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    known = bool(os.environ.get("WANDB_API_KEY"))
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        known = known or netrc.netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
+    return "online" if known else "offline"
 
 
 class Mirror:
@@ -123,10 +119,9 @@ class Mirror:
         if "notes" in run:
             run = run | {"notes": "\n".join(filter(None, (os.environ.get("WANDB_NOTES"), run["notes"])))}
         place = {"project": config.project, "entity": config.entity, "dir": config.dir or str(folder)}
-        self.mode: str = resolve_mode(config)
-        self._run: Any = None
-        self._opening = threading.Thread(target=self._open, args=(place | {"job_type": job_type} | run, own))
-        self._opening.daemon = True
+        self.mode, self._run = resolve_mode(config), cast(Any, None)
+        asked = place | {"job_type": job_type} | run
+        self._opening = threading.Thread(target=self._open, args=(asked, own), daemon=True)
         self._opening.start()
 
     def _open(self, run: dict[str, Any], own: bool) -> None:
@@ -186,6 +181,11 @@ class Mirror:
         except Exception as error:  # nothing of wandb's may reach the training loop
             log.warning("wandb stopped (%s); the local record goes on", first_line(error))
             self._run = None
+            theirs = logging.getLogger("wandb")
+            # wandb closes a run's debug.log only at a finish that succeeds
+            for handler in [one for one in theirs.handlers if isinstance(one, logging.FileHandler)]:
+                theirs.removeHandler(handler)
+                handler.close()
             if isinstance(error, ConnectionError):  # its process died: no traceback at our exit, a new one next time
                 with contextlib.suppress(Exception, SystemExit):
                     import wandb

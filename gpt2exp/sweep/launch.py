@@ -11,7 +11,6 @@ import gc
 import itertools
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from gpt2exp.config import (
 from gpt2exp.data import tokens
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
-from gpt2exp.run.job import BEGAN, _check_same_text, _follow, run
+from gpt2exp.run.job import BEGAN, check_same_text, follow, run
 from gpt2exp.sweep import composing, engines, help, resume
 from gpt2exp.sweep.composing import Job
 from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered
@@ -68,16 +67,21 @@ def unwritable(error: OSError) -> str:
     return f"{processes.unwritable(error)}: hydra.run.dir=FOLDER, or hydra.sweep.dir for a sweep"
 
 
-def _understand(argv: list[str]) -> int:
+def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """A command line as Hydra parses it, and its words as they were meant; `BadRequest` if one holds a credential."""
     secret.check_typed(argv)
-    argv = [as_meant(word) for word in argv]
-    args = composing.arguments(argv)
+    words = [as_meant(word) for word in argv]
+    return composing.arguments(words), words
+
+
+def _understand(argv: list[str]) -> int:
+    args, argv = parsed(argv)
     if args.help:
         terminal.terminal().print(help.text(), markup=False)
         return 0
     with distributed.process_group():
         if not distributed.is_main():
-            return _follow()
+            return follow()
         try:
             return _carry_out(args, argv)
         finally:
@@ -89,16 +93,27 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         composing.hand_over(argv, work)
         return 0
     request = resume.make(args) or make(args)
+    flags = [word for word in argv if word not in args.overrides]
+    with contextlib.chdir(request.cwd) if request.cwd is not None else contextlib.nullcontext():
+        if args.cfg or args.info:
+            composing.hand_over([*flags, *request.argv] if request.resumed else argv, work)
+            return 0
+        return carry_out(request, argv, BEGAN)
+
+
+def carry_out(request: Request, argv: list[str], began: float) -> int:
+    """Prepare the jobs to do, write their folders and run them; the exit code: 0 all done, 1 one is not.
+
+    `argv` is what a sweep's folder records; `began`: `time.monotonic()` from which the first job's start-up counts.
+
+    Raises:
+        BadRequest: the request does not fit the text, the weights or this machine. Nothing is written.
+        KeyboardInterrupt: a signal stopped it; the runs that had begun are saved.
+    """
     if request.multirun and distributed.world_size() > 1:
         why = "under torchrun every job would share out its batch over the same processes"
         remedy = "start sweeps as gpt2exp -m ..., a device a job by hydra/launcher, or torchrun for one run at a time"
         raise BadRequest(f"a sweep: {why}; {remedy}")
-    flags = [word for word in argv if word not in args.overrides]
-    if request.cwd is not None:
-        os.chdir(request.cwd)
-    if args.cfg or args.info:
-        composing.hand_over([*flags, *request.argv] if request.resumed else argv, work)
-        return 0
     to_do = request.to_do
     _make_ready(request, to_do)
     for place in {job.config.sweep.prior: None for job in to_do if job.config.sweep.prior}:
@@ -116,7 +131,7 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         with claimed(request, argv):
             needless = _needless(request.folder)
             if to_do := [job for job in to_do if job.config.seed not in needless]:
-                _launch(request, to_do, argv)
+                _launch(request, to_do, argv, began)
             engine.close()
             return _outcome(request)
 
@@ -132,11 +147,11 @@ def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
         yield "distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun"
 
 
-def _launch(request: Request, to_do: list[Job], argv: list[str]) -> None:
+def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -> None:
     """Run what is to do: a run alone, the jobs of a sweep one by one, or by the launcher or the sweeper it names."""
     if request.master is None:
         with env_override(to_do[0].hydra.get("job", {}).get("env_set", {})):
-            run(request.folder)
+            run(request.folder, began)
         return
     try:
         if not request.names:
@@ -148,7 +163,7 @@ def _launch(request: Request, to_do: list[Job], argv: list[str]) -> None:
             with env_override(request.master.hydra.job.env_set):
                 for job in to_do:
                     if job.config.seed not in needless:
-                        needless = _work(job, request.folder, BEGAN if job is to_do[0] else time.monotonic())
+                        needless = _work(job, request.folder, began if job is to_do[0] else time.monotonic())
     except KeyboardInterrupt:
         _say_how_to_go_on(request)
         raise
@@ -185,7 +200,7 @@ def _make_ready(request: Request, to_do: list[Job]) -> None:
             setup.check_weights(config.init, config.model)
             checked.append(weights)
         if request.resumed:
-            _check_same_text(config, sources[text], record.text_of(request.folder / job.folder))
+            check_same_text(config, sources[text], record.text_of(request.folder / job.folder))
         named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
         strict = config.precision.name is PrecisionName.tf32 and config.precision.fallback is Fallback.error
         if request.local and (named or strict):
@@ -202,7 +217,7 @@ def _show_prior(earlier: Path, looks: Sequence[int]) -> None:
     table = stopping.prior(earlier, looks)
     text = "differences in nats that so many seeds tell from zero in four of five studies, by the std of the"
     text += f" differences in {terminal.short(earlier.absolute())} (in brackets by its upper 80 % limit)"
-    terminal.terminal().print(text, terminal.plan_table(table), markup=False)
+    terminal.terminal().print(text, terminal.table(table), markup=False)
 
 
 def _show_dry(to_do: list[Job]) -> None:
@@ -217,24 +232,19 @@ def _show_dry(to_do: list[Job]) -> None:
         shape = f"{shape} {length} {job.config.optimizer.name}"
         known[shape] = known.get(shape) or _dry_row(job)
         rows.append({"run": " ".join(job.overrides) or "defaults", **known[shape]})
-    terminal.terminal().print(terminal.plan_table(rows))
+    terminal.terminal().print(terminal.table(rows))
 
 
 def _dry_row(job: Job) -> dict[str, str]:
-    from gpt2exp.training import hardware, precision
-
-    config = job.config
-    device, length = hardware.resolve_device(config.train.device), config.optimizer.schedule_steps
-    with precision.applied(config.precision, device) as got:
-        source = tokens.prepare(config.data)
-        config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
+    with setup.ready(job.config) as ready:
+        config, got, length = ready.config, ready.got, ready.config.optimizer.schedule_steps
     return {
         "parameters": f"{config.model.parameters['total']:,}",
         "batch": f"{config.train.sequences} x {config.train.seq_len}",
         "steps": f"{config.train.steps:,}" + (f" (schedule {length:,})" if length else ""),
         "tokens": f"{config.train.steps * config.train.step_tokens:,}",
-        "memory GiB": f"{need / 2**30:.2f}",
-        "precision": f"{got.requested}: {got.effective}{' emulated' if got.emulated else ''} on {device.type}",
+        "memory GiB": f"{ready.need / 2**30:.2f}",
+        "precision": f"{got.requested}: {got.effective}{' emulated' if got.emulated else ''} on {ready.device.type}",
     }
 
 
@@ -351,7 +361,7 @@ def _outcome(request: Request) -> int:
         kept = conclude.conclude(request.folder, console)
         for row in rows:
             if row["state"] != "done":
-                terminal.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
+                terminal.refuse(f"{row['name']}: {terminal.state_line(row)}")
         if found := tracking.offline(request.folder, rows, kept):
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
     return 0 if rows and done == max(jobs, len(rows)) else 1

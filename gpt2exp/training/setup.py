@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -73,6 +74,37 @@ def settled(config: RunConfig, device: torch.device, here: Hardware, source: tok
     return config, memory(config, here)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A configuration on this machine, its text tokenised and its precision set."""
+
+    config: RunConfig
+    """With every `auto` settled."""
+    device: torch.device
+    got: Precision
+    source: tokens.TokenFile
+    here: Hardware
+    need: int
+    """Estimated peak memory in bytes."""
+
+
+@contextlib.contextmanager
+def ready(config: RunConfig, source: tokens.TokenFile | None = None) -> Iterator[Ready]:
+    """A block in which the step of `config` can be built and run; `source`: its tokens, if they are at hand.
+
+    Raises:
+        BadRequest, AssetError: as `tokens.prepare` and `precision.applied`.
+    """
+    from gpt2exp.training import hardware, precision
+
+    device = hardware.resolve_device(config.train.device)
+    source = source or tokens.prepare(config.data)
+    with precision.applied(config.precision, device) as got:
+        here = Hardware.of(device, got)
+        config, need = settled(config, device, here, source)
+        yield Ready(config, device, got, source, here, need)
+
+
 def keep_memory(config: RunConfig, device: torch.device) -> None:
     """Have freed memory kept for the next step where that helps: on a CPU, and within what a tight run may take."""
     from gpt2exp.training import hardware
@@ -81,24 +113,19 @@ def keep_memory(config: RunConfig, device: torch.device) -> None:
         hardware.keep_freed_memory(tight=config.train.activation_checkpointing is True)
 
 
-def trainer(
-    config: RunConfig,
-    device: torch.device,
-    got: Precision,
-    source: tokens.TokenFile,
-    saved: Checkpoint | None = None,
-) -> tuple[Trainer, dict[str, Any]]:
-    """The trainer of a settled configuration, with first weights or a checkpoint's, and where they came from (`start`).
+def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = False) -> tuple[Trainer, dict[str, Any]]:
+    """The trainer, with first weights or a checkpoint's, and where they came from (`start`).
 
-    Call and step it inside `precision.applied`, which returned `got`.
+    Call and step it inside the block of `ready`; `by_hand`: step it anywhere.
     """
     import torch
 
     from gpt2exp.data.batches import Windows
     from gpt2exp.model.gpt import GPT
-    from gpt2exp.training import hardware
-    from gpt2exp.training.trainer import Trainer
+    from gpt2exp.training import hardware, precision
+    from gpt2exp.training.trainer import ByHand, Trainer
 
+    config, device, got, source = ready.config, ready.device, ready.got, ready.source
     share = distributed.rank(), distributed.world_size()
     with torch.device(device):
         gpt = GPT(config.model).to(got.weights)
@@ -107,7 +134,10 @@ def trainer(
     origin = start(gpt, config, saved)
     windows = Windows(source.map(), config.train, config.data, config.seed, device, share)
     seen = torch.from_numpy(source.seen()).to(device)
-    return Trainer(gpt, windows, config, seen=seen, autocast=got.autocast), origin
+    made = (ByHand if by_hand else Trainer)(gpt, windows, config, seen=seen, autocast=got.autocast)
+    if isinstance(made, ByHand):
+        made.precision = lambda: precision.again(config.precision, got)
+    return made, origin
 
 
 def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:

@@ -5,11 +5,12 @@ Knows neither Hydra nor wandb: it takes a model, an optimizer and batches, and y
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -300,3 +301,43 @@ class Trainer:
             "timed_steps": len(kept),
             "speed_disturbed": disturbed,
         }
+
+
+class ByHand(Trainer):
+    """A trainer outside a run: each call sets the precision and resets it, so that several can take turns."""
+
+    precision: Callable[[], contextlib.AbstractContextManager[object]]
+    """Sets the precision inside a block."""
+    _set = False
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        if self._set:  # `fit` steps and evaluates inside a block of its own, off the clock
+            yield
+            return
+        self._set = True
+        try:
+            with self.precision():
+                yield
+        finally:
+            self._set = False
+
+    def step(self) -> Tensor:
+        """As `Trainer.step`."""
+        with self._computing():
+            return super().step()
+
+    def evaluate(self) -> float:
+        """As `Trainer.evaluate`."""
+        with self._computing():
+            return super().evaluate()
+
+    def fit(self) -> Iterator[dict[str, Any]]:
+        """As `Trainer.fit`; between two steps the precision is the caller's."""
+        steps = super().fit()
+        while True:
+            with self._computing():
+                metrics = next(steps, None)
+            if metrics is None:
+                return
+            yield metrics

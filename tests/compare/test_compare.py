@@ -124,7 +124,7 @@ def effect(
 
 # --- simulated sweeps ------------------------------------------------------------------------------------------------
 
-SIMULATIONS = 500
+SIMULATIONS = 300
 TIE, SCALING = "model.tie_weights", "init.residual_scaling"
 
 
@@ -199,13 +199,12 @@ def test_null_factorial_sweeps_with_runs_missing() -> None:
             total += 1
             covered += covers(found.ci95)
     print(f"coverage with runs missing {covered / total:.3f} of {total}")
-    assert total > 450
+    assert total > 0.9 * SIMULATIONS
     assert 0.93 <= covered / total <= 0.97
 
 
-@pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_true_effect_of_two_standard_errors_is_found_at_the_rate_of_theory(seeds: int) -> None:
-    rng = np.random.default_rng(1)
+def test_a_true_effect_of_two_standard_errors_is_found_at_the_rate_of_theory() -> None:
+    seeds, rng = 3, np.random.default_rng(1)
     error = 0.01 * math.sqrt(2) / math.sqrt(seeds)
     found = [effect(simulated_axis(rng, seeds, difference=-2 * error), TIE) for _ in range(SIMULATIONS)]
     critical, df = stats.t.ppf(0.975, seeds - 1), seeds - 1
@@ -380,7 +379,9 @@ def added(seeds: int, sweep: Path, begin: int = 0) -> Path:
 
 def looked(sweep: Path, **how: Any) -> Effect:
     """The sweep compared, written, and its effect on the loss as written."""
-    conclude.write(comparisons.compare(comparisons.read([sweep]), **how), sweep)
+    with pytest.MonkeyPatch.context() as patch:  # figures are most of the work, and no look is in them
+        patch.setattr("gpt2exp.compare.figures.draw", lambda _: [])
+        conclude.write(comparisons.compare(comparisons.read([sweep]), **how), sweep)
     [found] = [e for e in json.loads((sweep / "comparison.json").read_text())["axes"] if "loss" in e["metric"]]
     return Effect(**found)
 

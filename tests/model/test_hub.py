@@ -308,9 +308,9 @@ def test_a_run_goes_on_without_the_folder_it_began_with(saved: dict[bool, Path],
 
 
 def test_from_scratch_against_pretrained_in_one_line(saved: dict[bool, Path], tmp_path: Path) -> None:
-    """A relative folder, each job in a process of its own; `init.path` is no axis."""
+    """By a relative folder; `init.path` is no axis."""
     shutil.copytree(saved[True], tmp_path / "mine")
-    assert launch.command([*QUIET, "-m", "init=gpt2,pretrained", "init.path=mine", "sweep.isolate=true"]) == 0
+    assert launch.command([*QUIET, "-m", "init=gpt2,pretrained", "init.path=mine"]) == 0
     (found,) = tmp_path.rglob("comparison.json")
     assert read(found)["swept"] == {"init": ["gpt2", "pretrained"]}
     sources = [read(folder / "summary.json")["init"]["source"] for folder in run_folders(tmp_path)]

@@ -18,6 +18,7 @@ import pytest
 from support import (
     SMALL,
     OfflineRun,
+    at_step,
     finish,
     losses,
     offline_records,
@@ -26,7 +27,6 @@ from support import (
     run_folders,
     start,
     the_run,
-    wait_for_step,
 )
 
 from gpt2exp.config import RunConfig, WandbConfig, WandbMode, plain
@@ -471,9 +471,10 @@ class TestFailingWandb:
     @pytest.mark.slow
     def test_its_process_is_killed(self, tmp_path: Path) -> None:
         """SIGKILL to wandb's own process in mid-run: one warning, every step recorded, the next job mirrored whole."""
-        process = start(tmp_path / "here", "-m", "seed=1,2", *SMALL, "train.steps=60", "wandb.mode=offline")
-        wait_for_step(tmp_path / "here", process)
-        os.kill(core(process.pid), signal.SIGKILL)
+        args = ["-m", "seed=1,2", *SMALL, "train.steps=60", "wandb.mode=offline"]
+        process = start(tmp_path / "here", *args, held="000:5")
+        with at_step(tmp_path / "here", process) as (_, job):
+            os.kill(core(job.pid), signal.SIGKILL)
         done = finish(process)
         assert (done.returncode, done.stderr.splitlines()) == (
             0,

@@ -326,9 +326,17 @@ def test_comparison_refused(bad: Bad, world: Path, capsys: pytest.CaptureFixture
 
 
 @NO_CUDA
-@pytest.mark.parametrize("line", ["-m train.device=cpu,cuda", "train.device=cuda dry_run=true"])
-def test_a_device_that_is_not_there(line: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check(Bad(line, "train.device=cuda: PyTorch sees no such device here", "use auto"), "gpt2exp", world, capsys)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Bad("-m train.device=cpu,cuda", "train.device=cuda: PyTorch sees no such device here", "use auto or one of: "),
+        Bad("train.device=cuda dry_run=true", "train.device=cuda: PyTorch sees no such device here", "use auto"),
+        Bad("precision=tf32 precision.fallback=error", "precision=tf32: ", "use precision.fallback=emulate"),
+    ],
+    ids=lambda bad: bad.line,
+)
+def test_a_device_that_is_not_there(bad: Bad, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(bad, "gpt2exp", world, capsys)
 
 
 def test_a_text_without_permission(world: Path) -> None:

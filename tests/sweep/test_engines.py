@@ -26,7 +26,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from support import SMALL, OfflineRun, losses, read, run, run_folders, surroundings, the_run
+from support import HELD, SMALL, OfflineRun, at_step, losses, read, run, run_folders, surroundings, the_run
 
 from gpt2exp import machine
 from gpt2exp.config import DeviceName, InitConfig, ModelConfig
@@ -290,15 +290,18 @@ def test_no_ray_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_preempted_job_goes_on(tmp_path: Path) -> None:
+def test_a_preempted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher's signal finishes the step and saves; its handler has the job started again, to the same losses."""
-    request = [*SMALL, "train.steps=100", "seed=1", QUIET]
+    request = [*SMALL, "train.steps=12", "seed=1", QUIET]
     pids: list[int] = []
 
     def preempt() -> None:
-        pids.extend(running(tmp_path / "here", 1))
-        os.kill(pids[0], signal.SIGUSR2)
+        with at_step(tmp_path / "here") as (_, held):
+            pids.append(held.pid)
+            held.send_signal(signal.SIGUSR2)
 
+    monkeypatch.setenv("HELD", ":5")
+    monkeypatch.setenv("PYTHONPATH", str(HELD))
     with meanwhile(preempt):
         code, out, _ = here(tmp_path / "here", "-m", "hydra/launcher=slurm_local", *request)
     assert code == 0
@@ -307,7 +310,7 @@ def test_a_preempted_job_goes_on(tmp_path: Path) -> None:
     folder = the_run(tmp_path / "here")
     summary = read(folder / "summary.json")
     assert len(summary["parts"]) == 2
-    assert 5 <= summary["parts"][1]["from_step"] < 100
+    assert summary["parts"][1]["from_step"] == 6
     assert read(folder / "status.json")["pid"] != pids[0]
     assert losses(folder) == losses(the_run(tmp_path / "whole"))
 

@@ -662,8 +662,7 @@ MEASURE = """
 import json, sys, torch
 torch.set_num_threads(2)
 from gpt2exp.config import ModelConfig, PrecisionConfig, PrecisionName, RunConfig, TrainConfig
-from gpt2exp.data import tokens
-from gpt2exp.training import hardware, precision, setup
+from gpt2exp.training import hardware, setup
 import wandb
 shape, train, name, kept = json.loads(sys.argv[1])
 config = RunConfig(
@@ -673,12 +672,11 @@ cpu = torch.device("cpu")
 if kept:
     setup.keep_memory(config, cpu)
 hardware.reset_peak_memory(cpu)
-source = tokens.prepare(config.data)
-with precision.applied(config.precision, cpu) as got:
-    job, _ = setup.trainer(config, cpu, got, source)
+with setup.ready(config) as ready:
+    job, _ = setup.trainer(ready)
     for _ in job.fit():
         pass
-need = setup.memory(config, setup.Hardware("cpu", got.emulated))
+need = setup.memory(config, setup.Hardware("cpu", ready.got.emulated))
 print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.parameters()), config.model.parameters["total"])
 """
 

@@ -4,11 +4,11 @@ the run can be resumed with another number of processes. NCCL and GPUs were not 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,18 +17,25 @@ import support
 import torch
 from safetensors.torch import load_file
 
+from gpt2exp.sweep import launch
+from gpt2exp.training import distributed
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 LOOSE = {"bf16, recomputed": 1e-2, "fp16": 2e-3}
 """Products in half precision round otherwise for other numbers of rows; fp32 and emulated TF32 hardly do."""
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_equal_one(tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [(2, list(shared_runs.CASES)), pytest.param(4, ["tied", "fp64"], marks=pytest.mark.slow)],
+    ids=["2", "4"],
+)
+def test_several_equal_one(tmp_path: Path, processes: int, cases: list[str]) -> None:
     file = tmp_path / "found.safetensors"
-    command = [*TORCHRUN, str(processes), str(Path(shared_runs.__file__)), str(file)]
+    command = [*TORCHRUN, str(processes), str(Path(shared_runs.__file__)), str(file), *cases]
     subprocess.run(command, check=True, timeout=300)
     found = load_file(file)
-    for case in shared_runs.CASES:
+    for case in cases:
         alone = shared_runs.train(case, "ddp")
         for how in ("ddp", "fsdp"):
             for name, expected in alone.items():
@@ -45,26 +52,23 @@ def test_several_equal_one(tmp_path: Path, processes: int) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
-    args = [*support.SMALL, "train.steps=400", "checkpoint.every=5", "distributed=fsdp", "hydra.run.dir=run"]
+    args = [*support.SMALL, "train.steps=20", "checkpoint.every=5", "distributed=fsdp", "hydra.run.dir=run"]
     program = [*TORCHRUN, "2", "-m", "gpt2exp.train"]
-    process = support.start(tmp_path / "work", *args, program=program)
-    folder = tmp_path / "work" / "run"
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/step_*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(_process(process.pid, rank=1), signal.SIGKILL)
+    process = support.start(tmp_path / "work", *args, program=program, held=":6")
+    with support.at_step(tmp_path / "work", process) as (folder, _):
+        os.kill(_process(process.pid, rank=1), signal.SIGKILL)
     assert support.finish(process).returncode == 1
     status = support.read(folder / "status.json")
     assert status["state"] == "failed", status
     assert "one of the run's 2 processes ended" in status["error"]
-    more = support.run(tmp_path / "work", "resume=run", "train.steps=50", "checkpoint.save_last=true", program=program)
+    more = support.run(tmp_path / "work", "resume=run", "train.steps=12", "checkpoint.save_last=true", program=program)
     assert more.returncode == 0, more.stderr
-    done = support.run(tmp_path / "work", "resume=run", "train.steps=60")
+    done = support.run(tmp_path / "work", "resume=run", "train.steps=20")
     assert done.returncode == 0, done.stderr
-    whole = support.run(tmp_path / "work", *args[:-1], "train.steps=60", "hydra.run.dir=whole")
+    whole = support.run(tmp_path / "work", *args[:-1], "train.steps=20", "hydra.run.dir=whole")
     assert whole.returncode == 0, whole.stderr
     together, alone = (torch.tensor(support.losses(tmp_path / "work" / name)) for name in ("run", "whole"))
-    assert len(together) == 60
+    assert len(together) == 20
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=0)
 
 
@@ -76,11 +80,17 @@ def _process(launcher: int, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_a_sweep_is_refused_with_what_to_type(tmp_path: Path) -> None:
-    program = [*TORCHRUN, "2", "-m", "gpt2exp.train"]
-    refused = support.run(tmp_path / "work", "-m", *support.SMALL, "seed=1,2", program=program)
-    assert "start sweeps as gpt2exp -m" in refused.stderr
-    assert not (tmp_path / "work" / "sweeps").exists()
+def test_a_sweep_is_refused_with_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the processes meet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for name in ("process_group", "release_followers"):
+        monkeypatch.setattr(distributed, name, contextlib.nullcontext)
+    assert launch.command(["-m", *support.SMALL, "seed=1,2"]) == 2
+    assert "start sweeps as gpt2exp -m" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from support import (
     PROGRAM,
     SMALL,
     OfflineRun,
+    at_step,
     finish,
     losses,
     read,
@@ -29,7 +28,6 @@ from support import (
     shell_code,
     start,
     the_run,
-    wait_for_step,
 )
 
 from gpt2exp.config import BadRequest
@@ -41,10 +39,9 @@ from gpt2exp.sweep.composing import arguments
 from gpt2exp.training import load
 
 QUIET = "wandb.mode=disabled"
-STEPS = "train.steps=70"
+STEPS = "train.steps=16"
 LAST = "checkpoint.save_last=true"
 MODES = {
-    "plain": [],
     "everything": [
         "train.grad_accum_steps=2",
         "train.batch_size=2",
@@ -57,18 +54,16 @@ MODES = {
         "model.tie_weights=false",
     ],
     "fp16": ["precision=fp16", "train.seq_len=16"],
-    "tf32": ["precision=tf32"],
 }
 
 
 def stopped(folder: Path, *args: str, number: int = signal.SIGTERM) -> Path:
     """A run in `folder` that a signal stopped on the way."""
-    process = start(folder, *args)
-    found = wait_for_step(folder, process)
-    process.send_signal(number)
+    process = start(folder, *args, held=":5")
+    with at_step(folder, process) as (found, held):
+        held.send_signal(number)
     done = finish(process)
     assert shell_code(done) == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: 137}[number], done.stderr
-    assert len(losses(found)) < 70, "it was not stopped on the way"
     return found
 
 
@@ -100,16 +95,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return the_run(folder)
 
 
-@pytest.mark.parametrize(
-    "mode", ["everything", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode != "everything")]
-)
+@pytest.mark.parametrize("mode", ["everything", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_bit_for_bit(mode: str, tmp_path: Path) -> None:
     """Stopped by a signal and gone on with, from another folder and with nothing typed again."""
-    args = [*SMALL, *MODES[mode], STEPS, LAST, "train.measure_every=20"]
+    args = [*SMALL, *MODES[mode], STEPS, LAST, "train.measure_every=7"]
     assert run(tmp_path / "whole", *args, QUIET).returncode == 0
     whole = the_run(tmp_path / "whole")
-    number = signal.SIGINT if mode == "plain" else signal.SIGTERM
-    part = stopped(tmp_path / "here", *args, number=number)
+    part = stopped(tmp_path / "here", *args, number=signal.SIGINT if mode == "fp16" else signal.SIGTERM)
     summary, status = read(part / "summary.json"), read(part / "status.json")
     assert summary["state"] == status["state"] == "interrupted"
     steps = summary["steps"]
@@ -121,7 +113,7 @@ def test_bit_for_bit(mode: str, tmp_path: Path) -> None:
     assert f"from step_{steps:06d}" in again.stdout
     assert not list((tmp_path / "elsewhere").iterdir())
     assert losses(part) == losses(whole)
-    assert [row["step"] for row in read(part / "metrics.jsonl")] == list(range(70))
+    assert [row["step"] for row in read(part / "metrics.jsonl")] == list(range(16))
     assert end_of(part) == end_of(whole)
     summary, expected = read(part / "summary.json"), read(whole / "summary.json")
     for key in ("state", "steps", "tokens", "loss_first", "loss_last", "val_loss", "loss_unseen_last", "config"):
@@ -151,22 +143,13 @@ def test_wandb_goes_on_beside_the_first_part(tmp_path: Path) -> None:
     assert [row["loss"] for row in first.history + second.history] == losses(part)
 
 
-@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    """Nothing more is saved, and the folder tells what happened; a step takes far longer than between the signals."""
-    args = ["train.batch_size=32", "train.seq_len=64", "train.grad_accum_steps=8", "train.warmup_steps=0", QUIET]
-    process = start(tmp_path / "here", *SMALL, *args)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        found = run_folders(tmp_path / "here")
-        if found and record.read_status(found[0])["step"] >= 2:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert shell_code(finish(process)) == 130
-    part = the_run(tmp_path / "here")
+    """Nothing more is saved, and the folder tells what happened; both signals reach it within one step."""
+    process = start(tmp_path / "here", *SMALL, "train.steps=9", LAST, QUIET, held=":5")
+    with at_step(tmp_path / "here", process) as (part, held):
+        held.send_signal(signal.SIGINT)
+        held.send_signal(signal.SIGTERM)  # not SIGINT again: two of a kind that wait are one
+    assert shell_code(finish(process)) == 143
     assert not record.saved(part)
     assert record.read_status(part)["state"] == "interrupted"
     assert not (part / "summary.json").exists()
@@ -352,12 +335,13 @@ class TestOwner:
 
     def test_two_go_on_with_one_run(self, tmp_path: Path) -> None:
         part = stopped(tmp_path / "here", *SMALL, STEPS, QUIET)
-        both = [start(tmp_path / "here", f"resume={part}", "train.steps=150") for _ in range(2)]
-        ends = [finish(process) for process in both]
-        assert sorted(end.returncode for end in ends) == [0, 2]
-        (refused,) = [end for end in ends if end.returncode == 2]
+        process = start(tmp_path / "here", f"resume={part}", held=":9")
+        with at_step(tmp_path / "here", process):
+            refused = run(tmp_path / "here", f"resume={part}")
+        assert finish(process).returncode == 0
+        assert refused.returncode == 2
         assert "another process is at work on it" in refused.stderr
-        assert [row["step"] for row in read(part / "metrics.jsonl")] == list(range(150))
+        assert [row["step"] for row in read(part / "metrics.jsonl")] == list(range(16))
 
     def test_a_dead_process(self, tmp_path: Path) -> None:
         """`running` with nobody at the lock is interrupted, whoever has the process's number by now."""
@@ -370,11 +354,13 @@ class TestOwner:
         (tmp_path / "status.json").write_text(json.dumps(mine | {"machine": "another"}))
         assert record.read_status(tmp_path)["state"] == "running", "nobody here can know"
 
-    def test_who_asks_stops_nobody(self, tmp_path: Path) -> None:
+    def test_who_asks_stops_nobody(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A process gets the lock although another holds it for the moment of asking whether it is free."""
         asking = FileLock(tmp_path / processes.LOCK, thread_local=False)
         asking.acquire()
         assert processes.at_work(tmp_path, {"machine": processes.machine()})
+        # its second of patience may pass on a busy machine before the other lets go: here it has a hundred
+        monkeypatch.setattr(processes, "FileLock", lambda path, timeout: FileLock(path, timeout=100 * timeout))
         threading.Timer(0.2, functools.partial(asking.release, force=True)).start()
         with processes.held(tmp_path):
             assert processes.at_work(tmp_path, {"machine": processes.machine()})
@@ -388,7 +374,7 @@ class TestOwner:
         again = run(tmp_path / "here", f"resume={part}")
         assert again.returncode == 0
         assert "no checkpoint was saved: its" in again.stdout
-        assert [row["step"] for row in read(part / "metrics.jsonl")] == list(range(70))
+        assert [row["step"] for row in read(part / "metrics.jsonl")] == list(range(16))
 
 
 def stamps(folders: list[Path]) -> list[int]:
@@ -423,17 +409,16 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
 class TestSweep:
     """What is done stays, the rest is done, and axes gain values."""
 
-    @pytest.mark.parametrize("isolate", ["false", pytest.param("true", marks=pytest.mark.slow)])
-    def test_it_goes_on(self, tmp_path: Path, isolate: str) -> None:
+    def test_it_goes_on(self, tmp_path: Path) -> None:
         """Stopped in its second job: the first is kept, the second goes on from its checkpoint, the others follow."""
-        args = ["seed=1,2,3", *SMALL, STEPS, LAST, f"sweep.isolate={isolate}", QUIET]
-        process = start(tmp_path / "here", "-m", *args)
-        wait_for_step(tmp_path / "here", process, job=1)
-        process.send_signal(signal.SIGTERM)
+        args = ["seed=1,2,3", *SMALL, STEPS, LAST, QUIET]
+        process = start(tmp_path / "here", "-m", *args, held="001:5")
+        with at_step(tmp_path / "here", process, job=1) as (_, held):
+            held.send_signal(signal.SIGTERM)
         assert shell_code(finish(process)) == 143
         first, second, _ = run_folders(tmp_path / "here")
         steps = read(second / "summary.json")["steps"]
-        assert 0 < steps < 70
+        assert steps == 6
         before = content(first)
         again = run(tmp_path / "elsewhere", f"resume={first.parent}", "seed=4")
         assert (again.returncode, again.stderr) == (0, "")
@@ -477,11 +462,9 @@ class TestSweep:
     @pytest.mark.slow
     def test_failed_is_tried_again_and_diverged_is_a_result(self, tmp_path: Path) -> None:
         args = ["optimizer.lr=1e9,1e-3", "seed=1", *SMALL, STEPS, "checkpoint.every=5", "sweep.isolate=true", QUIET]
-        process = start(tmp_path / "here", "-m", *args)
-        second = wait_for_step(tmp_path / "here", process, job=1)
-        while not record.saved(second) and process.poll() is None:
-            time.sleep(0.02)
-        os.kill(read(second / "status.json")["pid"], signal.SIGKILL)
+        process = start(tmp_path / "here", "-m", *args, held="001:6")
+        with at_step(tmp_path / "here", process, job=1) as (_, job):
+            job.kill()
         assert finish(process).returncode == 1
         first, second = run_folders(tmp_path / "here")
         assert [record.row(folder, folder)["state"] for folder in (first, second)] == ["diverged", "failed"]
@@ -490,7 +473,7 @@ class TestSweep:
         assert again.returncode == 1, "one has still diverged"
         assert stamps([first]) == stamp
         summary = read(second / "summary.json")
-        assert (summary["state"], summary["steps"], len(summary["parts"])) == ("done", 70, 2)
+        assert (summary["state"], summary["steps"], len(summary["parts"])) == ("done", 16, 2)
 
     def test_a_key_that_is_gone(self, tmp_path: Path) -> None:
         """A release has removed it: the finished jobs are kept, the key is named, and what is to do goes on without."""
@@ -540,9 +523,9 @@ class TestSweep:
 
     @pytest.mark.slow
     def test_two_go_on_with_one_sweep(self, tmp_path: Path) -> None:
-        process = start(tmp_path / "here", "-m", "seed=1,2", *SMALL, STEPS, QUIET)
-        folder = wait_for_step(tmp_path / "here", process)
-        refused = run(tmp_path / "here", f"resume={folder.parent}")
+        process = start(tmp_path / "here", "-m", "seed=1,2", *SMALL, STEPS, QUIET, held="000:5")
+        with at_step(tmp_path / "here", process) as (folder, _):
+            refused = run(tmp_path / "here", f"resume={folder.parent}")
         assert finish(process).returncode == 0
         assert refused.returncode == 2
         assert "another process is at work on it" in refused.stderr

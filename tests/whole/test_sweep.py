@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from support import SMALL, OfflineRun, finish, losses, read, run, run_folders, shell_code, start, the_run, wait_for_step
+from support import SMALL, OfflineRun, at_step, finish, losses, read, run, run_folders, shell_code, start, the_run
 
 from gpt2exp.config import RunConfig, TrainConfig
 from gpt2exp.sweep import request as requests
@@ -154,11 +153,10 @@ def test_peak_memory_is_each_jobs_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_job_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    process = start(tmp_path / "here", "-m", "train.steps=1000000,3", *SMALL, "sweep.isolate=true", QUIET)
-    first = wait_for_step(tmp_path / "here", process)
-    pid = read(first / "status.json")["pid"]
-    assert pid != process.pid
-    os.kill(pid, signal.SIGKILL)
+    process = start(tmp_path / "here", "-m", "train.steps=9,3", *SMALL, "sweep.isolate=true", QUIET, held="000:5")
+    with at_step(tmp_path / "here", process) as (_, job):
+        assert job.pid != process.pid
+        job.kill()
     done = finish(process)
     assert done.returncode == 1
     first, second = run_folders(tmp_path / "here")
@@ -172,13 +170,13 @@ def test_a_killed_job_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_isolated_job_is_stopped_with_its_sweep(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_an_isolated_job_is_stopped_with_its_sweep(tmp_path: Path) -> None:
     """The signal reaches the job, which closes its record; no further job begins."""
-    process = start(tmp_path / "here", "-m", "seed=1,2", *SMALL, "train.steps=1000000", "sweep.isolate=true", QUIET)
-    folder = wait_for_step(tmp_path / "here", process)
-    process.send_signal(number)
-    assert shell_code(finish(process)) == code
+    args = ["-m", "seed=1,2", *SMALL, "train.steps=1000000", "sweep.isolate=true", QUIET]
+    process = start(tmp_path / "here", *args, held=":5")
+    with at_step(tmp_path / "here", process) as (folder, _):
+        process.send_signal(signal.SIGINT)
+    assert shell_code(finish(process)) == 130
     first, second = run_folders(tmp_path / "here")
     assert (first, (second / "status.json").exists()) == (folder, False)
     assert read(folder / "status.json")["state"] == read(folder / "summary.json")["state"] == "interrupted"
