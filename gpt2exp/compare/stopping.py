@@ -115,7 +115,8 @@ def prior(folder: Path, looks: Sequence[int]) -> list[dict[str, str]]:
         (earlier,) = at_looks(read([folder]), [LARGEST])
     except BadRequest as error:
         raise BadRequest(f"sweep.prior={folder}: {str(error).removeprefix(f'{folder}: ')}") from error
-    table, designs = list[dict[str, str]](), dict[Inference, tuple[int, ...]](fixed=COUNTS, declared=tuple(looks))
+    designs: dict[Inference, tuple[int, ...]] = {"fixed": COUNTS, "declared": tuple(looks)}
+    table = list[dict[str, str]]()
     for one in (effect for effect in earlier if len(effect.differences) > 1):
         std = statistics.stdev(one.scaled)
         both = std, upper_std(std, len(one.differences))

@@ -299,8 +299,8 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
         found = axes([*read(composer, preset(master)), *typed])
         if master.sweep.until is not None:  # a study's seeds are replaced
             found.pop("seed", None)
-            looks = parse({"sweep": as_plain(master.sweep)}).sweep.looks
-            found = {"seed": [f"seed={seed}" for seed in range(1, looks.stop)], **found}
+            end = parse({"sweep": as_plain(master.sweep)}).sweep.looks.stop
+            found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
         jobs = named(list(composer.jobs(master, itertools.product(*found.values()))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
