@@ -14,6 +14,7 @@ from publish import HERE, column, effect, having, replace_block, runs_of, spread
 
 from gpt2exp.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2exp.data import assets, tokens
+from gpt2exp.model import size
 from gpt2exp.training import setup
 
 NEEDS = "needs a GPU"
@@ -46,7 +47,7 @@ def compression() -> tuple[str, int, str]:
 
 
 def tied_parameters() -> tuple[str, int, str]:
-    tied, untied = (ModelConfig(tie_weights=tie).parameters["total"] for tie in (True, False))
+    tied, untied = (size.parameters(ModelConfig(tie_weights=tie))["total"] for tie in (True, False))
     text = f"{untied - tied:,} fewer: {(untied - tied) / tied:.0%} of the tied model, {(untied - tied) / untied:.0%} of"
     return f"{text} the untied", 1, holds(abs((untied - tied) / tied - 0.3) < 0.02)
 
@@ -73,16 +74,19 @@ def unused_tokens() -> tuple[str, int, str]:
     return f"{spread(shares, '.1%')} of the fall", len(shares), holds(statistics.fmean(shares) > 0.5)
 
 
-def _loss(finding: str, key: str, arm: str) -> tuple[dict[str, str], str]:
-    row = effect(finding, key, arm, "val_loss")
-    text = f"{float(row['mean_difference']):+.2g} nats ({float(row['ci95_low']):.2g} to {float(row['ci95_high']):.2g})"
-    return row, text
+def _loss(row: dict[str, str]) -> str:
+    low, high = float(row["ci95_low"]), float(row["ci95_high"])
+    return f"{float(row['mean_difference']):+.2g} nats ({low:.2g} to {high:.2g})"
+
+
+def worse(row: dict[str, str]) -> str:
+    """Whether an arm is worse, as a claim says: by the verdict of its row."""
+    return {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
 
 
 def tying() -> tuple[str, int, str]:
-    row, text = _loss("weight_tying", "model.tie_weights", "false")
-    verdict = {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
-    return f"untied {text}, nano model", int(row["n_seeds"]), verdict
+    row = effect("weight_tying", "model.tie_weights", "false", "val_loss")
+    return f"untied {_loss(row)}, nano model", int(row["n_seeds"]), worse(row)
 
 
 def stream() -> tuple[str, int, str]:
@@ -100,9 +104,11 @@ def stream() -> tuple[str, int, str]:
 
 
 def tf32() -> tuple[str, int, str]:
-    row, text = _loss("precision", "precision", "tf32")
-    told = abs(float(row["mean_difference"])) > float(row["seed_std"])
-    return f"{text}, seeds differ by {float(row['seed_std']):.2g}", int(row["n_seeds"]), holds(not told)
+    row = effect("precision", "precision", "tf32", "val_loss")
+    told, std = row["verdict"] in ("better", "worse"), float(row["seed_std"])
+    unpaired = "does not hold" if abs(float(row["mean_difference"])) > std else "holds unpaired"
+    verdict = unpaired if told else {"indistinguishable": "holds"}.get(row["verdict"], "not seen here")
+    return f"{_loss(row)} at equal seeds, whose own std is {std:.2g}", int(row["n_seeds"]), verdict
 
 
 def near_xavier() -> tuple[str, int, str]:
@@ -118,9 +124,7 @@ def first_iteration() -> tuple[str, int, str]:
 def seventeen() -> tuple[str, int, str]:
     row = effect("throughput", "train.batch_size", "17", "tokens_per_second")
     ratio, low, high = (float(row[key]) for key in ("speed_ratio", "ci95_low", "ci95_high"))
-    text = f"{ratio:.3f} of 16's tokens/s ({low:.3f} to {high:.3f})"
-    verdict = {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
-    return f"{text}, on a CPU", int(row["n_seeds"]), verdict
+    return f"{ratio:.3f} of 16's tokens/s ({low:.3f} to {high:.3f}), on a CPU", int(row["n_seeds"]), worse(row)
 
 
 def tf32_speed() -> tuple[str, int, str]:

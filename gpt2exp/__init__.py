@@ -2,9 +2,13 @@
 
 import types
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpt2exp.training.optimizers  # noqa: F401 - registers its choices with `gpt2exp.config`
+from gpt2exp.config import BadRequest, RunConfig
+
+if TYPE_CHECKING:
+    from gpt2exp.api import Runs, compose, load, run, sweep, trainer
 
 __all__ = ["BadRequest", "RunConfig", "Runs", "compose", "load", "run", "sweep", "trainer"]
 
@@ -21,6 +25,7 @@ for _name in ("run", "sweep"):
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in (*__all__, "api"):
         raise AttributeError(f"module 'gpt2exp' has no attribute {name!r}")
-    return getattr(import_module("gpt2exp.api"), name)
+    api = import_module("gpt2exp.api")
+    return api if name == "api" else getattr(api, name)

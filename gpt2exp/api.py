@@ -9,10 +9,9 @@
     runs.compare().axes                        # each metric's effect, interval and verdict
 
 A request that cannot be carried out raises `BadRequest`, and nothing is written. A run that fails raises nothing: its
-`state` and `error` say so. `run` and `sweep` print a line a step, or two a job, to `sys.stdout`. Ctrl-C, in a notebook
-"interrupt", finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second one raises at once. A thread
-handles no signal. Precision is a setting of the process, so at most one `run` or `sweep` goes on at a time. torch is
-imported by `trainer`, `run` and `sweep`.
+`state` and `error` say so. `run` and `sweep` print a line a step, or two a job. Ctrl-C, in a notebook "interrupt", ends
+them after the step, with a checkpoint, by KeyboardInterrupt; a second one raises at once. A thread handles no signal.
+Precision is a setting of the process, so one `run` or `sweep` goes on at a time. These and `trainer` import torch.
 """
 
 from __future__ import annotations
@@ -23,15 +22,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2exp.choices import about
 from gpt2exp.compare import comparison, stopping
-from gpt2exp.config import CHOICES, BadRequest, RunConfig, flatten, leaves, plain, quoted, show, stored, typed
+from gpt2exp.config import (
+    CHOICES,
+    BadRequest,
+    RunConfig,
+    at,
+    flatten,
+    group_of,
+    leaves,
+    plain,
+    quoted,
+    show,
+    stored,
+    typed,
+)
 from gpt2exp.run import process, record, terminal
 from gpt2exp.run.metrics import METRICS, Summary
 from gpt2exp.sweep import launch, resume
 from gpt2exp.sweep.request import Request, make
 
 if TYPE_CHECKING:
-    from gpt2exp.compare.comparison import Comparison
     from gpt2exp.training.trainer import Trainer
 
 
@@ -68,10 +80,10 @@ def run(config: RunConfig, folder: str | Path | None = None) -> Summary:
 
     Its `overrides` are the keys that differ from the defaults. KeyboardInterrupt: a signal stopped it; it is saved.
     """
+    if about(config):
+        raise BadRequest("this configuration has a choice of a --config-dir; give its words to gpt2exp.sweep instead")
     words = _words(config) + ([typed("hydra.run.dir", str(folder))] if folder is not None else [])
     request = make(launch.parsed(words)[0])
-    if request.jobs[0].config != config:
-        raise BadRequest("this configuration has a choice of a --config-dir; give its words to gpt2exp.sweep instead")
     _carry_out(request, words)
     return record.row(request.folder, request.folder)
 
@@ -118,7 +130,7 @@ class Runs:
             rows.append(about | {key: config.get(key) for key in varying} | figures)
         return rows
 
-    def compare(self, *, margin: float | None = None, out: str | Path | None = None) -> Comparison:
+    def compare(self, *, margin: float | None = None, out: str | Path | None = None) -> comparison.Comparison:
         """Pairs, intervals and verdicts; `BadRequest` if the runs cannot be compared.
 
         `margin`: nats within which a loss difference counts as none. `out`: a folder for the report; None: none.
@@ -133,10 +145,11 @@ class Runs:
 
 def _words(config: RunConfig) -> list[str]:
     """The overrides that ask for a configuration: its choices, then the keys that differ from what these bring."""
-    named = ((section, getattr(config, section).name) for section in CHOICES)
-    choices = [f"{section}={name}" for section, name in named if name != next(iter(CHOICES[section]))]
+    asked = plain(config)
+    named = ((section, at(asked, f"{section}.name")) for section in CHOICES)
+    choices = [f"{group_of(section)}={name}" for section, name in named if name != next(iter(CHOICES[section]))]
     before = leaves(plain(compose(*choices)))
-    changed = {key: value for key, value in leaves(plain(config)).items() if before.get(key) != value}
+    changed = {key: value for key, value in leaves(asked).items() if before.get(key) != value}
     return [*choices, *(_typed(key, value) for key, value in changed.items())]
 
 

@@ -62,7 +62,7 @@ def command(argv: Sequence[str]) -> int:
     def bench() -> None:
         args = parser.parse_intermixed_args(argv)  # overrides may follow options
         config = asked_for(args.overrides)
-        result = CHILDREN[args.child](config, args.steps, args.compile) if args.child else _bench(config, args, argv)
+        result = CHILDREN[args.child](config, args) if args.child else _bench(config, args, argv)
         print_result(result, args.out)
 
     return process.carry_out("gpt2exp-bench", bench, failure)
@@ -234,23 +234,20 @@ def _ratios(rounds: Sequence[Mapping[str, Result]], peer: str) -> dict[str, dict
 # --- what a process does ---------------------------------------------------------------------------------------------
 
 
-def ours(config: RunConfig, steps: int, _: bool, *, begin: Callable[[], Any] = lambda: None) -> Result:
-    """Step times of the trainer that a run of `config` builds; `begin` is called before the first."""
+def ours(config: RunConfig, args: argparse.Namespace) -> Result:
+    """Step times of the trainer that a run of `config` builds."""
     with setup.ready(config) as ready:
         setup.keep_memory(ready.config, ready.device)
         trainer, _origin = setup.trainer(ready)
-        begin()
-        done = [trainer.timed_step() for _ in range(steps)]
+        if args.child == "beside":  # all processes are built before the first begins: `_at_once`
+            print("built", flush=True)
+            sys.stdin.readline()
+        done = [trainer.timed_step() for _ in range(args.steps)]
         losses, times = [float(loss) for loss, *_ in done], [seconds * 1e3 for _, seconds, *_ in done]
         return result_of(losses, times, ready.config, ready.device) | {"estimated_mib": ready.need / 2**20}
 
 
-def beside(config: RunConfig, steps: int, _: bool) -> Result:
-    """`ours`, which prints a line once it is built and begins when it reads one: see `_at_once`."""
-    return ours(config, steps, False, begin=lambda: (print("built", flush=True), sys.stdin.readline()))
-
-
-def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
+def hf(config: RunConfig, args: argparse.Namespace) -> Result:
     """Step times of transformers' GPT-2 of the same size on the same batches, eager or compiled."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -261,9 +258,9 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with setup.ready(config) as ready, torch.device(ready.device):
         model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))
-        forward = torch.compile(model) if compiled else model
+        forward = torch.compile(model) if args.compile else model
         (optimizer,) = config.optimizer.build(model)
-        return plain_steps(ready, lambda x: forward(x).logits, optimizer, steps)
+        return plain_steps(ready, lambda x: forward(x).logits, optimizer, args.steps)
 
 
 def plain_steps(ready: setup.Ready, logits_of: Callable[[Any], Any], optimizer: Any, steps: int) -> Result:
@@ -324,7 +321,7 @@ def result_of(losses: list[float], times: list[float], config: RunConfig, device
     }
 
 
-CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {"ours": ours, "beside": beside, "hf": hf}
+CHILDREN = {"ours": ours, "beside": ours, "hf": hf}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

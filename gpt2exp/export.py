@@ -14,7 +14,7 @@ from gpt2exp.config import BadRequest, ModelConfig, is_housekeeping
 from gpt2exp.data import assets
 from gpt2exp.data.tokens import END_OF_TEXT
 from gpt2exp.files import beside, write_json
-from gpt2exp.model import huggingface
+from gpt2exp.model import huggingface, size
 from gpt2exp.run import process, record, terminal
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def card(row: Mapping[str, Any], model: ModelConfig, state: Mapping[str, Any]) -
     told = [text for text, key in typed.items() if not (is_housekeeping(key) or key.startswith(private))]
     rows = {
         "shape": f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, {model.block_size} positions, "
-        f"{model.parameters['total']:,} parameters",
+        f"{size.parameters(model)['total']:,} parameters",
         "embedding and head": "one tensor" if model.tie_weights else "two tensors",
         "text": f"{data['name']}, {data['tokens']:,} tokens, sha256 `{data['sha256']}`",
         "trained": f"{state['step']:,} steps, seed {config['seed']}, precision {got['effective']}"

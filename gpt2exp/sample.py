@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2exp import choices
 from gpt2exp.config import BadRequest, DeviceName, ModelConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
@@ -131,6 +132,7 @@ def command(argv: list[str]) -> int:
     add("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest token (1)")
     add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens alone (all)")
     add("--seed", type=int, default=1337, metavar="S", help="the same seed gives the same text (1337)")
+    add("--trust", action="store_true", help="run the code that the run's model names")
 
     def sample() -> None:
         args = parser.parse_args(argv)
@@ -143,6 +145,8 @@ def command(argv: list[str]) -> int:
         ):
             if not ok:
                 raise BadRequest(f"{flag} {value}: must {bounds}; try {flag} {example}")
+        choices.allow(Path.cwd())
+        choices.trust(args.trust)
         model = load(args.run)
         prompt = _prompt(args.prompt, model.config)
         ids = generate(model, prompt, temperature=args.temperature, top_k=args.top_k, seed=args.seed)

@@ -19,6 +19,7 @@ from typing import Any
 from gpt2exp import bench
 from gpt2exp.bench import Result
 from gpt2exp.config import RunConfig
+from gpt2exp.model import size
 from gpt2exp.run import process, terminal
 from gpt2exp.training import optimizers, setup
 
@@ -112,7 +113,7 @@ def roofline(config: RunConfig) -> Result:
         "floor_ms": matmul * train.grad_accum_steps + adamw,
         "matmul_ms": matmul,
         "adamw_ms": adamw,
-        "adamw_gb_per_second": 28 * model.parameters["total"] / adamw / 1e6,  # reads four, writes three floats
+        "adamw_gb_per_second": 28 * size.parameters(model)["total"] / adamw / 1e6,  # reads four, writes three floats
         "products": products,
         "parts": parts,
     }
@@ -164,7 +165,7 @@ def adamw_ms(config: RunConfig, device: Any) -> float:
     """AdamW on one tensor with as many numbers as the model."""
     import torch
 
-    flat = torch.nn.Parameter(torch.zeros(config.model.parameters["total"], device=device))
+    flat = torch.nn.Parameter(torch.zeros(size.parameters(config.model)["total"], device=device))
     flat.grad = torch.ones_like(flat)
     return warm_ms(torch.optim.AdamW([flat], fused=True).step, device)
 

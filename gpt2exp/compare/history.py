@@ -14,15 +14,14 @@ from gpt2exp.run import record
 
 @dataclass(frozen=True)
 class History:
-    """What was looked at, and what was declared, before the seeds there are now were all run."""
+    """What was looked at, and what was declared, before the seeds there are now were all run.
+
+    `looks`: as `Comparison.looks`. `schedule`: numbers of seeds at which looks were declared, by `sweep.json`;
+    of several sweeps of which one declared looks a 0: no number of seeds is one then.
+    """
 
     looks: list[dict[str, Any]]
-    """As `Comparison.looks`."""
     schedule: tuple[int, ...]
-    """Numbers of seeds at which looks were declared, by the `looks` of `sweep.json`; empty without.
-
-    Of several sweeps of which one declared looks a 0: no number of seeds is one then.
-    """
 
     def of(self, n: int, key: str, arms: Sequence[str]) -> list[int]:
         """Numbers of seeds at which these arms were compared before as many as n were planned.

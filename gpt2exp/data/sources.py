@@ -25,14 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from gpt2exp import files
-from gpt2exp.config import BadRequest, DataConfig, DataName, explain, first_line, require, show
+from gpt2exp import choices, files
+from gpt2exp.config import SOURCE, BadRequest, DataConfig, DataName, explain, first_line, plain, require, show
 from gpt2exp.data import assets
 
-Pieces: TypeAlias = Iterator[str | None]
+Pieces: TypeAlias = "Iterator[str | npt.NDArray[np.uint16] | None]"
 
 Advance: TypeAlias = Callable[[int], None]
 """Called with the number of further bytes of input that have been read."""
@@ -113,6 +115,10 @@ def find(config: DataConfig) -> Text:
     """
     path, limit = Path(str(config.path)), {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
     rows: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split}
+    if isinstance(config, choices.Outside):
+        own = {key: value for key, value in plain(config).items() if key not in (SOURCE, "val_fraction", "order")}
+        known = _with("", own)
+        return Text(str(config.name), known, None, lambda _: _by_code(config), lambda: known)
     if config.name is DataName.tinyshakespeare:
         asset = assets.TINY_SHAKESPEARE  # its hash is known, so that with a warm cache the text is not read
         known = _with(asset.sha256, limit)
@@ -148,6 +154,32 @@ def find(config: DataConfig) -> Text:
 
     key = _with(hashlib.sha256(json.dumps(place).encode()).hexdigest(), {"name": config.name.value, **chosen})
     return Text(path.name, key, size, read, sha256)
+
+
+def _by_code(config: Any) -> Pieces:
+    """The documents that code from outside yields: texts, or token ids."""
+    said = f"data={config.name}"
+    for document in _guarded(said, config):
+        yield None
+        if isinstance(document, str):
+            yield document
+            continue
+        try:
+            ids = np.asarray(document)
+        except ValueError:
+            ids = np.asarray(None)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
+            why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
+            raise BadRequest(f"{said}: {why}; yield str, or lists of int")
+        yield ids.astype("<u2")
+
+
+def _guarded(said: str, config: Any) -> Iterator[Any]:
+    try:
+        yield from choices.call(config)
+    except Exception as error:
+        why = f"its code raised {type(error).__name__}: {first_line(error)}"
+        raise BadRequest(f"{said}: {why}; mend its code or its keys") from error
 
 
 def _with(sha256: str, chosen: Mapping[str, Any]) -> str:
@@ -419,7 +451,7 @@ def _parquet(file: File, field: str, advance: Advance) -> Pieces:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise BadRequest(f"data.path={file.named}: Parquet needs pyarrow; pip install 'gpt2exp[datasets]'") from error
+        raise BadRequest(f"data.path={file.named}: Parquet needs pyarrow; {EXTRA}") from error
     try:
         with parquet.ParquetFile(file.path, buffer_size=BLOCK) as table:
             columns = {column.name: "" if "string" in str(column.type) else None for column in table.schema_arrow}
@@ -455,13 +487,11 @@ def _commit(config: DataConfig) -> str:
         why = f"{config.path} has no such revision"
         raise BadRequest(f"data.revision={config.revision}: {why}; name a branch, a tag or a commit of it") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        why = "no such dataset on the Hub, nor a folder here"
         remedy = "name it OWNER/NAME; for a private one log in: hf auth login"
-        raise BadRequest(f"{key}: {why}; {remedy}") from error
+        raise BadRequest(f"{key}: no such dataset on the Hub, nor a folder here; {remedy}") from error
     except Exception as error:  # the library lets its HTTP client's own kinds through
-        raise assets.AssetError(
-            f"{key}: the Hub cannot be reached ({first_line(error)}); try again with a network"
-        ) from error
+        why = f"the Hub cannot be reached ({first_line(error)})"
+        raise assets.AssetError(f"{key}: {why}; try again with a network") from error
     assert commit is not None, "the Hub names the commit of every dataset"
     with assets.writing(memory.parent):
         memory.parent.mkdir(parents=True, exist_ok=True)

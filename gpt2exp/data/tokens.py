@@ -155,13 +155,13 @@ def _folder(text: Text) -> Path:
 
 
 def _cached(text: Text) -> TokenFile | None:
+    """The text's tokens in the cache; None where they are absent or damaged."""
     folder = _folder(text)
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         known = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         found = TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
-    except (OSError, ValueError, TypeError):
-        return None  # absent or damaged: made again
-    return found if found.whole else None
+        return found if found.whole else None
+    return None
 
 
 def _made(text: Text, config: DataConfig) -> TokenFile:
@@ -170,7 +170,7 @@ def _made(text: Text, config: DataConfig) -> TokenFile:
     with assets.writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(folder.parent)
-        lock = FileLock(_lock(folder))
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
             lock.acquire(timeout=5)
         except Timeout:
@@ -185,15 +185,11 @@ def _made(text: Text, config: DataConfig) -> TokenFile:
         lock.release()
 
 
-def _lock(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
-
-
 def _clear_leftovers(place: Path) -> None:
     """Delete the unfinished folders of killed processes: those whose lock is free."""
     for part in place.glob(f".*.{FORMAT}.*.part"):
         name = part.name[1:].partition(f".{FORMAT}.")[0]
-        lock = FileLock(_lock(place / f"{name}.{FORMAT}"), timeout=0)
+        lock = FileLock(place / f".{name}.{FORMAT}.lock", timeout=0)
         with contextlib.suppress(Timeout, NotImplementedError), lock:
             shutil.rmtree(part, ignore_errors=True)
             Path(lock.lock_file).unlink(missing_ok=True)
@@ -242,7 +238,7 @@ def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> 
     def counted(pieces: Pieces) -> Pieces:
         nonlocal marks
         for piece in pieces:
-            marks += piece.count(MARK) if piece else 0  # no cut goes through it
+            marks += piece.count(MARK) if isinstance(piece, str) else 0  # no cut goes through it
             yield piece
 
     with assets.writing(cache):
@@ -265,9 +261,8 @@ def _how_to_part(count: int, config: DataConfig) -> str:
     path = Path(str(config.path)).expanduser()
     if not path.is_file() or path.suffix not in ("", ".txt", ".md"):
         return f"{note}; to part them, make each a row, or a file, of its own"
-    code = (
-        f"import json, sys; [print(json.dumps({{'text': part}})) for part in sys.stdin.read().split('{MARK}') if part]"
-    )
+    parts = f"sys.stdin.read().split('{MARK}')"
+    code = f"import json, sys; [print(json.dumps({{'text': part}})) for part in {parts} if part]"
     place = shlex.quote(f"{path.with_suffix('')}.jsonl")
     return f'{note}; to part them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
 
@@ -287,8 +282,9 @@ def encoded(pieces: Pieces) -> Iterator[Tokens]:
     """
     encoding, cores = gpt2_encoding(), machine.cores()
 
-    def encode(pieces: list[str | None]) -> Tokens:
-        return np.concatenate([END if piece is None else encode_piece(encoding, piece) for piece in pieces])
+    def encode(pieces: list[str | Tokens | None]) -> Tokens:
+        made = [encode_piece(encoding, piece) if isinstance(piece, str) else piece for piece in pieces]
+        return np.concatenate([END if piece is None else piece for piece in made])
 
     next(pieces, None)  # the None before the first document: nothing to end there
     waiting: deque[Future[Tokens]] = deque()
@@ -332,13 +328,12 @@ def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
     return np.concatenate(parts).astype("<u2")
 
 
-def _batched(pieces: Pieces) -> Iterator[list[str | None]]:
+def _batched(pieces: Pieces) -> Iterator[list[str | Tokens | None]]:
     """Short documents in groups, so that a task outweighs its overhead."""
-    batch: list[str | None] = []
-    size = 0
+    batch, size = list[str | Tokens | None](), 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece or "")
+        size += 0 if piece is None else len(piece)
         if size >= sources.BLOCK // 2:
             yield batch
             batch, size = [], 0

@@ -24,13 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2exp import choices
 from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig, first_line, parse, show, stored
 from gpt2exp.files import beside, sha256, write_json
 from gpt2exp.run.record import CHECKPOINTS, saved
 from gpt2exp.training import hardware
 
 SPARE = 2**20
-"""Bytes left free on the disk: a checkpoint that filled it would take the room of the metrics as well."""
+"""Bytes left free on the disk: a checkpoint that filled it would leave no room for the metrics."""
 
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 
@@ -57,12 +58,13 @@ class Checkpoint:
         """The model whose weights these are; `said` names the run in errors.
 
         Raises:
-            BadRequest: the model was built with a key that this version does not know.
+            BadRequest: the model has a key that this version does not know, or code from outside that may not run here.
         """
         today, unknown = stored(self.state["config"])
         if odd := [key for key in unknown if key.startswith("model.")]:
             why = f"its model has {odd[0]}={show(unknown[odd[0]])}, which this version does not know"
             raise BadRequest(f"{said}: {why}; use the version that trained it")
+        choices.admit({"model": today["model"]})
         return parse({"model": today["model"]}).model
 
     def weights(self) -> dict[str, Tensor]:
@@ -145,7 +147,7 @@ def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tenso
         write_json(part / STATE, {**state, "sha256": {**hashes, STATE: _sha256_of(state)}})
         for path in (part / WEIGHTS, part / TRAINING, part / STATE, part):
             if path.suffix == ".safetensors":
-                shutil.copymode(part / STATE, path)  # the library's are its owner's alone to read, whatever the umask
+                shutil.copymode(part / STATE, path)  # safetensors lets the owner alone read its files
             _sync(path)
         if target.exists():
             _remove(target)
@@ -203,7 +205,7 @@ class Saver:
         if state["step"] == self.last:
             return
         if not all(bool(weight.isfinite().all()) for weight in weights.values()):
-            return  # the step's loss was finite, its update was not: the next loss says so, and the last good one stays
+            return  # the update overflowed: the next loss will say so, and the last good checkpoint stays
         size = _bytes(weights, training)
         free = hardware.free_memory(torch.device("cpu")) or 0
         if self.background and free > 2 * size:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, plain
+from gpt2exp import choices
+from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, parse, plain
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
+from gpt2exp.model import size
 from gpt2exp.run import process, record, terminal, tracking
 from gpt2exp.run.metrics import Summary
 from gpt2exp.training import distributed, setup
@@ -137,7 +139,7 @@ def _train(session: Session, config: RunConfig) -> None:
         setup.check_text(ready.config, source)
         _describe(session, ready)
         _check_memory(ready)
-        distributed.broadcast((ready.config, source.sha256, session.saved is not None, Path.cwd()))
+        distributed.broadcast((plain(ready.config), source.sha256, session.saved is not None, Path.cwd()))
         trainer = _built(session, ready)
         assert session.saver is not None
         try:
@@ -172,8 +174,8 @@ def _describe(session: Session, ready: setup.Ready) -> None:
     config, device, source, world_size = ready.config, ready.device, ready.source, distributed.world_size()
     held_out = tokens.held_out(source.tokens, config.data.val_fraction)
     session.files.facts |= {
-        "parameters": config.model.parameters,
-        "flops_per_token": config.model.flops_per_token(config.train.seq_len),
+        "parameters": size.parameters(config.model),
+        "flops_per_token": size.flops_per_token(config.model, config.train.seq_len),
         "precision": ready.got.as_dict(),
         "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
         "device": f"{device.type}: {hardware.device_name(device)}",
@@ -181,6 +183,7 @@ def _describe(session: Session, ready: setup.Ready) -> None:
         "distributed": config.distributed.value if world_size > 1 else None,
         "threads": torch.get_num_threads(),
         "estimated_memory_bytes": ready.need,
+        "outside": choices.about(config),
         "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
         "environment": record.environment_overrides(),
         **record.facts(),
@@ -265,7 +268,10 @@ def follow() -> int:
     task: Any = distributed.broadcast()
     if task is None:  # rank 0 has no run to start
         return 0
-    config, text, goes_on, cwd = task
+    asked, text, goes_on, cwd = task
+    choices.trust()  # the first process was asked whether this code may run
+    choices.admit(asked)
+    config = parse(asked)
     with process.deferred() as stop:
         stop.waiting = True
         try:
@@ -294,7 +300,8 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
     peak = hardware.peak_flops(hardware.device_name(device), got.effective) if device.type == "cuda" else None
     if peak is None or got.emulated:
         return None
-    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / (peak * distributed.world_size())
+    flops = size.flops_per_token(config.model, config.train.seq_len)
+    return flops * tokens_per_second / (peak * distributed.world_size())
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:

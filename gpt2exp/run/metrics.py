@@ -9,6 +9,8 @@ from typing import Any, Literal, NotRequired, Required, cast
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from gpt2exp.config import TARGET
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -25,7 +27,7 @@ class Metric:
     step: str = ""  # format in a step's line; what has none is not shown there
     column: str = ""  # head of its column in tables of runs; what has none is not shown there
     form: str = ".4f"  # format in those tables and at a run's end
-    compared: Literal["", "loss", "speed", "memory"] = ""  # what it tells of two arms; empty: not compared
+    compared: str = ""  # what it tells of two arms: loss, speed, memory, or its own name; empty: not compared
     ratio: bool = False  # compared as arm over baseline, on the logarithm
 
     @property
@@ -70,10 +72,20 @@ MEASURED = tuple(metric.key for metric in METRICS if metric.measured)
 """The summary's fields about speed and memory, null until measured."""
 
 
-def losses(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The summary's losses from the steps' metrics, each null where nothing was measured."""
+def from_outside(config: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """The metric from outside that a run's plain configuration names, or none."""
+    own = config.get("metric", {})
+    if TARGET not in own:
+        return ()
+    name = own["name"]
+    said = {"name": name, "unit": own["unit"], "better": own["better"], "step": f"{name} {{:.4f}}", "compared": name}
+    return (Metric(key=name, of=name, **said),)
+
+
+def losses(steps: Sequence[Mapping[str, Any]], more: Sequence[Metric] = ()) -> dict[str, float | None]:
+    """The summary's losses from the steps' metrics, and `more` figures, each null where nothing was measured."""
     found: dict[str, float | None] = {}
-    for metric in METRICS:
+    for metric in (*METRICS, *more):
         if metric.of:
             values = [step[metric.of] for step in steps if metric.of in step]
             found[metric.key] = metric.how(values) if values else None

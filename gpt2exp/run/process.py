@@ -77,11 +77,11 @@ def machine() -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, met like Ctrl-C: what runs is closed properly."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 class Preempted(KeyboardInterrupt):
-    """The launcher's signal to a job that it will queue again; `args[0]` is the signal."""
+    """The launcher's signal to a job that it will requeue; `args[0]` is the signal."""
 
 
 def code(interrupt: KeyboardInterrupt) -> int:
@@ -134,7 +134,7 @@ def heralded(herald: Callable[[], object]) -> Iterator[None]:
 
 
 def requeued_by() -> list[int]:
-    """The signals after which submitit, whose job this process is, queues it again; none in any other process."""
+    """The signals on which submitit requeues the job that this process is; none in other processes."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return []
     return [number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))]

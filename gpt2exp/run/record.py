@@ -23,10 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gpt2exp.config import BadRequest, RunConfig, first_line, leaves, parse, stored
+from gpt2exp import choices
+from gpt2exp.config import BadRequest, RunConfig, first_line, leaves, parse, plain, put, stored
 from gpt2exp.files import replacing, walk, write_json
 from gpt2exp.run import process
-from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, judged, losses, number_of
+from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, from_outside, judged, losses, number_of
 from gpt2exp.training import load
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ class Record:
         parts = self.parts
         wall = {name: sum(part[name] for part in parts) for name in ("startup", "train")}
         wall["total"] = wall["startup"] + wall["train"]
-        summary = {"state": state, "error": error, **self.facts, **losses(self.metrics), **self.measured}
+        figures = losses(self.metrics, from_outside(self.facts["config"]))
+        summary = {"state": state, "error": error, **self.facts, **figures, **self.measured}
         summary |= {
             "steps": len(self.metrics),
             "tokens": self.metrics[-1]["tokens"] if self.metrics else 0,
@@ -161,7 +163,7 @@ def _now() -> str:
 
 
 def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
-    """Write `status.json`, in the name of this process."""
+    """Write `status.json`, with this process as the one at work."""
     whose = {"pid": os.getpid(), "machine": process.machine()}
     write_json(folder / "status.json", {"state": state, "step": step, "error": error, **whose, "updated": time.time()})
 
@@ -201,10 +203,33 @@ def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
     """What a run was asked, by its `.hydra`: its configuration, what of that is no key today, and its overrides.
 
     Raises:
+        choices.Refused: the configuration names code that may not run here.
         BadRequest: it cannot be read, or no run can have that configuration.
     """
-    today, unknown = stored(written(folder))
-    return parse(today), unknown, [str(text) for text in _yaml(folder, "overrides.yaml", list)]
+    today, unknown, overrides = _asked(folder)
+    choices.admit(today)
+    return parse(today), unknown, overrides
+
+
+def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there.
+
+    Raises:
+        BadRequest: as `asked`.
+    """
+    today, unknown, overrides = _asked(folder)
+    outside = choices.found_in(today)
+    for section in outside:
+        put(today, section, {"name": outside[section]["name"]} if section == "schedule" else {})
+    config = plain(parse(today))
+    for section, values in outside.items():
+        put(config, section, dict(values))
+    return config, unknown, overrides
+
+
+def _asked(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    today, unknown = stored(_yaml(folder, "config.yaml", dict))
+    return today, unknown, [str(text) for text in _yaml(folder, "overrides.yaml", list)]
 
 
 def _yaml(folder: Path, name: str, kind: type) -> Any:

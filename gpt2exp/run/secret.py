@@ -1,7 +1,7 @@
 """Credentials stay out of requests, and so out of every record: what names or holds one is refused, its value unsaid.
 
-A request reaches many records (`sweep.json`, `.hydra/`, `summary.json`, wandb, the report), so it is checked once, at
-the door. Credentials belong into the environment or `wandb login`, where wandb finds them by itself.
+A request is written to many places (`sweep.json`, `.hydra/`, `summary.json`, wandb, the report), so it is checked
+before any of them. Credentials belong into the environment or `wandb login`, where wandb finds them by itself.
 """
 
 from __future__ import annotations

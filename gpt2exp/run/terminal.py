@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from gpt2exp.config import InitScheme, RunConfig, TrainConfig, typed
-from gpt2exp.run.metrics import COLUMNS, METRICS, Summary, judged, shown
+from gpt2exp import choices
+from gpt2exp.config import SOURCE, InitScheme, RunConfig, TrainConfig, plain, typed
+from gpt2exp.run.metrics import COLUMNS, METRICS, Metric, Summary, from_outside, judged, shown
 from gpt2exp.training import distributed, load
 
 log = logging.getLogger("gpt2exp")
@@ -163,6 +164,7 @@ class View:
             "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
             "folder": short(folder),
         }
+        rows |= facts["outside"]
         self._print(f"{distributed.program()} {pasted(*self.overrides)}".rstrip(), *self._consoles, style="bold")
         if self.progress:
             self._print(f"{self.progress}: {' '.join(self.overrides)}", self.console)
@@ -172,7 +174,7 @@ class View:
         """Count a step; print its line if one is due."""
         self._bar.update(self._task, completed=metrics["step"] + 1, visible=True)
         if due(metrics, self.config.train):
-            self._print(step_line(metrics), *self._consoles)
+            self._print(step_line(metrics, from_outside(plain(self.config))), *self._consoles)
 
     def close(self, summary: Summary, folder: Path, sync: Path | None) -> None:
         """How it went; `sync`: wandb's folder to upload, if it was offline."""
@@ -182,7 +184,7 @@ class View:
             self._print(f"  {closing_line(summary)}", self.console)
         # unbroken lines, to be copied
         if summary["state"] in ("interrupted", "failed"):
-            self._print(f"to go on: {to_go_on(folder)}", *self._consoles)
+            self._print(f"to go on: {to_go_on(folder, self.config)}", *self._consoles)
         if sync is not None:
             self._print(f"to upload: {pasted('wandb', 'sync', sync)}", *self._consoles)
 
@@ -205,13 +207,13 @@ STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second", "waited_
 
 
 def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
-    """Whether a step goes to the terminal and to wandb: each `log_every`-th, the last, each with something measured."""
+    """Whether a step is printed and sent to wandb: every `log_every`-th, the last, and any with a costlier measure."""
     number = metrics["step"]
     return number % train.log_every == 0 or number + 1 == train.steps or not metrics.keys() <= STEP
 
 
 def place(path: Path) -> str:
-    """A path as an argument: `short`, and never taken for a flag or a home folder."""
+    """A path as an argument: `short`, but absolute where a shell would see a flag or a home folder."""
     text = short(path)
     return str(path.absolute()) if text.startswith(("-", "~")) else text
 
@@ -221,14 +223,18 @@ def pasted(*words: str | Path) -> str:
     return shlex.join(place(word) if isinstance(word, Path) else word for word in words)
 
 
-def to_go_on(folder: Path) -> str:
-    """The command that goes on with a run or a sweep."""
-    return f"{distributed.program()} {pasted(typed('resume', place(folder)))}"
+def to_go_on(folder: Path, *configs: RunConfig) -> str:
+    """The command that goes on with a run or a sweep of these configurations, code from outside allowed again."""
+    sources = {values[SOURCE] for config in configs for values in choices.found_in(plain(config)).values()}
+    folders = sorted({str(Path(source).parent) for source in sources} - {str(Path.cwd())})
+    flags = ["--config-dir", *folders] if len(folders) == 1 else ["--trust"] if folders else []
+    return f"{distributed.program()} {pasted(*flags, typed('resume', place(folder)))}"
 
 
-def step_line(metrics: dict[str, Any]) -> str:
-    """The tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured."""
-    return " | ".join(row.step.format(metrics[row.key]) for row in METRICS if row.step and row.key in metrics)
+def step_line(metrics: dict[str, Any], more: Sequence[Metric] = ()) -> str:
+    """The tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured, and `more`."""
+    shown = (row for row in (*METRICS, *more) if row.step and row.key in metrics)
+    return " | ".join(row.step.format(metrics[row.key]) for row in shown)
 
 
 def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str, str]:
@@ -289,7 +295,7 @@ def _speed(summary: Summary) -> str:
 
 
 def closing_line(summary: Summary) -> str:
-    """A job of a sweep in a line."""
+    """A job of a sweep that ended, in one line."""
     if summary["state"] != "done":
         return state_line(summary)
     loss = judged(summary)

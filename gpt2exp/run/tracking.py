@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from gpt2exp.config import WandbConfig, WandbMode, first_line
 from gpt2exp.run import terminal
-from gpt2exp.run.metrics import METRICS, Summary
+from gpt2exp.run.metrics import METRICS, Summary, from_outside
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""
@@ -37,10 +37,10 @@ KEYS = {
     "tags": ("WANDB_TAGS", "WANDB_RUN_TAGS"),
     "dir": ("WANDB_DIR", "WANDB_ROOT_DIR"),
 }
-"""The variables that give the defaults of the section's keys; of two the first."""
+"""The variables that give the defaults of the section's keys; of two the first that is set."""
 
 IDENTITY = ("run_id", "resume", "resume_from", "fork_from", "sweep_id", "sweep_param_path", "launch")
-"""wandb's settings that say which run of wandb's this is; their variables are WANDB_ and the name."""
+"""wandb's settings that name the wandb run; their variables are WANDB_ and the name."""
 
 FIXED = {
     "WANDB_CONSOLE": "off",
@@ -93,7 +93,7 @@ def ignored(config: WandbConfig, *, sweep: bool, resumed: bool) -> list[str]:
 
 
 def resolve_mode(config: WandbConfig) -> str:
-    """online, offline or disabled: the key's, or under `auto` WANDB_MODE's, or as there are credentials."""
+    """online, offline or disabled: by the key; under `auto` by WANDB_MODE, else by whether there are credentials."""
     if config.mode is not WandbMode.auto:
         return str(config.mode.value)
     if mode := MODES.get(os.environ.get("WANDB_MODE", "")):
@@ -106,7 +106,7 @@ def resolve_mode(config: WandbConfig) -> str:
 
 
 class Mirror:
-    """One wandb run. It opens in a thread of its own, since wandb mostly waits for another process; no call raises."""
+    """One wandb run, opened in a thread because wandb mostly waits for its own process. No call raises."""
 
     def __init__(
         self, config: WandbConfig, folder: Path, run: dict[str, Any], *, job_type: str | None = None, own: bool = False
@@ -209,10 +209,10 @@ def _init(run: dict[str, Any], mode: Any) -> Any:
         disable_git=True,
         save_code=False,
     )
-    # finish_previous: the default would hand a sweep's next job the run before
+    # finish_previous: by default a sweep's next job would get the run before
     opened = wandb.init(mode=mode, reinit="finish_previous", settings=settings, **run)
     opened.define_metric("*", step_metric="tokens", step_sync=True)
-    for metric in METRICS:
+    for metric in (*METRICS, *from_outside(run["config"])):
         if metric.step:
             opened.define_metric(metric.key, step_metric="tokens", step_sync=True, summary=metric.best)
     for name in ("tokens", "step"):
@@ -222,10 +222,10 @@ def _init(run: dict[str, Any], mode: Any) -> Any:
 
 @contextlib.contextmanager
 def _no_identity() -> Iterator[None]:
-    """Inside the block wandb.init begins a new run, whichever the environment names, and not as a part of a sweep."""
+    """Inside the block wandb.init starts a new run, of no wandb sweep, whatever the environment says."""
     import wandb
 
-    # not by wandb.init's arguments: in a sweep of wandb's it passes over them
+    # in a wandb sweep, wandb.init ignores these as arguments
     shared = wandb.setup().settings
     before = {field: getattr(shared, field) for field in IDENTITY}
     for field in IDENTITY:

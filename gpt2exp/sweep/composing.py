@@ -10,17 +10,21 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
+import itertools
 import json
+import operator
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from importlib import resources
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast
 
 import hydra
 from hydra import initialize_config_module
@@ -38,21 +42,26 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from gpt2exp import choices
 from gpt2exp.config import (
     CHOICES,
+    TARGET,
     BadRequest,
     RunConfig,
     Section,
-    choices_with,
     explain,
+    group_of,
+    home,
     keys,
+    kind_of,
     leaves,
     parse,
     plain,
+    refuse,
     typed,
 )
 from gpt2exp.files import replacing
-from gpt2exp.run import process, secret, tracking
+from gpt2exp.run import process, record, secret, tracking
 from gpt2exp.sweep import engines
 
 CONF = "gpt2exp.conf"
@@ -65,10 +74,14 @@ def register() -> None:
     """Make the schema and the resolvers of conf/ known to Hydra; every process that runs a job calls this."""
     schema = OmegaConf.structured(RunConfig)
     schema.wandb.update(tracking.defaults())
-    for section, choices in CHOICES.items():
-        schema[section] = OmegaConf.structured(get_type_hints(RunConfig)[section])  # any choice can be merged
-        for name, choice in choices.items():
-            ConfigStore.instance().store(f"{name}_schema", group=section, node=choice)
+    for section, ours in CHOICES.items():
+        OmegaConf.update(schema, section, OmegaConf.structured(kind_of(section)), merge=False)  # takes any choice
+        for name, choice in ours.items():
+            node = OmegaConf.structured(choice)
+            OmegaConf.set_struct(node, True)
+            ConfigStore.instance().store(f"{name}_schema", group=group_of(section), node=node)
+    for section in choices.LEADING:  # one from outside has keys that nobody knows before its code is loaded
+        OmegaConf.set_struct(OmegaConf.select(schema, section), False)
     ConfigStore.instance().store("schema", node=schema)
     # two launches in the same second get two folders
     resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
@@ -78,7 +91,16 @@ def register() -> None:
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """A command line as Hydra parses it; BadRequest for a flag that is none."""
-    return process.strict(get_args_parser(), "gpt2exp").parse_args(argv)
+    parser = process.strict(get_args_parser(), "gpt2exp")
+    parser.add_argument("--trust", action="store_true", help="run the code that the folder gone on with names")
+    return parser.parse_args([_located(word) for word in argv])
+
+
+def _located(word: str) -> str:
+    """A folder given as Hydra names an installed package's, such as pkg://gpt2exp.examples, by its path."""
+    found = re.fullmatch(r"(--config-dir=)?pkg://(gpt2exp\.\w+)", word)
+    package = importlib.util.find_spec(found[2]) if found else None
+    return f"{found[1] or ''}{Path(package.origin).parent}" if found and package and package.origin else word
 
 
 @dataclass(frozen=True)
@@ -100,24 +122,47 @@ class Job:
 class Composer:
     """Hydra's loader over the packaged configuration and `--config-dir`."""
 
-    def __init__(self, path: Any, name: str) -> None:
-        self.loader, self.name = ConfigLoaderImpl(path), name
+    def __init__(self, path: Any, name: str, folder: Path | None = None) -> None:
+        self.loader, self.name, self.folder = ConfigLoaderImpl(path), name, folder
+
+    def may_have(self, key: str) -> bool:
+        """Whether a key may be one that a choice has by the code that its file names, beside its section's."""
+        section, _, name = key.rpartition(".")
+        known = section in choices.LEADING and kind_of(section).__dataclass_fields__
+        if not known or name in known:
+            return False
+        places = [Path(str(resources.files(CONF))), *([self.folder] if self.folder else [])]
+        files = itertools.chain.from_iterable((place / group_of(section)).glob("*.yaml") for place in places)
+        return any(TARGET.encode() in path.read_bytes() for path in files)
 
     def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
         """The configuration of a command line; keys with several values are left as they are."""
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-        return self.loader.load_configuration(self.name, list(texts), run_mode=mode, validate_sweep_overrides=False)
+
+        def load(texts: list[str]) -> DictConfig:
+            return self.loader.load_configuration(self.name, texts, run_mode=mode, validate_sweep_overrides=False)
+
+        return self._with_schedule(load, texts)
+
+    def _with_schedule(self, load: Callable[[list[str]], DictConfig], texts: Sequence[str]) -> DictConfig:
+        """A configuration with the file of the group `schedule` that its `optimizer.schedule` names, if any."""
+        composed = load(list(texts))
+        named = composed.optimizer.schedule
+        known = [] if "${" in named else self.loader.get_group_options("schedule")
+        return load([*texts, f"schedule={named}"]) if named in known else composed
 
     def jobs(self, master: DictConfig, jobs: Iterable[Sequence[str]]) -> Iterator[Job]:
         """The jobs of a sweep by their overrides, at most one for a key."""
         read = functools.cache(OverridesParser.create().parse_override)
-        simple, bases = set(keys()), dict[tuple[str, ...], _Base]()
+        files = {"optimizer.schedule"} if self.loader.get_group_options("schedule") else set[str]()
+        simple, bases = set(keys()) - files, dict[tuple[str, ...], _Base]()
+        load = functools.partial(self.loader.load_sweep_config, master)
         for texts in jobs:
             overrides = [read(text) for text in texts]
             values = {one.key_or_group: one.value() for one in overrides if _is_plain(one, simple)}
             shape = *values, *(text for text, one in zip(texts, overrides, strict=True) if not _is_plain(one, simple))
             if shape not in bases:
-                bases[shape] = _Base(self.loader.load_sweep_config(master, list(texts)), values)
+                bases[shape] = _Base(identified(self._with_schedule(load, texts)), values)
             yield bases[shape].job(overrides, values)
 
 
@@ -135,14 +180,17 @@ class _Base:
         # the rest goes by the overrides of the one job, and out with Hydra 1.4
         self.hydra["job"] = {key: self.hydra["job"][key] for key in ("name", "chdir", "env_set", "env_copy")}
         self.own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        self.following = [key for key, value in leaves(as_plain(self.own)).items() if "${" in str(value)]
+        own = as_plain(self.own)
+        self.outside = bool(choices.found_in(own))
+        """Whether it has a choice from outside: then `own` has no types, but `config` has."""
+        self.following = [key for key, value in leaves(own).items() if "${" in str(value)]
         """Keys whose value is that of another key."""
 
     def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Job:
         """The job with these values, which are of the keys that the base was told."""
         changed = {key: value for key, value in values.items() if repr(value) != repr(self.values[key])}
         for key, value in changed.items():
-            OmegaConf.update(self.own, key, value, merge=True)
+            OmegaConf.update(self.own, key, _of_type(self.config, key, value) if self.outside else value, merge=True)
         self.values = values
         live = {key: _value(self.own, key) for key in (*changed, *self.following)}
         secret.check_values(live)
@@ -150,6 +198,18 @@ class _Base:
         told = [str(override.input_line) for override in overrides if not override.is_hydra_override()]
         settings = self.hydra | {"overrides": self.hydra["overrides"] | {"task": told}}
         return Job(tuple(told), self.config, as_plain(self.own), settings)
+
+
+def _of_type(config: RunConfig, key: str, value: object) -> Any:
+    """A value as the section that has its key holds it: 1 as 1.0 where that is a number."""
+    *sections, name = key.split(".")
+    node = schema_of(type(functools.reduce(getattr, sections, config)))
+    OmegaConf.update(node, name, value)
+    return _value(node, name)
+
+
+schema_of: Callable[[Any], Any] = functools.cache(OmegaConf.structured)
+"""A section's class as OmegaConf checks values against it; which values the one node holds does not matter."""
 
 
 def _value(tree: DictConfig, key: str) -> Any:
@@ -168,9 +228,33 @@ def with_values(section: SectionT, values: dict[str, Any]) -> SectionT:
 
 def checked(composed: DictConfig) -> RunConfig:
     """The configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
-    parsed = parse({str(key): composed._get_node(key) for key in composed if key != "hydra"})
+    own = {str(key): composed._get_node(key) for key in composed if key != "hydra"}
+    if outside := choices.found_in(as_plain(OmegaConf.masked_copy(composed, list(own)))):
+        choices.admit(outside)
+    parsed = parse(own)
     secret.check_values(plain(parsed))
     return parsed
+
+
+def identified(composed: DictConfig) -> DictConfig:
+    """A composed configuration in which every choice from outside has its file's name, and its code's place and sha256.
+
+    With such a choice the sections have no types any more; `checked` gives each its own.
+    """
+    own = as_plain(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+    outside = choices.found_in(own)
+    if not outside:
+        return composed
+    made = composed.hydra.runtime.choices
+    for section, values in outside.items():
+        *above, last = section.split(".")
+        name = str(made.get(group_of(section)))
+        functools.reduce(operator.getitem, above, own)[last] = {**values, **choices.describe(section, values, name)}
+    result = OmegaConf.create(own)
+    OmegaConf.copy_cache(from_config=composed, to_config=result)
+    result.hydra = composed.hydra
+    OmegaConf.set_struct(result, True)
+    return result
 
 
 def as_plain(composed: Any) -> dict[str, Any]:
@@ -193,24 +277,22 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
     """Errors of Hydra's inside the block become a `BadRequest`."""
     _check_flags(args)
     register()  # the environment may have changed since
-    if args.config_dir and not Path(args.config_dir).is_dir():
-        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
+    folder = config_folder(args)
     try:
         # Hydra 1.3 takes a missing version_base for 1.1's ways; 1.4 wants it gone: then delete it here and in hand_over
         with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
             path = create_config_search_path(f"pkg://{CONF}")
-            if args.config_dir:  # as Hydra's main does, after ours, so that its groups add choices
-                path.prepend("command-line", f"file://{Path(args.config_dir).absolute()}", anchor="schema")
-            yield Composer(path, args.config_name or "config")
+            if folder:  # as Hydra's main does, after ours, so that its groups add choices
+                path.prepend("command-line", f"file://{folder}", anchor="schema")
+            yield Composer(path, args.config_name or "config", folder)
     except (HydraException, OmegaConfBaseException) as error:
         choice = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
         if remedy := engines.missing(choice or ""):
             raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
         text = explain(error)
-        key = (re.match(r"Could not override '([\w.]+)'", text) or ["", ""])[1]
-        if names := choices_with(key):
-            why = f"a key of {key.partition('.')[0]}={' and '.join(names)} alone"
-            raise BadRequest(f"{key}: {why}; leave it out, or make that choice") from error
+        unknown = re.match(r"Could not override '([\w.]+)'.*=(\S*)", text)
+        if unknown and not is_hydra(unknown[1]):
+            refuse(unknown[1], unknown[2])
         found = re.match(r"In '((\w+)/[^']+)': .*Key '(\w+)' not in '\w+'", text)
         if found and found[3] in ("hydra", found[2], *SECTIONS):
             why = f"its keys land in {found[2]}, which has no {found[3]}"
@@ -220,6 +302,16 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
         where = f"--config-dir {args.config_dir}" if args.config_dir else "hydra.searchpath"
         why = " ".join(str(error).split())
         raise BadRequest(f"{where}: {why}; mend that file: it must be plain YAML in UTF-8") from error
+
+
+def config_folder(args: argparse.Namespace) -> Path | None:
+    """The folder of `--config-dir`, if there is one."""
+    if not args.config_dir:
+        return None
+    folder = Path(home(args.config_dir)).absolute()
+    if not folder.is_dir():
+        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
+    return folder
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -290,17 +382,25 @@ def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable
         master.hydra.output_subdir = None  # what a folder's `.hydra` holds is ours to write
     context = HydraContext(_Listed(), Callbacks())  # type: ignore[arg-type]
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=master)
-    for done in launcher.launch([[json.dumps(asdict(job))] for job in jobs], initial_job_idx=0):
+    told = [{"overrides": job.overrides, "own": job.own, "hydra": job.hydra, "folder": job.folder} for job in jobs]
+    for done in launcher.launch([[json.dumps(job)] for job in told], initial_job_idx=0):
         done.return_value  # noqa: B018 - raises what ended the job
 
 
-def handed(cfg: DictConfig) -> Job:
+def handed(cfg: DictConfig, sweep: Path) -> Job:
     """The job that a launcher or a sweeper calls `work` for; one that a sweeper made up has no folder yet."""
+    choices.trust()  # as the command that launched the sweep found
     if JOB in cfg:
         told = json.loads(cfg[JOB])
-        return Job(**told | {"config": parse(told["config"]), "overrides": tuple(told["overrides"])})
-    settings = as_plain(HydraConfig.instance().cfg)["hydra"]
-    return Job(tuple(HydraConfig.get().overrides.task), checked(cfg), as_plain(cfg), settings)
+        if told["own"] is not None:
+            choices.admit(told["own"])
+        config = record.asked(sweep / told["folder"])[0] if told["own"] is None else parse(told["own"])
+        return Job(config=config, **told | {"overrides": tuple(told["overrides"])})
+    if known := record.Sweep.read(sweep):
+        mine = arguments(known.argv).config_dir
+        choices.allow(Path(known.cwd, mine) if mine else None, known.cwd)
+    composed, settings = identified(cfg), as_plain(HydraConfig.instance().cfg)["hydra"]
+    return Job(tuple(HydraConfig.get().overrides.task), checked(composed), as_plain(composed), settings)
 
 
 def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Path | None = None) -> None:
@@ -310,7 +410,7 @@ def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Pat
     """
     pins = [] if sweep is None else [typed("hydra.sweep.dir", sweep.absolute()), "hydra.output_subdir=null"]
     before, had = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv[1:], os.environ["HYDRA_FULL_ERROR"] = [*argv, *pins], "1"
+    sys.argv[1:], os.environ["HYDRA_FULL_ERROR"] = [*map(_located, argv), *pins], "1"
     try:
         hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(work)()
     finally:

@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
 from omegaconf import DictConfig
 
+from gpt2exp import choices
 from gpt2exp.config import (
     BadRequest,
     DeviceName,
@@ -35,13 +36,14 @@ from gpt2exp.config import (
     plain,
 )
 from gpt2exp.data import tokens
+from gpt2exp.model import size
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, check_same_text, follow, run
 from gpt2exp.sweep import composing, engines, help, resume
 from gpt2exp.sweep.composing import Job
 from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered
-from gpt2exp.training import distributed, setup
+from gpt2exp.training import distributed, outside, setup
 
 FEW = 12
 """Runs of a sweep that its closing table still shows one by one."""
@@ -68,16 +70,22 @@ def unwritable(error: OSError) -> str:
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """A command line as Hydra parses it, and its words as they were meant; `BadRequest` if one holds a credential."""
+    """A command line as Hydra parses it, and its words as they were meant; `BadRequest` if one holds a credential.
+
+    From here on code from outside may run as the command line says, and `--trust` is none of its words.
+    """
     secret.check_typed(argv)
     words = [as_meant(word) for word in argv]
-    return composing.arguments(words), words
+    args = composing.arguments(words)
+    choices.allow(composing.config_folder(args), Path.cwd())
+    choices.trust(args.trust)
+    return args, [word for word in words if word != "--trust"]
 
 
 def _understand(argv: list[str]) -> int:
     args, argv = parsed(argv)
     if args.help:
-        terminal.terminal().print(help.text(), markup=False)
+        terminal.terminal().print(help.text(composing.config_folder(args)), markup=False)
         return 0
     with distributed.process_group():
         if not distributed.is_main():
@@ -179,7 +187,8 @@ def _say_how_to_go_on(request: Request) -> None:
         text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
         terminal.terminal().print(text, markup=False)
     if request.names:
-        line = f"to go on: {terminal.to_go_on(request.folder.absolute())}"
+        configs = [job.config for job in request.jobs]
+        line = f"to go on: {terminal.to_go_on(request.folder.absolute(), *configs)}"
         terminal.terminal().print(line, markup=False, soft_wrap=True)
 
 
@@ -194,6 +203,7 @@ def _make_ready(request: Request, to_do: list[Job]) -> None:
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         setup.check_text(setup.smallest(config), sources[text])
+        outside.try_out(config)
         weights = config.init, config.model
         # what goes on has its weights in a checkpoint
         if weights not in checked and not record.saved(request.folder / job.folder):
@@ -239,7 +249,7 @@ def _dry_row(job: Job) -> dict[str, str]:
     with setup.ready(job.config) as ready:
         config, got, length = ready.config, ready.got, ready.config.optimizer.schedule_steps
     return {
-        "parameters": f"{config.model.parameters['total']:,}",
+        "parameters": f"{size.parameters(config.model)['total']:,}",
         "batch": f"{config.train.sequences} x {config.train.seq_len}",
         "steps": f"{config.train.steps:,}" + (f" (schedule {length:,})" if length else ""),
         "tokens": f"{config.train.steps * config.train.step_tokens:,}",
@@ -254,8 +264,9 @@ def work(cfg: DictConfig) -> float:
     Returns the loss that a sweeper is to minimise, infinite if the run diverged or failed.
     """
     terminal.show_warnings()
-    hydra, job = HydraConfig.get(), composing.handed(cfg)
+    hydra = HydraConfig.get()
     sweep = Path(hydra.runtime.output_dir)
+    job = composing.handed(cfg, sweep)
     if not job.folder:  # its sweeper made it up
         known = record.Sweep.read(sweep)
         told = sorted(set(job.overrides) - set(known.jobs[0] if known else ()))
@@ -312,6 +323,7 @@ def _needless(sweep: Path, ended: int | None = None) -> set[int]:
 
 def _alone(folder: Path) -> int:
     """The run of a folder, in this process: 0 done, 1 not, 2 another process has it, 130 or 143 interrupted."""
+    choices.trust()  # as the command that made the folder found
     with processes.held(folder):
         return 0 if run(folder)["state"] == "done" else 1
 

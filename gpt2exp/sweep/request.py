@@ -42,6 +42,7 @@ from gpt2exp.config import (
     InitScheme,
     check_key,
     default_of,
+    group_of,
     home,
     is_housekeeping,
     keys,
@@ -52,6 +53,7 @@ from gpt2exp.config import (
     show,
 )
 from gpt2exp.files import beside
+from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
 from gpt2exp.sweep import engines
 from gpt2exp.sweep.composing import (
@@ -63,7 +65,9 @@ from gpt2exp.sweep.composing import (
     checked,
     composing,
     describe,
+    identified,
     is_hydra,
+    schema_of,
     task,
 )
 
@@ -140,6 +144,8 @@ def make(args: argparse.Namespace) -> Request:
         return compose(composer, read(composer, args.overrides), multirun=args.multirun)
 
 
+LOGGING = ("hydra.verbose", "hydra/job_logging")
+"""Hydra's settings that have an effect in the workers of a launcher alone."""
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
 PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
 ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
@@ -221,23 +227,24 @@ def check(composer: Composer, override: Override) -> None:
         if override.is_choice_sweep():
             raise BadRequest(f"{override.input_line}: a sweep has one {key}; name one, quoted if it holds a comma")
         return
-    choices = [name for name in composer.loader.get_group_options(key) if not name.endswith("_schema")]
+    offered = [name for name in composer.loader.get_group_options(key) if not name.endswith("_schema")]
     group, _, part = key.rpartition(".")
-    if group in CHOICES and part == "name":
+    if (group in CHOICES and part == "name") or part.startswith("_"):
         name = show(override.value())
-        raise BadRequest(f"{key}={name}: a choice brings keys of its own; write {group}={name}")
+        again = f"write {group_of(group)}={name if part == 'name' else 'NAME, with NAME.yaml in that group'}"
+        raise BadRequest(f"{key}={name}: a choice brings keys of its own; {again}")
     if override.type is OverrideType.DEL:
         raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")
     if override.is_sweep_override() and not override.is_discrete_sweep():
         return  # intervals and the like belong to another sweeper, which checks them
     for number, value in enumerate(values(override)):
-        if choices:
-            _check_choice(key, value, choices)
-        else:
+        if offered:
+            _check_choice(key, value, offered)
+        elif not composer.may_have(key):
             if number == 0:
                 check_key(key, value)
             _check_type(key, value)
-        if override.is_add() and (not choices or key in (*SECTIONS, "experiment")):
+        if override.is_add() and (not offered or key in (*SECTIONS, "experiment")):
             again = shlex.quote((override.input_line or "").lstrip("+"))
             raise BadRequest(f"+{key}={show(value)}: the key is there already; leave out the +: {again}")
 
@@ -258,7 +265,7 @@ def _check_type(key: str, value: Any) -> None:
             raise ValueError("a bool is no number")
         if isinstance(value, (int, float)) and expected == (bool,) and value not in (0, 1):
             raise ValueError("a number is no bool")
-        OmegaConf.update(OmegaConf.structured(section), name, value)
+        OmegaConf.update(schema_of(section), name, value)
     except (OmegaConfBaseException, ValueError) as error:
         shown = show(default_of(section.__dataclass_fields__[name]))
         for kind in expected:
@@ -304,12 +311,14 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
         jobs = named(list(composer.jobs(master, itertools.product(*found.values()))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
-        alone = composer.compose(constant) if multirun else master
+        alone = identified(composer.compose(constant) if multirun else master)
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
         jobs = [Job(tuple(task(texts)), checked(alone), own, settings)]
     looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
+    for job in jobs:
+        size.check(job.config.model, job.config.init, job.config.train.seq_len)
     for device in {job.config.train.device for job in jobs} if multirun else ():
         engines.check(master.hydra.launcher, device)
     return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks)
@@ -366,6 +375,12 @@ def check_hydra(settings: DictConfig) -> None:
     require(not called, "hydra.callbacks", called, "Hydra starts no run here, and calls none", "leave it out")
     why, remedy = "relative paths would start in the run's folder", "leave it out, and set hydra.run.dir"
     require(not settings.job.chdir, "hydra.job.chdir", settings.job.chdir, why, remedy)
+    if settings.launcher._target_ == engines.BASIC:
+        found = settings.verbose, settings.runtime.choices["hydra/job_logging"]
+        for key, value, usual in zip(LOGGING, found, (False, "none"), strict=True):
+            require(
+                value == usual, key, value, "has no effect without a launcher", "leave it out; run.log has all lines"
+            )
     known = sorted(Plugins.instance().class_name_to_class)
     for part in ("launcher", "sweeper"):
         target = settings[part]._target_

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import config
+from gpt2exp import choices, config
 from gpt2exp.config import BadRequest, DataName, RunConfig, Schedule, show
 from gpt2exp.run import record, terminal
 from gpt2exp.sweep import composing, engines, request
@@ -87,24 +87,22 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
             raise BadRequest(f"{text}: {terminal.short(folder)} is one run; leave it out, or name a sweep's folder")
     try:
         before, gone, overrides = record.asked(folder)
+    except choices.Refused as error:
+        raise BadRequest(f"resume={folder}: {error}") from error
     except BadRequest as error:
         raise BadRequest(f"resume={folder}: {error}; put the files back, or start a new run") from error
     recorded = OmegaConf.create(config.plain(before))  # resolved: what follows train.steps keeps the value it had
     overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
+    if args.trust:
+        choices.allow(args.config_dir, Path.cwd(), config_dir, began_in)
     changed: dict[str, Any] = {}
     if own := [override for override in typed if not is_hydra(override.key_or_group)]:
         args = copy.copy(args)
         args.config_dir = args.config_dir or config_dir
         changed = _changes(args, overrides, [str(override.input_line) for override in own])
     had = _flat(before)
-    if refused := [key for key in changed if not config.is_housekeeping(key) and key not in MAY_CHANGE]:
-        now = ", ".join(f"{key}={show(had.get(key))}" for key in refused)
-        what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
-        why = f"{terminal.short(folder)} began with {now}"
-        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
-        remedy = f"add {now}" if follows else "leave it out"
-        raise BadRequest(f"{what}: {why}; {remedy} to go on, or start a new run without resume")
+    _check_changes(folder, had, changed)
     for key, value in changed.items():
         on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
         if key == "data.path" and value is not None and not on_hub:
@@ -125,10 +123,10 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         raise BadRequest(f"train.steps={after.train.steps}: {why}; {remedy}")
     notes = [
         f"{key}: {show(value)} from here on, {show(had.get(key))} before"
-        for key, value in _flat(after).items()
-        if key in changed and not config.is_housekeeping(key)
+        for key, value in changed.items()
+        if not config.is_housekeeping(key)
     ]
-    if "train.steps" in changed and after.optimizer.schedule is Schedule.cosine and not after.optimizer.schedule_steps:
+    if "train.steps" in changed and after.optimizer.schedule == Schedule.cosine and not after.optimizer.schedule_steps:
         notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
     if steps and not record.saved(folder):
         notes.append(f"no checkpoint was saved: its {steps} steps are done again, from the start")
@@ -139,6 +137,18 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
     job = Job(tuple(overrides), after, composing.as_plain(recorded) if changed and not done else None, done=done)
     argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
     return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
+
+
+def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """Refuse a change of what the run computes."""
+    kept = [key for key in changed if config.is_housekeeping(key) and key.partition(".")[0] != "metric"]
+    if refused := [key for key in changed if key not in (*kept, *MAY_CHANGE)]:
+        now = ", ".join(f"{key}={show(had.get(key))}" for key in refused)
+        what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
+        why = f"{terminal.short(folder)} began with {now}"
+        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
+        remedy = f"add {now}" if follows else "leave it out"
+        raise BadRequest(f"{what}: {why}; {remedy} to go on, or start a new run without resume")
 
 
 def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
@@ -173,8 +183,9 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
     """What typing more changes in a configuration: new values by dotted key."""
     with composing.composing(args) as composer:
-        before, after = (_flat(composing.checked(composer.compose(texts))) for texts in (overrides, overrides + typed))
-    return {key: value for key, value in after.items() if key not in before or value != before[key]}
+        composed = (composing.identified(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
+        before, after = (_flat(composing.checked(one)) for one in composed)
+    return {key: after.get(key) for key in before | after if after.get(key) != before.get(key)}
 
 
 def _flat(of: RunConfig) -> dict[str, Any]:
@@ -195,6 +206,8 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         flags.config_dir = str(Path(args.config_dir).absolute())
     elif flags.config_dir:
         flags.config_dir = str((began_in / flags.config_dir).absolute())
+    if args.trust:
+        choices.allow(args.config_dir, Path.cwd(), flags.config_dir, began_in)
     _check_rule(folder, known, typed)
     runs, gone = _recorded(folder)
     listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
@@ -202,9 +215,12 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     with composing.composing(flags) as composer:
         added = request.axes(typed)
         settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
+        if place := added.get("hydra.sweep.subdir"):
+            raise BadRequest(f"{place[0]}: the jobs of a sweep that goes on keep their folders; leave it out")
         kept = [texts[-1] for key, texts in added.items() if config.is_housekeeping(_key(key))]
         most = [text for text in kept if text.startswith("sweep.max_seeds=")]
-        master = composer.compose([*_of_today(flags.overrides, gone), *settings, *most], multirun=True)
+        before = [text for text in _of_today(flags.overrides, gone) if _key(text) not in request.LOGGING]
+        master = composer.compose([*before, *settings, *most], multirun=True)
         request.check_hydra(master.hydra)
         axes = {_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
         if known.looks:
@@ -242,6 +258,8 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
     for run in record.runs_below(folder):
         try:
             of, unknown, overrides = record.asked(run)
+        except choices.Refused as error:
+            raise BadRequest(f"resume={folder}: {run.name}: {error}") from error
         except BadRequest:
             continue  # Hydra's own record is damaged: the job is run anew, beside it
         for key, value in unknown.items():

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2exp.choices import Outside
 from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.data import tokens
-from gpt2exp.model import huggingface
+from gpt2exp.model import huggingface, size
 from gpt2exp.training import distributed
 
 if TYPE_CHECKING:
@@ -161,8 +162,9 @@ def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[
         origin = huggingface.load(gpt, config.init)
     else:
         initialise(gpt, config.init, config.seed)
-        check_init(gpt, config.init)
-    return {"scheme": config.init.scheme.value, **origin, "tying": check_tying(gpt)}
+        if not isinstance(config.init, Outside):  # nothing says what its code is to do
+            check_init(gpt, config.init)
+    return {"scheme": getattr(config.init, "name", config.init.scheme.value), **origin, "tying": check_tying(gpt)}
 
 
 def _process_bytes() -> int:
@@ -188,18 +190,19 @@ def memory(config: RunConfig, here: Hardware) -> int:
     Weights, gradients and AdamW's two moments take 16 bytes a parameter (fp64: 32); other optimizers keep fewer
     (`moments`). When backward starts, all activations and the head's gradient (`gpt2exp.model.loss`) exist, the other
     gradients do not yet: per layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value,
-    attention's output twice, and the MLP's hidden layer before and after GELU). With checkpointing: 1·n_embd per layer
-    kept, plus 17·n_embd for the layer being recomputed. Under autocast on a GPU all but LayerNorms' inputs are halves,
-    10 of 17, and copies of the weights are added; a CPU's peak showed nothing of it. Unfused attention keeps scores and
-    probabilities as well. The peak is the larger of that and the moment when all gradients exist. Under FSDP a process
-    holds its shard of parameters, gradients and moments, and the embeddings, the head's gradient and a block whole.
+    attention's output twice, and the MLP's hidden layer before and after GELU), and what other choices in the slots
+    keep beyond that. With checkpointing: 1·n_embd per layer kept, plus 17·n_embd for the layer being recomputed. Under
+    autocast on a GPU all but LayerNorms' inputs are halves, 10 of 17, and copies of the weights are added; a CPU's peak
+    showed nothing of it. Unfused attention keeps scores and probabilities as well. The peak is the larger of that and
+    the moment when all gradients exist. Under FSDP a process holds its shard of parameters, gradients and moments, and
+    the embeddings, the head's gradient and a block whole.
     """
-    model, train = config.model, config.train
-    size, cast = config.precision.name.bytes, config.precision.name.autocast
+    model, train, parts = config.model, config.train, size.parameters(config.model)
     width, tokens = model.n_embd, train.micro_batch_tokens // distributed.world_size()
+    number, cast = config.precision.name.bytes, config.precision.name.autocast
     on_cpu = here.kind == "cpu"
     halves = not on_cpu and cast is not None
-    layer = (10 if halves else 17) * width
+    layer = (10 if halves else 17) * width + size.kept_beyond_gpt2(model, train.seq_len) // (2 if halves else 1)
     if here.unfused_attention:
         layer += 3 * model.n_head * train.seq_len + 4 * width
     kept = model.n_layer * width + layer if train.activation_checkpointing is True else model.n_layer * layer
@@ -210,14 +213,14 @@ def memory(config: RunConfig, here: Hardware) -> int:
     if cast == "float16":  # takes the plain way: logits, log-softmax and its gradient
         logits = 3 * tokens * model.vocab_size
     backward = tokens * (kept + 3 * width) + head + logits + (head if here.unfused_attention else 0)
-    parameters = model.parameters["total"]
+    parameters = parts["total"]
     extra = parameters // 2 if halves else 0
     if distributed.is_sharded(config.distributed):
-        extra += parameters - model.parameters["blocks"] + 2 * model.parameters["blocks"] // model.n_layer
+        extra += parameters - parts["blocks"] + 2 * parts["blocks"] // model.n_layer
         parameters //= distributed.world_size()
     elif distributed.world_size() > 1:  # DDP keeps every gradient's memory, whole and filled or not
         backward += parameters
-    peak = size * ((1 + config.optimizer.moments) * parameters + extra + max(parameters + head // 2, backward))
+    peak = number * ((1 + config.optimizer.moments) * parameters + extra + max(parameters + head // 2, backward))
     return peak + (PROCESS_BYTES if on_cpu else 0)
 
 

@@ -110,6 +110,7 @@ def test_bad_requests_raise_one_line(here: Path) -> None:
         gpt2exp.load(here)
     with pytest.raises(AttributeError):
         gpt2exp.nothing  # noqa: B018
+    assert gpt2exp.api.__doc__
 
 
 def test_a_failed_run_is_returned(here: Path) -> None:

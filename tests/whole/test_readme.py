@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from support import SMALL, read, run, run_folders
 
-from gpt2exp import bench, config, export, sample
+from gpt2exp import bench, choices, config, export, sample
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.sweep import composing, help, resume
 from gpt2exp.sweep import request as requests
 
 ROOT = Path(__file__).parents[2]
-PLACES = ("*.md", "conf/**/*.md", "gpt2exp/**/*.md", "tests/**/*.md", "experiments/throughput/*.md")
+PLACES = ("*.md", "conf/**/*.md", "gpt2exp/**/*.md", "tests/**/*.md", "experiments/throughput/**/*.md")
 PAGES = {path: path.read_text(encoding="utf-8") for place in PLACES for path in sorted(ROOT.glob(place))}
 README = PAGES[ROOT / "README.md"]
 BLOCKS = [block for page in PAGES.values() for block in re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)]
@@ -59,6 +59,7 @@ def one_seed(words: list[str]) -> list[str]:
 def compose(words: list[str]) -> requests.Request:
     """The checked plan of a request."""
     args = composing.arguments(words)
+    choices.allow(composing.config_folder(args), Path.cwd())
     return resume.make(args) or requests.make(args)
 
 
@@ -72,6 +73,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_conf" / "model").mkdir(parents=True)
     nano = (ROOT / "conf" / "model" / "nano.yaml").read_text()
     (folder / "my_conf" / "model" / "mine.yaml").write_text(nano)
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    for name, text in re.findall(r"```(?:python|yaml)\n# (\S+/\S+)\n(.+?)```", "\n".join(PAGES.values()), re.DOTALL):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
     for line, jobs in {
         "gpt2exp model=nano train.steps=200 checkpoint.save_last=true": 1,
         "gpt2exp -m model=nano precision=fp32,tf32 seed=1,2,3 data.val_fraction=0.1": 4,
