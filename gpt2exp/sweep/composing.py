@@ -267,11 +267,6 @@ def is_hydra(key: str) -> bool:
     return re.split(r"[./]", key.lstrip("+~"), maxsplit=1)[0] == "hydra"
 
 
-def task(texts: Sequence[str]) -> list[str]:
-    """The overrides that are not Hydra's own."""
-    return [text for text in texts if not is_hydra(text.partition("=")[0])]
-
-
 @contextlib.contextmanager
 def composing(args: argparse.Namespace) -> Iterator[Composer]:
     """Errors of Hydra's inside the block become a `BadRequest`."""

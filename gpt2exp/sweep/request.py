@@ -68,7 +68,6 @@ from gpt2exp.sweep.composing import (
     identified,
     is_hydra,
     schema_of,
-    task,
 )
 
 
@@ -313,7 +312,7 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = identified(composer.compose(constant) if multirun else master)
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
-        jobs = [Job(tuple(task(texts)), checked(alone), own, settings)]
+        jobs = [Job(tuple(texts), checked(alone), own, settings)]
     looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
