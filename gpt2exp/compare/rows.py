@@ -19,18 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gpt2exp.compare.inference import pooled_std
-from gpt2exp.config import (
-    MOVED,
-    SHA256,
-    TARGET,
-    BadRequest,
-    RunConfig,
-    flatten,
-    is_housekeeping,
-    plain,
-    show,
-    stored,
-)
+from gpt2exp.config import MOVED, SHA256, TARGET, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
 
