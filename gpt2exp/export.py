@@ -38,12 +38,7 @@ def write(run: Path, out: Path) -> int:
         OSError: `out` cannot be written; what lay there before is as it was.
     """
     record.check_run(run)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        why = "already holds files, and nothing is overwritten" if out.is_dir() else "a file"
-        raise BadRequest(f"{out}: {why}; name a new folder")
-    for section, values in choices.found_in({"model": record.described(run)[0]["model"]}).items():
-        group = group_of(section)  # its code need not be run to know
-        require(False, group, values["name"], "Hugging Face's GPT-2 has no such choice", f"it takes {group}=gpt2")
+    _check(run, out)
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -78,6 +73,16 @@ def write(run: Path, out: Path) -> int:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return saved.step
+
+
+def _check(run: Path, out: Path) -> None:
+    """Refuse a folder that holds something, and a run whose model has a choice that is not GPT-2's."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        why = "already holds files, and nothing is overwritten" if out.is_dir() else "a file"
+        raise BadRequest(f"{out}: {why}; name a new folder")
+    for section, values in choices.found_in({"model": record.described(run)[0]["model"]}).items():
+        group = group_of(section)  # its code need not be run to know
+        require(False, group, values["name"], "Hugging Face's GPT-2 has no such choice", f"it takes {group}=gpt2")
 
 
 def _theirs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

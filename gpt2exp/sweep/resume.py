@@ -111,16 +111,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != key]
         overrides.append(f"{key}={show(value)}")
     after = config.parse(recorded)
-    row = record.row(folder, folder)
-    steps = row["steps"] if row["state"] == "done" else len(record.read_metrics(folder))
-    if after.train.steps < steps:
-        why = f"{steps} steps are done already"
-        raise BadRequest(f"train.steps={after.train.steps}: {why}; try train.steps={steps} or more")
-    done = row["state"] == "done" and steps == after.train.steps
-    if row["state"] == "done" and not done and not record.saved(folder):
-        why = f"{terminal.short(folder)} is done and kept no checkpoint to go on from"
-        remedy = "start a new run, with checkpoint.save_last=true if it may go on later"
-        raise BadRequest(f"train.steps={after.train.steps}: {why}; {remedy}")
+    steps, done = _steps_done(folder, after)
     notes = [
         f"{key}: {show(value)} from here on, {show(had.get(key))} before"
         for key, value in changed.items()
@@ -137,6 +128,21 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
     job = Job(tuple(overrides), after, composing.as_plain(recorded) if changed and not done else None, done=done)
     argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
     return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
+
+
+def _steps_done(folder: Path, after: RunConfig) -> tuple[int, bool]:
+    """The steps that a run has done, and whether these are all; `BadRequest` if it cannot go on as far as `after`."""
+    row = record.row(folder, folder)
+    steps = row["steps"] if row["state"] == "done" else len(record.read_metrics(folder))
+    if after.train.steps < steps:
+        why = f"{steps} steps are done already"
+        raise BadRequest(f"train.steps={after.train.steps}: {why}; try train.steps={steps} or more")
+    done = row["state"] == "done" and steps == after.train.steps
+    if row["state"] == "done" and not done and not record.saved(folder):
+        why = f"{terminal.short(folder)} is done and kept no checkpoint to go on from"
+        remedy = "start a new run, with checkpoint.save_last=true if it may go on later"
+        raise BadRequest(f"train.steps={after.train.steps}: {why}; {remedy}")
+    return steps, done
 
 
 def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, Any]) -> None:

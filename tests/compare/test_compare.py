@@ -1378,6 +1378,21 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return printed.err
 
 
+def test_a_full_disk_is_no_bad_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 as of every command; what cannot be written because of its name is 2."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conclude, "read", lambda _: [])
+    monkeypatch.setattr(conclude, "compared", lambda *_, **__: None)
+    monkeypatch.setattr(conclude, "write", full)
+    assert conclude.command([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "gpt2exp-compare: No space left on device; make room, or name another folder\n"
+
+
 def everything_below(folder: Path) -> set[Path]:
     """All paths, to see that nothing was written."""
     return set(folder.rglob("*"))

@@ -642,3 +642,10 @@ def test_without_room_nothing_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(shutil, "copyfile", full)
     assert export.command([str(place), "out"]) == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_written_is_a_bad_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = trained()
+    (tmp_path / "file").touch()
+    assert export.command([str(place), "file/out"]) == 2
+    assert capsys.readouterr().err.startswith("gpt2exp-export: file/out: cannot be written (")
