@@ -58,7 +58,7 @@ def decide(known: record.Sweep, rows: Sequence[Row]) -> Stand:
     answered. An arm that cannot be compared after so many seeds is not answered by more of them.
     """
     ended = {Path(row["folder"]).name: row for row in rows if row["state"] in ENDED}
-    whole = itertools.takewhile(ended.keys().__ge__, map(set, known.by_seed.values()))
+    whole = itertools.takewhile(lambda names: ended.keys() >= {*names}, known.by_seed.values())
     names = list(itertools.islice(whole, known.rule["max_seeds"]))
     numbers, found = range(known.looks[0], len(names) + 1), Stand(len(names))
     with contextlib.suppress(BadRequest):  # what keeps the runs from being compared is said at the end
@@ -88,8 +88,9 @@ def compared(rows: Sequence[Row], *, margin: float | None = None, out: Path | No
     known = record.Sweep.read(next(iter(sweeps))) if len(sweeps) == 1 else None
     if known is None or not known.looks:
         return compare(rows, margin=margin, out=out)
-    at, by_seed = decide(known, rows), known.by_seed
-    late = {name for names in list(by_seed.values())[at.seeds :] for name in names} if at.why else set()
+    at, there = decide(known, rows), {Path(row["folder"]).name for row in rows}
+    beyond = list(known.by_seed.items())[at.seeds :] if at.why else []
+    late = {name for _, names in beyond for name in names}
     comparison = compare([row for row in rows if Path(row["folder"]).name not in late], margin=margin, out=out)
     axes, nats = ", ".join(known.rule["axes"]), known.rule["margin"]
     within = "no margin" if nats is None else f"a margin of ±{nats:g} nats"
@@ -97,8 +98,8 @@ def compared(rows: Sequence[Row], *, margin: float | None = None, out: Path | No
     rule += f" and a look after every seed from {known.looks[0]} to {known.looks[-1]}"
     more = f"; later up to {most}" if (most := known.rule["max_seeds"]) > known.looks[-1] else ""
     comparison.notes[:0] = [rule + more, f"after {at.seeds} seeds {f'it ended: {at.why}' if at.why else 'it goes on'}"]
-    if left := sorted({row["config"]["seed"] for row in rows if Path(row["folder"]).name in late}):
-        comparison.notes.append(f"seeds {show(left)[1:-1]} had begun by then; the comparison leaves them out")
+    if left := ", ".join(str(seed) for seed, names in beyond if there & {*names}):
+        comparison.notes.append(f"seeds begun by then, left out of the comparison: {left}")
     return comparison
 
 
@@ -114,17 +115,19 @@ def prior(folder: Path, looks: Sequence[int]) -> list[dict[str, str]]:
         (earlier,) = at_looks(read([folder]), [LARGEST])
     except BadRequest as error:
         raise BadRequest(f"sweep.prior={folder}: {str(error).removeprefix(f'{folder}: ')}") from error
+    designs: dict[Inference, tuple[int, ...]] = {"fixed": COUNTS, "declared": tuple(looks)}
     table = list[dict[str, str]]()
     for one in (effect for effect in earlier if len(effect.differences) > 1):
-        std, n = statistics.stdev(one.scaled), len(one.differences)
-        designs: dict[Inference, tuple[int, ...]] = {"fixed": COUNTS, "declared": tuple(looks)}
+        std = statistics.stdev(one.scaled)
+        both = std, upper_std(std, len(one.differences))
         for design, at in designs.items():
+            told = {
+                str(n): "{} ({})".format(*(spell(tells(each, n, reach(n, design, at))) for each in both))
+                for n in COUNTS
+                if n in at
+            }
             row = {"run": f"{subject(one.key, one.arm)} against {one.baseline}", "seeds": design}
-            for count in COUNTS:
-                times = reach(count, design, at) if count in at else 0.0
-                told = [spell(tells(value, count, times)) for value in (std, upper_std(std, n))] if times else []
-                row[str(count)] = "{} ({})".format(*told) if told else "–"
-            table.append(row)
+            table.append(row | dict.fromkeys(map(str, COUNTS), "–") | told)
     if not table:
         raise BadRequest(f"sweep.prior={folder}: no arm in it has two seeds or more; name a sweep over several seeds")
     return table

@@ -9,15 +9,17 @@ import contextlib
 import logging
 import netrc
 import os
+import shlex
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 from gpt2exp.config import WandbConfig, WandbMode, first_line
-from gpt2exp.run.metrics import METRICS, from_outside
+from gpt2exp.run import terminal
+from gpt2exp.run.metrics import METRICS, Summary, from_outside
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""
@@ -241,3 +243,16 @@ def _why(error: Exception) -> str:
     if not callable(wrong):
         return first_line(error)
     return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in wrong())
+
+
+def offline(sweep: Path, rows: Iterable[Summary], comparison: Path | None) -> list[str]:
+    """What is to be uploaded of a sweep's runs and of its comparison, as words for a shell."""
+    place = shlex.quote(terminal.place(sweep.absolute()))
+    found = [f"{place}/{few}" for few in ("*/wandb/offline-run-*", "wandb/offline-run-*") if any(sweep.glob(few))]
+    for row in rows:
+        if elsewhere := row.get("config", {}).get("wandb", {}).get("dir"):
+            pattern = f"wandb/offline-run-*-{row['parts'][-1]['wandb']}"
+            found += map(terminal.pasted, Path(elsewhere).absolute().glob(pattern))
+    if comparison is not None and not comparison.is_relative_to(sweep.absolute()):
+        found.append(terminal.pasted(comparison))
+    return found

@@ -32,6 +32,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
@@ -60,7 +61,7 @@ from gpt2exp.config import (
     typed,
 )
 from gpt2exp.files import replacing
-from gpt2exp.run import process, secret, tracking
+from gpt2exp.run import process, record, secret, tracking
 from gpt2exp.sweep import engines
 
 CONF = "gpt2exp.conf"
@@ -331,19 +332,17 @@ def _check_flags(args: argparse.Namespace) -> None:
 # --- a run's .hydra --------------------------------------------------------------------------------------------------
 
 
-def describe(
-    folder: Path, own: dict[str, Any], overrides: Sequence[str], settings: dict[str, Any], place: Path | None = None
-) -> None:
-    """Write a run's `.hydra` as Hydra would, but each file whole, and last the one that makes a folder a run's.
+def describe(folder: Path, job: Job, place: Path | None = None) -> None:
+    """Write a job's `.hydra` as Hydra would, but each file whole, and last the one that makes a folder a run's.
 
-    `own` and `settings` are the configuration and Hydra's section of it; without `settings` that file stays as it is.
-    `place`: where the folder will lie, if not where it is.
+    `place`: where the folder will lie, if not where it is. A job whose folder holds what it is to hold stays as it is.
     """
-    if settings:
-        settings = settings | {"runtime": settings["runtime"] | {"output_dir": str((place or folder).absolute())}}
-    texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(settings), '  ')}"} if settings else {}
-    texts["overrides.yaml"] = OmegaConf.to_yaml(OmegaConf.create(list(overrides)))
-    texts["config.yaml"] = _yaml(own)
+    if job.own is None:
+        return
+    texts = {"overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(list(job.overrides))), "config.yaml": _yaml(job.own)}
+    if job.hydra:
+        here = job.hydra["runtime"] | {"output_dir": str((place or folder).absolute())}
+        texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(job.hydra | {'runtime': here}), '  ')}"} | texts
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         with replacing(folder / ".hydra" / name) as part:
@@ -362,8 +361,8 @@ def _section(text: str) -> str:  # most sections are alike in all jobs of a swee
 # --- what Hydra still runs -------------------------------------------------------------------------------------------
 
 
-class _Described:
-    """Stands in for Hydra's loader in a launcher: a job is the text that describes it to `work`, under `JOB`."""
+class _Listed:
+    """Stands in for Hydra's loader in a launcher: what makes a job is in its text, for `work` to read."""
 
     def load_sweep_config(self, master: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         config = copy.deepcopy(master)
@@ -373,18 +372,35 @@ class _Described:
 
 
 JOB = "gpt2exp_job"
-"""Where a launcher's worker finds its job in what it is called with."""
+"""Under which key."""
 
 
-def launch(master: DictConfig, folder: Path, jobs: Sequence[str], work: Callable[[DictConfig], Any]) -> None:
+def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable[[DictConfig], Any]) -> None:
     """Have the launcher that `master` names call `work` for every job of the sweep in the folder."""
     with open_dict(master):
         master.hydra.sweep.dir = str(folder.absolute())  # a worker may start elsewhere
         master.hydra.output_subdir = None  # what a folder's `.hydra` holds is ours to write
-    context = HydraContext(_Described(), Callbacks())  # type: ignore[arg-type]
+    context = HydraContext(_Listed(), Callbacks())  # type: ignore[arg-type]
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=master)
-    for done in launcher.launch([[job] for job in jobs], initial_job_idx=0):
+    told = [{"overrides": job.overrides, "own": job.own, "hydra": job.hydra, "folder": job.folder} for job in jobs]
+    for done in launcher.launch([[json.dumps(job)] for job in told], initial_job_idx=0):
         done.return_value  # noqa: B018 - raises what ended the job
+
+
+def handed(cfg: DictConfig, sweep: Path) -> Job:
+    """The job that a launcher or a sweeper calls `work` for; one that a sweeper made up has no folder yet."""
+    choices.trust()  # as the command that launched the sweep found
+    if JOB in cfg:
+        told = json.loads(cfg[JOB])
+        if told["own"] is not None:
+            choices.admit(told["own"])
+        config = record.asked(sweep / told["folder"])[0] if told["own"] is None else parse(told["own"])
+        return Job(config=config, **told | {"overrides": tuple(told["overrides"])})
+    if known := record.Sweep.read(sweep):
+        mine = arguments(known.argv).config_dir
+        choices.allow(Path(known.cwd, mine) if mine else None, known.cwd)
+    composed, settings = identified(cfg), as_plain(HydraConfig.instance().cfg)["hydra"]
+    return Job(tuple(HydraConfig.get().overrides.task), checked(composed), as_plain(composed), settings)
 
 
 def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Path | None = None) -> None:

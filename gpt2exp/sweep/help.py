@@ -16,6 +16,7 @@ EXAMPLES = """\
   gpt2exp model=nano train.steps=200                   seconds on a laptop
   gpt2exp data=text data.path=book.txt data.val_fraction=0.1
   gpt2exp -m precision=fp32,tf32 seed=1,2,3 model=nano   a sweep: every combination
+  gpt2exp -m init=gpt2,openai sweep.until=answered     as many seeds as the answer needs
   gpt2exp experiment=weight_tying                      a shipped study: a sweep by itself"""
 
 

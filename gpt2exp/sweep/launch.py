@@ -11,12 +11,12 @@ import gc
 import itertools
 import json
 import logging
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,8 @@ from gpt2exp.config import (
     Distributed,
     Fallback,
     PrecisionName,
-    RunConfig,
     first_line,
     home,
-    parse,
     plain,
     require,
 )
@@ -169,15 +167,13 @@ def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -
         if not request.names:
             composing.hand_over(argv, work, request.folder)
         elif not request.local:
-            jobs = [json.dumps([job.folder, job is to_do[0], request.description(job)]) for job in to_do]
-            composing.launch(request.master, request.folder, jobs, work)
+            composing.launch(request.master, request.folder, to_do, work)
         else:
             needless = set[int]()
             with env_override(request.master.hydra.job.env_set):
                 for job in to_do:
                     if job.config.seed not in needless:
-                        described, start = request.description(job), began if job is to_do[0] else time.monotonic()
-                        needless = _work(request.folder / job.folder, request.folder, start, described)
+                        needless = _work(job, request.folder, began if job is to_do[0] else time.monotonic())
     except KeyboardInterrupt:
         _say_how_to_go_on(request)
         raise
@@ -275,47 +271,30 @@ def work(cfg: DictConfig) -> float:
     terminal.show_warnings()
     hydra = HydraConfig.get()
     sweep = Path(hydra.runtime.output_dir)
-    choices.trust()  # as the command that launched the sweep found
-    if composing.JOB in cfg:
-        name, first, described = json.loads(cfg[composing.JOB])
-    else:  # its sweeper made it up
-        known, told = record.Sweep.read(sweep), list(hydra.overrides.task)
-        if known is not None:
-            mine = composing.arguments(known.argv).config_dir
-            choices.allow(Path(known.cwd, mine) if mine else None, known.cwd)
-        alike = known.jobs[0] if known else []
-        name = numbered(hydra.job.num, ",".join(sorted(text for text in told if text not in alike)))
-        first, settings = hydra.job.num == 0, composing.as_plain(HydraConfig.instance().cfg)["hydra"]
-        described = {"own": composing.as_plain(composing.identified(cfg)), "overrides": told, "settings": settings}
-    config = _asked(sweep / name, described)
-    engines.enter(str(hydra.launcher._target_), sweep, config.train.device)
-    if config.seed not in _needless(sweep):
-        _work(sweep / name, sweep, BEGAN if first else time.monotonic(), described)
-    return record.objective(sweep / name)
+    job = composing.handed(cfg, sweep)
+    if not job.folder:  # its sweeper made it up
+        known = record.Sweep.read(sweep)
+        told = sorted(set(job.overrides) - set(known.jobs[0] if known else ()))
+        job = replace(job, folder=numbered(hydra.job.num, ",".join(told)))
+    engines.enter(str(hydra.launcher._target_), sweep, job.config.train.device)
+    if job.config.seed not in _needless(sweep):
+        _work(job, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
+    return record.objective(sweep / job.folder)
 
 
-def _asked(folder: Path, described: dict[str, Any] | None) -> RunConfig:
-    """The configuration of a job, by its folder, or where that is not there yet by its description."""
-    made = (folder / ".hydra" / "config.yaml").is_file()
-    if made or described is None:
-        return record.asked(folder)[0]
-    choices.admit(described["own"])
-    return parse(described["own"])
+def _work(job: Job, sweep: Path, began: float) -> set[int]:
+    """Run one job of a sweep, if that is to do; every outcome is recorded, and only a signal is raised.
 
-
-def _work(folder: Path, sweep: Path, began: float, described: dict[str, Any] | None) -> set[int]:
-    """Run one folder of a sweep, if that is to do; every outcome is recorded, and only a signal is raised.
-
-    `described`: by `composing.describe`, where the folder is not there yet. Returns the seeds that are not to begin.
+    Returns the seeds of which no run is to begin any more.
     """
-    config = _asked(folder, described)
+    folder = sweep / job.folder
     done = record.row(folder, sweep)["state"] in ("done", "diverged")  # in an earlier launch
-    if done or (config.sweep.fail_fast and _failed_before(sweep)):
+    if done or (job.config.sweep.fail_fast and _failed_before(sweep)):
         return set()
-    if described is not None and not (folder / ".hydra" / "config.yaml").is_file():
-        composing.describe(folder, **described)
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        composing.describe(folder, job)
     try:
-        if config.sweep.isolate and not processes.requeued_by():  # submitit gives a job its own process already
+        if job.config.sweep.isolate and not processes.requeued_by():  # submitit gives a job its own process already
             _in_own_process(folder)
         else:
             with processes.held(folder):
@@ -324,7 +303,7 @@ def _work(folder: Path, sweep: Path, began: float, described: dict[str, Any] | N
         log.warning("%s", error)
     except OSError as error:  # the folder says as much as it could
         log.error("%s", unwritable(error))
-    return _needless(sweep, config.seed)
+    return _needless(sweep, job.config.seed)
 
 
 def _needless(sweep: Path, ended: int | None = None) -> set[int]:
@@ -393,23 +372,14 @@ def _outcome(request: Request) -> int:
 
         if request.looks and stopping.stand(request.folder).why:
             jobs = len(rows)  # those of later seeds are not needed
-        console, place = terminal.terminal(), terminal.short(request.folder.absolute())
-        title = f"{done} of {jobs} runs done in {place}"
+        console = terminal.terminal()
+        title = f"{done} of {jobs} runs done in {terminal.short(request.folder.absolute())}"
         console.print(terminal.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
         kept = conclude.conclude(request.folder, console)
         for row in rows:
             if row["state"] != "done":
                 terminal.refuse(f"{row['name']}: {terminal.state_line(row)}")
-        offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
-        place = shlex.quote(terminal.place(request.folder.absolute()))
-        found = [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]
-        for row in rows:
-            if elsewhere := row.get("config", {}).get("wandb", {}).get("dir"):
-                pattern = f"wandb/offline-run-*-{row['parts'][-1]['wandb']}"
-                found += map(terminal.pasted, Path(elsewhere).absolute().glob(pattern))
-        if kept is not None and not kept.is_relative_to(request.folder.absolute()):
-            found.append(terminal.pasted(kept))
-        if found:
+        if found := tracking.offline(request.folder, rows, kept):
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
     return 0 if rows and done == max(jobs, len(rows)) else 1
 

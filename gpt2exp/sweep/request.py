@@ -133,17 +133,6 @@ class Request:
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
 
-    def description(self, job: Job) -> dict[str, Any] | None:
-        """What `composing.describe` writes of a job; None where its folder holds what it is to hold."""
-        if job.own is None:
-            return None
-        settings = dict(job.hydra)
-        if self.multirun and settings:
-            number = self.jobs.index(job)
-            settings["sweep"] = settings["sweep"] | {"dir": str(self.folder.absolute()), "subdir": job.folder}
-            settings["job"] = settings["job"] | {"num": number, "id": number}
-        return {"own": job.own, "overrides": list(job.overrides), "settings": settings}
-
 
 def make(args: argparse.Namespace) -> Request:
     """The request behind Hydra's parsed command line.
@@ -152,9 +141,7 @@ def make(args: argparse.Namespace) -> Request:
         BadRequest: anything in it that cannot be carried out.
     """
     with composing(args) as composer:
-        for override in read(composer, args.overrides):
-            check(composer, override)
-        return compose(composer, args.overrides, multirun=args.multirun)
+        return compose(composer, read(composer, args.overrides), multirun=args.multirun)
 
 
 LOGGING = ("hydra.verbose", "hydra/job_logging")
@@ -203,7 +190,7 @@ def as_meant(text: str) -> str:
 
 
 def read(composer: Composer, texts: Sequence[str]) -> list[Override]:
-    """Overrides as typed; BadRequest for a text that is none."""
+    """Overrides as typed, each checked by itself; BadRequest for a text that is none."""
     parser = OverridesParser.create(config_loader=composer.loader)
     overrides = []
     for text in texts:
@@ -211,10 +198,12 @@ def read(composer: Composer, texts: Sequence[str]) -> list[Override]:
             parsed = parser.parse_overrides([text])
             if not parsed[0].key_or_group:
                 raise HydraException("no key")
-            overrides += parsed
         except HydraException as error:
             hint = f"write KEY=VALUE, and quote values with special characters: {example(text)}"
             raise BadRequest(f"{text}: cannot be read as an override; {hint}") from error
+        overrides += parsed
+    for override in overrides:
+        check(composer, override)
     return overrides
 
 
@@ -300,11 +289,11 @@ def is_text(kinds: tuple[Any, ...]) -> bool:
     return list[str] in kinds or (str in kinds and not {int, bool} & set(kinds))
 
 
-def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Request:
+def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) -> Request:
     """The request of overrides that were checked one by one."""
+    texts = [str(override.input_line) for override in typed]
     master = composer.compose(texts, multirun=multirun)
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
-    typed = read(composer, texts)
     for override in typed:
         if override.is_sweep_override():
             _check_several(composer, override, multirun=multirun)
@@ -313,18 +302,19 @@ def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Requ
     check_hydra(master.hydra)
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
-    basic = multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER
-    if basic:
-        found = axes(composer, [*preset(master), *texts])
-        if master.sweep.until is not None:
-            found = _with_seeds(found, typed, as_plain(master.sweep))
+    if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
+        found = axes([*read(composer, preset(master)), *typed])
+        if master.sweep.until is not None:  # a study's seeds are replaced
+            found.pop("seed", None)
+            end = parse({"sweep": as_plain(master.sweep)}).sweep.looks.stop
+            found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
         jobs = named(list(composer.jobs(master, itertools.product(*found.values()))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = identified(composer.compose(constant) if multirun else master)
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
         jobs = [Job(tuple(task(texts)), checked(alone), own, settings)]
-    looks = _looks(jobs, master, basic=basic, multirun=multirun)
+    looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
     for job in jobs:
@@ -334,33 +324,22 @@ def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Requ
     return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks)
 
 
-def _with_seeds(
-    found: dict[str, list[str]], typed: Sequence[Override], settings: dict[str, Any]
-) -> dict[str, list[str]]:
-    """The axes of a sweep that runs until it is answered: its seeds are 1, 2, 3, ..., a preset's are left out."""
-    for override in typed:
-        if override.key_or_group == "seed":
-            why = "sweep.until=answered takes the seeds 1, 2, 3, ... one after another"
-            raise BadRequest(f"{override.input_line}: {why}; leave it out, or sweep.until")
-    found.pop("seed", None)
-    why, remedy = "nothing varies but the seed", "add what to compare, such as model.tie_weights=true,false"
-    require(any(len(texts) > 1 for texts in found.values()), "sweep.until", "answered", why, remedy)
-    return {"seed": [f"seed={seed}" for seed in range(1, parse({"sweep": settings}).sweep.looks.stop)], **found}
-
-
-def _looks(jobs: Sequence[Job], master: DictConfig, *, basic: bool, multirun: bool) -> tuple[int, ...]:
+def _looks(jobs: Sequence[Job], typed: Sequence[Override], *, single: bool, until: str | None) -> tuple[int, ...]:
     """The looks of a sweep that runs until it is answered, by one rule for all its jobs; of any other none."""
-    sweeps = [job.config.sweep for job in jobs]
-    if not any(sweep.until for sweep in sweeps):
+    rules = {(one.until, one.looks, one.max_hours, one.margin) for one in (job.config.sweep for job in jobs)}
+    if not any(asked for asked, *_ in rules):
         return ()
-    why, remedy = "one run has no arms to compare", "add -m, and what to compare, such as model.tie_weights=true,false"
-    require(multirun, "sweep.until", "answered", why, remedy)
-    why = "another sweeper makes up its jobs, and no seeds"
-    require(basic, "sweep.until", "answered", why, "leave out hydra/sweeper, or sweep.until")
-    alike = len({(one.until, one.looks, one.max_hours, one.margin) for one in sweeps}) == 1 and master.sweep.until
-    why = "the rule by which a sweep ends is one for all its jobs"
-    require(bool(alike), "sweep.until", "answered", why, "give each key of sweep one value")
-    return tuple(sweeps[0].looks)
+    arms = {tuple(text for text in job.overrides if not text.startswith("seed=")) for job in jobs}
+    seeds, what = [one.input_line for one in typed if one.key_or_group == "seed"], "model.tie_weights=true,false"
+    for wrong, why in (
+        (single, f"one run has no arms to compare; add -m, and what to compare, such as {what}"),
+        (not until or len(rules) > 1, "it takes the basic sweeper and one rule for all jobs; name one value of each"),
+        (seeds, f"it takes the seeds 1, 2, 3, ... one after another; leave out {seeds and seeds[0]}"),
+        (len(arms) < 2, f"nothing varies but the seed; add what to compare, such as {what}"),
+    ):
+        if wrong:
+            raise BadRequest(f"sweep.until=answered: {why}")
+    return tuple(jobs[0].config.sweep.looks)
 
 
 def _check_several(composer: Composer, override: Override, *, multirun: bool) -> None:
@@ -390,14 +369,12 @@ def _check_path_used(inits: Sequence[InitConfig]) -> None:
 def check_hydra(settings: DictConfig) -> None:
     """Refuse settings of Hydra's own that name a credential, or under which no run could be kept or begun."""
     secret.check_values(as_plain(settings), "hydra")
-    place = settings.output_subdir
+    place, subdir, called = settings.output_subdir, as_plain(settings.sweep)["subdir"], list(settings.callbacks)
     require(place == ".hydra", "hydra.output_subdir", place, "a run is known by its folder .hydra", "leave it out")
-    place = as_plain(settings.sweep)["subdir"]
-    require(place == ".", "hydra.sweep.subdir", place, "resume= and the comparison name the folders", "leave it out")
+    require(subdir == ".", "hydra.sweep.subdir", subdir, "resume= and the comparison name the folders", "leave it out")
+    require(not called, "hydra.callbacks", called, "Hydra starts no run here, and calls none", "leave it out")
     why, remedy = "relative paths would start in the run's folder", "leave it out, and set hydra.run.dir"
     require(not settings.job.chdir, "hydra.job.chdir", settings.job.chdir, why, remedy)
-    called = list(settings.callbacks)
-    require(not called, "hydra.callbacks", called, "Hydra starts no run here, and calls none", "leave it out")
     if settings.launcher._target_ == engines.BASIC:
         found = settings.verbose, settings.runtime.choices["hydra/job_logging"]
         for key, value, usual in zip(LOGGING, found, (False, "none"), strict=True):
@@ -417,19 +394,17 @@ def preset(master: DictConfig) -> list[str]:
     return [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
 
 
-def axes(composer: Composer, texts: Sequence[str]) -> dict[str, list[str]]:
+def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
     """The overrides of a basic sweep by key: one for a constant, several for an axis; of two for a key the later."""
     found: dict[str, list[str]] = {}
-    for override in read(composer, texts):
-        check(composer, override)
+    for override in overrides:
         key = override.get_key_element()
-        if override.is_sweep_override():
-            if not override.is_discrete_sweep():
-                reason = "the basic sweeper takes lists, choice(...) and range(...)"
-                raise BadRequest(f"{override.input_line}: {reason}; write {key}=A,B")
-            found[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
-            found[key] = [f"{key}={override.get_value_element_as_str()}"]
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            reason = "the basic sweeper takes lists, choice(...) and range(...)"
+            raise BadRequest(f"{override.input_line}: {reason}; write {key}=A,B")
+        several = override.is_sweep_override()
+        each = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
+        found[key] = [f"{key}={value}" for value in each]
     return found
 
 
@@ -507,5 +482,5 @@ def _write(request: Request, argv: Sequence[str], folder: Path) -> None:
         place = folder / job.folder
         # a sweep that ends as soon as it is answered makes a folder as its run begins
         later = (request.multirun and not job.folder) or (request.looks and not place.exists())
-        if not job.done and not later and (described := request.description(job)):
-            describe(place, **described, place=request.folder / job.folder)
+        if not job.done and not later:
+            describe(place, job, request.folder / job.folder)

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import choices, config
-from gpt2exp.config import HOUSEKEEPING, BadRequest, DataName, RunConfig, Schedule, show
+from gpt2exp.config import BadRequest, DataName, RunConfig, Schedule, show
 from gpt2exp.run import record, terminal
 from gpt2exp.sweep import composing, engines, request
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
-MAY_CHANGE = (*(set(HOUSEKEEPING) - {"metric"}), "train.steps", "train.device", "distributed", "data.path")
-"""Keys, or whole sections, that a run may go on with another value of; the text at `data.path` must be the same."""
+MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
+"""Keys besides housekeeping that a run may go on with another value of; the text at `data.path` must be the same."""
 
 
 def make(args: argparse.Namespace) -> request.Request | None:
@@ -41,8 +40,6 @@ def make(args: argparse.Namespace) -> request.Request | None:
         return None
     with composing.composing(args) as composer:
         typed = request.read(composer, args.overrides)
-        for override in typed:
-            request.check(composer, override)
         folders = [override for override in typed if override.key_or_group == "resume"]
         typed = [override for override in typed if override.key_or_group != "resume"]
         values = {str(value) for override in folders for value in request.values(override) if value is not None}
@@ -104,12 +101,13 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         args = copy.copy(args)
         args.config_dir = args.config_dir or config_dir
         changed = _changes(args, overrides, [str(override.input_line) for override in own])
-    _check_changes(folder, before, changed)
+    had = _flat(before)
+    _check_changes(folder, had, changed)
     for key, value in changed.items():
         on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
         if key == "data.path" and value is not None and not on_hub:
             value = str(Path(value).expanduser().absolute())  # as typed it starts here, and the run's others there
-        OmegaConf.update(recorded, key, value.value if isinstance(value, Enum) else value)
+        OmegaConf.update(recorded, key, value)
         overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != key]
         overrides.append(f"{key}={show(value)}")
     after = config.parse(recorded)
@@ -123,7 +121,13 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         why = f"{terminal.short(folder)} is done and kept no checkpoint to go on from"
         remedy = "start a new run, with checkpoint.save_last=true if it may go on later"
         raise BadRequest(f"train.steps={after.train.steps}: {why}; {remedy}")
-    notes = _notes(before, after, changed)
+    notes = [
+        f"{key}: {show(value)} from here on, {show(had.get(key))} before"
+        for key, value in changed.items()
+        if not config.is_housekeeping(key)
+    ]
+    if "train.steps" in changed and after.optimizer.schedule == Schedule.cosine and not after.optimizer.schedule_steps:
+        notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
     if steps and not record.saved(folder):
         notes.append(f"no checkpoint was saved: its {steps} steps are done again, from the start")
     if done:
@@ -135,11 +139,11 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
     return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
 
 
-def _check_changes(folder: Path, before: RunConfig, changed: Mapping[str, Any]) -> None:
+def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
     """Refuse a change of what the run computes."""
-    refused = [key for key in changed if not _within(key, MAY_CHANGE)]
-    if refused:
-        now = ", ".join(f"{key}={show(_value(before, key))}" for key in refused)
+    kept = [key for key in changed if config.is_housekeeping(key) and key.partition(".")[0] != "metric"]
+    if refused := [key for key in changed if key not in (*kept, *MAY_CHANGE)]:
+        now = ", ".join(f"{key}={show(had.get(key))}" for key in refused)
         what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
         why = f"{terminal.short(folder)} began with {now}"
         follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
@@ -164,18 +168,6 @@ def _gone_note(gone: Mapping[str, Any]) -> list[str]:
     return [f"{told}: no key of this version, recorded by another; what is to do is done without it"] if gone else []
 
 
-def _within(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _value(of: RunConfig, key: str) -> Any:
-    """None where the choice made has no such key."""
-    value: Any = of
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
 def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
     """Where a run was started, and its `--config-dir`, each if it is still there."""
     try:
@@ -192,19 +184,12 @@ def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -
     """What typing more changes in a configuration: new values by dotted key."""
     with composing.composing(args) as composer:
         composed = (composing.identified(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
-        before, after = map(composing.checked, composed)
-    every = [*config.keys(), *config.leaves(config.plain(before)), *config.leaves(config.plain(after))]
-    return {key: _value(after, key) for key in dict.fromkeys(every) if _value(after, key) != _value(before, key)}
+        before, after = (_flat(composing.checked(one)) for one in composed)
+    return {key: after.get(key) for key in before | after if after.get(key) != before.get(key)}
 
 
-def _notes(before: RunConfig, after: RunConfig, changed: dict[str, Any]) -> list[str]:
-    notes = []
-    for key in changed:
-        if not _within(key, HOUSEKEEPING):
-            notes.append(f"{key}: {show(_value(after, key))} from here on, {show(_value(before, key))} before")
-    if "train.steps" in changed and after.optimizer.schedule == Schedule.cosine and not after.optimizer.schedule_steps:
-        notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
-    return notes
+def _flat(of: RunConfig) -> dict[str, Any]:
+    return config.leaves(config.plain(of))
 
 
 # --- a sweep ---------------------------------------------------------------------------------------------------------
@@ -228,7 +213,7 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
     listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items()}
     with composing.composing(flags) as composer:
-        added = request.axes(composer, [str(override.input_line) for override in typed])
+        added = request.axes(typed)
         settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
         if place := added.get("hydra.sweep.subdir"):
             raise BadRequest(f"{place[0]}: the jobs of a sweep that goes on keep their folders; leave it out")
@@ -255,12 +240,11 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
     """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
+    fixed = ("sweep.until", "sweep.min_seeds", *["sweep.margin"] * bool(known.looks))
     for override in typed:
         key = override.key_or_group
-        other = known.looks and (key == "sweep.margin" or not (config.is_housekeeping(key) or is_hydra(key)))
-        if other or key in ("sweep.until", "sweep.min_seeds"):
-            how = "runs until it is answered, by what was decided" if known.looks else "has the seeds that were chosen"
-            why = f"{terminal.short(folder)} {how} before its first run"
+        if key in fixed or not (not known.looks or config.is_housekeeping(key) or is_hydra(key)):
+            why = f"that was decided before the first run of {terminal.short(folder)}"
             raise BadRequest(f"{override.input_line}: {why}; leave it out, or start a new sweep")
 
 

@@ -137,7 +137,7 @@ class TestCompared:
         assert found.notes[0].startswith("decided before the first run: seeds 1, 2, 3, ... until each arm of")
         assert "no margin and a look after every seed from 3 to 8" in found.notes[0]
         assert found.notes[1] == "after 3 seeds it ended: every arm has its verdict"
-        assert "seeds 4 had begun by then; the comparison leaves them out" in found.notes
+        assert "seeds begun by then, left out of the comparison: 4" in found.notes
 
     def test_on_its_way(self, sweep: Path) -> None:
         found = stopping.compared(rows([0.1, -0.2, 0.11, 0.3], sweep))
