@@ -168,6 +168,9 @@ class Summary(TypedDict, total=False):
     parts: list[dict[str, Any]]
 
 
+TAKEN = {*BY_KEY, *Summary.__annotations__, "lr", "waited_ms", "residual_rms", "wte_grad_lookup", "wte_grad_head"}
+"""Names in `metrics.jsonl` and `summary.json` that no metric from outside can have."""
+
 ALWAYS = ("overrides", "config", "started", "wall_seconds")
 
 DONE = (*ALWAYS, "steps", "tokens", "parameters", "precision", "data", "device", "threads")

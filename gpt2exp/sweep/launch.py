@@ -34,12 +34,14 @@ from gpt2exp.config import (
     first_line,
     home,
     plain,
+    require,
 )
 from gpt2exp.data import tokens
 from gpt2exp.model import size
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, check_same_text, follow, run
+from gpt2exp.run.metrics import TAKEN
 from gpt2exp.sweep import composing, engines, help, resume
 from gpt2exp.sweep.composing import Job
 from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered
@@ -203,6 +205,9 @@ def _make_ready(request: Request, to_do: list[Job]) -> None:
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         setup.check_text(setup.smallest(config), sources[text])
+        name = config.metric.name
+        free = not name or (name.isidentifier() and name not in TAKEN)
+        require(free, "metric", name, "is recorded under its name, which must be a word of its own", "rename its file")
         outside.try_out(config)
         weights = config.init, config.model
         # what goes on has its weights in a checkpoint

@@ -193,6 +193,12 @@ def test_other_bad_code_is_one_line(typed: str, mine: Path, capsys: pytest.Captu
     assert said in refused(capsys, "--config-dir", "mine", "model=nano", typed)
 
 
+@pytest.mark.parametrize("name", ["loss", "config", "seed", "two words"])
+def test_a_metrics_name_is_its_own(name: str, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mine / "metric" / "spread.yaml").rename(mine / "metric" / f"{name}.yaml")
+    assert "is recorded under its name" in refused(capsys, "--config-dir", "mine", "model=nano", f"metric='{name}'")
+
+
 def test_a_module_that_is_missing_or_hides_another(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (mine / "my_choices.py").rename(mine / "scipy.py")
     flags = ["--config-dir", "mine", "model=nano", "optimizer=signs"]
