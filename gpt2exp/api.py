@@ -22,22 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2exp import config as schema
 from gpt2exp.choices import about
 from gpt2exp.compare import comparison, stopping
-from gpt2exp.config import (
-    CHOICES,
-    BadRequest,
-    RunConfig,
-    at,
-    flatten,
-    group_of,
-    leaves,
-    plain,
-    quoted,
-    show,
-    stored,
-    typed,
-)
+from gpt2exp.config import BadRequest, RunConfig, plain, show, stored, typed
 from gpt2exp.run import process, record, terminal
 from gpt2exp.run.metrics import METRICS, Summary
 from gpt2exp.sweep import launch, resume
@@ -52,19 +40,15 @@ def compose(*words: str) -> RunConfig:
     request = make(launch.parsed(words)[0])
     config = request.jobs[0].config
     if request.multirun or config.resume is not None:
-        what = "several runs" if request.multirun else "an earlier run"
-        raise BadRequest(f"{' '.join(words)}: this is {what}, no new one; give it to gpt2exp.sweep")
+        raise BadRequest(f"{' '.join(words)}: several runs, or one that goes on; give it to gpt2exp.sweep")
     return config
 
 
 def trainer(config: RunConfig) -> Trainer:
     """A new model in training, to be stepped by hand: `step`, `evaluate`, `fit`, `model`. Nothing is written.
 
-    Each call computes in `config.precision` and resets the process's, so several trainers can take turns.
-
-    Raises:
-        BadRequest: the text, the weights at `init.path` or this machine do not fit the configuration.
-        AssetError: the text or the tokenizer's files could not be fetched.
+    Each call computes in `config.precision` and resets the process's, so several trainers can take turns. Raises
+    `BadRequest` if the text, the weights or this machine do not fit, AssetError if a file could not be fetched.
     """
     from gpt2exp.training import setup
 
@@ -119,7 +103,7 @@ class Runs:
 
         Losses in nats, tokens per second, the median step in `step_ms`, memory in bytes; None where not measured.
         """
-        configs = [flatten(stored(row["config"])[0]) if "config" in row else {} for row in self.rows]
+        configs = [schema.flatten(stored(row["config"])[0]) if "config" in row else {} for row in self.rows]
         keys = dict.fromkeys(key for config in configs for key in config)
         varying = ["seed", *(key for key in keys if key != "seed" and len({show(of.get(key)) for of in configs}) > 1)]
         rows = []
@@ -146,16 +130,17 @@ class Runs:
 def _words(config: RunConfig) -> list[str]:
     """The overrides that ask for a configuration: its choices, then the keys that differ from what these bring."""
     asked = plain(config)
-    named = ((section, at(asked, f"{section}.name")) for section in CHOICES)
-    choices = [f"{group_of(section)}={name}" for section, name in named if name != next(iter(CHOICES[section]))]
-    before = leaves(plain(compose(*choices)))
-    changed = {key: value for key, value in leaves(asked).items() if before.get(key) != value}
-    return [*choices, *(_typed(key, value) for key, value in changed.items())]
+    names = {section: schema.at(asked, f"{section}.name") for section in schema.CHOICES}
+    usual = {section: next(iter(choices)) for section, choices in schema.CHOICES.items()}
+    words = [f"{schema.group_of(section)}={name}" for section, name in names.items() if name != usual[section]]
+    before = schema.leaves(plain(compose(*words)))
+    changed = {key: value for key, value in schema.leaves(asked).items() if before.get(key) != value}
+    return words + [_typed(key, value) for key, value in changed.items()]
 
 
 def _typed(key: str, value: Any) -> str:
     if isinstance(value, list):
-        return f"{key}=[{','.join(quoted(part) if isinstance(part, str) else show(part) for part in value)}]"
+        return f"{key}=[{','.join(schema.quoted(part) if isinstance(part, str) else show(part) for part in value)}]"
     return typed(key, value) if isinstance(value, str) else f"{key}={show(value)}"
 
 

@@ -17,12 +17,13 @@ import hashlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import fields, make_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,6 +53,9 @@ LEADING: dict[str, tuple[str, ...]] = {
 
 PLAIN = (int, float, bool, str)
 
+CHECKED = {"int", "float", "bool", "str", "list", "dict", "class", "None", "NoneType", "Optional", "typing"}
+"""The words of an annotation that OmegaConf can check."""
+
 
 class Outside:
     """What the class of such a section has beside its fields."""
@@ -73,29 +77,23 @@ class Refused(BadRequest):
     """Code that may not run here, or is not what a configuration recorded."""
 
 
-@dataclass
-class Admitted:
-    """What may run in this process."""
-
-    folders: list[Path] = field(default_factory=list)
-    """Where modules are looked for, and from where they may come."""
-    recorded: bool = False
-    """Whether a module may come from where a configuration says that it was."""
-
-
-_admitted = Admitted()
+_folders: list[Path] = []
+"""Where modules are looked for, and from where they may come."""
+_trusting = False
+"""Whether a module may come from where a configuration says that it was."""
 _loaded: dict[str, tuple[Path, str]] = {}
 """By name the modules that were loaded here: file and sha256."""
 
 
 def allow(*folders: Path | str | None) -> None:
     """Code in these folders may run in this process, and in no others that were allowed before."""
-    _admitted.folders = [Path(folder).absolute() for folder in folders if folder is not None]
+    _folders[:] = [Path(folder).absolute() for folder in folders if folder is not None]
 
 
 def trust(recorded: bool = True) -> None:
     """Whether code may run in this process from wherever a configuration recorded it."""
-    _admitted.recorded = recorded
+    global _trusting
+    _trusting = recorded
 
 
 # --- in a configuration ----------------------------------------------------------------------------------------------
@@ -117,16 +115,12 @@ def describe(section: str, values: Mapping[str, Any], name: str) -> dict[str, st
         BadRequest: the section cannot come from outside, or its module is in none of the folders allowed.
     """
     target = str(values[TARGET])
-    key, (module, _, attribute) = f"{section}.{TARGET}={target}", target.rpartition(".")
-    if section not in LEADING:
-        raise BadRequest(f"{key}: no choice from outside can be made here; it can be of {', '.join(LEADING)}")
     if _is_ours(section, target, name):
         return {"name": name, SOURCE: "", SHA256: ""}
-    if not (module.isidentifier() and attribute.isidentifier()):
-        raise BadRequest(f"{key}: must be MODULE.NAME, as my_choices.Lion in a file my_choices.py")
-    there = [path for folder in _admitted.folders if (path := folder / f"{module}.py").is_file()]
+    key, module = f"{section}.{TARGET}={target}", target.rpartition(".")[0]
+    there = [path for folder in _folders if (path := folder / f"{module}.py").is_file()]
     if not there:
-        places = " or ".join(str(folder) for folder in _admitted.folders)
+        places = " or ".join(str(folder) for folder in _folders)
         raise BadRequest(f"{key}: no {module}.py in {places}; put it there, or mend the name")
     return {"name": name, SOURCE: str(there[0]), SHA256: hashlib.sha256(there[0].read_bytes()).hexdigest()}
 
@@ -172,9 +166,22 @@ def call(section: Any, *leading: Any) -> Any:
 
 
 def _is_ours(section: str, target: str, name: object) -> bool:
-    """Whether a choice's file in the package itself names this code."""
+    """Whether a choice's file in the package itself names this code; if not, it must be in one module of the user's.
+
+    Raises:
+        BadRequest: the section cannot come from outside, or the target is no MODULE.NAME.
+    """
+    key, (module, _, attribute) = f"{section}.{TARGET}={target}", target.rpartition(".")
+    if section not in LEADING:
+        raise BadRequest(f"{key}: no choice from outside can be made here; it can be of {', '.join(LEADING)}")
+    if not target.startswith("gpt2exp.") or not re.fullmatch(r"[\w-]+", str(name)):
+        if module.isidentifier() and attribute.isidentifier():  # and so no way to another folder
+            return False
+        raise BadRequest(f"{key}: must be MODULE.NAME, as my_choices.Lion in a file my_choices.py")
     file = resources.files("gpt2exp.conf").joinpath(*section.split("."), f"{name}.yaml")
-    return target.startswith("gpt2exp.") and file.is_file() and f"{TARGET}: {target}\n" in file.read_text("utf-8")
+    if file.is_file() and f"{TARGET}: {target}\n" in file.read_text("utf-8"):
+        return True
+    raise BadRequest(f"{key}: no file of the package's names that code; write a function of your own around it")
 
 
 def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
@@ -182,12 +189,14 @@ def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
     module, _, name = target.rpartition(".")
     recorded, sha256 = Path(str(values.get(SOURCE))), str(values.get(SHA256))
     said = f"{section}.{TARGET}={target}"
-    places = [folder / f"{module}.py" for folder in _admitted.folders]
-    places += [recorded] if _admitted.recorded else []
+    places = [folder / f"{module}.py" for folder in _folders]
+    places += [recorded] if _trusting else []
     there = [path for path in places if path.is_file()]
     if not there:
         where = shlex.quote(str(recorded.parent))
-        raise Refused(f"{said} would run code of {recorded}; add --config-dir {where} if it is yours, or --trust")
+        raise Refused(
+            f"{said} would run code of {recorded}; if it is yours, add --trust (gpt2exp: or --config-dir {where})"
+        )
     text = {path: path.read_bytes() for path in there}
     same = [path for path in there if hashlib.sha256(text[path]).hexdigest() == sha256]
     if not same:
@@ -230,8 +239,8 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
     Raises:
         BadRequest: `code` cannot be called as this section's choices are.
     """
-    base, leading = kind_of(section), LEADING[section]
-    parameters = _parameters(f"{section}.{TARGET}={target}", code, leading)[len(leading) :]
+    base = kind_of(section)
+    parameters = _parameters(f"{section}.{TARGET}={target}", code, LEADING[section])
     hints = _hints(code)
     fields: dict[str, tuple[str, Any, Any]] = {}
     for parameter in parameters:
@@ -240,42 +249,38 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
             default = list(default) if isinstance(default, tuple) else default
             kind = _kind(parameter, hints.get(parameter.name))
             fields[parameter.name] = parameter.name, kind, option(default, f"argument of {target}")
-    needed = frozenset(name for name in fields if _default(fields[name][2]) == "???")
-    for name in ("name", TARGET, SOURCE, SHA256):
-        fields[name] = name, str, option("", "of the file that made the choice, and of the code that it names")
-    names = tuple(parameter.name for parameter in parameters)
-    namespace: dict[str, Any] = {"code": staticmethod(code), "arguments": names, "needed": needed, "first": ""}
-    if leading:
-        namespace["first"] = next(iter(inspect.signature(code).parameters))
+    namespace: dict[str, Any] = {
+        "code": staticmethod(code),
+        "first": next(iter(inspect.signature(code).parameters), ""),
+        "arguments": tuple(item.name for item in parameters),
+        "tuples": tuple(
+            item.name
+            for item in parameters
+            if isinstance(item.default, tuple) or typing.get_origin(hints.get(item.name)) is tuple
+        ),
+        "needed": frozenset(item.name for item in parameters if item.default is item.empty and item.name in fields),
+    }
     if issubclass(base, SlotConfig):
         namespace["build"] = call
-    namespace["tuples"] = tuple(item.name for item in parameters if isinstance(item.default, tuple))
+    for name in ("name", TARGET, SOURCE, SHA256):
+        fields[name] = name, str, option("", "of the file that made the choice, and of the code that it names")
     name = f"{target.rpartition('.')[2]} from outside"
     return make_dataclass(name, list(fields.values()), bases=(base, Outside), namespace=namespace, kw_only=True)
 
 
-def _default(item: Any) -> Any:
-    return None if callable(item.default_factory) else item.default
-
-
 def _parameters(said: str, code: Any, leading: tuple[str, ...]) -> list[inspect.Parameter]:
-    """The parameters of a class or function by name, those first that it is called with by position."""
+    """The parameters of a class or function that are keys: all but the first, which it is called with by position."""
     call = f"it is called as {said.rpartition('.')[2]}({', '.join((*leading, 'KEY=VALUE'))})"
     try:
-        every = list(inspect.signature(code).parameters.values())
-    except ValueError as error:
-        raise BadRequest(f"{said}: has no signature to read; write a function in Python around it") from error
-    first, rest = every[: len(leading)], every[len(leading) :]
-    if len(first) < len(leading) or any(
-        item.kind not in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD) for item in first
-    ):
-        raise BadRequest(f"{said}: takes {len(first)} arguments by position, but {call}")
+        signature = inspect.signature(code)
+        signature.bind_partial(*leading)
+    except (TypeError, ValueError) as error:
+        raise BadRequest(f"{said}: {call}, but {first_line(error)}") from error
+    rest = list(signature.parameters.values())[len(leading) :]
     named = [item for item in rest if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
-    if odd := [item.name for item in rest if item not in named and item.kind is item.POSITIONAL_ONLY]:
-        raise BadRequest(f"{said}: takes {odd[0]} by position alone, but {call}")
     if odd := [item.name for item in named if item.name == "name" or item.name.startswith("_")]:
         raise BadRequest(f"{said}: its parameter {odd[0]} cannot be a key; rename it")
-    return first + [item for item in named if item.default is item.empty or _is_plain(item.default)]
+    return [item for item in named if item.default is item.empty or _is_plain(item.default)]
 
 
 def _is_plain(value: Any) -> bool:
@@ -294,23 +299,16 @@ def _hints(code: Any) -> dict[str, Any]:
 
 
 def _kind(parameter: inspect.Parameter, hint: Any) -> Any:
-    """The type that a key is checked against: the annotation if it is plain, else its default's, else any."""
-    parts = set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
-    kinds = parts - {type(None)}
-    found: Any = Any
-    if len(kinds) == 1:
-        found = _plain_kind(kinds.pop())
-    if found is Any and isinstance(parameter.default, (list, tuple)):
-        inside = {type(value) for value in parameter.default}
-        found = list[inside.pop()] if len(inside) == 1 and inside <= set(PLAIN) else list[Any]  # type: ignore[misc]
-    elif found is Any and type(parameter.default) in PLAIN:
-        found = type(parameter.default)
-    return found if found is Any or (parameter.default is not None and type(None) not in parts) else found | None
+    """The type that a key is checked against: the annotation, a tuple as a list, where OmegaConf can check that.
 
-
-def _plain_kind(hint: Any) -> Any:
-    """An annotation as OmegaConf can check it, a tuple as a list; Any where it cannot."""
-    inside = set(typing.get_args(hint)) - {Ellipsis}
-    if typing.get_origin(hint) in (list, tuple, Sequence) and len(inside) == 1 and inside <= set(PLAIN):
-        return list[inside.pop()]  # type: ignore[misc]
-    return hint if hint in PLAIN else Any
+    Else the type of the default where that is plain, else any.
+    """
+    default = parameter.default
+    parts = [part for part in typing.get_args(hint) if part is not Ellipsis]
+    if typing.get_origin(hint) is tuple and len(set(parts)) == 1:
+        hint = list[parts[0]]  # type: ignore[valid-type]
+    elif hint in (None, Any) or not set(re.findall(r"\w+", str(hint))) <= CHECKED:
+        inside = {type(value) for value in default} if isinstance(default, (list, tuple)) else set()
+        hint = type(default) if type(default) in PLAIN else Any
+        hint = list[inside.pop()] if len(inside) == 1 and inside <= set(PLAIN) else hint  # type: ignore[misc]
+    return hint | None if default is None and hint is not Any else hint

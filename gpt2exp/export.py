@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import BadRequest, ModelConfig, is_housekeeping
+from gpt2exp import choices
+from gpt2exp.config import BadRequest, ModelConfig, group_of, is_housekeeping, require
 from gpt2exp.data import assets
 from gpt2exp.data.tokens import END_OF_TEXT
 from gpt2exp.files import beside, write_json
@@ -40,6 +41,9 @@ def write(run: Path, out: Path) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         why = "already holds files, and nothing is overwritten" if out.is_dir() else "a file"
         raise BadRequest(f"{out}: {why}; name a new folder")
+    for section, values in choices.found_in({"model": record.described(run)[0]["model"]}).items():
+        group = group_of(section)  # its code need not be run to know
+        require(False, group, values["name"], "Hugging Face's GPT-2 has no such choice", f"it takes {group}=gpt2")
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import re
 import statistics
@@ -299,12 +300,12 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
         ax.vlines(x, *zip(*bounds, strict=True), color=arm.colour, linewidth=1.4, linestyle=arm.dash)
         face = arm.colour if arm.dash == DASHES[0] else "white"
         handles.append((arm.name, ax.plot(x, means, "o", color=arm.colour, markersize=4, markerfacecolor=face)[0]))
-        inside += [*means, *bounds[-1]]
+        inside += itertools.chain(means, *bounds[len(bounds) // 2 :])
         widest += bounds
     ax.axhline(0, **ZERO)
     for bound in (-margin, margin) if margin else ():
         ax.axhline(bound, **REFERENCE)
-    room = 0.2 * (max(inside) - min(inside))  # for the last intervals: the first are many times as wide
+    room = 0.1 * (max(inside) - min(inside))  # the later half fits; the first intervals may be many times as wide
     low, high = ax.set_ylim(min(inside) - room, max(inside) + room)
     ax.margins(x=0.1)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))

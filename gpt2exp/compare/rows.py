@@ -19,18 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gpt2exp.compare.inference import pooled_std
-from gpt2exp.config import (
-    MOVED,
-    SHA256,
-    TARGET,
-    BadRequest,
-    RunConfig,
-    flatten,
-    is_housekeeping,
-    plain,
-    show,
-    stored,
-)
+from gpt2exp.config import MOVED, SHA256, TARGET, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
 
@@ -100,7 +89,7 @@ def _typed(row: Row, flat: Settings) -> Settings:
     settings: Settings = {}
     for text in row.get("overrides", []):
         key, _, value = text.lstrip("+").partition("=")
-        if not is_housekeeping(key) and key != "experiment":
+        if not (is_housekeeping(key) or key == "experiment" or key.startswith(("hydra.", "hydra/"))):
             key = key if key in flat else MOVED.get(key, key)
             settings[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
     return settings

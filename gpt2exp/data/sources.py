@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 import shlex
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -192,7 +193,8 @@ def _with(sha256: str, chosen: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def reading(what: str, size: int | None) -> Iterator[Advance]:
     """A block that reads `size` bytes (None: unknown); after `PATIENCE` seconds a terminal shows a bar."""
-    console, began = Console(stderr=True, force_jupyter=False), time.monotonic()
+    plain = None if isinstance(sys.stderr, io.TextIOWrapper) else False  # a notebook's stream moves no cursor
+    console, began = Console(stderr=True, force_jupyter=False, force_terminal=plain), time.monotonic()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
     task = bar.add_task(what, total=size)

@@ -70,7 +70,8 @@ def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
     """Try what is in the slots. GPT-2's own needs no trial, and PyTorch is not imported for it.
 
     Raises:
-        BadRequest: a class cannot be made or called, gives another shape, or has a parameter that no rule starts.
+        BadRequest: a class cannot be made or called, gives another shape, has a parameter that no rule starts, a
+            buffer that no checkpoint would keep, or drops at random, in which a resumed run would differ.
     """
     key = (check, repr(model), repr(init), seq_len)
     if model == gpt2_slots(model) or key in _known:
@@ -83,8 +84,15 @@ def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
 
     with torch.device("meta"):
         gpt = GPT(replace(model, n_layer=1))
-    for name, parameter in gpt.named_parameters():
+    known = dict(gpt.named_parameters(remove_duplicate=False))
+    for name, parameter in known.items():
         rule_of(name, parameter, gpt, init)
+    for name in gpt.state_dict().keys() - known.keys():
+        why = "a buffer, and a checkpoint keeps parameters alone"
+        raise BadRequest(f"{name}: {why}; make it a parameter, or with persistent=False if it never changes")
+    for name, module in gpt.named_modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise BadRequest(f"{name}: drops at random, where this model has no dropout; make it with p=0")
     _known[key] = 0
 
 

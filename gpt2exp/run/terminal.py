@@ -72,8 +72,11 @@ class Patient:
 
 def terminal(*, stderr: bool = False) -> Console:
     """The console of this process; piped, or in a notebook, it has no colour and room for each line of ours."""
-    stream = cast(TextIO, Patient(sys.stderr if stderr else sys.stdout))
-    console = Console(file=stream, stderr=stderr, highlight=False, force_jupyter=False)
+    stream = sys.stderr if stderr else sys.stdout
+    # a notebook's stream, which calls itself a terminal, moves no cursor
+    forced = None if isinstance(stream, io.TextIOWrapper) else False
+    patient = cast(TextIO, Patient(stream))
+    console = Console(file=patient, stderr=stderr, highlight=False, force_jupyter=False, force_terminal=forced)
     if not console.is_terminal:
         console.width = max(console.width, 110)
     return console

@@ -162,23 +162,26 @@ def restore(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tenso
 def _kept_by(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str, Any]]:
     """Each parameter of an optimizer, the name of each thing it keeps for it, and one of that shape and type.
 
-    Found by a step of the same optimizer over tiny parameters, one a group. What has neither the parameter's shape nor
-    no dimension is a tensor on the meta device; a plain number stays one.
+    Found by a step of the same optimizer over tiny parameters: in each group one of each number of dimensions. What has
+    neither the parameter's shape nor no dimension is a tensor on the meta device; a plain number stays one.
     """
     import torch
 
-    probe = copy.copy(optimizer)
+    probe, tried = copy.copy(optimizer), list[dict[int, torch.nn.Parameter]]()
     probe.state, probe.param_groups = defaultdict(dict), []
     for group in optimizer.param_groups:
-        like = group["params"][0]
-        tiny = torch.nn.Parameter(torch.zeros((2, 3, 4, 5)[: like.dim()], dtype=like.dtype, device=like.device))
-        tiny.grad = torch.zeros_like(tiny)
-        probe.param_groups.append({**group, "params": [tiny]})
+        tried.append({})
+        for like in {p.dim(): p for p in group["params"]}.values():
+            tiny = torch.nn.Parameter(torch.zeros((2, 3, 4, 5)[: like.dim()], dtype=like.dtype, device=like.device))
+            tiny.grad = torch.zeros_like(tiny)
+            tried[-1][like.dim()] = tiny
+        probe.param_groups.append({**group, "params": list(tried[-1].values())})
     probe.step()
-    for group, tried in zip(optimizer.param_groups, probe.param_groups, strict=True):
-        for key, value in probe.state[tried["params"][0]].items():
-            for parameter in group["params"]:
-                if isinstance(value, torch.Tensor) and value.shape == tried["params"][0].shape:
+    for group, tinies in zip(optimizer.param_groups, tried, strict=True):
+        for parameter in group["params"]:
+            like = tinies[parameter.dim()]
+            for key, value in probe.state[like].items():
+                if isinstance(value, torch.Tensor) and value.shape == like.shape:
                     yield parameter, key, parameter.detach().to(value.dtype)
                 else:
                     scalar = not isinstance(value, torch.Tensor) or value.dim() == 0

@@ -19,7 +19,7 @@ from support import SMALL, losses, read, run
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2exp import choices, config
+from gpt2exp import choices, config, export, sample
 from gpt2exp.config import BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.model import huggingface, size
 from gpt2exp.model.gpt import GPT
@@ -43,6 +43,7 @@ MIXED = ["model/mlp=swiglu", "model/attention=rotary", "model/norm=rmsnorm", "mo
 def _nothing_stays_admitted() -> Iterator[None]:
     yield
     choices.allow()
+    choices.trust(False)
 
 
 def asked(*words: str, folder: Path = EXAMPLES) -> RunConfig:
@@ -279,6 +280,16 @@ LOST = "class Mine(nn.Module):\n    def __init__(self, config, width: int = 4):\
             [],
             r"transformer\.h\.0\.mlp\.gain: no rule says how this parameter starts; let its module have starts",
         ),
+        (
+            LOST + "        self.register_buffer('seen', torch.zeros(3))\n    forward = nn.Identity.forward\n",
+            [],
+            r"transformer\.h\.0\.mlp\.seen: a buffer, and a checkpoint keeps parameters alone; .*persistent=False",
+        ),
+        (
+            LOST + "        self.drop = nn.Dropout(0.1)\n    def forward(self, x):\n        return self.drop(x)\n",
+            [],
+            r"transformer\.h\.0\.mlp\.drop: drops at random",
+        ),
         (LOST + "    forward = nn.Identity.forward\n", ["model.mlp.width=wide"], r"model\.mlp\.width"),
         (
             LOST + "    forward = nn.Identity.forward\n",
@@ -359,7 +370,9 @@ def test_a_sweep_ends_in_verdicts(tmp_path: Path) -> None:
     assert one["parameters"]["blocks"] == 2 * (4 * 16**2 + 4 * 16 + 4 * 16 + 3 * 43 * 16 + 2 * 43 + 16)
 
 
-def test_a_run_goes_on_as_if_it_had_never_stopped_and_is_sampled_from(tmp_path: Path) -> None:
+def test_a_run_goes_on_as_if_it_had_never_stopped_and_is_sampled_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [*SMALL, *MIXED, "model.mlp.hidden=24", "checkpoint.save_last=true", "wandb.mode=disabled"]
     whole, part = tmp_path / "whole", tmp_path / "part"
     for folder, steps in ((whole, 4), (part, 2)):
@@ -369,6 +382,15 @@ def test_a_run_goes_on_as_if_it_had_never_stopped_and_is_sampled_from(tmp_path: 
     assert again.returncode == 0, again.stderr
     assert losses(part) == losses(whole)
     assert read(part / "summary.json")["config"]["model"]["mlp"]["hidden"] == 24
+    monkeypatch.chdir(tmp_path)
+    config.OUTSIDE.clear()  # as in a new process
+    assert sample.command([str(part), "--tokens", "3"]) == 2
+    assert "would run code of" in capsys.readouterr().err
+    assert sample.command(["--trust", str(part), "--tokens", "3"]) == 0
+    capsys.readouterr()
+    assert export.command([str(part), "out"]) == 2
+    assert "Hugging Face's GPT-2 has no such choice; it takes model/attention=gpt2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ line put it; a comparison runs none.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import COMPARE, SMALL, finish, losses, read, run, start, wait_for_step
+from support import COMPARE, SMALL, at_step, finish, losses, read, run, start
 
-from gpt2exp import choices
+from gpt2exp import choices, config, export, sample
+from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
 from gpt2exp.model import init
 from gpt2exp.model.gpt import GPT
@@ -45,7 +48,8 @@ class Signs(torch.optim.Optimizer):
             for weight in group["params"]:
                 kept = self.state[weight]
                 kept["count"] = kept.get("count", 0) + 1
-                kept["rows"] = kept.get("rows", 0) + weight.grad.abs().flatten(1).sum(1) if weight.dim() > 1 else 0
+                if weight.dim() > 1:
+                    kept["rows"] = kept.get("rows", 0) + weight.grad.abs().sum(1)
                 kept["sum"] = kept["sum"] * group["decay"] + weight.grad if "sum" in kept else weight.grad.clone()
                 weight.add_(kept["sum"].sign(), alpha=-group["lr"] / group["seen"] ** 0.5 / kept["count"] ** 0.1)
 
@@ -155,7 +159,7 @@ def test_keys_have_the_signatures_types_and_defaults(mine: Path) -> None:
 BAD = {
     "import math\nraise RuntimeError('no\\nluck')": "my_choices.py raised RuntimeError as it was imported: no",
     "def Sings(params): ...": "my_choices.py has no class or function Signs",
-    "def Signs(): ...": "takes 0 arguments by position, but it is called as Signs(params, KEY=VALUE)",
+    "def Signs(): ...": "it is called as Signs(params, KEY=VALUE), but too many positional arguments",
     "def Signs(params, need): ...": "optimizer.need: my_choices.Signs needs it",
     "def Signs(params): return 3": "optimizer=signs: it returned int, where a torch.optim.Optimizer",
     "def Signs(params): return params.shape": "optimizer=signs: its code raised AttributeError: 'list' object",
@@ -202,6 +206,34 @@ def test_a_module_that_is_missing_or_hides_another(mine: Path, capsys: pytest.Ca
     assert "precision" in refused(capsys, "--config-dir", "mine", "precision=odd")
 
 
+STRANGERS = {
+    "optimizer": ("../strangers/evil.Signs", "must be MODULE.NAME"),
+    "train": ("my_choices.Signs", "no choice from outside can be made here"),
+    "init": ("gpt2exp.export.write", "no file of the package's names that code"),
+    "data": ("os.system", "would run code of"),
+}
+
+
+@pytest.mark.parametrize("section", STRANGERS)
+def test_a_strangers_folder_runs_nothing(section: str, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it names is refused, also where it lies beside and has the sha256 recorded."""
+    target, said = STRANGERS[section]
+    evil = Path.cwd() / "strangers" / "evil.py"
+    evil.parent.mkdir()
+    evil.write_text("raise SystemExit(9)")
+    asked = config.plain(RunConfig())
+    sha256 = hashlib.sha256(evil.read_bytes()).hexdigest()
+    asked[section] |= {"name": "../../strangers/x", "_target_": target, "_source_": str(evil), "_sha256_": sha256}
+    (evil.parent / ".hydra").mkdir()
+    (evil.parent / ".hydra" / "config.yaml").write_text(json.dumps(asked))
+    (evil.parent / ".hydra" / "overrides.yaml").write_text("[]")
+    line = refused(capsys, "resume=strangers")
+    if section != "init":
+        assert said in line, line
+    assert comparing.command(["strangers"]) == 2, "there is nothing to compare"
+    assert "wait for one to finish" in capsys.readouterr().err
+
+
 def test_help_lists_them_and_runs_none(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (mine / "my_choices.py").write_text("raise SystemExit(9)")
     assert launch.command(["--config-dir", "mine", "--help"]) == 0
@@ -226,19 +258,19 @@ def test_killed_it_goes_on_bit_for_bit_from_elsewhere(tmp_path: Path) -> None:
         "mine",
         *SMALL,
         *ALL,
-        "train.steps=70",
+        "train.steps=12",
         "train.batch_size=2",
         QUIET,
         "checkpoint.save_last=true",
     ]
     assert run(tmp_path / "here", *args, "hydra.run.dir=whole").returncode == 0
-    process = start(tmp_path / "here", *args, "hydra.run.dir=part", "checkpoint.every=4")
-    part = wait_for_step(tmp_path / "here" / "part", process)
-    process.send_signal(signal.SIGKILL)
+    process = start(tmp_path / "here", *args, "hydra.run.dir=part", "checkpoint.every=4", held=":6")
+    with at_step(tmp_path / "here" / "part", process) as (part, held):
+        held.send_signal(signal.SIGKILL)
     finish(process)
     no = run(tmp_path / "else", f"resume={part}")
     assert no.returncode == 2
-    assert f"would run code of {tmp_path}/here/mine/my_choices.py; add --config-dir" in no.stderr
+    assert f"would run code of {tmp_path}/here/mine/my_choices.py; if it is yours, add --trust" in no.stderr
     again = run(tmp_path / "else", "--trust", f"resume={part}")
     assert again.returncode == 0, again.stderr
     whole = tmp_path / "here" / "whole"
@@ -249,11 +281,11 @@ def test_killed_it_goes_on_bit_for_bit_from_elsewhere(tmp_path: Path) -> None:
     assert summary["outside"]["optimizer"] == "signs: Steps by the sign of a momentum."
     rows = read(part / "metrics.jsonl")
     assert summary["spread"] == rows[-1]["spread"] != rows[0]["spread"]
-    assert [row["step"] for row in rows if "spread" in row] == [*range(0, 70, 10), 69]
+    assert [row["step"] for row in rows if "spread" in row] == [0, 10, 11]
     assert rows[0]["lr"] == pytest.approx(1e-3)
     assert rows[-1]["lr"] == pytest.approx(0.5e-3)
     (tmp_path / "here" / "mine" / "my_choices.py").write_text(f"{CODE}\n# other code\n")
-    other = run(tmp_path / "else", "--config-dir", str(tmp_path / "here" / "mine"), f"resume={part}", "train.steps=80")
+    other = run(tmp_path / "else", "--config-dir", str(tmp_path / "here" / "mine"), f"resume={part}", "train.steps=14")
     assert other.returncode == 2
     assert "my_choices.py is not the code of before" in other.stderr
 
@@ -271,19 +303,42 @@ def test_a_sweep_in_workers_ends_in_verdicts(tmp_path: Path) -> None:
     assert verdicts["spread"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert verdicts["loss_mean_last10"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert "spread, logits" in (folder / "swept" / "report.md").read_text()
+    gained = run(tmp_path / "else", "--trust", f"resume={folder / 'swept'}", "seed=4", "sweep.isolate=true")
+    assert gained.returncode == 0, gained.stderr
+    assert len(read(folder / "swept" / "comparison.json")["seeds"]) == 4
+    before = read(folder / "swept" / "comparison.json")
     code = (folder / "mine" / "my_choices.py").read_text()
     (folder / "mine" / "my_choices.py").write_text("raise SystemExit(9)")
     again = run(folder, "swept", program=COMPARE)
     assert again.returncode == 0, again.stderr
     assert read(folder / "swept" / "comparison.json")["axes"] == before["axes"]
     (folder / "mine" / "my_choices.py").write_text(f"{code}\n# changed\n")
-    more = run(folder, "--config-dir", "mine", "resume=swept", "seed=4")
+    more = run(folder, "--config-dir", "mine", "resume=swept", "seed=5")
     assert more.returncode == 2
     assert "is not the code of before" in more.stderr
     assert run(folder, *asked, "optimizer=signs", "seed=4", "hydra.run.dir=other").returncode == 0
     mixed = run(folder, "swept", "other", "--out", "both", program=COMPARE)
     assert mixed.returncode == 2
     assert "optimizer._target_=my_choices.Signs: its code was changed between the runs" in mixed.stderr
+
+
+def test_samples_and_exports_run_no_code_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An optimizer is none of their business, a slot's class is a sample's, and Hugging Face has none of it."""
+    for name, typed in (("first", "optimizer=lion"), ("second", "model/mlp=swiglu")):
+        args = [*SMALL, typed, "train.steps=1", "checkpoint.save_last=true", QUIET, f"hydra.run.dir={name}"]
+        assert run(tmp_path, "--config-dir", str(EXAMPLES), *args).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert export.command(["first", "out"]) == 0
+    assert sample.command(["first", "--tokens", "1"]) == 0
+    assert export.command(["second", "more"]) == 2
+    assert (
+        "model/mlp=swiglu: Hugging Face's GPT-2 has no such choice; it takes model/mlp=gpt2" in capsys.readouterr().err
+    )
+    assert sample.command(["second", "--tokens", "1"]) == 2
+    assert f"would run code of {EXAMPLES}/swiglu.py" in capsys.readouterr().err
+    assert sample.command(["second", "--tokens", "1", "--trust"]) == 0
 
 
 def test_schedules_of_ours_and_others_are_one_axis(mine: Path) -> None:

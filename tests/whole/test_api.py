@@ -95,7 +95,7 @@ def test_bad_requests_raise_one_line(here: Path) -> None:
     for words, line in {
         ("model.n_layer=0",): "model.n_layer=0: must be at least 1",
         ("seed=1,2",): "seed=1,2: several values make a sweep",
-        ("experiment=precision",): "this is several runs",
+        ("experiment=precision",): "several runs, or one that goes on",
         ("+wandb.api_key=12345678",): "credentials are no part of a request",
     }.items():
         with pytest.raises(gpt2exp.BadRequest, match=re.escape(line)):
@@ -130,6 +130,21 @@ def test_in_a_thread(here: Path) -> None:
         thread.join()
     assert found[0]["state"] == "done"
     assert len(re.findall(r"^step ", out.getvalue(), re.M)) == 3
+
+
+def test_a_notebook_gets_plain_lines(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once: its stream calls itself a terminal, and moves no cursor."""
+
+    class Notebook(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Notebook()
+    monkeypatch.setattr(sys, "stdout", out)
+    gpt2exp.run(gpt2exp.compose(*FEW), "run")
+    assert len(re.findall(r"^step ", out.getvalue(), re.M)) == 3
+    assert "\x1b" not in out.getvalue()
+    assert "training " not in out.getvalue()
 
 
 def test_an_import_is_quick() -> None:
