@@ -605,7 +605,9 @@ class SweepConfig(Section):
     )
     min_seeds: int = option(3, "of sweep.until: seeds before the first look", at_least=2)
     max_seeds: int | None = option(None, "of sweep.until: how many seeds at most; null: 30", at_least=2, below=1001)
-    max_hours: float | None = option(None, "of sweep.until: hours after which no further seed is begun", above=0)
+    max_hours: float | None = option(
+        None, "of sweep.until: hours after launch at which no seed is begun any more", above=0
+    )
     prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
 
     def agree(self) -> None:

@@ -130,6 +130,8 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
         _show_prior(Path(home(place)), to_do[0].config.sweep.looks)
     if any(job.config.dry_run for job in request.jobs):
         _show_dry([job for job in to_do if not request.looks or job.config.seed == to_do[0].config.seed])
+        if request.looks:
+            terminal.terminal().print(f"the runs of one seed, of {request.rule['max_seeds']} at most", markup=False)
         return 0
     for note in _notes(request, to_do):
         terminal.terminal().print(f"note: {note}", markup=False, soft_wrap=True)

@@ -236,6 +236,7 @@ def test_a_dry_run(whole: tuple[Path, str], tmp_path: Path) -> None:
     code, out, _ = here(tmp_path, *ASKED, f"sweep.prior={whole[0]}", "dry_run=true")
     assert code == 0
     assert out.count("optimizer.lr=0.00") == 2 + 2
+    assert "the runs of one seed, of 8 at most" in out
     table = [line.split() for line in out.splitlines() if "against 0.001" in line]
     assert [row[3] for row in table] == ["fixed", "declared"]
     least = [float(row[at]) for row in table for at in (4, 6)]  # at 3 and 5 seeds
