@@ -208,6 +208,8 @@ def test_the_code_neither_unpickles_nor_evaluates(path: Path) -> None:
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             harmless = called in ("re.compile", "torch.compile", "block.compile")
+            # the module that the command line put there, of the very text that was hashed: test_choices.py says which
+            harmless |= called in ("exec", "compile") and path.name == "choices.py"
             safe = {"torch.load": "weights_only=True", "np.load": "allow_pickle=False"}.get(called)
             if safe:  # of tensors alone, said so in place
                 harmless = any(f"{word.arg}={ast.unparse(word.value)}" == safe for word in node.keywords)
