@@ -18,8 +18,8 @@ from gpt2exp.compare.comparison import Comparison, Row, at_looks, compare, read
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST, Inference, reach, tells, upper_std
 from gpt2exp.compare.words import amounts, spell, subject
-from gpt2exp.config import BadRequest, show
 from gpt2exp.run import record
+from gpt2exp.section import BadRequest, show
 
 ENDED = ("done", "diverged", "failed")
 """States of runs that are not waited for."""

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from support import COMPARE, PROGRAM, SMALL, at_step, finish, losses, read, run, start
 
-from gpt2exp import choices, config, export, sample
+from gpt2exp import choices, export, sample, schema
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
 from gpt2exp.model import init
@@ -227,7 +227,7 @@ def test_a_strangers_folder_runs_nothing(section: str, mine: Path, capsys: pytes
     evil = Path.cwd() / "strangers" / "evil.py"
     evil.parent.mkdir()
     evil.write_text("raise SystemExit(9)")
-    asked = config.plain(RunConfig())
+    asked = schema.plain(RunConfig())
     sha256 = hashlib.sha256(evil.read_bytes()).hexdigest()
     asked[section] |= {"name": "../../strangers/x", "_target_": target, "_source_": str(evil), "_sha256_": sha256}
     (evil.parent / ".hydra").mkdir()

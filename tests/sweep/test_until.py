@@ -14,8 +14,9 @@ import pytest
 from support import SMALL, finish, read, run, run_folders, start
 from test_engines import here, the_sweep
 
-from gpt2exp.config import BadRequest, SweepConfig
+from gpt2exp.config import SweepConfig
 from gpt2exp.run import record
+from gpt2exp.section import BadRequest
 from gpt2exp.sweep import launch, request, resume
 from gpt2exp.sweep.composing import arguments
 
