@@ -167,7 +167,7 @@ def test_isolated(whole: tuple[Path, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["workers", "ray_local", "slurm_local"])
+@pytest.mark.parametrize("launcher", ["workers", "ray_local"])
 def test_with_workers(launcher: str, whole: tuple[Path, str], tmp_path: Path) -> None:
     """The answer is the first in the order of seeds; a seed begun meanwhile is finished, the others leave no folder."""
     more = {"RAY_AUTH_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
