@@ -215,7 +215,7 @@ class Distributed(StrEnum):
 
 Fallback = StrEnum("Fallback", "emulate error")
 Rounding = StrEnum("Rounding", "truncate nearest")
-DataName = StrEnum("DataName", "tinyshakespeare text hub")
+DataName = StrEnum("DataName", "tinyshakespeare gutenberg text hub")
 DataOrder = StrEnum("DataOrder", "sequential shuffled")
 DeviceName = StrEnum("DeviceName", "auto cpu cuda mps")
 Schedule = StrEnum("Schedule", "constant cosine")

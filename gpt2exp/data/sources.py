@@ -1,4 +1,4 @@
-"""Where texts come from: the files of `data.path`, a dataset on the Hub, or Tiny Shakespeare; and their documents.
+"""Where texts come from: the files of `data.path`, a dataset on the Hub, or a text of `assets.TEXTS`; and their documents.
 
 A text on disk is identified by its path and by the sizes and dates of its files: the bytes are hashed only while they
 are tokenised. A dataset on the Hub is identified by its commit, which is asked for once.
@@ -114,8 +114,8 @@ def find(config: DataConfig) -> Text:
     """
     limit = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
     rows: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split}
-    if config.name is DataName.tinyshakespeare:
-        asset = assets.TINY_SHAKESPEARE  # its hash is known, so that with a warm cache the text is not read
+    if config.name in assets.TEXTS:
+        asset = assets.TEXTS[config.name]  # its hash is known, so that with a warm cache the text is not read
         known = _with(asset.sha256, limit)
 
         def fetched(advance: Advance) -> Pieces:
