@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from publish import HERE, column, effect, having, replace_block, runs_of, spread
 
@@ -26,6 +28,22 @@ class Claim:
     text: str
     finding: str
     measure: Callable[[], tuple[str, int, str]]
+
+
+@dataclass
+class Card:
+    """A claim about a GPU, held against what `gpu.py` measured once it was run."""
+
+    text: str
+    needs: tuple[str, ...]
+    """Its stages."""
+    measure: Callable[[Stages], tuple[str, int, str]]
+    before: Callable[[], str] = lambda: "not run"
+    """What stands there until then."""
+
+
+Stages = dict[str, dict[str, Any]]
+"""Of `gpu/results.json`, by name, those that were run."""
 
 
 def holds(ok: bool) -> str:
@@ -73,16 +91,28 @@ def unused_tokens() -> tuple[str, int, str]:
     return f"{spread(shares, '.1%')} of the fall", len(shares), holds(statistics.fmean(shares) > 0.5)
 
 
+def _nats(row: Mapping[str, Any]) -> str:
+    return f"{float(row['mean_difference']):+.2g} nats ({float(row['ci95_low']):.2g} to {float(row['ci95_high']):.2g})"
+
+
 def _loss(finding: str, key: str, arm: str) -> tuple[dict[str, str], str]:
     row = effect(finding, key, arm, "val_loss")
-    text = f"{float(row['mean_difference']):+.2g} nats ({float(row['ci95_low']):.2g} to {float(row['ci95_high']):.2g})"
-    return row, text
+    return row, _nats(row)
+
+
+def _speed(row: Mapping[str, Any]) -> str:
+    ratio, low, high = (float(row[key]) for key in ("speed_ratio", "ci95_low", "ci95_high"))
+    return f"{ratio:.3f} of 16's tokens/s ({low:.3f} to {high:.3f})"
+
+
+def _seen(row: Mapping[str, Any]) -> str:
+    """The verdict on a claim that the arm is worse."""
+    return {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
 
 
 def tying() -> tuple[str, int, str]:
     row, text = _loss("weight_tying", "model.tie_weights", "false")
-    verdict = {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
-    return f"untied {text}, nano model", int(row["n_seeds"]), verdict
+    return f"untied {text}, nano model", int(row["n_seeds"]), _seen(row)
 
 
 def stream() -> tuple[str, int, str]:
@@ -117,28 +147,70 @@ def first_iteration() -> tuple[str, int, str]:
 
 def seventeen() -> tuple[str, int, str]:
     row = effect("throughput", "train.batch_size", "17", "tokens_per_second")
-    ratio, low, high = (float(row[key]) for key in ("speed_ratio", "ci95_low", "ci95_high"))
-    text = f"{ratio:.3f} of 16's tokens/s ({low:.3f} to {high:.3f})"
-    verdict = {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
-    return f"{text}, on a CPU", int(row["n_seeds"]), verdict
+    return f"{_speed(row)}, on a CPU", int(row["n_seeds"]), _seen(row)
 
 
-def tf32_speed() -> tuple[str, int, str]:
+# --- on a card: what `gpu.py` measured, or what was said before ------------------------------------------------------
+
+
+def steps(stages: Stages, name: str) -> tuple[list[float], list[float]]:
+    """Medians of each round's steps, ms, and peaks, GB, of the program itself."""
+    mine = [row["gpt2exp"] for row in stages[f"bench {name}"]["rounds"]]
+    return [row["ms_median"] for row in mine], [row["peak_rss_mib"] * 2**20 / 1e9 for row in mine]
+
+
+def tf32_speed(stages: Stages) -> tuple[str, int, str]:
+    (full, _), (short, _) = steps(stages, "fp32"), steps(stages, "tf32")
+    ratio = statistics.median(full) / statistics.median(short)
+    text = f"{statistics.median(full):.0f} to {statistics.median(short):.0f} ms: {ratio:.1f} times"
+    return text, len(full), holds(2.5 < ratio < 8)
+
+
+def tf32_speed_said() -> str:
     alone = {"gpu": "A100", "model": "gpt2", "gpus": "1"}
     full, short = (
         next(row for row in runs_of("scaling", "predictions") if {**alone, "precision": name}.items() <= row.items())
         for name in ("fp32", "tf32")
     )
     ratio = float(full["step_ms"]) / float(short["step_ms"])
-    return f"not run; predicted {ratio:.1f} times for this program on an A100", 0, NEEDS
+    return f"not run; predicted {ratio:.1f} times for this program on an A100"
 
 
-def memory() -> tuple[str, int, str]:
+def memory(stages: Stages) -> tuple[str, int, str]:
+    _, peaks = steps(stages, "fp32")
+    text = f"{statistics.median(peaks):.0f} GB with fused attention and the loss in chunks"
+    return text, len(peaks), holds(abs(statistics.median(peaks) - 35) < 5)
+
+
+def memory_said() -> str:
     config = RunConfig(train=TrainConfig(batch_size=16, seq_len=1024))
     need = setup.memory(config, setup.Hardware("cuda"))
     (same,) = (row for row in runs_of("scaling", "checks") if (row["series"], row["unit"]) == ("tutorial", "GB"))
     predicted = f"predicted {float(same['predicted']):.0f} GB as the tutorial computes it"
-    return f"not run; {predicted}, estimated {need / 1e9:.0f} GB with fused attention", 0, NEEDS
+    return f"not run; {predicted}, estimated {need / 1e9:.0f} GB with fused attention"
+
+
+def rounding(stages: Stages) -> tuple[str, int, str]:
+    found = stages["rounding"]
+    sides = found["left"], found["right"]
+    return f"the left operand: {sides[0]}, the right: {sides[1]}", 1, holds(sides == ("crops", "crops"))
+
+
+def tf32_on_a_card(stages: Stages) -> tuple[str, int, str]:
+    row = _of(stages, "precision", "tf32", "val_loss")
+    told = abs(float(row["mean_difference"])) > float(row["seed_std"])
+    return f"{_nats(row)}, seeds differ by {float(row['seed_std']):.2g}", int(row["n_seeds"]), holds(not told)
+
+
+def seventeen_on_a_card(stages: Stages) -> tuple[str, int, str]:
+    row = _of(stages, "throughput", "17", "tokens_per_second")
+    if not row["speed_ratio"]:
+        return f"not compared: {row['reason']}", int(row["n_seeds"]), _seen(row)
+    return _speed(row), int(row["n_seeds"]), _seen(row)
+
+
+def _of(stages: Stages, study: str, arm: str, metric: str) -> dict[str, Any]:
+    return next(row for row in stages[study]["effects"] if (row["arm"], row["metric"]) == (arm, metric))
 
 
 CLAIMS = [
@@ -152,22 +224,40 @@ CLAIMS = [
     Claim("Scaling residual projections controls the stream's growth", "residual_scaling", stream),
     Claim("0.02 is in the vicinity of 1/√d", "init_std", near_xavier),
     Claim("TF32 cannot be told apart from fp32", "precision", tf32),
-    Claim("TF32 is up to 8 times faster (1000 to 333 ms a step)", "scaling", tf32_speed),
+    Card("TF32 cannot be told apart from fp32, in hardware", ("precision",), tf32_on_a_card),
+    Card("TF32 crops the mantissa", ("rounding",), rounding),
+    Card(
+        "TF32 is up to 8 times faster (1000 to 333 ms a step)",
+        ("bench fp32", "bench tf32"),
+        tf32_speed,
+        tf32_speed_said,
+    ),
     Claim("The first iteration is slower", "throughput", first_iteration),
     Claim("A batch of 17 runs inefficiently", "throughput", seventeen),
+    Card("A batch of 17 runs inefficiently, on a GPU", ("throughput",), seventeen_on_a_card),
     Claim(
         "16 x 1024 tokens in 1000 ms are 163,000 tokens/s", "throughput", lambda: ("16,384 tokens/s", 1, holds(False))
     ),
-    Claim("16 x 1024 in fp32 takes about 35 GB", "scaling", memory),
+    Card("16 x 1024 in fp32 takes about 35 GB", ("bench fp32",), memory, memory_said),
 ]
 
 
-def index() -> str:
-    """The table of claims."""
+def index(card: Mapping[str, Any] | None = None) -> str:
+    """The table of claims; `card`: the results of `gpu.py`, by default those of `gpu/`, where it was run."""
+    file = HERE / "gpu" / "results.json"
+    if card is None:
+        card = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"stages": {}}
+    stages = {name: stage for name, stage in card["stages"].items() if "not_run" not in stage}
     rows = ["| claim | measured | n | verdict | finding |", "|---|---|---|---|---|"]
     for claim in CLAIMS:
-        figure, n, verdict = claim.measure()
-        rows.append(f"| {claim.text} | {figure} | {n} | **{verdict}** | [{claim.finding}]({claim.finding}/README.md) |")
+        if isinstance(claim, Claim):
+            (figure, n, verdict), finding = claim.measure(), claim.finding
+        elif set(claim.needs) <= set(stages):
+            (figure, n, verdict), finding = claim.measure(stages), "gpu"
+            figure = f"{figure}, {card['about']['device']}"
+        else:
+            figure, n, verdict, finding = claim.before(), 0, NEEDS, "scaling"
+        rows.append(f"| {claim.text} | {figure} | {n} | **{verdict}** | [{finding}]({finding}/README.md) |")
     return "\n".join(rows)
 
 

@@ -1,4 +1,7 @@
-"""Small trainings that a lone process and several must agree on; run by torchrun, this file is the several."""
+"""Small trainings that a lone process and several must agree on; run by torchrun, this file is the several.
+
+torchrun ... shared_runs.py FILE [DEVICE [CASE ...]]
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from gpt2exp import config
 from gpt2exp.data import tokens
 from gpt2exp.training import distributed as dist
-from gpt2exp.training import precision, setup
+from gpt2exp.training import hardware, precision, setup
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64}
 TRAIN = {
@@ -21,7 +24,6 @@ TRAIN = {
     "seq_len": 16,
     "steps": 3,
     "eval_every": 3,
-    "device": "cpu",
     "activation_checkpointing": False,
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -36,24 +38,24 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(case: str, distributed: str) -> dict[str, Tensor]:
+def train(case: str, distributed: str, kind: str = "cpu") -> dict[str, Tensor]:
     """`losses` (steps,), `norms`, `val_loss`, `loss_unseen`, and under `grad.NAME` and `weight.NAME` the last step's.
 
     In several processes, what the first has of it.
     """
     asked: dict[str, Any] = {
         "model": SMALL,
-        "train": TRAIN,
+        "train": {**TRAIN, "device": kind},
         "data": {"val_fraction": 0.002},
         "distributed": distributed,
     }
     for section, values in CASES[case].items():
         asked[section] = {**asked.get(section, {}), **values}
     run = config.parse(asked)
-    device = torch.device("cpu")
+    device = hardware.resolve_device(run.train.device)
     with precision.applied(run.precision, device) as got:
         source = tokens.prepare(run.data)
-        run, _need = setup.settled(run, device, setup.Hardware("cpu", got.emulated), source)
+        run, _need = setup.settled(run, device, setup.Hardware(kind, got.emulated), source)
         job, _origin = setup.trainer(run, device, got, source)
         rows = list(job.fit())
         gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
@@ -71,13 +73,14 @@ def train(case: str, distributed: str) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Every case under DDP and FSDP; the first process writes them all to one safetensors file."""
+    """Every case, or those named, under DDP and FSDP; the first process writes them all to one safetensors file."""
     torch.set_num_threads(1)
+    kind, *cases = sys.argv[2:] or ["cpu"]
     found: dict[str, Tensor] = {}
     with dist.process_group():
         for distributed in ("ddp", "fsdp"):
-            for case in CASES:
-                result = train(case, distributed)
+            for case in cases or CASES:
+                result = train(case, distributed, kind)
                 found |= {f"{distributed}/{case}/{name}": tensor.contiguous() for name, tensor in result.items()}
     if dist.is_main():
         save_file(found, Path(sys.argv[1]))

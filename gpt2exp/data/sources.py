@@ -1,4 +1,4 @@
-"""Where texts come from: the files of `data.path`, a dataset on the Hub, or a text of `assets.TEXTS`; and their documents.
+"""Where texts come from: files of `data.path`, a dataset on the Hub, or a text of `assets.TEXTS`; and their documents.
 
 A text on disk is identified by its path and by the sizes and dates of its files: the bytes are hashed only while they
 are tokenised. A dataset on the Hub is identified by its commit, which is asked for once.
