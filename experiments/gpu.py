@@ -94,7 +94,7 @@ REHEARSAL = Scale(
     size=TINY,
     precision=("precision=fp32,tf32", "seed=1,2", "train.steps=2", "data.val_fraction=0.002"),
     throughput=("train.batch_size=16,17", "seed=1,2", "train.steps=2"),
-    benches=(("fp32", False), ("fp32", True)),
+    benches=(("fp32", True),),
     pairs=1,
     steps=3,
     loss=(64, 16, 211),
@@ -268,13 +268,32 @@ def study(session: Session, name: str, *overrides: str) -> Result:
     (session.out / f"{name}.csv").write_text(report.table(comparison), encoding="utf-8")
     publish.write_runs(comparison.runs, session.out / f"{name}_runs.csv")
     command = shlex.join(["gpt2exp", f"experiment={name}", *session.scale.size, *overrides])
-    effects = list(csv.DictReader(io.StringIO(report.table(comparison))))
     return {
         "command": command,
-        "effects": effects,
+        "steps": steps_of(comparison.runs),
+        "effects": list(csv.DictReader(io.StringIO(report.table(comparison)))),
         "verdicts": report.verdicts(comparison),
         "table": report.effects(comparison),
     }
+
+
+def steps_of(runs: Sequence[Result]) -> list[Result]:
+    """Step and peak memory by precision and batch, the medians of the runs that are done."""
+    alike: dict[tuple[bool, str, int], list[Result]] = {}
+    for run in runs:
+        if run["state"] == "done":
+            key = run["settled"]["compile"], run["precision"]["requested"], run["settled"]["batch_size"]
+            alike.setdefault(key, []).append(run)
+    return [
+        {
+            "mode": "compiled" if compiled else "eager",
+            "precision": name,
+            "batch": batch,
+            "ms": statistics.median(run["step_ms"]["median"] for run in having),
+            "gb": statistics.median(run["peak_memory_bytes"] for run in having) / 1e9,
+        }
+        for (compiled, name, batch), having in alike.items()
+    ]
 
 
 def precision_study(session: Session) -> Result:
@@ -295,7 +314,10 @@ def bench(session: Session, name: str, compiled: bool) -> Result:
     line += ["--pairs", str(scale.pairs), "--steps", str(scale.steps)]
     session.must("-m", "gpt2exp.bench", *line, "--out", str(file))
     found: Result = json.loads(file.read_text(encoding="utf-8"))
-    return {"precision": name, "mode": "compiled" if compiled else "eager", **found}
+    mine = [row["gpt2exp"] for row in found["rounds"]]
+    step, peak = (statistics.median(row[key] for row in mine) for key in ("ms_median", "peak_rss_mib"))
+    told = {"mode": "compiled" if compiled else "eager", "precision": name, "batch": found["train"]["batch_size"]}
+    return {"precision": name, "steps": [told | {"ms": step, "gb": peak * 2**20 / 1e9}], **found}
 
 
 def stages(scale: Scale) -> dict[str, Callable[[Session], Result]]:
@@ -324,41 +346,50 @@ def page(results: Result) -> str:
     ]
     missing = [f"- {name}: not run, {one['not_run']}" for name, one in done.items() if "not_run" in one]
     parts += ["\n".join(missing)] if missing else []
+    run = {name: one for name, one in done.items() if "not_run" not in one}
+    if any("steps" in one for one in run.values()):
+        parts.append(beside_predictions(run, about))
     for name, write in SECTIONS.items():
-        having = {key: one for key, one in done.items() if key.split()[0] == name and "not_run" not in one}
+        having = {key: one for key, one in run.items() if key.split()[0] == name}
         if having:
             parts.append(write(having, about))
     return "\n\n".join(parts) + "\n"
 
 
 def beside_predictions(having: Result, about: Result) -> str:
-    """The bench: each prediction, its measurement, and the peers."""
+    """Each step that was measured beside what the scaling page said of it."""
     chip = next((gpu for gpu in ("A100", "H100") if gpu in about["device"] or about["rehearsal"]), None)
     with (HERE / "scaling" / "announced.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if (row["gpu"], row["batch"]) == (chip, "16")]
-    told = {(row["mode"], row["precision"]): row for row in rows}
-    head = "step | predicted, ms | measured, ms | off | predicted, GB | measured, GB | off | step, ours over a peer's"
-    lines = [f"| {head} |", "|---|--:|--:|--:|--:|--:|--:|---|"]
-    for one in having.values():
-        before = told.get((one["mode"], one["precision"]))
-        cells = [f"{one['precision']}, {one['mode']}"]
-        for key, value, form in zip(("step_ms", "memory_gb"), ours(one), (",.0f", ".1f"), strict=True):
+        rows = [row for row in csv.DictReader(file) if row["gpu"] == chip]
+    told = {(row["mode"], row["precision"], int(row["batch"])): row for row in rows}
+    lines = ["| step | by | predicted, ms | measured, ms | off | predicted, GB | measured, GB | off |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
+    for name, one in ((name, step) for name, stage in having.items() for step in stage.get("steps", [])):
+        before = told.get((one["mode"], one["precision"], one["batch"]))
+        cells = [f"{one['precision']}, {one['mode']}, batch {one['batch']}", name.split()[0]]
+        for key, value, form in (("step_ms", one["ms"], ",.0f"), ("memory_gb", one["gb"], ".1f")):
             said = None if before is None else float(before[key])
-            off = ("", "") if said is None else (f"{said:{form}}", f"{said / value - 1:+.0%}")
-            cells += [off[0], f"{value:{form}}", off[1]]
-        ratios = {peer: ratio["ms_median"] for peer, ratio in one["ratios"].items()}
-        spreads = [f"{peer}: {r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for peer, r in ratios.items()]
-        lines.append(f"| {' | '.join([*cells, '; '.join(spreads)])} |")
-    note = "" if chip else "\n\nNo prediction was made for this card."
-    where = "[scaling](../scaling/README.md), written before this was run"
-    return f"## Prediction beside measurement\n\nThe predictions are those of {where}.{note}\n\n" + "\n".join(lines)
+            predicted, off = ("", "") if said is None else (f"{said:{form}}", f"{said / value - 1:+.0%}")
+            cells += [predicted, f"{value:{form}}", off]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = (
+        "The predictions are those of [scaling](../scaling/README.md), written before this was run; *off*: prediction"
+    )
+    text += " over measurement." + ("" if chip else " No prediction was made for this card.")
+    return "\n\n".join(["## Prediction beside measurement", text, "\n".join(lines)])
 
 
-def ours(one: Result) -> tuple[float, float]:
-    """Median step in milliseconds and peak memory in GB of the program's own rounds."""
-    mine = [row["gpt2exp"] for row in one["rounds"]]
-    step, peak = (statistics.median(row[key] for row in mine) for key in ("ms_median", "peak_rss_mib"))
-    return step, peak * 2**20 / 1e9
+def bench_section(having: Result, _: Result) -> str:
+    """A row a peer: steps pair by pair."""
+    lines = ["| step | our step, ms | peer | its step over ours, pair by pair | pairs |", "|---|--:|---|---|--:|"]
+    for one in having.values():
+        (step,) = one["steps"]
+        for peer, ratio in one["ratios"].items():
+            found = ratio["ms_median"]  # ours over theirs
+            spread = f"{1 / found['median']:.2f} ({1 / found['max']:.2f} to {1 / found['min']:.2f})"
+            cells = [f"{one['precision']}, {step['mode']}", f"{step['ms']:,.0f}", peer, spread, str(found["n"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "## Beside the peers\n\n" + "\n".join(lines)
 
 
 def tests_section(having: Result, _: Result) -> str:
@@ -401,7 +432,7 @@ def study_section(having: Result, _: Result) -> str:
 
 
 SECTIONS: dict[str, Callable[[Result, Result], str]] = {
-    "bench": beside_predictions,
+    "bench": bench_section,
     "rounding": rounding_section,
     "precision": study_section,
     "throughput": study_section,

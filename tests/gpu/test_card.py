@@ -118,6 +118,8 @@ def test_bf16_keeps_its_weights_in_fp32(device: str) -> None:
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_compiled_blocks_compute_the_same(slowly: str, name: str) -> None:
+    if (slowly, name) == ("cpu", "bf16"):
+        pytest.skip("a CPU's compiler takes half a minute: one precision shows the logic")
     eager = losses(slowly, name, compile=False)
     try:
         assert off(losses(slowly, name, compile=True), eager) < WITHIN[name]
