@@ -16,6 +16,7 @@ from publish import HERE, column, effect, having, replace_block, runs_of, spread
 
 from gpt2exp.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2exp.data import assets, tokens
+from gpt2exp.model import size
 from gpt2exp.training import setup
 
 NEEDS = "needs a GPU"
@@ -64,7 +65,7 @@ def compression() -> tuple[str, int, str]:
 
 
 def tied_parameters() -> tuple[str, int, str]:
-    tied, untied = (ModelConfig(tie_weights=tie).parameters["total"] for tie in (True, False))
+    tied, untied = (size.parameters(ModelConfig(tie_weights=tie))["total"] for tie in (True, False))
     text = f"{untied - tied:,} fewer: {(untied - tied) / tied:.0%} of the tied model, {(untied - tied) / untied:.0%} of"
     return f"{text} the untied", 1, holds(abs((untied - tied) / tied - 0.3) < 0.02)
 
@@ -91,13 +92,9 @@ def unused_tokens() -> tuple[str, int, str]:
     return f"{spread(shares, '.1%')} of the fall", len(shares), holds(statistics.fmean(shares) > 0.5)
 
 
-def _nats(row: Mapping[str, Any]) -> str:
-    return f"{float(row['mean_difference']):+.2g} nats ({float(row['ci95_low']):.2g} to {float(row['ci95_high']):.2g})"
-
-
-def _loss(finding: str, key: str, arm: str) -> tuple[dict[str, str], str]:
-    row = effect(finding, key, arm, "val_loss")
-    return row, _nats(row)
+def _loss(row: Mapping[str, Any]) -> str:
+    low, high = float(row["ci95_low"]), float(row["ci95_high"])
+    return f"{float(row['mean_difference']):+.2g} nats ({low:.2g} to {high:.2g})"
 
 
 def _speed(row: Mapping[str, Any]) -> str:
@@ -105,14 +102,14 @@ def _speed(row: Mapping[str, Any]) -> str:
     return f"{ratio:.3f} of 16's tokens/s ({low:.3f} to {high:.3f})"
 
 
-def _seen(row: Mapping[str, Any]) -> str:
-    """The verdict on a claim that the arm is worse."""
+def worse(row: Mapping[str, Any]) -> str:
+    """Whether an arm is worse, as a claim says: by the verdict of its row."""
     return {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
 
 
 def tying() -> tuple[str, int, str]:
-    row, text = _loss("weight_tying", "model.tie_weights", "false")
-    return f"untied {text}, nano model", int(row["n_seeds"]), _seen(row)
+    row = effect("weight_tying", "model.tie_weights", "false", "val_loss")
+    return f"untied {_loss(row)}, nano model", int(row["n_seeds"]), worse(row)
 
 
 def stream() -> tuple[str, int, str]:
@@ -130,9 +127,14 @@ def stream() -> tuple[str, int, str]:
 
 
 def tf32() -> tuple[str, int, str]:
-    row, text = _loss("precision", "precision", "tf32")
-    told = abs(float(row["mean_difference"])) > float(row["seed_std"])
-    return f"{text}, seeds differ by {float(row['seed_std']):.2g}", int(row["n_seeds"]), holds(not told)
+    return told_apart(effect("precision", "precision", "tf32", "val_loss"))
+
+
+def told_apart(row: Mapping[str, Any]) -> tuple[str, int, str]:
+    told, std = row["verdict"] in ("better", "worse"), float(row["seed_std"])
+    unpaired = "does not hold" if abs(float(row["mean_difference"])) > std else "holds unpaired"
+    verdict = unpaired if told else {"indistinguishable": "holds"}.get(row["verdict"], "not seen here")
+    return f"{_loss(row)} at equal seeds, whose own std is {std:.2g}", int(row["n_seeds"]), verdict
 
 
 def near_xavier() -> tuple[str, int, str]:
@@ -147,7 +149,7 @@ def first_iteration() -> tuple[str, int, str]:
 
 def seventeen() -> tuple[str, int, str]:
     row = effect("throughput", "train.batch_size", "17", "tokens_per_second")
-    return f"{_speed(row)}, on a CPU", int(row["n_seeds"]), _seen(row)
+    return f"{_speed(row)}, on a CPU", int(row["n_seeds"]), worse(row)
 
 
 # --- on a card: what `gpu.py` measured, or what was said before ------------------------------------------------------
@@ -190,16 +192,14 @@ def rounding(stages: Stages) -> tuple[str, int, str]:
 
 
 def tf32_on_a_card(stages: Stages) -> tuple[str, int, str]:
-    row = _of(stages, "precision", "tf32", "val_loss")
-    told = abs(float(row["mean_difference"])) > float(row["seed_std"])
-    return f"{_nats(row)}, seeds differ by {float(row['seed_std']):.2g}", int(row["n_seeds"]), holds(not told)
+    return told_apart(_of(stages, "precision", "tf32", "val_loss"))
 
 
 def seventeen_on_a_card(stages: Stages) -> tuple[str, int, str]:
     row = _of(stages, "throughput", "17", "tokens_per_second")
     if not row["ci95_low"]:
-        return f"not compared: {row['reason']}", int(row["n_seeds"]), _seen(row)
-    return _speed(row), int(row["n_seeds"]), _seen(row)
+        return f"not compared: {row['reason']}", int(row["n_seeds"]), worse(row)
+    return _speed(row), int(row["n_seeds"]), worse(row)
 
 
 def _of(stages: Stages, study: str, arm: str, metric: str) -> dict[str, Any]:

@@ -42,7 +42,8 @@ import claims  # noqa: E402
 import publish  # noqa: E402
 
 from gpt2exp.compare import report  # noqa: E402
-from gpt2exp.compare.comparison import compare, read  # noqa: E402
+from gpt2exp.compare.comparison import read  # noqa: E402
+from gpt2exp.compare.stopping import compared  # noqa: E402
 from gpt2exp.config import LOSS_ROWS, PrecisionConfig, PrecisionName, Rounding  # noqa: E402
 from gpt2exp.files import write_json  # noqa: E402
 from gpt2exp.model.loss import HeadLoss  # noqa: E402
@@ -264,9 +265,9 @@ def study(session: Session, name: str, *overrides: str) -> Result:
     folder = session.work / name
     common = (f"train.device={session.scale.device}", "wandb.mode=disabled", f"hydra.sweep.dir={folder}")
     session.must("-m", "gpt2exp.train", f"experiment={name}", *session.scale.size, *overrides, *common)
-    comparison = compare(read([folder]))
+    comparison = compared(read([folder]))
     (session.out / f"{name}.csv").write_text(report.table(comparison), encoding="utf-8")
-    publish.write_runs(comparison.runs, session.out / f"{name}_runs.csv")
+    publish.write_record(comparison, session.out / f"{name}_runs")
     command = shlex.join(["gpt2exp", f"experiment={name}", *session.scale.size, *overrides])
     return {
         "command": command,

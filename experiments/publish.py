@@ -1,10 +1,12 @@
-"""Turn finished sweeps into the findings of this folder: `python experiments/publish.py NAME SWEEP [SWEEP ...]`.
+"""The pages of this folder: `python experiments/publish.py NAME [SWEEP ...]`.
 
-Writes `experiments/NAME/results.csv` (the comparison, a row an axis, arm and metric), `runs.csv` (the figures of each
-run), the figures, and the part of its README between the `results` markers. `python experiments/publish.py speed SWEEP`
-writes the speeds by precision, `... gpt2 SWEEP` the residual stream of GPT-2, `... bench` the tables of what
-`gpt2exp-bench --out` and `throughput/roofline.py` wrote into `throughput/bench/`, `... keys` the table of keys in
-`conf/README.md`. `claims.py` then rewrites the table of claims. No figure in these pages is typed by hand.
+With sweeps, writes the record of a finding into `experiments/NAME/`: `runs.csv` (a row a run), `runs.json` (what all
+runs share: commands, versions, configuration) and the figures. Then, and without sweeps from the record that is there,
+compares the runs as the program does today and writes `results.csv` (a row an axis, arm and metric) and the part of
+the README between the `results` markers. `... speed SWEEP` writes the speeds by precision, `... gpt2 SWEEP` the
+residual stream of GPT-2, `... bench` the tables of what `gpt2exp-bench --out` and `throughput/roofline.py` wrote into
+`throughput/bench/`, `... keys` the table of keys in `conf/README.md`. `claims.py` rewrites the table of claims. No
+figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -14,24 +16,30 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpt2exp.compare import figures, inference, report
-from gpt2exp.compare.comparison import compare, read
-from gpt2exp.config import options, show
+from gpt2exp.compare.comparison import Comparison, Distance, Row, compare, read
+from gpt2exp.compare.stopping import compared
+from gpt2exp.config import leaves, options, show
 
 HERE = Path(__file__).parent
 FIGURES = {
     "precision": ("gap", "difference"),
     "weight_tying": ("loss", "difference"),
     "residual_scaling": ("residual", "difference"),
-    "init_std": ("loss", "difference"),
+    "init_std": ("loss", "intervals"),
     "first_steps": ("loss", "unseen"),
     "throughput": ("speed", "memory"),
 }
 """Which of the report's figures of the first axis a finding shows."""
+METRICS = {"throughput": ("speed, ratio", "memory, MiB")}
+"""Which metrics the table of a page has; of other pages the loss, with the reasons in the sentences above it."""
+WHOLE = ("config", "precision", "data", "device", "threads", "processes", "machine", "versions", "git")
+"""Fields of a summary that are recorded with all they hold."""
 
 Run = dict[str, str]
 
@@ -40,58 +48,90 @@ Run = dict[str, str]
 
 
 def publish(name: str, sweeps: Sequence[Path]) -> None:
-    """Write a finding's results, figures and the part of its page between the markers."""
-    comparison = compare(read(sweeps))
-    folder = HERE / name
-    for old in folder.glob("*.png"):
-        old.unlink()
-    pictures = []
+    """Write a finding's record from its sweeps, if any are named, then its results and its page from the record."""
+    comparison = compared(read(sweeps)) if sweeps else recorded(name)
+    if sweeps:
+        write_record(comparison, HERE / name / "runs")
+    (HERE / name / "results.csv").write_text(report.table(comparison))
+    draw(name, comparison)
+    replace_block(HERE / name / "README.md", "results", results(name, comparison))
+
+
+def results(name: str, comparison: Comparison) -> str:
+    """The part of a finding's page between the markers."""
+    pictures = [path for kind in sorted(FIGURES[name]) if (path := HERE / name / f"{kind}.png").is_file()]
+    table = report.effects(comparison, METRICS.get(name, ("loss, nats",)))
+    if name not in METRICS and "" in table:
+        table = [re.sub(r" \\\[\d+\\\]", "", line) for line in table[: table.index("")]]
+    parts = [
+        report.verdicts(comparison),
+        table,
+        [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
+        [provenance(HERE / name / "runs.json")],
+        *([extra(runs_of(name))] for extra in EXTRAS.get(name, [])),
+    ]
+    return "\n\n".join("\n".join(part).strip() for part in parts if part)
+
+
+def draw(name: str, comparison: Comparison) -> None:
+    """Replace those of a finding's figures for which the comparison has something."""
     for drawing in (drawing for section in figures.draw(comparison) for drawing in section.drawings):
         number, kind = drawing.name.split("-", 1)[0], drawing.name.rsplit("-", 1)[-1]
-        if kind in FIGURES[name] and number in ("0", "1"):
-            (folder / f"{kind}.png").write_bytes(drawing.png)
-            pictures.append(f"![{kind}]({kind}.png)")
-    (folder / "results.csv").write_text(report.table(comparison))
-    write_runs(comparison.runs, folder / "runs.csv")
-    extras = [extra(runs_of(name)) for extra in EXTRAS.get(name, [])]
-    parts = [report.verdicts(comparison), report.effects(comparison), *([text] for text in sorted(set(pictures)))]
-    text = "\n\n".join("\n".join(part) for part in [*parts, report.reproduce(comparison), *([text] for text in extras)])
-    replace_block(folder / "README.md", "results", text)
+        if kind in FIGURES[name] and number == "1":
+            (HERE / name / f"{kind}.png").write_bytes(drawing.png)
 
 
 def publish_speed(sweep: Path) -> None:
     """The second sweep of the precision study: speed alone, at the size where it matters."""
-    comparison = compare(read([sweep]))
-    folder = HERE / "precision"
-    (folder / "speed.csv").write_text(report.table(comparison))
-    lines = [*report.effects(comparison, ["speed, ratio"]), "", *report.reproduce(comparison)]
-    replace_block(folder / "README.md", "speed", "\n".join(lines))
+    comparison, stem = compared(read([sweep])), HERE / "precision" / "speed"
+    write_record(comparison, stem)
+    stem.with_suffix(".csv").write_text(report.table(comparison))
+    lines = [*report.effects(comparison, ["speed, ratio"]), provenance(stem.with_suffix(".json"))]
+    replace_block(HERE / "precision" / "README.md", "speed", "\n".join(lines))
 
 
 def publish_gpt2(sweep: Path) -> None:
     """The second sweep of the residual scaling study: the stream of GPT-2 itself, at init."""
-    comparison = compare(read([sweep]))
-    folder = HERE / "residual_scaling"
-    write_runs(comparison.runs, folder / "gpt2.csv")
+    write_record(compared(read([sweep])), stem := HERE / "residual_scaling" / "gpt2")
     lines = []
     for scaling in ("true", "false"):
         runs = having(runs_of("residual_scaling", "gpt2"), f"init.residual_scaling={scaling}")
         growth = [float(run["stream_first_last_block"]) / float(run["stream_first_embedded"]) for run in runs]
         lines.append(f"- residual_scaling={scaling}: the stream grows {spread(growth, '.2f')} times (n={len(growth)})")
-    replace_block(folder / "README.md", "gpt2", "\n".join([*lines, "", *report.reproduce(comparison)]))
+    lines += ["", provenance(stem.with_suffix(".json"))]
+    replace_block(HERE / "residual_scaling" / "README.md", "gpt2", "\n".join(lines))
 
 
-def write_runs(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The figures of every finished run as CSV."""
-    runs = [figures_of(row) for row in rows if row["state"] == "done"]
-    with path.open("w", newline="") as file:
+# --- the record of a finding -----------------------------------------------------------------------------------------
+
+
+def write_record(comparison: Comparison, stem: Path) -> None:
+    """Write `stem`.csv and `stem`.json: of the finished runs what each has of its own, and what they share."""
+    done = [row for row in comparison.runs if row["state"] == "done"]
+    every = [leaves({key: row[key] for key in WHOLE if key in row}) for row in done]
+    shared = {key: value for key, value in every[0].items() if all(of.get(key, "") == value for of in every)}
+    runs = []
+    for row, facts in zip(done, every, strict=True):
+        own = {key: json.dumps(facts.get(key)) for key in {**every[0], **facts} if key not in shared}
+        runs.append(figures_of(row) | own)
+    with stem.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(runs[0]))
         writer.writeheader()
         writer.writerows(runs)
+    typed = [re.sub(r" hydra\.sweep\.dir=\S+", "", command) for command in report.commands(done)]
+    told = {
+        "commands": typed,
+        "facts": dict(report.facts(done)),
+        "distances": [asdict(item) for item in comparison.distances],
+        "trends": {f"{effect.key}={effect.arm}": effect.trend for effect in comparison.axes if effect.trend},
+        "inference": sorted({effect.inference for effect in comparison.axes}),
+        "shared": shared,
+    }
+    stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
 
 
-def figures_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What `runs.csv` keeps of a run."""
+def figures_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record keeps of a run's figures."""
     metrics = [json.loads(line) for line in (Path(row["folder"]) / "metrics.jsonl").read_text().splitlines()]
     stream = [step["residual_rms"] for step in metrics if "residual_rms" in step]
     looked, headed = ([step[f"wte_grad_{use}"] for step in metrics if f"wte_grad_{use}" in step] for use in USES)
@@ -112,13 +152,56 @@ def figures_of(row: dict[str, Any]) -> dict[str, Any]:
         "wte_grad_head_first": headed[0],
         "wte_grad_lookup_last": looked[-1],
         "wte_grad_head_last": headed[-1],
-        "device": row["device"],
-        "commit": (row["git"] or {}).get("commit", "")[:12],
-        "dirty": (row["git"] or {}).get("dirty", ""),
     }
 
 
 USES = ("lookup", "head")
+
+
+def recorded(name: str) -> Comparison:
+    """The comparison of a finding's runs, by today's rules, from its record.
+
+    Raises:
+        ValueError: it was looked at more than once; only its sweeps know when.
+    """
+    told = json.loads((HERE / name / "runs.json").read_text())
+    if {*told["inference"]} - {"fixed"}:
+        raise ValueError(f"{name}: it was looked at more than once, so publish it from its sweeps")
+    comparison = compare([_row(run, HERE / name, told["shared"]) for run in runs_of(name)])
+    comparison.distances = [Distance(**item) for item in told["distances"]]
+    for effect in comparison.axes:
+        if effect.metric == comparison.metric:
+            effect.trend = told["trends"].get(f"{effect.key}={effect.arm}")
+    return comparison
+
+
+def _row(run: Run, folder: Path, shared: Mapping[str, Any]) -> Row:
+    """A run as `read` would give it."""
+    row: dict[str, Any] = {"name": run["name"], "folder": str(folder / run["name"]), "error": None}
+    row |= {key: run[key] for key in ("state", "started")} | {"overrides": run["overrides"].split()}
+    row |= {key: float(run[key]) for key in run if key in NUMBERS and run[key]}
+    row |= {key: int(run[key]) for key in ("steps", "tokens", "seed")}
+    row["parameters"] = {"total": int(run["parameters"])}
+    row["wall_seconds"] = {"train": float(run["wall_total"]) - float(run["wall_startup"])}
+    for key, value in {**shared, **{key: json.loads(text) for key, text in run.items() if "." in key and text}}.items():
+        *sections, name = key.split(".")
+        section = row
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return row  # type: ignore[return-value]
+
+
+NUMBERS = ("loss_mean_last10", "val_loss", "tokens_per_second", "peak_memory_bytes", "speed_disturbed")
+
+
+def provenance(path: Path) -> str:
+    """When and by what the runs of a record were made, and where the rest of it stands."""
+    told = json.loads(path.read_text())
+    day, commit = told["facts"]["started"].partition("T")[0], told["facts"].get("commit", "")[:7]
+    by = ", ".join(f"`{command}`" for command in told["commands"])
+    rest = f"machine, versions, text and configuration: [{path.name}]({path.name})"
+    return f"Run on {day} at commit {commit} by {by}; {rest}."
 
 
 def replace_block(path: Path, name: str, text: str) -> None:
@@ -184,7 +267,7 @@ def floor_table() -> str:
 
 def publish_bench() -> None:
     """Rewrite the tables of the finding."""
-    replace_block(HERE / "throughput" / "README.md", "bench", f"{bench_table()}\n\n{floor_table()}")
+    replace_block(HERE / "throughput" / "bench" / "README.md", "bench", f"{bench_table()}\n\n{floor_table()}")
 
 
 # --- the configuration -----------------------------------------------------------------------------------------------

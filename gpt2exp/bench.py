@@ -1,8 +1,8 @@
 """The command `gpt2exp-bench`: times the real training step, and a peer's beside it.
 
-Every contestant runs in a process of its own, in turn, so that none shares another's memory or threads, and ratios are
-taken pair by pair, so that the machine's drift hits both halves of a pair. Ours is `Trainer.step` on the trainer that a
-run builds. `experiments/throughput/roofline.py` measures the machine's limits with the same parts.
+Every contestant runs in a process of its own, in turn, and ratios are taken pair by pair, so that neither shares memory
+or threads and the machine's drift hits both halves of a pair. Ours is `Trainer.step` on the trainer that a run builds.
+`experiments/throughput/roofline.py` measures the machine's limits with the same parts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from gpt2exp.config import BadRequest, RunConfig, plain, require
 from gpt2exp.data import tokens
@@ -33,10 +31,14 @@ from gpt2exp.training import setup
 if TYPE_CHECKING:
     import torch
 
-    from gpt2exp.training.precision import Precision
 
 UNTIMED = 2
 """First steps of a process that are left out."""
+
+PEAK = "peak_rss_mib"
+
+COMPARED = {"ms_median": "step time", "process_seconds": "whole process", PEAK: "peak memory"}
+"""The figures of a process whose ratios are taken."""
 
 Result = dict[str, Any]
 
@@ -60,23 +62,24 @@ def command(argv: Sequence[str]) -> int:
     def bench() -> None:
         args = parser.parse_intermixed_args(argv)  # overrides may follow options
         config = asked_for(args.overrides)
-        result = CHILDREN[args.child](config, args.steps, args.compile) if args.child else _bench(config, args, argv)
+        result = CHILDREN[args.child](config, args) if args.child else _bench(config, args, argv)
         print_result(result, args.out)
 
     return process.carry_out("gpt2exp-bench", bench, failure)
 
 
 def failure(error: OSError) -> str:
-    """The line for what went wrong outside."""
+    """The line for an `OSError`."""
     return str(error) if isinstance(error, ContestantError) else process.unwritable(error)
 
 
 def print_result(result: Result, out: Path | None) -> None:
-    """The last line of output, JSON; to a file as well."""
+    """Print the last line of output, JSON; write it to a file as well."""
     text = json.dumps(result)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        with process.writing(f"--out {out}: cannot be written", "name another file"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
@@ -139,14 +142,13 @@ def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> 
             together.append([found["ms_median"] for found in several])
     result = facts(config, ["gpt2exp-bench", *argv]) | {"rounds": rounds}
     console = terminal.terminal()
-    console.print(_contest(rounds))
+    console.print(terminal.table([_figures(name, [row[name] for row in rounds]) for name in contestants]))
     if len(contestants) > 1:
         result["ratios"] = {name: _ratios(rounds, name) for name in contestants if name != "gpt2exp"}
-        console.print(_ratio_table(result["ratios"]))
+        console.print(terminal.table(list(_ratio_rows(result["ratios"]))))
     if args.beside:
-        longer = _spread(
-            [max(found) / row["gpt2exp"]["ms_median"] for found, row in zip(together, rounds, strict=True)]
-        )
+        alone = [row["gpt2exp"]["ms_median"] for row in rounds]
+        longer = _spread([max(found) / one for found, one in zip(together, alone, strict=True)])
         result["beside"] = {"processes": args.beside, "ms_medians": together, "ratio": longer}
         spread = f"{longer['min']:.2f} to {longer['max']:.2f}, {args.pairs} pairs"
         console.print(f"{args.beside} at once: a step takes {longer['median']:.2f} times as long as alone ({spread})")
@@ -183,23 +185,23 @@ def timed(line: Sequence[str]) -> Result:
 
 
 def _at_once(line: Sequence[str], copies: int) -> list[Result]:
-    """The results of several processes of one command that begin their steps together, each when it reads a line."""
+    """The results of several processes of one command, which all wait for a line before they begin their steps."""
     pipe = subprocess.PIPE
     with contextlib.ExitStack() as ended:
-        processes = []
+        started = []
         for _ in range(copies):
-            processes.append(subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
-            ended.callback(processes[-1].kill)
-        for process in processes:
-            assert process.stdout is not None
-            process.stdout.readline()  # it is built
-        for process in processes:
-            assert process.stdin is not None
+            started.append(subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+            ended.callback(started[-1].kill)
+        for each in started:
+            assert each.stdout is not None
+            each.stdout.readline()  # it is built
+        for each in started:
+            assert each.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it failed, which its exit code will say
-                process.stdin.write("begin\n")
-                process.stdin.flush()
-        spoken = [process.communicate() for process in processes]
-        return [_said(line, process.returncode, *texts) for process, texts in zip(processes, spoken, strict=True)]
+                each.stdin.write("begin\n")
+                each.stdin.flush()
+        texts = [each.communicate() for each in started]
+        return [_said(line, each.returncode, *of) for each, of in zip(started, texts, strict=True)]
 
 
 def _said(line: Sequence[str], code: int, out: str, err: str) -> Result:
@@ -222,7 +224,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def _ratios(rounds: Sequence[Mapping[str, Result]], peer: str) -> dict[str, dict[str, float]]:
     """Ours over the peer's, pair by pair: step, whole process, peak memory."""
     ratios = {}
-    for key in ("ms_median", "process_seconds", "peak_rss_mib"):
+    for key in COMPARED:
         pairs = [row["gpt2exp"][key] / row[peer][key] for row in rounds if row[peer].get(key)]
         if pairs:
             ratios[key] = _spread(pairs)
@@ -232,47 +234,20 @@ def _ratios(rounds: Sequence[Mapping[str, Result]], peer: str) -> dict[str, dict
 # --- what a process does ---------------------------------------------------------------------------------------------
 
 
-class Prepared(NamedTuple):
-    """What a step needs, inside the configuration's precision."""
-
-    config: RunConfig
-    """With every `auto` settled."""
-    device: torch.device
-    got: Precision
-    source: tokens.TokenFile
-    need: int
-    """Estimated peak memory in bytes."""
-
-
-@contextlib.contextmanager
-def prepared(config: RunConfig, *, heap: bool = True) -> Iterator[Prepared]:
-    """A block to build and run the step of a configuration in; `heap`: with freed memory kept, as in a run."""
-    from gpt2exp.training import hardware, precision
-
-    device, source = hardware.resolve_device(config.train.device), tokens.prepare(config.data)
-    with precision.applied(config.precision, device) as got:
-        config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
-        if heap:
-            setup.keep_memory(config, device)
-        yield Prepared(config, device, got, source, need)
-
-
-def ours(config: RunConfig, steps: int, _: bool, *, begin: Callable[[], Any] = lambda: None) -> Result:
-    """Step times of the trainer that a run of `config` builds; `begin` is called before the first."""
-    with prepared(config) as (config, device, got, source, need):
-        job, _origin = setup.trainer(config, device, got, source)
-        begin()
-        done = [job.timed_step() for _ in range(steps)]
+def ours(config: RunConfig, args: argparse.Namespace) -> Result:
+    """Step times of the trainer that a run of `config` builds."""
+    with setup.ready(config) as ready:
+        setup.keep_memory(ready.config, ready.device)
+        trainer, _origin = setup.trainer(ready)
+        if args.child == "beside":  # all processes are built before the first begins: `_at_once`
+            print("built", flush=True)
+            sys.stdin.readline()
+        done = [trainer.timed_step() for _ in range(args.steps)]
         losses, times = [float(loss) for loss, *_ in done], [seconds * 1e3 for _, seconds, *_ in done]
-        return result_of(losses, times, config, device) | {"estimated_mib": need / 2**20}
+        return result_of(losses, times, ready.config, ready.device) | {"estimated_mib": ready.need / 2**20}
 
 
-def beside(config: RunConfig, steps: int, _: bool) -> Result:
-    """`ours`, which prints a line once it is built and begins when it reads one: see `_at_once`."""
-    return ours(config, steps, False, begin=lambda: (print("built", flush=True), sys.stdin.readline()))
-
-
-def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
+def hf(config: RunConfig, args: argparse.Namespace) -> Result:
     """Step times of transformers' GPT-2 of the same size on the same batches, eager or compiled."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -281,14 +256,14 @@ def hf(config: RunConfig, steps: int, compiled: bool) -> Result:
     import torch
 
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
-    with prepared(config, heap=False) as ready, torch.device(ready.device):
+    with setup.ready(config) as ready, torch.device(ready.device):
         model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))
-        forward = torch.compile(model) if compiled else model
+        forward = torch.compile(model) if args.compile else model
         (optimizer,) = config.optimizer.build(model)
-        return plain_steps(ready, lambda x: forward(x).logits, optimizer, steps)
+        return plain_steps(ready, lambda x: forward(x).logits, optimizer, args.steps)
 
 
-def plain_steps(ready: Prepared, logits_of: Callable[[Any], Any], optimizer: Any, steps: int) -> Result:
+def plain_steps(ready: setup.Ready, logits_of: Callable[[Any], Any], optimizer: Any, steps: int) -> Result:
     """Steps as anyone writes them: micro-batches through whole logits and their cross-entropy, then the optimizer."""
     import torch.nn.functional as F
 
@@ -346,40 +321,36 @@ def result_of(losses: list[float], times: list[float], config: RunConfig, device
     }
 
 
-CHILDREN: dict[str, Callable[[RunConfig, int, bool], Result]] = {"ours": ours, "beside": beside, "hf": hf}
+CHILDREN = {"ours": ours, "beside": ours, "hf": hf}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def table(*columns: str) -> Table:
-    """A table without lines, numbers to the right."""
-    made = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left")
-    return made
+def _figures(name: str, rows: Sequence[Result]) -> dict[str, str]:
+    """A contestant's row: the medians of its rounds."""
+    ms = _spread([row["ms_median"] for row in rows])
+    median = {key: statistics.median(row[key] or 0 for row in rows) for key in ("first_ms", "process_seconds", PEAK)}
+    return {
+        "": name,
+        "step ms, median of medians": f"{ms['median']:.1f}",
+        "lowest to highest": f"{ms['min']:.1f} to {ms['max']:.1f}",
+        "first step ms": f"{median['first_ms']:.0f}",
+        "process s": f"{median['process_seconds']:.1f}",
+        "peak MiB": f"{median[PEAK]:.0f}",
+    }
 
 
-def _contest(rounds: Sequence[dict[str, Result]]) -> Table:
-    found = table("", "step ms, median of medians", "lowest to highest", "first step ms", "process s", "peak MiB")
-    for name in rounds[0]:
-        rows = [row[name] for row in rounds]
-        steps, first = _spread([row["ms_median"] for row in rows]), statistics.median(r["first_ms"] for r in rows)
-        seconds = statistics.median(row["process_seconds"] for row in rows)
-        peak = statistics.median(row["peak_rss_mib"] or 0 for row in rows)
-        spread = f"{steps['min']:.1f} to {steps['max']:.1f}"
-        found.add_row(name, f"{steps['median']:.1f}", spread, f"{first:.0f}", f"{seconds:.1f}", f"{peak:.0f}")
-    return found
-
-
-def _ratio_table(ratios: dict[str, dict[str, dict[str, float]]]) -> Table:
-    found = table("gpt2exp over", "figure", "ratio, median of pairs", "lowest to highest", "pairs")
-    names = {"ms_median": "step time", "process_seconds": "whole process", "peak_rss_mib": "peak memory"}
+def _ratio_rows(ratios: dict[str, dict[str, dict[str, float]]]) -> Iterator[dict[str, str]]:
     for peer, figures in ratios.items():
         for key, ratio in figures.items():
-            spread = f"{ratio['min']:.3f} to {ratio['max']:.3f}"
-            found.add_row(peer, names[key], f"{ratio['median']:.3f}", spread, f"{ratio['n']:.0f}")
-    return found
+            yield {
+                "gpt2exp over": peer,
+                "figure": COMPARED[key],
+                "ratio, median of pairs": f"{ratio['median']:.3f}",
+                "lowest to highest": f"{ratio['min']:.3f} to {ratio['max']:.3f}",
+                "pairs": f"{ratio['n']:.0f}",
+            }
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 import math
 import operator
 import os
+import pkgutil
 import re
 import shlex
 import typing
@@ -134,18 +135,21 @@ class Section:
     def agree(self) -> None:
         """Raise `BadRequest` unless the values go together."""
 
+    inside: ClassVar[str] = ""
+    """The section around it, with a dot."""
+
     @classmethod
     def key(cls, name: str) -> str:
         """The dotted key of a field: `ModelConfig`'s n_layer is `model.n_layer`; a choice has its section's."""
         named = next(base.__name__ for base in cls.__mro__ if base.__name__.endswith("Config"))
         section = named.removesuffix("Config").lower()
-        return name if section == "run" else f"{section}.{name}"
+        return name if section == "run" else f"{cls.inside}{section}.{name}"
 
 
 Chosen = TypeVar("Chosen", bound=Section)
 
 CHOICES: dict[str, dict[str, type[Section]]] = {}
-"""By section: its classes by the name of the choice, the default first."""
+"""By section, such as `optimizer` or `model.mlp`: its classes by the name of the choice, the default first."""
 
 
 def choice_of(section: str) -> Callable[[type[Chosen]], type[Chosen]]:
@@ -165,6 +169,37 @@ def chosen(section: str, name: object = None) -> type[Any]:
     remedy = f"choose one of {', '.join(choices)}"
     require(name is None or name in choices, f"{section}.name", name, "no such choice", remedy)
     return choices[str(name)] if name is not None else next(iter(choices.values()))
+
+
+def at(tree: Any, key: str) -> Any:
+    """What nested dicts have at a dotted key, or None."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def put(tree: dict[str, Any], key: str, value: object) -> None:
+    """Set what nested dicts have at a dotted key; its sections must be there."""
+    *sections, name = key.split(".")
+    (at(tree, ".".join(sections)) if sections else tree)[name] = value
+
+
+OUTSIDE: dict[tuple[str, str, str], type[Any]] = {}
+"""The classes of choices from outside whose code may run in this process, by section, `_target_` and `_sha256_`."""
+
+TARGET, SOURCE, SHA256 = "_target_", "_source_", "_sha256_"
+"""Keys of a choice from outside (`gpt2exp.choices`): MODULE.NAME, the file it was found in, and that file's hash."""
+
+
+def class_of(section: str, values: Mapping[str, Any]) -> type[Any]:
+    """The class that a section with these values has: a choice of ours, or one from outside that was admitted."""
+    if TARGET not in values:
+        return chosen(section, values.get("name"))
+    target, source = values[TARGET], values.get(SOURCE)
+    found = OUTSIDE.get((section, target, values.get(SHA256, "")))
+    if found is None:
+        raise BadRequest(f"{section}.{TARGET}={target}: its code, {source}, was not admitted to this process")
+    return found
 
 
 class InitScheme(StrEnum):
@@ -219,7 +254,55 @@ DataName = StrEnum("DataName", "tinyshakespeare gutenberg text hub")
 DataOrder = StrEnum("DataOrder", "sequential shuffled")
 DeviceName = StrEnum("DeviceName", "auto cpu cuda mps")
 Schedule = StrEnum("Schedule", "constant cosine")
+Better = StrEnum("Better", "lower higher")
 WandbMode = StrEnum("WandbMode", "auto online offline disabled")
+
+
+@dataclass(kw_only=True, slots=True)
+class SlotConfig(Section):
+    """A part of the model that is a choice: a module of (B, T, C) to (B, T, C), and the keys that it is made with."""
+
+    name: str = option("gpt2", "chosen by model/SLOT=NAME")
+    inside: ClassVar[str] = "model."
+    target: ClassVar[str]
+    """The module's class, as `package.module:Class`; called with the model's config and the keys beside `name`."""
+
+    def build(self, model: ModelConfig) -> Any:
+        """The module, a new one at each call."""
+        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "name"}
+        return pkgutil.resolve_name(self.target)(model, **own)
+
+
+@choice_of("model.attention")
+@dataclass(kw_only=True, slots=True)
+class AttentionConfig(SlotConfig):
+    """What mixes the tokens of a sequence, in each block."""
+
+    target: ClassVar[str] = "gpt2exp.model.gpt:CausalSelfAttention"
+
+
+@choice_of("model.mlp")
+@dataclass(kw_only=True, slots=True)
+class MLPConfig(SlotConfig):
+    """What treats each token alone, in each block."""
+
+    target: ClassVar[str] = "gpt2exp.model.gpt:MLP"
+
+
+@choice_of("model.norm")
+@dataclass(kw_only=True, slots=True)
+class NormConfig(SlotConfig):
+    """What stands before attention, MLP and head."""
+
+    target: ClassVar[str] = "gpt2exp.model.gpt:LayerNorm"
+
+
+@choice_of("model.position")
+@dataclass(kw_only=True, slots=True)
+class PositionConfig(SlotConfig):
+    """What tells the embedded tokens where they stand."""
+
+    target: ClassVar[str] = "gpt2exp.model.gpt:Positions"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -232,6 +315,11 @@ class ModelConfig(Section):
     block_size: int = option(1024, "longest sequence: rows of wpe", at_least=1)
     vocab_size: int = option(50257, "rows of wte: 50,000 BPE merges, 256 bytes and <|endoftext|>", at_least=1)
     tie_weights: bool = option(True, "use wte as lm_head too (Press and Wolf 2017), as GPT-2 does")
+    bias: bool = option(True, "biases in matrices and norms, as GPT-2 has")
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+    norm: NormConfig = field(default_factory=NormConfig)
+    position: PositionConfig = field(default_factory=PositionConfig)
 
     def agree(self) -> None:
         heads = self.n_head
@@ -239,27 +327,6 @@ class ModelConfig(Section):
         remedy = f"try model.n_embd={' or '.join(map(str, near))}, or a model.n_head that divides it"
         why = f"not divisible by model.n_head={heads}"
         require(self.n_embd % heads == 0, "model.n_embd", self.n_embd, why, remedy)
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """Parameter counts by part; `total` counts a tied tensor once, `without_tying` as two."""
-        c, v = self.n_embd, self.vocab_size
-        # a block: c_attn c x 3c, attn.c_proj c x c, c_fc c x 4c, mlp.c_proj 4c x c; biases 3c+c+4c+c; two LayerNorms
-        block = 12 * c * c + 13 * c
-        parts = {"wte": v * c, "wpe": self.block_size * c, "blocks": self.n_layer * block, "ln_f": 2 * c}
-        untied = sum(parts.values()) + v * c
-        total = untied - v * c if self.tie_weights else untied
-        return {"total": total, "without_tying": untied, "lm_head": v * c, **parts}
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of one token's forward and backward pass.
-
-        Six per weight of a matrix product (two forward, four backward), and 12·n_layer·n_embd·seq_len for
-        attention's two products, the causal half not discounted: Chowdhery et al. 2022 (PaLM), appendix B. The
-        embedding look-ups cost nothing; the head counts whether tied or not.
-        """
-        c = self.n_embd
-        return 6 * (self.n_layer * 12 * c * c + self.vocab_size * c) + 12 * self.n_layer * c * seq_len
 
 
 @dataclass(kw_only=True, slots=True)
@@ -353,7 +420,8 @@ class DataConfig(Section):
     @property
     def text(self) -> tuple[Any, ...]:
         """What decides which tokens there are: alike in jobs that share a text."""
-        return self.name, self.path, self.field, self.subset, self.split, self.revision, self.max_tokens
+        order = ("val_fraction", "order")
+        return tuple(repr(getattr(self, name)) for name in self.__dataclass_fields__ if name not in order)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -449,29 +517,45 @@ class OptimizerConfig(Section):
     name: str = option("", "chosen by optimizer=NAME")
     lr: float = option(3e-4, "learning rate; under a schedule the peak", above=0)
     grad_clip: float = option(0.0, "clip the gradient's global norm to this; 0: no clipping", at_least=0)
-    schedule: Schedule = option(Schedule.constant, "the learning rate over the steps")
+    schedule: str = option(
+        "constant", "the learning rate over the steps (constant, cosine, or a file of yours in the group schedule)"
+    )
     warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
     schedule_steps: int | None = option(
         None, "cosine: steps until min_lr, which stays from there on; null: train.steps", at_least=1
     )
-    moments: ClassVar[int] = 0
-    """Numbers kept for each weight beside it and its gradient."""
+    moments: ClassVar[int] = 2
+    """Numbers kept for each weight beside it and its gradient; where nobody knows, as many as AdamW's."""
 
     def agree(self) -> None:
-        if self.schedule is Schedule.constant:
-            for name in ("warmup_steps", "min_lr"):
+        if self.schedule != Schedule.cosine:
+            for name in ("warmup_steps", "min_lr", "schedule_steps"):
                 value = getattr(self, name)
-                why = "has no meaning under optimizer.schedule=constant"
-                require(value == 0, f"optimizer.{name}", value, why, "add optimizer.schedule=cosine")
-            value = self.schedule_steps
-            require(value is None, "optimizer.schedule_steps", value, why, "add optimizer.schedule=cosine")
+                why = f"has no meaning under optimizer.schedule={self.schedule}"
+                require(not value, f"optimizer.{name}", value, why, "add optimizer.schedule=cosine")
         why = f"above the peak optimizer.lr={self.lr}"
         require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, why, "try optimizer.min_lr=0")
 
     def build(self, model: Any) -> list[Any]:
         """PyTorch optimizers that together step every parameter of `model` once."""
         raise NotImplementedError
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig(Section):
+    """The keys of a learning rate's schedule from outside; `optimizer.schedule` chooses it."""
+
+    name: str = option("", "as optimizer.schedule, where that is a file of yours")
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricConfig(Section):
+    """A metric from outside, measured every `train.measure_every` steps and compared."""
+
+    name: str = option("", "chosen by metric=NAME, a file of yours")
+    unit: str = option("", "metric=NAME: of its values, as tables show it")
+    better: Better = option(Better.lower, "metric=NAME: which values are better")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -516,6 +600,28 @@ class SweepConfig(Section):
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
     margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
+    until: str | None = option(
+        None, "answered: run seeds 1, 2, 3, ... until every axis has its verdict; null: all jobs", choices=("answered",)
+    )
+    min_seeds: int = option(3, "of sweep.until: seeds before the first look", at_least=2)
+    max_seeds: int | None = option(None, "of sweep.until: how many seeds at most; null: 30", at_least=2, below=1001)
+    max_hours: float | None = option(
+        None, "of sweep.until: hours after launch at which no seed is begun any more", above=0
+    )
+    prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
+
+    def agree(self) -> None:
+        for name in ("min_seeds", "max_seeds", "max_hours"):
+            value, usual = getattr(self, name), self.__dataclass_fields__[name].default
+            why = "has no meaning without sweep.until"
+            require(self.until is not None or value == usual, f"sweep.{name}", value, why, "add sweep.until=answered")
+        most, why = self.looks.stop - 1, f"fewer than sweep.min_seeds={self.min_seeds}"
+        require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
+
+    @property
+    def looks(self) -> range:
+        """Numbers of seeds at which a sweep that runs until it is answered looks."""
+        return range(self.min_seeds, (self.max_seeds or 30) + 1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -528,6 +634,8 @@ class RunConfig(Section):
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: chosen("optimizer")())
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    metric: MetricConfig = field(default_factory=MetricConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -544,7 +652,12 @@ class RunConfig(Section):
         why = "there is no validation data with data.val_fraction=0"
         ok = self.train.eval_every == 0 or self.data.val_fraction > 0
         require(ok, "train.eval_every", self.train.eval_every, why, "add data.val_fraction=0.1")
-        if self.optimizer.schedule is Schedule.cosine:
+        named, known = self.schedule.name, [*Schedule, *filter(None, [self.schedule.name])]
+        chosen = self.optimizer.schedule
+        remedy = f"choose one of {', '.join(known)}, or name a file in the folder schedule of --config-dir"
+        require(chosen in known, "optimizer.schedule", chosen, "no such schedule", remedy)
+        require(named in ("", chosen), "schedule", named, "is not chosen", f"write optimizer.schedule={named}")
+        if chosen == Schedule.cosine:
             warmup, steps, length = self.optimizer.warmup_steps, self.train.steps, self.optimizer.schedule_steps
             if length is not None and self.optimizer.min_lr == 0:
                 why = f"shorter than train.steps={steps}, and after it the rate would be optimizer.min_lr=0"
@@ -562,8 +675,9 @@ def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
         kind = hints[item.name]
         if isinstance(kind, type) and issubclass(kind, Section):
             known: dict[str, None] = {}
-            for name, choice in CHOICES.get(item.name, {"": kind}).items():
-                of_choice = f" ({item.name}={name})" if known else ""
+            section = cls.key(item.name)
+            for name, choice in CHOICES.get(section, {"": kind}).items():
+                of_choice = f" ({group_of(section)}={name})" if known else ""
                 new = [option for option in options(choice) if option[0] not in known]
                 yield from ((key, default, f"{about}{of_choice}") for key, default, about in new)
                 known |= dict.fromkeys(key for key, _, _ in new)
@@ -572,6 +686,11 @@ def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
         choices = list(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else switch
         listed = f" ({', '.join(map(show, choices))})" if choices else ""
         yield cls.key(item.name), default_of(item), item.metadata["help"] + listed
+
+
+def group_of(section: str) -> str:
+    """The group whose choices a section has: `model/mlp` of `model.mlp`."""
+    return section.replace(".", "/")
 
 
 def choices_with(key: str) -> list[str]:
@@ -585,7 +704,15 @@ def owner(key: str) -> tuple[type[Section], str]:
     section, _, name = key.rpartition(".")
     if found := choices_with(key):
         return CHOICES[section][found[0]], name
-    return typing.get_type_hints(RunConfig)[section] if section else RunConfig, name
+    return kind_of(section), name
+
+
+def kind_of(section: str) -> type[Section]:
+    """The class that a section is declared with, of which its choices are; the whole configuration's for ""."""
+    kind: type[Section] = RunConfig
+    for part in filter(None, section.split(".")):
+        kind = typing.get_type_hints(kind)[part]
+    return kind
 
 
 def keys() -> Iterator[str]:
@@ -611,6 +738,8 @@ def check_key(key: str, value: object) -> None:
     known = list(keys())
     if key in known:
         return
+    if key in CHOICES:
+        raise BadRequest(f"{key}={show(value)}: a choice of files; write {group_of(key)}={show(value)}")
     section = key.split(".")[0]
     inside = [name for name in known if name.startswith(f"{section}.")]
     if key == section and inside:
@@ -640,14 +769,40 @@ def parse(plain: Any) -> RunConfig:
     try:
         schema = OmegaConf.structured(RunConfig)
         given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # untyped: the types are the schema's
-        for section in CHOICES:
-            own = given.get(section)
-            schema[section] = OmegaConf.structured(chosen(section, own.get("name") if isinstance(own, dict) else None))
+        chosen_ones = _with_choice(given)
+        for section in dict.fromkeys([*chosen_ones, *(given.keys() & RunConfig.__dataclass_fields__.keys())]):
+            own = at(given, section)
+            own = own if isinstance(own, dict) else {}
+            cls = class_of(section, own) if section in chosen_ones else kind_of(section)
+            for name in own.keys() - cls.__dataclass_fields__.keys() if own else ():
+                refuse(f"{section}.{name}", own[name], cls)
+            if section in chosen_ones:
+                OmegaConf.update(schema, section, OmegaConf.structured(cls), merge=False)
         config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise BadRequest(explain(error)) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+def _with_choice(tree: Mapping[str, Any]) -> list[str]:
+    """The sections whose class is a choice: ours, and those that have one from outside in a plain configuration."""
+    outside = [section for section, _, name in (key.rpartition(".") for key in leaves(tree)) if name == TARGET]
+    return list(dict.fromkeys([*CHOICES, *outside]))
+
+
+def refuse(key: str, value: object, cls: type[Section] | None = None) -> None:
+    """Raise `BadRequest` for a key that the choice made for its section does not have; `cls`: of one from outside."""
+    section, _, name = key.rpartition(".")
+    if others := choices_with(key):
+        why = f"a key of {group_of(section)}={' and '.join(others)} alone"
+        raise BadRequest(f"{key}: {why}; leave it out, or make that choice")
+    if cls is None or TARGET not in cls.__dataclass_fields__:
+        return check_key(key, value)
+    known = [item for item in cls.__dataclass_fields__ if not item.startswith("_")]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"did you mean {section}.{near[0]}?" if near else f"its keys: {', '.join(known)}"
+    raise BadRequest(f"{key}={show(value)}: {cls.__name__} has no such key; {hint}")
 
 
 def explain(error: Exception) -> str:
@@ -663,7 +818,7 @@ def plain(config: Section) -> dict[str, Any]:
     return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
 
 
-HOUSEKEEPING = ("wandb", "sweep", "dry_run", "resume", "checkpoint", "train.log_every", "train.measure_every")
+HOUSEKEEPING = ("wandb", "sweep", "dry_run", "resume", "checkpoint", "metric", "train.log_every", "train.measure_every")
 """Keys, or whole sections, that say how a run is kept and shown, not what it computes."""
 
 
@@ -674,7 +829,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_housekeeping(key: str) -> bool:
     """Whether a dotted key is in `HOUSEKEEPING`, or in a section that is."""
-    return any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
+    return key.endswith(f".{SOURCE}") or any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
 
 
 MOVED = {"model.pad_vocab": "train.pad_vocab"}
@@ -687,19 +842,19 @@ def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     A key that it lacks has today's default. Both as plain values, interpolations as they stand; `parse` checks them.
     """
     today, unknown = plain(RunConfig()), leaves(recorded)
-    for group in CHOICES:
-        with contextlib.suppress(BadRequest):  # a choice of another version: its keys are unknown here
-            today[group] = plain(chosen(group, unknown.get(f"{group}.name"))())
+    for section in _with_choice(recorded):
+        own = at(recorded, section)
+        if isinstance(own, Mapping) and TARGET in own:  # from outside: its keys are its code's
+            put(today, section, dict(own))
+        else:
+            with contextlib.suppress(BadRequest):  # a choice of another version: its keys are unknown here
+                put(today, section, plain(chosen(section, unknown.get(f"{section}.name"))()))
     known = leaves(today).keys()
     for old, new in MOVED.items():
         if old in unknown.keys() - known:
             unknown.setdefault(new, unknown.pop(old))
     for key in known & unknown.keys():
-        *sections, name = key.split(".")
-        section = today
-        for part in sections:
-            section = section[part]
-        section[name] = unknown.pop(key)
+        put(today, key, unknown.pop(key))
     return today, unknown
 
 

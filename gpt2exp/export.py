@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import BadRequest, ModelConfig, is_housekeeping
+from gpt2exp import choices
+from gpt2exp.config import BadRequest, ModelConfig, group_of, is_housekeeping, require
 from gpt2exp.data import assets
 from gpt2exp.data.tokens import END_OF_TEXT
 from gpt2exp.files import beside, write_json
-from gpt2exp.model import huggingface
+from gpt2exp.model import huggingface, size
 from gpt2exp.run import process, record, terminal
 
 if TYPE_CHECKING:
@@ -27,17 +28,17 @@ WORDS = END_OF_TEXT + 1
 def write(run: Path, out: Path) -> int:
     """Export a run to `out`, a new or empty folder, and return the steps behind its weights.
 
-    Weights are float32 whatever the precision, as transformers' GPT-2 is trained. Rows of a vocabulary padded beyond
-    the tokenizer's are left out: no text has those ids. Dropout is 0 in the configuration, as it was in training.
+    Weights are float32 whatever the precision, as transformers' GPT-2 is trained. Rows that pad the vocabulary are left
+    out: no text has those ids.
 
     Raises:
         BadRequest: `run` is no run with a whole checkpoint, its vocabulary is smaller than the tokenizer's, it is no
             model of transformers' (`architecture`), or `out` holds something.
-        assets.AssetError: the tokenizer's files could not be fetched.
+        AssetError: the tokenizer's files could not be fetched.
         OSError: `out` cannot be written; what lay there before is as it was.
     """
     record.check_run(run)
-    _check_free(out)
+    _check(run, out)
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -47,48 +48,50 @@ def write(run: Path, out: Path) -> int:
     if model.vocab_size < WORDS:
         why = f"model.vocab_size={model.vocab_size} is less than the {WORDS} ids that GPT-2's tokenizer writes"
         raise BadRequest(f"{run}: {why}; train with model.vocab_size={WORDS}")
-    described = architecture(model)
-    vocabulary, merges = assets.fetch(assets.ENCODER_JSON), assets.fetch(assets.VOCAB_BPE)
-    part = beside(out.absolute())
+    tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.block_size, "add_prefix_space": False}
+    described = {
+        huggingface.CONFIG: architecture(model),
+        "generation_config.json": {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT},
+        "tokenizer_config.json": tokenizer,
+    }
+    copied = {"vocab.json": assets.fetch(assets.ENCODER_JSON), "merges.txt": assets.fetch(assets.VOCAB_BPE)}
+    part, weights = beside(out.absolute()), huggingface.WEIGHTS[0]
     try:
         part.mkdir(parents=True)
-        save_file(_theirs(saved.weights()), part / huggingface.WEIGHTS[0], metadata={"format": "pt"})
-        write_json(part / huggingface.CONFIG, described)
-        write_json(part / "generation_config.json", {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT})
-        shutil.copyfile(vocabulary, part / "vocab.json")
-        shutil.copyfile(merges, part / "merges.txt")
-        write_json(
-            part / "tokenizer_config.json",
-            {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.block_size, "add_prefix_space": False},
-        )
+        save_file(_theirs(saved.weights()), part / weights, metadata={"format": "pt"})
+        for name, value in described.items():
+            write_json(part / name, value)
+        for name, source in copied.items():
+            shutil.copyfile(source, part / name)
         (part / "README.md").write_text(card(record.row(run, run), model, saved.state), encoding="utf-8")
-        shutil.copymode(
-            part / huggingface.CONFIG, part / huggingface.WEIGHTS[0]
-        )  # its library makes it its owner's alone to read
+        shutil.copymode(part / huggingface.CONFIG, part / weights)  # safetensors lets the owner alone read its files
         if out.exists():
             out.rmdir()  # empty, or this fails
         part.rename(out.absolute())
-    except SafetensorError as error:  # how its library puts what the system said
+    except SafetensorError as error:  # its form of an OSError
         raise OSError(errno.EIO, str(error), str(out)) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return saved.step
 
 
-def _check_free(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        raise BadRequest(f"{out}: already holds files, and nothing is overwritten; name a new folder")
-    if out.exists() and not out.is_dir():
-        raise BadRequest(f"{out}: a file; name a new folder")
+def _check(run: Path, out: Path) -> None:
+    """Refuse a folder that holds something, and a run whose model has a choice that is not GPT-2's."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        why = "already holds files, and nothing is overwritten" if out.is_dir() else "a file"
+        raise BadRequest(f"{out}: {why}; name a new folder")
+    for section, values in choices.found_in({"model": record.described(run)[0]["model"]}).items():
+        group = group_of(section)  # its code need not be run to know
+        require(False, group, values["name"], "Hugging Face's GPT-2 has no such choice", f"it takes {group}=gpt2")
 
 
 def _theirs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters in Hugging Face's layout."""
-    found = {}
-    for name, tensor in weights.items():
-        words = tensor[:WORDS] if name in (huggingface.WTE, huggingface.HEAD) else tensor
-        found[name] = huggingface.transposed(name, words).float().contiguous()
-    return found
+    cut = {huggingface.WTE: WORDS, huggingface.HEAD: WORDS}
+    return {
+        name: huggingface.transposed(name, tensor[: cut.get(name)]).float().contiguous()
+        for name, tensor in weights.items()
+    }
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def card(row: Mapping[str, Any], model: ModelConfig, state: Mapping[str, Any]) -
     told = [text for text, key in typed.items() if not (is_housekeeping(key) or key.startswith(private))]
     rows = {
         "shape": f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, {model.block_size} positions, "
-        f"{model.parameters['total']:,} parameters",
+        f"{size.parameters(model)['total']:,} parameters",
         "embedding and head": "one tensor" if model.tie_weights else "two tensors",
         "text": f"{data['name']}, {data['tokens']:,} tokens, sha256 `{data['sha256']}`",
         "trained": f"{state['step']:,} steps, seed {config['seed']}, precision {got['effective']}"
@@ -150,9 +153,6 @@ print(pipeline("text-generation", model="THIS_FOLDER")("Once upon a time", max_n
 """
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     """The console script `gpt2exp-export`."""
     sys.exit(command(sys.argv[1:]))
@@ -172,7 +172,8 @@ def command(argv: list[str]) -> int:
 
     def export() -> None:
         args = parser.parse_args(argv)
-        step = write(args.run, args.out)
+        with process.writing(f"{args.out}: cannot be written", "name another folder"):
+            step = write(args.run, args.out)
         text = f"{args.out}: the weights after step {step}, for transformers' from_pretrained, pipeline, or init.path"
         terminal.terminal().print(text, markup=False, soft_wrap=True)
 

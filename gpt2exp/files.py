@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,27 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def walk(top: Path, onerror: Callable[[OSError], object] | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk` that follows links and yields each folder once: a real one under its own name where `top` has it.
+
+    Folders that the caller removes from the list are left out.
+    """
+    seen, to_see = set[tuple[int, int]](), [top]
+    for start in to_see:  # grows by the links met, so that these come last
+        for place, folders, names in os.walk(start, onerror=onerror):
+            here = Path(place)
+            try:
+                stat = here.stat()
+            except OSError:  # gone by now
+                continue
+            if (stat.st_dev, stat.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            yield here, folders, names
+            to_see += [here / name for name in sorted(folders) if os.path.islink(here / name)]  # noqa: PTH114 - no error
 
 
 def sha256(path: Path) -> str:

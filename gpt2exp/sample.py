@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import itertools
 import math
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2exp import choices
 from gpt2exp.config import BadRequest, DeviceName, ModelConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
@@ -30,11 +30,12 @@ def load(folder: Path) -> GPT:
     Raises:
         BadRequest: it is neither, or cannot be read.
     """
+    theirs = None
     if (folder / huggingface.CONFIG).is_file():
-        found = huggingface.find(str(folder), key="")
+        theirs = huggingface.find(str(folder), key="")
         # untied: a head that the files leave out is `wte` again
-        config = replace(huggingface.from_hf(found.config, found.said), tie_weights=False)
-        huggingface.check(found, config)
+        config = replace(huggingface.from_hf(theirs.config, theirs.said), tie_weights=False)
+        huggingface.check(theirs, config)
     else:
         record.check_run(folder)
     import torch
@@ -44,8 +45,8 @@ def load(folder: Path) -> GPT:
     from gpt2exp.run import checkpoint
     from gpt2exp.training import hardware
 
-    if (folder / huggingface.CONFIG).is_file():
-        weights = huggingface.read(found, config)
+    if theirs is not None:
+        weights = huggingface.read(theirs, config)
     else:
         config, saved = checkpoint.of_run(folder)
         weights = saved.weights()
@@ -97,14 +98,9 @@ def text_of(ids: Iterable[int]) -> Iterator[str]:
     """
     encoding = tokens.gpt2_encoding()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    parts = (encoding.decode_single_token_bytes(number) for number in itertools.takewhile(_goes_on, ids))
-    for part in parts:
-        yield terminal.printable(decoder.decode(part), "\t\n")
+    for number in itertools.takewhile(lambda number: number != tokens.END_OF_TEXT, ids):
+        yield terminal.printable(decoder.decode(encoding.decode_single_token_bytes(number)), "\t\n")
     yield terminal.printable(decoder.decode(b"", final=True), "\t\n")
-
-
-def _goes_on(number: int) -> bool:
-    return number != tokens.END_OF_TEXT
 
 
 def _prompt(text: str, config: ModelConfig) -> list[int]:
@@ -116,9 +112,6 @@ def _prompt(text: str, config: ModelConfig) -> list[int]:
     return ids
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     """The console script `gpt2exp-sample`."""
     sys.exit(command(sys.argv[1:]))
@@ -126,53 +119,46 @@ def main() -> None:
 
 def command(argv: list[str]) -> int:
     """Carry out a command line; for the exit code see `gpt2exp.run.process.carry_out`."""
-    parser = _parser()
-
-    def sample() -> None:
-        args = parser.parse_args(argv)
-        _check(args)
-        model = load(args.run)
-        ids = generate(
-            model, _prompt(args.prompt, model.config), temperature=args.temperature, top_k=args.top_k, seed=args.seed
-        )
-        out = terminal.Patient(sys.stdout)
-        prompt = terminal.printable(args.prompt, "\t\n")
-        for part in itertools.chain([prompt], text_of(itertools.islice(ids, args.tokens)), ["\n"]):
-            out.write(part)
-            out.flush()
-            if out.gone:  # nobody reads on
-                break
-
-    return process.carry_out("gpt2exp-sample", sample)
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = process.parser(
         "gpt2exp-sample",
         "Generate text from the newest checkpoint of a run, or from a Hugging Face folder of GPT-2 weights; it streams "
         "to the terminal.",
         'runs/2026-01-31/12-00-00-abcd --prompt "To be" --tokens 200 --temperature 0.8',
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's folder, or one with config.json and weights")
-    parser.add_argument("--prompt", default="\n", help="what the text begins with (a new line); '' for <|endoftext|>")
-    parser.add_argument(
-        "--tokens", type=int, default=100, metavar="N", help="tokens at most; ends at <|endoftext|> (100)"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest token (1)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens alone (all)")
-    parser.add_argument("--seed", type=int, default=1337, metavar="S", help="the same seed gives the same text (1337)")
-    return parser
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_DIR", help="a run's folder, or one with config.json and weights")
+    add("--prompt", default="\n", help="what the text begins with (a new line); '' for <|endoftext|>")
+    add("--tokens", type=int, default=100, metavar="N", help="tokens at most; ends at <|endoftext|> (100)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest token (1)")
+    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens alone (all)")
+    add("--seed", type=int, default=1337, metavar="S", help="the same seed gives the same text (1337)")
+    add("--trust", action="store_true", help="run the code that the run's model names")
 
+    def sample() -> None:
+        args = parser.parse_args(argv)
+        warm = math.isfinite(args.temperature) and args.temperature >= 0
+        for flag, value, ok, bounds, example in (
+            ("--tokens", args.tokens, args.tokens >= 1, "be at least 1", 100),
+            ("--temperature", args.temperature, warm, "be a number of 0 or more", 0.8),
+            ("--top-k", args.top_k, args.top_k is None or args.top_k >= 1, "be at least 1", 50),
+            ("--seed", args.seed, 0 <= args.seed < 2**63, "lie in [0, 2^63)", 1337),
+        ):
+            if not ok:
+                raise BadRequest(f"{flag} {value}: must {bounds}; try {flag} {example}")
+        choices.allow(Path.cwd())
+        choices.trust(args.trust)
+        model = load(args.run)
+        prompt = _prompt(args.prompt, model.config)
+        ids = generate(model, prompt, temperature=args.temperature, top_k=args.top_k, seed=args.seed)
+        out = terminal.Patient(sys.stdout)
+        shown = terminal.printable(args.prompt, "\t\n")
+        for part in itertools.chain([shown], text_of(itertools.islice(ids, args.tokens)), ["\n"]):
+            out.write(part)
+            out.flush()
+            if out.gone:
+                break
 
-def _check(args: argparse.Namespace) -> None:
-    if args.tokens < 1:
-        raise BadRequest(f"--tokens {args.tokens}: must be at least 1; try --tokens 100")
-    if not (math.isfinite(args.temperature) and args.temperature >= 0):
-        raise BadRequest(f"--temperature {args.temperature}: must be a number of 0 or more; try --temperature 0.8")
-    if args.top_k is not None and args.top_k < 1:
-        raise BadRequest(f"--top-k {args.top_k}: must be at least 1; try --top-k 50")
-    if not 0 <= args.seed < 2**63:
-        raise BadRequest(f"--seed {args.seed}: must lie in [0, 2^63); try --seed 1337")
+    return process.carry_out("gpt2exp-sample", sample)
 
 
 if __name__ == "__main__":

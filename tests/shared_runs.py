@@ -1,6 +1,6 @@
 """Small trainings that a lone process and several must agree on; run by torchrun, this file is the several.
 
-torchrun ... shared_runs.py FILE [DEVICE [CASE ...]]
+torchrun ... shared_runs.py FILE DEVICE CASE ...
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2exp import config
-from gpt2exp.data import tokens
 from gpt2exp.training import distributed as dist
-from gpt2exp.training import hardware, precision, setup
+from gpt2exp.training import setup
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64}
 TRAIN = {
@@ -28,10 +27,13 @@ TRAIN = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "tied": {},
-    "untied, clipped": {"model": {"tie_weights": False}, "optimizer": {"grad_clip": 0.5}},
-    "accumulated, shuffled": {"train": {"grad_accum_steps": 2}, "data": {"order": "shuffled"}},
+    "untied, clipped, accumulated, shuffled": {
+        "model": {"tie_weights": False},
+        "optimizer": {"grad_clip": 0.5},
+        "train": {"grad_accum_steps": 2},
+        "data": {"order": "shuffled"},
+    },
     "tf32, accumulated": {"precision": {"name": "tf32"}, "train": {"grad_accum_steps": 2}},
-    "tf32, untied": {"precision": {"name": "tf32"}, "model": {"tie_weights": False}},
     "bf16, recomputed": {"precision": {"name": "bf16"}, "train": {"activation_checkpointing": True}},
     "fp16": {"precision": {"name": "fp16"}},
     "fp64": {"precision": {"name": "fp64"}},
@@ -52,11 +54,8 @@ def train(case: str, distributed: str, kind: str = "cpu") -> dict[str, Tensor]:
     for section, values in CASES[case].items():
         asked[section] = {**asked.get(section, {}), **values}
     run = config.parse(asked)
-    device = hardware.resolve_device(run.train.device)
-    with precision.applied(run.precision, device) as got:
-        source = tokens.prepare(run.data)
-        run, _need = setup.settled(run, device, setup.Hardware(kind, got.emulated), source)
-        job, _origin = setup.trainer(run, device, got, source)
+    with setup.ready(run) as ready:
+        job, _origin = setup.trainer(ready)
         rows = list(job.fit())
         gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
         gradients = dist.gather(gradients)
@@ -73,13 +72,13 @@ def train(case: str, distributed: str, kind: str = "cpu") -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Every case, or those named, under DDP and FSDP; the first process writes them all to one safetensors file."""
+    """The cases named under DDP and FSDP; the first process writes them all to one safetensors file."""
     torch.set_num_threads(1)
-    kind, *cases = sys.argv[2:] or ["cpu"]
+    kind, *cases = sys.argv[2:]
     found: dict[str, Tensor] = {}
     with dist.process_group():
         for distributed in ("ddp", "fsdp"):
-            for case in cases or CASES:
+            for case in cases:
                 result = train(case, distributed, kind)
                 found |= {f"{distributed}/{case}/{name}": tensor.contiguous() for name, tensor in result.items()}
     if dist.is_main():

@@ -25,6 +25,7 @@ from scipy.optimize import least_squares
 
 from gpt2exp.compare import figures
 from gpt2exp.config import ModelConfig
+from gpt2exp.model import size
 
 HERE = Path(__file__).parent
 CONF = HERE.parent.parent / "conf" / "model"
@@ -238,7 +239,7 @@ def answer(predictions: Sequence[Row]) -> str:
     machines = [("A100", "1"), ("A100", "8"), ("H100", "1"), ("H100", "8"), ("H100", "64")]
     rows = []
     for name, model in SIZES.items():
-        cells = [f"`{name}`, {model.parameters['total'] / 1e6:,.0f}M"]
+        cells = [f"`{name}`, {size.parameters(model)['total'] / 1e6:,.0f}M"]
         for gpu, gpus in machines:
             row = simplest(predictions, gpu=gpu, model=name, gpus=gpus, precision="bf16")
             cells.append(duration(float(row["hours_10b"])))
@@ -429,7 +430,7 @@ def chunked_loss(fitted: Fitted) -> str:
 def left_out(fitted: Fitted) -> str:
     """Published figures that could not be used, and what can be said of them."""
     gpt3 = ModelConfig(block_size=2048)
-    implied = 524_288 / 0.150 * gpt3.flops_per_token(2048) / (8 * Setup(gpt3, "A100", 8, "bf16", 32).peak)
+    implied = 524_288 / 0.150 * size.flops_per_token(gpt3, 2048) / (8 * Setup(gpt3, "A100", 8, "bf16", 32).peak)
     peak = Setup(gpt3, "H100", 8, "bf16", 32).peak
     nanochat = 4.330784131228946e19 / 10949.46713 / (8 * peak)
     wait = fitted.wait_ms * math.log2(64)

@@ -19,6 +19,7 @@ from typing import Any
 from gpt2exp import bench
 from gpt2exp.bench import Result
 from gpt2exp.config import RunConfig
+from gpt2exp.model import size
 from gpt2exp.run import process, terminal
 from gpt2exp.training import optimizers, setup
 
@@ -82,8 +83,8 @@ def plain(config: RunConfig, steps: int) -> Result:
     """The same model on the same batches the plain way: whole logits, dense gradients, AdamW tensor by tensor."""
     import torch
 
-    with bench.prepared(config, heap=False) as ready:
-        job, _origin = setup.trainer(ready.config, ready.device, ready.got, ready.source)
+    with setup.ready(config) as ready:
+        job, _origin = setup.trainer(ready)
         model, rates = job.model, config.optimizer
         model.transformer.gradient_in_place = model.transformer.recompute = False
         assert isinstance(rates, optimizers.AdamW)
@@ -95,8 +96,10 @@ def plain(config: RunConfig, steps: int) -> Result:
 
 def roofline(config: RunConfig) -> Result:
     """What this machine needs at least for the step (`floor_ms`), and a profile of it in milliseconds a step."""
-    with bench.prepared(config) as (config, device, got, source, _):
-        parts = profiled(setup.trainer(config, device, got, source)[0], device)
+    with setup.ready(config) as ready:
+        config, device = ready.config, ready.device
+        setup.keep_memory(config, device)
+        parts = profiled(setup.trainer(ready)[0], device)
         products = list(matrix_products(config, device))
         adamw = adamw_ms(config, device)
     for product in products:
@@ -110,7 +113,7 @@ def roofline(config: RunConfig) -> Result:
         "floor_ms": matmul * train.grad_accum_steps + adamw,
         "matmul_ms": matmul,
         "adamw_ms": adamw,
-        "adamw_gb_per_second": 28 * model.parameters["total"] / adamw / 1e6,  # reads four, writes three floats
+        "adamw_gb_per_second": 28 * size.parameters(model)["total"] / adamw / 1e6,  # reads four, writes three floats
         "products": products,
         "parts": parts,
     }
@@ -162,7 +165,7 @@ def adamw_ms(config: RunConfig, device: Any) -> float:
     """AdamW on one tensor with as many numbers as the model."""
     import torch
 
-    flat = torch.nn.Parameter(torch.zeros(config.model.parameters["total"], device=device))
+    flat = torch.nn.Parameter(torch.zeros(size.parameters(config.model)["total"], device=device))
     flat.grad = torch.ones_like(flat)
     return warm_ms(torch.optim.AdamW([flat], fused=True).step, device)
 
@@ -174,15 +177,16 @@ def warm_ms(call: Callable[[], Any], device: Any) -> float:
 
 def table(roof: Result) -> Any:
     """The limits, and the profile's shares."""
-    found = bench.table("limit of this machine", "ms", "")
     rate = sum(p["gflop"] for p in roof["products"]) / sum(p["ms"] for p in roof["products"]) * 1e3
-    found.add_row("matrix products alone", f"{roof['matmul_ms']:.1f}", f"{rate:,.0f} GFLOP/s")
-    found.add_row("AdamW on one flat tensor", f"{roof['adamw_ms']:.1f}", f"{roof['adamw_gb_per_second']:.0f} GB/s")
-    found.add_row("floor", f"{roof['floor_ms']:.1f}", f"the step is at {roof['fraction']:.2f} of it")
+    rows = [
+        ("matrix products alone", roof["matmul_ms"], f"{rate:,.0f} GFLOP/s"),
+        ("AdamW on one flat tensor", roof["adamw_ms"], f"{roof['adamw_gb_per_second']:.0f} GB/s"),
+        ("floor", roof["floor_ms"], f"the step is at {roof['fraction']:.2f} of it"),
+    ]
     total = sum(roof["parts"].values())
-    for kind, milliseconds in sorted(roof["parts"].items(), key=lambda item: -item[1]):
-        found.add_row(f"  profiled: {kind}", f"{milliseconds:.1f}", f"{milliseconds / total:.1%}")
-    return found
+    for kind, ms in sorted(roof["parts"].items(), key=lambda item: -item[1]):
+        rows.append((f"  profiled: {kind}", ms, f"{ms / total:.1%}"))
+    return terminal.table([{"limit of this machine": name, "ms": f"{ms:.1f}", "": what} for name, ms, what in rows])
 
 
 if __name__ == "__main__":

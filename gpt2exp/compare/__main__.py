@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2exp.compare import report
-from gpt2exp.compare.comparison import Comparison, compare, read
+from gpt2exp.compare.comparison import Comparison, read
 from gpt2exp.compare.report import Section, mirror, show
+from gpt2exp.compare.stopping import compared
 from gpt2exp.config import BadRequest
 from gpt2exp.files import replacing, write_json
-from gpt2exp.run import terminal
-from gpt2exp.run.terminal import printable
+from gpt2exp.run import process
+from gpt2exp.run.terminal import pasted, printable, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,18 +24,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("gpt2exp")
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     """The console script `gpt2exp-compare`."""
     sys.exit(command(sys.argv[1:]))
 
 
 def command(argv: list[str]) -> int:
-    """Compare the runs under the folders named; exit code 0, or 2 for a bad request."""
-    from gpt2exp.run import process, terminal
-
+    """Carry out a command line; for the exit code see `process.carry_out`."""
     parser = process.parser(
         "gpt2exp-compare",
         "Compare the runs under one or more run or sweep folders, finished or not, and write comparison.json, "
@@ -45,75 +41,58 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--margin", type=float, help="loss differences inside ±MARGIN nats count as none")
     parser.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
 
-    full_error = terminal.wants_traces()
-    try:
+    def carry_out() -> None:
         args = parser.parse_args(argv)
         if args.margin is not None and not (math.isfinite(args.margin) and args.margin > 0):
             raise BadRequest(f"--margin {args.margin}: must be a number of nats above 0; try --margin 0.01")
         out = args.out or args.folders[0]
-        comparison = compare(read(args.folders), margin=args.margin, out=out)
-        write(comparison, out)
-    except BadRequest as problem:
-        terminal.refuse(str(problem), program="gpt2exp-compare", trace=full_error)
-        return 2
-    except OSError as problem:
-        why = f"cannot write the comparison ({problem.strerror or problem}); name a folder with --out"
-        terminal.refuse(why, program="gpt2exp-compare", trace=full_error)
-        return 2
-    show(comparison, terminal.terminal(), out)
-    return 0
+        comparison = compared(read(args.folders), margin=args.margin, out=out)
+        with process.writing("cannot write the comparison", "name a folder with --out"):
+            write(comparison, out)
+        show(comparison, terminal(), out)
 
-
-# --- files -----------------------------------------------------------------------------------------------------------
+    return process.carry_out("gpt2exp-compare", carry_out)
 
 
 def write(comparison: Comparison, out: Path) -> list[Section]:
-    """`comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` in the folder, each file whole.
+    """Write `comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` to a folder; what was drawn.
 
-    Returns what was drawn.
+    Each file is written whole.
     """
     out.mkdir(parents=True, exist_ok=True)
     from gpt2exp.compare import figures  # with matplotlib: half a second
 
     sections = figures.draw(comparison)
-    write_json(out / "comparison.json", report.finite(comparison.as_dict()))
-    _write_text(out / "comparison.csv", report.table(comparison))
-    if sections:
-        (out / "figures").mkdir(exist_ok=True)
-    for section in sections:
-        for drawing in section.drawings:
-            with replacing(out / "figures" / f"{drawing.name}.png") as part:
-                part.write_bytes(drawing.png)
     text = report.markdown(comparison, out, sections)
-    _write_text(out / "report.md", text)
-    _write_text(out / "report.html", report.page(text, comparison, out, sections))
+    files = {
+        "comparison.csv": report.table(comparison).encode(),
+        **{f"figures/{drawing.name}.png": drawing.png for section in sections for drawing in section.drawings},
+        "report.md": text.encode(),
+        "report.html": report.page(text, comparison, out, sections).encode(),
+    }
+    write_json(out / "comparison.json", report.finite(comparison.as_dict()))
+    for name, content in files.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        with replacing(out / name) as part:
+            part.write_bytes(content)
     return sections
 
 
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", newline="")
-
-
-# --- the end of a sweep ----------------------------------------------------------------------------------------------
-
-
 def conclude(sweep: Path, console: Console) -> Path | None:
-    """Compare a sweep's runs, write, show and mirror the report; after a line of warning instead, if that fails.
+    """Compare the runs of a sweep, and write, show and mirror the report; wandb's folder to upload, as `mirror`.
 
-    The runs are done and recorded by then, so no failure here may change what the sweep's command says of them; it
-    says itself which runs failed. Returns wandb's folder to upload, as `mirror`.
+    Whatever fails is one warning: the runs are done and recorded by then, and the sweep's exit code is theirs.
     """
-    again = f"{terminal.pasted('gpt2exp-compare', sweep.absolute())} tries again"
+    again = f"{pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
-        comparison = compare(read([sweep]))
+        comparison = compared(read([sweep]))
         sections = write(comparison, sweep)
         show(comparison, console, sweep, failed=False)
         return mirror(comparison, sweep, sections)
-    except (BadRequest, OSError) as error:
-        log.warning("no comparison: %s; %s", printable(error), again)
     except Exception as error:
-        log.warning("no comparison: %s: %s; %s", type(error).__name__, printable(error), again, exc_info=True)
+        expected = isinstance(error, (BadRequest, OSError))
+        why = printable(error if expected else f"{type(error).__name__}: {error}")
+        log.warning("no comparison: %s; %s", why, again, exc_info=not expected)
     return None
 
 

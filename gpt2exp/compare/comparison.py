@@ -1,44 +1,32 @@
 """Runs to answers: which arm is better, by how much, how sure.
 
-What was typed is what is compared: the override keys that vary among the runs are the axes, and everything else in
-their configurations must be the same. Runs that differ in one axis and share the rest, seed included, are a pair. The
-seed is the unit of replication: differences at one seed are first averaged over the other axes, since pairs share
-their seed's noise, and the interval is taken over seeds. No torch.
+Runs that differ in one axis and share the rest, seed included, are a pair. The seed is the unit of replication:
+differences at one seed are first averaged over the other axes, since pairs share their seed's noise, and the interval
+is taken over seeds. No torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from gpt2exp.compare.effect import Effect, infer, judge, paired
+from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_change, paired
 from gpt2exp.compare.history import History, history
-from gpt2exp.compare.inference import holm, pooled_std
-from gpt2exp.config import MOVED, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
-from gpt2exp.run import record, secret
-from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, Summary, number_of
+from gpt2exp.compare.inference import holm
+from gpt2exp.compare.rows import Grid, Group, Row, axes_of, figures, of_today, read
+from gpt2exp.config import SOURCE, BadRequest, flatten
+from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
 from gpt2exp.training import load
 
-
-class Row(Summary, total=False):
-    """A run as it is compared: its summary, or of one that left none its state, `config` and `overrides`."""
-
-    folder: str
-    gone: dict[str, Any]
-    """Keys of its configuration that this version does not know."""
-
-
-Settings = dict[str, str]
+__all__ = ["Comparison", "Distance", "Grid", "Interaction", "Row", "compare", "read"]
 
 LOSSES = tuple(metric for metric in METRICS if metric.compared == "loss")
 """The one that counts is the last that every finished run has."""
@@ -50,7 +38,10 @@ MEMORY = BY_KEY["peak_memory_bytes"]
 
 @dataclass
 class Interaction:
-    """How much the effect of one axis changes with another: the difference of differences, by seed."""
+    """How much the effect of one axis changes with another: the difference of differences, by seed.
+
+    `large`: the interval excludes zero and the size exceeds the seed-to-seed std.
+    """
 
     keys: tuple[str, str]
     arms: tuple[str, str]
@@ -60,43 +51,42 @@ class Interaction:
     ci95: list[float] | None
     p_value: float | None
     large: bool
-    """The interval excludes zero and the size exceeds the seed-to-seed std."""
 
 
 @dataclass
 class Distance:
-    """How far a precision's training losses lie from fp64's at the same seed and step, in nats, means over seeds."""
+    """How far a precision's training losses lie from fp64's at the same seed and step, in nats, means over seeds.
+
+    `largest` and `mean` are over the steps. `seed_std`, the yardstick: that of fp64's own losses, its mean over steps.
+    """
 
     arm: str
     n_seeds: int
     largest: float
-    """Over the steps."""
     mean: float
-    """Over the steps."""
     seed_std: float | None
-    """The seed-to-seed std of fp64's own losses, its mean over the steps: the yardstick."""
 
 
 @dataclass
 class Comparison:
-    """Everything a comparison says; `as_dict` is `comparison.json`."""
+    """Everything a comparison says; `as_dict` is `comparison.json`.
+
+    `distances` are of each precision from fp64, where that is an arm; `swept` has the arms of each axis, the baseline
+    first; `metric` is the loss compared; within `margin` nats a difference in it counts as none. `looks` are the
+    comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`.
+    """
 
     runs: list[Row]
     axes: list[Effect]
     interactions: list[Interaction]
     distances: list[Distance]
-    """Of each precision from fp64, where that is an arm."""
     failed: list[dict[str, Any]]
     swept: dict[str, list[str]]
-    """Arms of each axis, the baseline first."""
     seeds: list[int]
     metric: str
-    """The loss compared."""
     notes: list[str]
     margin: float | None = None
-    """Nats within which a difference in the loss counts as none."""
     looks: list[dict[str, Any]] = field(default_factory=list)
-    """Comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`."""
 
     @property
     def searched(self) -> bool:
@@ -107,209 +97,10 @@ class Comparison:
         return len(self.swept) == 1 and len(arms) >= 5 and numbers and once
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON's own types."""
-        return {
-            "runs": [_public(row) for row in self.runs],
-            "axes": [asdict(effect) for effect in self.axes],
-            "interactions": [asdict(item) for item in self.interactions],
-            "distances": [asdict(item) for item in self.distances],
-            "failed": self.failed,
-            "swept": self.swept,
-            "seeds": self.seeds,
-            "metric": self.metric,
-            "notes": self.notes,
-            "margin": self.margin,
-            "looks": self.looks,
-        }
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read(folders: Sequence[Path]) -> list[Row]:
-    """The rows of every run at or below the folders, each once, with `folder` as an absolute path.
-
-    A run without a usable summary has its state, and `config` and `overrides` as Hydra left them; its state is
-    `damaged` where a summary should be.
-
-    Raises:
-        BadRequest: a folder is missing, or none holds a run.
-    """
-    for folder in folders:
-        if not folder.is_dir():
-            raise BadRequest(f"{folder}: no such folder; name run or sweep folders, such as sweeps/DAY/TIME-ID")
-    tops = [folder.resolve() for folder in folders]
-    above = Path(os.path.commonpath(tops))  # several sweeps have jobs of the same names
-    runs = {run.resolve(): run for top in tops for run in record.runs_below(top)}.values()
-    if not runs:
-        raise BadRequest(f"{folders[0]}: holds no run; name run or sweep folders, such as sweeps/DAY/TIME-ID")
-    return [_row(run, above) for run in runs]
-
-
-def _row(run: Path, above: Path) -> Row:
-    row = cast("Row", {**record.row(run, above), "folder": str(run)})
-    if "config" in row:
-        return row
-    if row["state"] == "done" or (run / "summary.json").exists():
-        try:
-            record.read_summary(run)
-        except (OSError, ValueError) as error:
-            row["state"], row["error"] = "damaged", f"summary.json is missing or damaged: {error}"
-    with contextlib.suppress(BadRequest):  # Hydra's record is unusable too
-        config, gone, overrides = record.asked(run)
-        secret.check_values([plain(config), gone, overrides])  # an interpolation in a stranger's folder may ask for one
-        row |= {"config": plain(config), "gone": gone, "overrides": overrides}
-    return row
-
-
-def _of_today(row: Row) -> Row:
-    """A row with its configuration under today's keys; `gone` has by dotted key what has no place there."""
-    if "config" not in row:
-        return row
-    config, gone = stored(row["config"])
-    return {**row, "config": config, "gone": row.get("gone", {}) | gone}
-
-
-def _flat(row: Row) -> Settings:
-    """A run's configuration by dotted key, values as shown, without housekeeping; keys of other versions with it."""
-    return {key: show(value) for key, value in (flatten(row["config"]) | flatten(row.get("gone", {}))).items()}
-
-
-def _typed(row: Row, flat: Settings) -> Settings:
-    """What was typed for a run, by today's key; Hydra's sweeper records braces with backslashes."""
-    settings: Settings = {}
-    for text in row.get("overrides", []):
-        key, _, value = text.lstrip("+").partition("=")
-        if not is_housekeeping(key) and key != "experiment":
-            key = key if key in flat else MOVED.get(key, key)
-            settings[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
-    return settings
-
-
-def _arm(key: str, flat: Settings, told: Settings) -> str:
-    """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it."""
-    chosen = f"{_section(key)}{'scheme' if key == 'init' else 'name'}"
-    usual = "gpt2" if key.startswith("model") else "default"
-    return flat.get(key) or told.get(key) or flat.get(chosen, usual)
-
-
-def _section(group: str) -> str:
-    return f"{group.replace('/', '.')}."
-
-
-def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The keys whose values vary and that a run was told, with their arms: the default first, else in order of runs.
-
-    A group is one axis, of its choices. It stands for what varies in its section with the choice alone: what was not
-    told by itself, or is null by default, such as `data.path`. A value that follows others is no axis.
-
-    Raises:
-        BadRequest: the runs also differ in something that was not told.
-    """
-    flats = [_flat(row) for row in rows]
-    told = [_typed(row, flat) for row, flat in zip(rows, flats, strict=True)]
-    usual = {key: show(value) for key, value in flatten(plain(RunConfig())).items()}
-    keys = {key for flat in flats for key in flat} - {"seed"}
-    # a run may lack a key of another version: nobody knows its value there, so it differs from none
-    varying = {key for key in keys if len({flat[key] for flat in flats if key in flat}) > 1}
-    names = dict.fromkeys(key for settings in told for key in settings if key in varying or key not in {*keys, "seed"})
-    arms = {key: [_arm(key, *of_run) for of_run in zip(flats, told, strict=True)] for key in names}
-    arms = {key: of_runs for key, of_runs in arms.items() if len(set(of_runs)) > 1}
-    by_group: set[str] = set()
-    for group in arms.keys() - keys:
-        inside = {key for key in keys if key.startswith(_section(group))}
-        for key in {key for key in inside & varying if key not in arms or usual.get(key) == "null"}:
-            both = {(arm, flat.get(key)) for arm, flat in zip(arms[group], flats, strict=True)}
-            if len(both) == len(set(arms[group])):
-                by_group.add(key)
-        if inside and not inside & by_group:
-            del arms[group]  # told in some runs, a preset's choice in the others
-    following = {key for key in varying - by_group if _follows(key, rows, told)}
-    if differing := sorted(varying - arms.keys() - by_group - following):
-        raise BadRequest(
-            f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
-            "compare folders whose runs share it"
-        )
-    return {
-        key: sorted(dict.fromkeys(of_runs), key=_arm(key, usual, {}).__ne__)  # the default first: False before True
-        for key, of_runs in arms.items()
-        if key not in by_group | following
-    }
-
-
-def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
-    """Whether a key follows others in every run, alike, as `${train.steps}` does: typed, or written in a preset.
-
-    What a resolver gives (`${oc.env:LR}`) may be anything.
-    """
-    texts = (settings.get(key) or _written(row, key) for row, settings in zip(rows, told, strict=True))
-    first = next(texts)
-    return "${" in first and ":" not in first and all(text == first for text in texts)
-
-
-def _written(row: Row, key: str) -> str:
-    """A key's value in a run's `.hydra`, interpolations as they stand; empty where that cannot be read."""
-    with contextlib.suppress(BadRequest):
-        return str(record.written(Path(row["folder"])).get(key))
-    return ""
-
-
-# --- pairing ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two finished runs that differ in the arm of one axis."""
-
-    seed: int
-    where: tuple[str, ...]
-    """Their arms of the other axes."""
-    baseline: Row
-    arm: Row
-
-
-class Grid:
-    """Runs by seed and arms; the finished ones are its cells."""
-
-    def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
-        self.axes = axes
-        self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
-        planned: set[tuple[int, tuple[str, ...]]] = set()
-        for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
-            flat = _flat(row)
-            told = _typed(row, flat)
-            arms = tuple(_arm(key, flat, told) for key in axes)
-            planned.add((row["config"]["seed"], arms))
-            if row["state"] == "done":
-                self.cells[row["config"]["seed"], arms] = row
-        ranks = [{arm: rank for rank, arm in enumerate(arms)} for arms in axes.values()]
-        self.planned = sorted(
-            planned, key=lambda cell: (cell[0], [rank[arm] for rank, arm in zip(ranks, cell[1], strict=True)])
-        )
-        self.seeds = sorted({seed for seed, _ in self.cells})
-
-    def pairs(self, key: str, baseline: str, arm: str) -> tuple[list[Pair], int]:
-        """The pairs of two arms, one for every seed and setting of the other axes, and how many lack a finished run."""
-        at = list(self.axes).index(key)
-        found, broken = [], 0
-        for seed, where in dict.fromkeys(
-            (seed, (*arms[:at], *arms[at + 1 :])) for seed, arms in self.planned if arms[at] in (baseline, arm)
-        ):
-            one, other = (self.cells.get((seed, (*where[:at], name, *where[at:]))) for name in (baseline, arm))
-            if one is not None and other is not None:
-                found.append(Pair(seed, where, one, other))
-            else:
-                broken += 1
-        return found, broken
-
-    def spread(self, metric: Metric, key: str, among: Sequence[str]) -> float | None:
-        """Seed-to-seed standard deviation of a metric, pooled over the settings with one of these arms."""
-        at = list(self.axes).index(key)
-        by_arms: dict[tuple[str, ...], list[float]] = defaultdict(list)
-        for (_, arms), row in self.cells.items():
-            if arms[at] in among and number_of(row, metric.key) is not None:
-                by_arms[arms].append(_compared(row, metric))
-        return pooled_std(by_arms.values())
+        """As JSON's own types; of the runs without what each repeats."""
+        repeated = ("config", "gone", "versions", "environment")
+        runs = [{key: value for key, value in row.items() if key not in repeated} for row in self.runs]
+        return {**asdict(self), "runs": runs}
 
 
 def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
@@ -323,21 +114,21 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     Raises:
         BadRequest: nothing to compare, or the runs differ in something unswept.
     """
-    rows = [_of_today(row) for row in rows]
+    rows = [of_today(row) for row in rows]
     known = [row for row in rows if "config" in row]
     if not known or all(row["state"] in ("running", "not run", "damaged") for row in rows):
         damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
         raise BadRequest("; ".join(damaged) or "none of the runs has a summary yet; wait for one to finish")
     done = [row for row in known if row["state"] == "done"]
-    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
-    loss = everywhere[-1] if everywhere else LOSSES[0]
-    grid = Grid(known, axes_of(known))
-    stated, notes = _margin(known)
-    if margin is not None:
-        stated, notes = margin, []
-    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
-    before = history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
-    effects = _effects(grid, (loss, SPEED, MEMORY), before, _contended(known), stated)
+    grid, loss = Grid(known, axes_of(known)), _loss(done)
+    stated, notes = _margin(known) if margin is None else (margin, [])
+    before = _history(known, grid, out)
+    own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
+    BY_KEY.update(own)
+    effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, _contended(known), stated)
+    for effect in effects:
+        if effect.metric == loss.key and effect.differences:
+            _trend(effect, grid, before)
     return Comparison(
         runs=rows,
         axes=effects,
@@ -351,6 +142,29 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         margin=stated,
         looks=before.looks,
     )
+
+
+def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
+    """The loss of each arm against its baseline at each of these numbers of seeds, as if no later seed were there.
+
+    Raises:
+        BadRequest: as `compare`.
+    """
+    rows = [of_today(row) for row in rows if "config" in row]
+    grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
+    before, (margin, _), seeds = _history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
+    return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]
+
+
+def _loss(done: Sequence[Row]) -> Metric:
+    """The loss to compare: the last that all of them have."""
+    everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
+    return everywhere[-1] if everywhere else LOSSES[0]
+
+
+def _history(known: Sequence[Row], grid: Grid, out: Path | None = None) -> History:
+    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
+    return history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
 
 
 def _failed(row: Row) -> dict[str, Any]:
@@ -375,7 +189,16 @@ def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[st
         yield "nothing but the seed varies, so there is no axis to compare"
     if gone := sorted({key for row in known for key in row.get("gone", {})} - set(grid.axes)):
         yield f"{', '.join(gone)}: no key of this version, recorded by another; taken to make no difference"
-    yield from _unequal(grid)
+    for key, arms in grid.axes.items():
+        for arm in arms[1:]:
+            settings: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+            for group in grid.groups({key: (arms[0], arm)})[0]:
+                settings[group.seed].add(group.where)
+            if len(set(map(frozenset, settings.values()))) > 1:
+                yield (
+                    f"{key}: for lack of some runs the seeds of {arm} average over different settings of the other "
+                    "axes; where the effect differs between those, it weighs the settings unequally"
+                )
     made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
     changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
     if changed:
@@ -385,13 +208,9 @@ def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[st
 def _effects(
     grid: Grid, metrics: Sequence[Metric], before: History, contended: set[str], margin: float | None
 ) -> list[Effect]:
-    """Each arm against the baseline of its axis in each metric, judged."""
-    effects = [
-        _effect(grid, key, arm, metric, before, contended)
-        for key, arms in grid.axes.items()
-        for arm in arms[1:]
-        for metric in metrics
-    ]
+    """Each arm against the baseline of its axis in each metric, judged; the margin is of the first metric."""
+    each = [(key, arm, metric) for key, arms in grid.axes.items() for arm in arms[1:] for metric in metrics]
+    effects = [_effect(grid, key, arm, metric, before, contended) for key, arm, metric in each]
     for metric in metrics:
         tested = [effect for effect in effects if effect.metric == metric.key and effect.ci95 is not None]
         for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
@@ -400,53 +219,36 @@ def _effects(
     return effects
 
 
-def _unequal(grid: Grid) -> Iterator[str]:
-    """A note for each axis whose seeds average over different settings of the other axes."""
-    for key, arms in grid.axes.items():
-        for arm in arms[1:]:
-            settings: dict[int, set[tuple[str, ...]]] = defaultdict(set)
-            for pair in grid.pairs(key, arms[0], arm)[0]:
-                settings[pair.seed].add(pair.where)
-            if len({frozenset(where) for where in settings.values()}) > 1:
-                yield (
-                    f"{key}: for lack of some runs the seeds of {arm} average over different settings of the other "
-                    "axes; where the effect differs between those, it weighs the settings unequally"
-                )
-
-
 def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, contended: set[str]) -> Effect:
     """An arm against the baseline of its axis, with an interval unless something keeps them from being compared."""
     baseline = grid.axes[key][0]
-    pairs, broken = grid.pairs(key, baseline, arm)
+    groups, broken = grid.groups({key: (baseline, arm)})
     if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
-        pairs = [pair for pair in pairs if not _emulated(pair)] or pairs
-    effect = Effect(key, baseline, arm, metric.key, n_pairs=len(pairs), dropped_pairs=broken)
-    effect.n_seeds = len({pair.seed for pair in pairs})
-    if not pairs:
+        groups = [group for group in groups if not any(map(_emulated, group.runs))] or groups
+    effect = Effect(key, baseline, arm, metric.key, n_pairs=len(groups), dropped_pairs=broken)
+    effect.n_seeds = len({group.seed for group in groups})
+    if not groups:
         effect.verdict, effect.reason = "not_comparable", f"no two finished runs differ in {key} alone"
         return effect
-    first = pairs[0]
-    effect.parameters = {"baseline": first.baseline["parameters"]["total"], "arm": first.arm["parameters"]["total"]}
-    if any(number_of(row, metric.key) is None for pair in pairs for row in (pair.baseline, pair.arm)):
+    first = groups[0].runs
+    effect.parameters = {side: row["parameters"]["total"] for side, row in zip(("baseline", "arm"), first, strict=True)}
+    if any(number_of(row, metric.key) is None for group in groups for row in group.runs):
         effect.verdict, effect.reason = "not_comparable", "not measured in every run"
         return effect
     effect.seed_std, effect.baseline_std, effect.arm_std = (
         grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
     )
-    _estimate(effect, pairs, metric, before)
-    if obstacle := _obstacle(key, metric, pairs, contended):
+    _estimate(effect, figures(groups, metric, declared=bool(before.schedule)), metric, before)
+    if obstacle := _obstacle(key, metric, groups, contended):
         effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
     return effect
 
 
-def _estimate(effect: Effect, pairs: Sequence[Pair], metric: Metric, before: History) -> None:
-    """Set the mean difference and its interval over seeds, in the order in which the seeds were run."""
+def _estimate(effect: Effect, by_seed: dict[int, list[float]], metric: Metric, before: History) -> None:
+    """Set the mean difference and its interval over seeds."""
     back = math.exp if metric.ratio else float
-    by_seed = _in_order((pair.seed, (pair.baseline, pair.arm)) for pair in pairs)
-    both = [[(_compared(one, metric), _compared(other, metric)) for one, other in rows] for rows in by_seed.values()]
-    ones = [statistics.fmean(one for one, _ in figures) for figures in both]
-    others = [statistics.fmean(other for _, other in figures) for figures in both]
-    values = [other - one for one, other in zip(ones, others, strict=True)]
+    ones, others = zip(*by_seed.values(), strict=True)
+    values = [other - one for one, other in by_seed.values()]
     effect.baseline_mean, effect.arm_mean = back(statistics.fmean(ones)), back(statistics.fmean(others))
     effect.differences = {str(seed): back(value) for seed, value in zip(by_seed, values, strict=True)}
     looks = before.of(len(values), effect.key, (effect.baseline, effect.arm))
@@ -463,57 +265,85 @@ def _estimate(effect: Effect, pairs: Sequence[Pair], metric: Metric, before: His
     paired(effect, ones, others)
 
 
-def _in_order(found: Iterable[tuple[int, tuple[Row, ...]]]) -> dict[int, list[tuple[Row, ...]]]:
-    """Runs held against each other by seed, the seeds in the order in which the last runs of each began."""
-    by_seed: dict[int, list[tuple[Row, ...]]] = defaultdict(list)
-    for seed, rows in found:
-        by_seed[seed].append(rows)
-    began = {seed: max(row["started"] for rows in each for row in rows) for seed, each in by_seed.items()}
-    return dict(sorted(by_seed.items(), key=lambda item: began[item[0]]))
+def _trend(effect: Effect, grid: Grid, before: History) -> None:
+    """Set the trend of the training losses' difference, by seed like the effect; of runs too short for one, none."""
+    changes: dict[int, list[float]] = {seed: [] for seed in map(int, effect.differences)}
+    for group in grid.groups({effect.key: (effect.baseline, effect.arm)})[0]:
+        one, other = ({step["tokens"]: step["loss"] for step in grid.metrics(row)} for row in group.runs)
+        tokens = sorted(one.keys() & other.keys())
+        if len(tokens) < FEWEST_POINTS:
+            return
+        changes[group.seed].append(late_change(tokens, [other[at] - one[at] for at in tokens]))
+    looks = before.of(len(changes), effect.key, (effect.baseline, effect.arm))
+    found = infer([statistics.fmean(each) for each in changes.values()], looks, before.schedule)
+    if math.isfinite(found.low):
+        effect.trend = [found.mean, found.low, found.high]
 
 
-def _emulated(pair: Pair) -> bool:
-    return bool(pair.baseline["precision"]["emulated"] or pair.arm["precision"]["emulated"])
+def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interaction]:
+    """Every two-way interaction of arms against their baselines in the loss, by seed like the main effects.
+
+    Each difference of differences is taken among four runs that share all else, then averaged over the other axes.
+    """
+    found = []
+    for (at_a, (a, a_arms)), (at_b, (b, b_arms)) in itertools.combinations(enumerate(grid.axes.items()), 2):
+        met = {(arms[at_a], arms[at_b]) for _, arms in grid.planned}
+        for pair in itertools.product(a_arms[1:], b_arms[1:]):
+            four = grid.groups({a: (a_arms[0], pair[0]), b: (b_arms[0], pair[1])})[0] if pair in met else []
+            four = [group for group in four if all(number_of(row, metric.key) is not None for row in group.runs)]
+            if not four:
+                continue
+            corners = figures(four, metric, declared=bool(before.schedule)).values()
+            by_seed = [both - a_alone - b_alone + neither for neither, b_alone, a_alone, both in corners]
+            spread = grid.spread(metric, a, (a_arms[0], pair[0]))
+            of = infer(by_seed, before.of(len(by_seed), a, (a_arms[0], pair[0])), before.schedule)
+            interval, p_value = ([of.low, of.high], of.p) if math.isfinite(of.low) else (None, None)
+            large = (of.low > 0 or of.high < 0) and spread is not None and abs(of.mean) > spread
+            found.append(Interaction((a, b), pair, metric.key, of.n, of.mean, interval, p_value, large))
+    return found
 
 
-def _compared(row: Row, metric: Metric) -> float:
-    """A measured figure on the scale on which it is compared."""
-    value = cast(float, number_of(row, metric.key))
-    return math.log(value) if metric.ratio else float(value)
+# --- what cannot be compared -----------------------------------------------------------------------------------------
 
 
-def _obstacle(key: str, metric: Metric, pairs: Sequence[Pair], contended: set[str]) -> str:
+def _obstacle(key: str, metric: Metric, pairs: Sequence[Group], contended: set[str]) -> str:
     """Why the pairs of an axis cannot be compared in a metric; empty if they can."""
-    both = [(pair.baseline, pair.arm) for pair in pairs]
+    runs = [row for pair in pairs for row in pair.runs]
+
+    def differ(of: Callable[[Row], Any]) -> bool:
+        return any(of(one) != of(other) for one, other in (pair.runs for pair in pairs))
+
     if key in ("precision", "precision.name"):
-        for one, other in both:
+        for one, other in (pair.runs for pair in pairs):
             if _arithmetic(one) == _arithmetic(other):
                 return f"both arms computed in {one['precision']['effective']} on this hardware"
     if metric in LOSSES:
-        if any(one["data"]["sha256"] != other["data"]["sha256"] for one, other in both):
+        if differ(lambda row: row["data"]["sha256"]):
             return "the arms were trained on different texts"
-        if metric.key == "val_loss" and any(
-            one["data"].get("val_tokens") != other["data"].get("val_tokens") for one, other in both
-        ):
-            return "the arms were validated on different texts"
-        return ""
-    runs = [row for pair in both for row in pair]
-    if metric is SPEED and any(map(_emulated, pairs)):
+        validated = metric.key == "val_loss" and differ(lambda row: row["data"].get("val_tokens"))
+        return "the arms were validated on different texts" if validated else ""
+    if metric.compared == metric.key:
+        code = [row["config"]["metric"] | {SOURCE: ""} for row in runs]
+        return "" if all(one == code[0] for one in code) else "the runs measured it by different code or keys"
+    if metric is SPEED and any(map(_emulated, runs)):
         return "emulated precision: its speed is not a hardware speed"
-    hardware = [tuple((row["device"], row["threads"], row.get("processes", 1)) for row in pair) for pair in both]
-    if any(one != other for one, other in hardware):
+    if differ(lambda row: (row["device"], row["threads"], row.get("processes", 1))):
         return "the arms ran on different hardware"
+    if metric is not SPEED:
+        return ""
     # a GPU's name says what it is, a processor's does not
-    if metric is SPEED and any(
-        one["device"].startswith("cpu") and one.get("machine") != other.get("machine") for one, other in both
-    ):
+    if differ(lambda row: row["device"].startswith("cpu") and row.get("machine")):
         return "the arms ran on different machines"
-    if metric is SPEED and any(row["folder"] in contended for row in runs):
+    if any(row["folder"] in contended for row in runs):
         return "runs shared the machine while they were timed"
-    if metric is SPEED and (disturbed := {row["folder"] for row in runs if load.too_many(row)}):
+    if disturbed := {row["folder"] for row in runs if load.too_many(row)}:
         several = len({row["folder"] for row in runs})
         return f"in {len(disturbed)} of {several} runs most steps waited for a core that another program used"
     return ""
+
+
+def _emulated(row: Row) -> bool:
+    return bool(row["precision"]["emulated"])
 
 
 def _arithmetic(row: Row) -> tuple[str, str | None]:
@@ -546,74 +376,18 @@ def _contended(rows: Sequence[Row]) -> set[str]:
     return found
 
 
-def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interaction]:
-    """Every two-way interaction of arms against their baselines in the loss, by seed like the main effects.
-
-    Each difference of differences is taken among four runs that share all else, then averaged over the other axes.
-    """
-    found = []
-    for (a, a_arms), (b, b_arms) in itertools.combinations(grid.axes.items(), 2):
-        at_a, at_b = list(grid.axes).index(a), list(grid.axes).index(b)
-        by_arms: dict[tuple[str, str], list[tuple[int, tuple[Row, ...]]]] = defaultdict(list)
-        for seed, arms in grid.planned:
-            if arms[at_a] == a_arms[0] or arms[at_b] == b_arms[0]:
-                continue
-            corners = []
-            for arm_a, arm_b in itertools.product((arms[at_a], a_arms[0]), (arms[at_b], b_arms[0])):
-                corner = list(arms)
-                corner[at_a], corner[at_b] = arm_a, arm_b
-                corners.append(grid.cells.get((seed, tuple(corner))))
-            rows = tuple(row for row in corners if row is not None and number_of(row, metric.key) is not None)
-            if len(rows) == 4:
-                by_arms[arms[at_a], arms[at_b]].append((seed, rows))
-        for pair in itertools.product(a_arms[1:], b_arms[1:]) if by_arms else ():
-            if pair not in by_arms:
-                continue
-            by_seed = [
-                statistics.fmean(
-                    one - two - three + four
-                    for one, two, three, four in ((_compared(row, metric) for row in four) for four in rows)
-                )
-                for rows in _in_order(by_arms[pair]).values()
-            ]
-            spread = grid.spread(metric, a, (a_arms[0], pair[0]))
-            of = infer(by_seed, before.of(len(by_seed), a, (a_arms[0], pair[0])), before.schedule)
-            interval, p_value = ([of.low, of.high], of.p) if math.isfinite(of.low) else (None, None)
-            large = (of.low > 0 or of.high < 0) and spread is not None and abs(of.mean) > spread
-            found.append(Interaction((a, b), pair, metric.key, of.n, of.mean, interval, p_value, large))
-    return found
-
-
 def _distances(grid: Grid) -> list[Distance]:
     """Each precision's distance from the fp64 trajectory; empty where fp64 is no arm."""
-    if "fp64" not in grid.axes.get("precision", []):
-        return []
-
-    def losses(row: Row) -> list[float]:
-        return [step["loss"] for step in record.read_metrics(Path(row["folder"]))]
-
-    found = []
-    for arm in grid.axes["precision"]:
-        pairs = grid.pairs("precision", "fp64", arm)[0] if arm != "fp64" else []
-        both = [(losses(pair.baseline), losses(pair.arm)) for pair in pairs]
+    found, arms = [], grid.axes.get("precision", [])
+    for arm in arms if "fp64" in arms else ():
+        pairs = grid.groups({"precision": ("fp64", arm)})[0] if arm != "fp64" else []
+        both = [tuple([step["loss"] for step in grid.metrics(row)] for row in pair.runs) for pair in pairs]
         both = [(one, other) for one, other in both if one and len(one) == len(other)]
         if not both:
             continue
         gaps = [[abs(a - b) for a, b in zip(one, other, strict=True)] for one, other in both]
         steps = zip(*(one for one, _ in both), strict=False)
-        spreads = [statistics.stdev(step) for step in steps] if len(both) > 1 else []
-        found.append(
-            Distance(
-                arm,
-                len({pair.seed for pair in pairs}),
-                statistics.fmean(map(max, gaps)),
-                statistics.fmean(map(statistics.fmean, gaps)),
-                statistics.fmean(spreads) if spreads else None,
-            )
-        )
+        spread = statistics.fmean(map(statistics.stdev, steps)) if len(both) > 1 else None
+        largest, mean = (statistics.fmean(map(of, gaps)) for of in (max, statistics.fmean))
+        found.append(Distance(arm, len({pair.seed for pair in pairs}), largest, mean, spread))
     return found
-
-
-def _public(row: Row) -> dict[str, Any]:
-    """A row of `comparison.json`'s `runs`: the summary without what every run repeats."""
-    return {key: value for key, value in row.items() if key not in ("config", "gone", "versions", "environment")}

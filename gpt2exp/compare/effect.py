@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from scipy import special
 
-from gpt2exp.compare.inference import (
-    ALPHA,
-    LARGEST,
-    Inference,
-    Interval,
-    declared,
-    fixed,
-    needed,
-    open_ended,
-    pairing,
-)
+from gpt2exp.compare.inference import ALPHA, LARGEST, Inference, Interval, declared, fixed, needed, open_ended, pairing
 
 FAR_OFF = 0.01
 """Level of the test for a seed whose difference is far off the others'."""
+FEWEST_POINTS = 16
+"""Places along a run at which both losses are known, for a trend: 8 in the last half."""
 
 
 @dataclass
@@ -36,33 +30,24 @@ class Effect:
     metric: str
     n_pairs: int = 0
     n_seeds: int = 0
-    dropped_pairs: int = 0
-    """Pairs planned that a failed or missing run broke."""
+    dropped_pairs: int = 0  # planned, but a failed or missing run broke them
     mean_difference: float | None = None
     speed_ratio: float | None = None
     ci95: list[float] | None = None
     p_value: float | None = None
-    p_holm: float | None = None
-    """`p_value` after Holm's correction over the axes of this metric."""
-    inference: Inference = "fixed"
-    """What the interval takes for fixed beforehand: the number of seeds, the looks, or nothing."""
-    looks: list[int] = field(default_factory=list)
-    """Numbers of seeds at which earlier comparisons looked before more were added; of declared looks, all of them."""
-    seed_std: float | None = None
-    """Seed-to-seed standard deviation of the metric itself (of its logarithm, for a ratio), pooled over both arms."""
+    p_holm: float | None = None  # after Holm's correction over the arms of all axes in this metric
+    inference: Inference = "fixed"  # what the interval takes for fixed beforehand: how many seeds, the looks, nothing
+    looks: list[int] = field(default_factory=list)  # seeds at which was looked before more were added, or all declared
+    seed_std: float | None = None  # of the metric itself (its logarithm, for a ratio), pooled over both arms
     baseline_std: float | None = None
-    """The same of the baseline alone."""
     arm_std: float | None = None
-    pair_correlation: float | None = None
-    """Of the two arms over seeds: what pairing lives on."""
-    seeds_saved: int | None = None
-    """Seeds an arm that runs without shared seeds would need beyond `n_seeds`; below 0 pairing lost."""
+    pair_correlation: float | None = None  # of the two arms over seeds: what pairing lives on
+    seeds_saved: int | None = None  # that an arm would need beyond `n_seeds` without sharing; below 0 pairing lost
+    trend: list[float] | None = None  # change of the training losses' difference over the last half, low, high
     verdict: str | None = None
     reason: str = ""
-    n_needed: int | None = None
-    """Of an inconclusive row: seeds in all that would settle it with probability 0.8, if they go on like these."""
-    n_needed_at_most: int | None = None
-    """The same by the upper 80 % limit of the differences' standard deviation."""
+    n_needed: int | None = None  # of an inconclusive row: seeds in all that would settle it with probability 0.8
+    n_needed_at_most: int | None = None  # the same by the upper 80 % limit of the differences' standard deviation
     baseline_mean: float | None = None
     arm_mean: float | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -118,52 +103,48 @@ def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> Non
     else:
         effect.verdict = "inconclusive"
         if effect.p_value is not None and effect.p_value < ALPHA:
-            said = ["not beyond doubt among this many comparisons (Holm)"]
+            said = ["p is below 0.05 by itself, but not after Holm's correction for several comparisons"]
         elif margin:
             said = [f"the interval reaches beyond ±{margin:g}"]
         else:
-            inside = std is not None and -std <= low and high <= std
-            said = [
-                f"the interval holds zero and {'lies inside' if inside else 'reaches beyond'} ± the seed-to-seed std"
-            ]
-        said += _advice(effect, margin)
+            reaches = "lies inside" if std is not None and -std <= low and high <= std else "reaches beyond"
+            said = [f"the interval holds zero and {reaches} ± the seed-to-seed std"]
+        said.append(_advice(effect, margin))
     effect.reason = "; ".join([*said, *_remarks(effect)])
 
 
-def _advice(effect: Effect, margin: float | None) -> list[str]:
+def _advice(effect: Effect, margin: float | None) -> str:
     """How many seeds in all would settle an effect; seeds added to it now come after a look."""
     way: Inference = "declared" if effect.inference == "declared" else "open"
     found = needed(effect.scaled, margin, way, effect.looks if way == "declared" else ())
-    more = effect.n_seeds + 1
-    tell, tell_most, equal, equal_most = (
-        None if number is None else max(number, more)
-        for number in (found.tell, found.tell_at_most, found.equal, found.equal_at_most)
-    )
-    effect.n_needed = min((number for number in (tell, equal) if number is not None), default=None)
-    effect.n_needed_at_most = min((number for number in (tell_most, equal_most) if number is not None), default=None)
     limit = f"more than {effect.looks[-1] if way == 'declared' else LARGEST:,}"
+    tell, equal = (
+        [None if number is None else max(number, effect.n_seeds + 1) for number in numbers]
+        for numbers in ((found.tell, found.tell_at_most), (found.equal, found.equal_at_most))
+    )
+    effect.n_needed, effect.n_needed_at_most = (
+        min((number for number in both if number is not None), default=None) for both in zip(tell, equal, strict=True)
+    )
 
     def count(number: int | None, most: int | None) -> str:
         if number is None:
             return limit
-        return f"about {number:,} ({'perhaps ' + limit if most is None else f'at most {most:,}'})"
+        return f"about {number:,} (perhaps {limit if most is None else f'{most:,}'})"
 
-    said = f"{count(tell, tell_most)} seeds in all would tell a difference of this size"
-    return [
-        said if not margin else f"{said}, {count(equal, equal_most)} to call it indistinguishable within ±{margin:g}"
-    ]
+    said = f"{count(*tell)} seeds in all would tell a difference of this size"
+    return f"{said}, {count(*equal)} to call it indistinguishable within ±{margin:g}" if margin else said
 
 
 def _remarks(effect: Effect) -> list[str]:
     """What must be known beside a verdict."""
     said = []
     if effect.inference == "open":
-        at = ", ".join(map(str, effect.looks))
-        said.append(f"seeds were added after a look at n={at}: the interval holds at every look")
+        at = f"seeds were added after a look at n={', '.join(map(str, effect.looks))}"
+        said.append(f"{at if effect.looks else 'these are not the looks declared'}: the interval holds at every look")
     if effect.pair_correlation is not None and effect.pair_correlation < 0:
-        said.append("the arms vary against each other over these seeds: unpaired runs would do better")
+        said.append("the two arms go against each other over the seeds (r below 0): unpaired runs would do better")
     if (seed := far_off(effect.differences, effect.scaled)) is not None:
-        said.append(f"seed {seed} is far off the others, and the intervals take differences for normal: look at it")
+        said.append(f"seed {seed} is far off the others: look at its runs, for intervals assume normal differences")
     return said
 
 
@@ -183,6 +164,16 @@ def far_off(seeds: Sequence[str] | dict[str, float], values: Sequence[float]) ->
         return None
     t = abs(value - statistics.fmean(others)) / (std * math.sqrt(n / (n - 1)))
     return seed if 2 * n * float(special.stdtr(n - 2, -t)) < FAR_OFF else None
+
+
+def late_change(x: Sequence[float], y: Sequence[float]) -> float:
+    """By how much `y` moves over the last half of `x` (ascending): the slope of least squares there, times its length.
+
+    Steps of one run are no replicates, since a run's noise lasts: the interval must be over the changes of the seeds.
+    """
+    at = bisect_left(x, (x[0] + x[-1]) / 2)
+    slope, _ = np.polyfit(np.asarray(x[at:], float) - x[at], y[at:], 1)
+    return float(slope) * (x[-1] - x[at])
 
 
 def paired(effect: Effect, baseline: Sequence[float], arm: Sequence[float]) -> None:

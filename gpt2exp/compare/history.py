@@ -14,12 +14,14 @@ from gpt2exp.run import record
 
 @dataclass(frozen=True)
 class History:
-    """What was looked at, and what was declared, before the seeds there are now were all run."""
+    """What was looked at, and what was declared, before the seeds there are now were all run.
+
+    `looks`: as `Comparison.looks`. `schedule`: numbers of seeds at which looks were declared, by `sweep.json`;
+    of several sweeps of which one declared looks a 0: no number of seeds is one then.
+    """
 
     looks: list[dict[str, Any]]
-    """As `Comparison.looks`."""
     schedule: tuple[int, ...]
-    """Numbers of seeds at which looks were declared, by the `looks` of `sweep.json`; empty without."""
 
     def of(self, n: int, key: str, arms: Sequence[str]) -> list[int]:
         """Numbers of seeds at which these arms were compared before as many as n were planned.
@@ -49,7 +51,8 @@ def history(
         for sweep in sweeps:
             request = _json(sweep / record.SWEEP)
             asked |= {text for job in request.get("jobs", []) for text in job if text.startswith("seed=")}
-            schedule = tuple(map(int, request.get("looks", []))) if len(sweeps) == 1 else ()
+            declared = tuple(map(int, request.get("looks", [])))
+            schedule = declared if len(sweeps) == 1 else (0,) if declared else schedule
     looks.append({"seeds": seeds, "planned": len(asked), "arms": dict(arms)})
     return History([look for at, look in enumerate(looks) if look not in looks[:at]], schedule)
 

@@ -29,34 +29,31 @@ from scipy import special  # scipy.stats would take a second to import
 
 ALPHA = 0.05
 """Level of every test; intervals are 1 - ALPHA."""
-
 C2 = 0.1
 """Of the e-process, fixed before any data: it expects effects of about 1/√C2 = 3 standard deviations."""
-
 POWER = 0.8
 """Probability with which the number of seeds named will do."""
-
 LARGEST = 10_000
 """Seeds beyond which no number is named."""
-
 Inference = Literal["fixed", "declared", "open"]
-
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """What n differences say of their mean; bounds are ±inf where they say nothing, as at n=1."""
+    """What n differences say of their mean; bounds are ±inf where they say nothing, as at n=1.
+
+    `p` is two-sided, of a mean of zero: below ALPHA if and only if the interval of some look so far left zero out.
+    `decided` is the first such look; a later interval may take zero in again, p does not rise.
+    """
 
     mean: float
     low: float
     high: float
     p: float
-    """Two-sided, of a mean of zero: below ALPHA if and only if the interval of some look so far left zero out."""
     n: int
     inference: Inference
     decided: int | None
-    """The first look so far whose interval left zero out; a later one may take it in again, p does not rise."""
 
     def within(self, margin: float) -> bool:
         """Whether the mean is shown to be no farther from zero than a margin that was fixed beforehand.
@@ -107,19 +104,18 @@ def open_ended(differences: ArrayLike, looks: Iterable[int] | None = None) -> In
 
 
 class Moments(NamedTuple):
-    """Of the first n differences, for every n from 1, along the last axis."""
+    """Of the first n differences, for every n from 1, along the last axis.
+
+    `error`: of the mean, s/√n; 0 at n=1. `share`: SS/V, from 0 (all equal) to 1 (mean zero).
+    """
 
     mean: Floats
     error: Floats
-    """Standard error of the mean, s/√n; 0 at n=1."""
     share: Floats
-    """SS/V, from 0 (all equal) to 1 (mean zero)."""
 
 
 def moments(differences: ArrayLike) -> Moments:
-    """The moments of the first n differences, for every n. Sums are of what they exceed the first by, or equal
-    differences would have an SS above 0.
-    """
+    """The moments. Sums are of what the differences exceed the first by, or equal ones would have an SS above 0."""
     values = np.asarray(differences, float)
     n, first = np.arange(1, values.shape[-1] + 1), values[..., :1]
     ahead = np.cumsum(values - first, axis=-1) / n
@@ -235,19 +231,17 @@ def nominal(looks: tuple[int, ...]) -> float:
 # --- how many more ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Needed:
+class Needed(NamedTuple):
     """Seeds in all that would settle a question with probability POWER, if the differences stay as they are.
 
-    None: more than LARGEST or than the declared maximum, or no number of seeds would. `_at_most`: by the upper limit of
-    the standard deviation (`upper_std`), since few seeds may show too small a one.
+    `tell`: to tell the observed difference from zero. `equal`: to show that it is within the margin; None without one.
+    `_at_most`: by the upper limit of the standard deviation (`upper_std`), since few seeds may show too small a one.
+    None: more than LARGEST or than the declared maximum, or no number of seeds would.
     """
 
     tell: int | None
-    """To tell the observed difference from zero."""
     tell_at_most: int | None
     equal: int | None
-    """To show that it is within the margin; None without a margin."""
     equal_at_most: int | None
 
 
@@ -271,9 +265,9 @@ def needed(
         return first(lambda m: power_to_tell(mean, std, m, reach(m, inference, looks)))
 
     def equal(std: float) -> int | None:
-        return (
-            None if margin is None else first(lambda m: power_within(margin, mean, std, m, reach(m, inference, looks)))
-        )
+        if margin is None:
+            return None
+        return first(lambda m: power_within(margin, mean, std, m, reach(m, inference, looks)))
 
     most = upper_std(std, n)
     return Needed(tell(std), tell(most), equal(std), equal(most))
@@ -325,14 +319,15 @@ def upper_std(std: float, n: int) -> float:
     return std * math.sqrt((n - 1) / float(special.chdtri(n - 1, 0.8)))
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """What sharing seeds gained."""
+class Pairing(NamedTuple):
+    """What sharing seeds gained.
+
+    `correlation`: of the arms over seeds; None where an arm does not vary or n < 3. `unpaired`: seeds an arm that
+    unpaired runs would need for an interval as narrow; None above LARGEST.
+    """
 
     correlation: float | None
-    """Of the arms over seeds; None where an arm does not vary or n < 3."""
     unpaired: int | None
-    """Seeds an arm that unpaired runs would need for an interval as narrow; None above LARGEST."""
 
 
 def pairing(baseline: ArrayLike, arm: ArrayLike) -> Pairing:

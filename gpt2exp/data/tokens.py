@@ -1,7 +1,7 @@
 """A text is tokenised once, by tiktoken on every core, into one `.npy` in the cache that runs map into memory.
 
-The only module that imports tiktoken. A tokenised text is a folder named by the text's key (`sources.Text`), so that an
-edited text gets a new folder. The folder is written beside its place and then renamed: it is whole or absent.
+The only module that imports tiktoken. A tokenised text is a folder named by the text's key (`sources.Text`). It is
+written beside its place and then renamed: it is whole or absent.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import re
 import shlex
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,6 @@ FORMAT = "gpt2-npy"
 
 BIGRAM_TOKENS = 10_000_000
 """The longest text whose pairs of tokens are counted, which takes about 30 bytes a token: 0.3 GB here."""
-
-T = TypeVar("T")
 
 Tokens: TypeAlias = npt.NDArray[np.uint16]
 
@@ -93,8 +91,7 @@ class TokenFile:
     def whole(self) -> bool:
         """Whether the files are as they were written.
 
-        The tokens are hashed (1 to 2 s a gigabyte) only if their file is newer than `facts.json`, so was copied or
-        changed.
+        The tokens are hashed (1 to 2 s a gigabyte) only if their file is newer than `facts.json`: copied, or changed.
         """
         path = self.folder / TOKENS
         try:
@@ -104,12 +101,11 @@ class TokenFile:
             return False
         if (mapped.dtype, mapped.shape) != (np.dtype("<u2"), (self.tokens,)):
             return False
-        if written <= known:
-            return True
-        if hashlib.sha256(mapped.data).hexdigest() != self.tokens_sha256:
-            return False
-        with contextlib.suppress(OSError):  # a read-only cache
-            os.utime(path, ns=(known, known))  # not hashed again next time
+        if written > known:
+            if hashlib.sha256(mapped.data).hexdigest() != self.tokens_sha256:
+                return False
+            with contextlib.suppress(OSError):  # a read-only cache
+                os.utime(path, ns=(known, known))  # not hashed again next time
         return True
 
     def seen(self) -> npt.NDArray[np.int64]:
@@ -159,13 +155,13 @@ def _folder(text: Text) -> Path:
 
 
 def _cached(text: Text) -> TokenFile | None:
+    """The text's tokens in the cache; None where they are absent or damaged."""
     folder = _folder(text)
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         known = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         found = TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
-    except (OSError, ValueError, TypeError):
-        return None  # absent or damaged: made again
-    return found if found.whole else None
+        return found if found.whole else None
+    return None
 
 
 def _made(text: Text, config: DataConfig) -> TokenFile:
@@ -174,7 +170,7 @@ def _made(text: Text, config: DataConfig) -> TokenFile:
     with assets.writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(folder.parent)
-        lock = FileLock(_lock(folder))
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
             lock.acquire(timeout=5)
         except Timeout:
@@ -189,15 +185,11 @@ def _made(text: Text, config: DataConfig) -> TokenFile:
         lock.release()
 
 
-def _lock(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
-
-
 def _clear_leftovers(place: Path) -> None:
     """Delete the unfinished folders of killed processes: those whose lock is free."""
     for part in place.glob(f".*.{FORMAT}.*.part"):
         name = part.name[1:].partition(f".{FORMAT}.")[0]
-        lock = FileLock(_lock(place / f"{name}.{FORMAT}"), timeout=0)
+        lock = FileLock(place / f".{name}.{FORMAT}.lock", timeout=0)
         with contextlib.suppress(Timeout, NotImplementedError), lock:
             shutil.rmtree(part, ignore_errors=True)
             Path(lock.lock_file).unlink(missing_ok=True)
@@ -213,33 +205,30 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
         counts, digest, marks = _write_tokens(text, config.max_tokens, file, folder.parent)
         total = int(counts.sum())
         if total < 2:
-            what = f"{total} token{'s' if total != 1 else ''}"
-            raise BadRequest(
-                f"data.path={text.name}: the text has {what}; a target needs at least 2, give a longer text"
-            )
-        known: dict[str, Any] = {
-            "sha256": text.sha256(),
-            "tokens": total,
-            "distinct_tokens": int(np.count_nonzero(counts)),
-            "max_token": int(np.flatnonzero(counts)[-1]),
-            "unigram_entropy": _entropy(counts),
-        }
+            why = f"the text has {total} token{'' if total else 's'}"
+            raise BadRequest(f"data.path={text.name}: {why}; a target needs at least 2, give a longer text")
+        sha256 = text.sha256()  # which may refuse a text that was changed meanwhile
         with assets.writing(folder.parent):
             file.seek(0)
             _write_header(file, total)
             file.close()
-            known["bigram_entropy"] = _bigram_entropy(part) if total <= BIGRAM_TOKENS else None
-            known["tokens_sha256"] = digest
+            known = {
+                "sha256": sha256,
+                "tokens": total,
+                "distinct_tokens": int(np.count_nonzero(counts)),
+                "max_token": int(np.flatnonzero(counts)[-1]),
+                "unigram_entropy": _entropy(counts),
+                "bigram_entropy": _bigram_entropy(part) if total <= BIGRAM_TOKENS else None,
+                "tokens_sha256": digest,
+            }
             np.save(part / COUNTS, counts)
             write_json(part / FACTS, known)  # after the tokens: `TokenFile.whole` compares the dates
             if folder.exists():  # damaged, or it would have been used
-                damaged = beside(folder)
-                folder.rename(damaged)
-                shutil.rmtree(damaged, ignore_errors=True)
+                shutil.rmtree(folder.rename(beside(folder)), ignore_errors=True)
             part.rename(folder)
     if marks:
         log.warning("%s: %s", text.name, _how_to_part(marks, config))
-    return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)
+    return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)  # type: ignore[arg-type]
 
 
 def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> tuple[npt.NDArray[np.int64], str, int]:
@@ -249,7 +238,7 @@ def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> 
     def counted(pieces: Pieces) -> Pieces:
         nonlocal marks
         for piece in pieces:
-            marks += piece.count(MARK) if piece else 0  # no cut goes through it
+            marks += piece.count(MARK) if isinstance(piece, str) else 0  # no cut goes through it
             yield piece
 
     with assets.writing(cache):
@@ -272,9 +261,8 @@ def _how_to_part(count: int, config: DataConfig) -> str:
     path = Path(str(config.path)).expanduser()
     if not path.is_file() or path.suffix not in ("", ".txt", ".md"):
         return f"{note}; to part them, make each a row, or a file, of its own"
-    code = (
-        f"import json, sys; [print(json.dumps({{'text': part}})) for part in sys.stdin.read().split('{MARK}') if part]"
-    )
+    parts = f"sys.stdin.read().split('{MARK}')"
+    code = f"import json, sys; [print(json.dumps({{'text': part}})) for part in {parts} if part]"
     place = shlex.quote(f"{path.with_suffix('')}.jsonl")
     return f'{note}; to part them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
 
@@ -292,16 +280,22 @@ def encoded(pieces: Pieces) -> Iterator[Tokens]:
 
     Threads suffice, since tiktoken releases the GIL. A few pieces for each thread are in memory at a time.
     """
-    encoding = gpt2_encoding()
+    encoding, cores = gpt2_encoding(), machine.cores()
 
-    def encode(pieces: list[str | None]) -> Tokens:
-        return np.concatenate([END if piece is None else encode_piece(encoding, piece) for piece in pieces])
+    def encode(pieces: list[str | Tokens | None]) -> Tokens:
+        made = [encode_piece(encoding, piece) if isinstance(piece, str) else piece for piece in pieces]
+        return np.concatenate([END if piece is None else piece for piece in made])
 
     next(pieces, None)  # the None before the first document: nothing to end there
-    cores = machine.cores()
+    waiting: deque[Future[Tokens]] = deque()
     pool = ThreadPoolExecutor(cores)
     try:
-        yield from _in_order(pool, encode, _batched(pieces), ahead=2 * cores)
+        for batch in _batched(pieces):
+            waiting.append(pool.submit(encode, batch))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -334,31 +328,17 @@ def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
     return np.concatenate(parts).astype("<u2")
 
 
-def _batched(pieces: Pieces) -> Iterator[list[str | None]]:
+def _batched(pieces: Pieces) -> Iterator[list[str | Tokens | None]]:
     """Short documents in groups, so that a task outweighs its overhead."""
-    batch: list[str | None] = []
-    size = 0
+    batch, size = list[str | Tokens | None](), 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece or "")
+        size += 0 if piece is None else len(piece)
         if size >= sources.BLOCK // 2:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[T], Tokens], items: Iterator[T], ahead: int
-) -> Iterator[Tokens]:
-    """`Executor.map` that submits no more than `ahead` items before their results are taken."""
-    waiting: deque[Future[Tokens]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _entropy(counts: npt.NDArray[np.int64]) -> float:

@@ -1,7 +1,7 @@
 """GPT-2 as OpenAI wrote it (Radford et al. 2019; github.com/openai/gpt-2, src/model.py), with Hugging Face's names.
 
-Reads top to bottom: attention, MLP, block, GPT, then how the weights start. Shapes in comments: B sequences, T tokens,
-C = n_embd channels, H heads, V words in the vocabulary.
+Reads top to bottom: attention, MLP, norm, positions, which are the slots that `config` may fill with another class;
+then block and GPT. Shapes in comments: B sequences, T tokens, C = n_embd channels, H heads, V words in the vocabulary.
 """
 
 from __future__ import annotations
@@ -39,17 +39,20 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads at once
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)  # query, key and value of all heads at once
+        self.c_proj = Linear(config.n_embd, config.n_embd, config.bias)
         self.c_proj.residual = True
         self.n_head = config.n_head
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        B, T, C = x.shape  # noqa: N806
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
+        q, k, v = self.heads(x)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of each head (B, H, T, C/H), from (B, T, C)."""
+        return self.c_attn(x).view(*x.shape[:2], 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -57,8 +60,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias)
         self.c_proj.residual = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,15 +69,33 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # type: ignore[no-any-return]
 
 
+class LayerNorm(nn.LayerNorm):
+    """Each token's channels to mean 0 and variance 1, then a learnt scale and shift (Ba, Kiros and Hinton 2016)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.n_embd, bias=config.bias)
+
+
+class Positions(Embedding):
+    """A learnt vector for each place in the sequence, added to the token that stands there."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.block_size, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embedded tokens (B, T, C) to the same with their places."""
+        return x + super().forward(torch.arange(x.size(1), device=x.device))
+
+
 class Block(nn.Module):
     """Attention, then MLP, each normalised before and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.ln_1 = config.norm.build(config)
+        self.attn = config.attention.build(config)
+        self.ln_2 = config.norm.build(config)
+        self.mlp = config.mlp.build(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
@@ -102,14 +123,14 @@ def _look_up(weight: Tensor, idx: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Token and position embeddings, the blocks, and a last LayerNorm."""
+    """Token and position embeddings, the blocks, and a last norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.wte = Embedding(config.vocab_size, config.n_embd)
-        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.wpe = config.position.build(config)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = config.norm.build(config)
         self.gradient_in_place = False
         """See `_look_up`: for a caller that trains by `loss.backward()` alone and ties the weights."""
         self.recompute = False
@@ -121,14 +142,11 @@ class Transformer(nn.Module):
         *_, x = self.stream(idx)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
-    def look_up(self, idx: Tensor) -> Tensor:
-        """Token embeddings (B, T, C) of tokens (B, T)."""
-        return _look_up(self.wte.weight, idx) if self.gradient_in_place else F.embedding(idx, self.wte.weight)
-
     def stream(self, idx: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """The residual stream (B, T, C) as embedded, then after each block; `rows` in place of `look_up(idx)`."""
-        x = self.look_up(idx) if rows is None else rows
-        x = x + self.wpe(torch.arange(idx.size(1), device=idx.device))
+        """The residual stream (B, T, C) as embedded, then after each block; `rows` in place of the tokens'."""
+        if rows is None:
+            rows = _look_up(self.wte.weight, idx) if self.gradient_in_place else F.embedding(idx, self.wte.weight)
+        x = self.wpe(rows)
         yield x
         for block in self.h:
             if self.recompute and torch.is_grad_enabled():

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import BadRequest, InitConfig, ModelConfig, first_line, require, show
+from gpt2exp.config import BadRequest, InitConfig, ModelConfig, SlotConfig, first_line, require, show
 from gpt2exp.files import TIMEOUT, joint, sha256
 
 if TYPE_CHECKING:
@@ -74,13 +74,16 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
     """The keys of `config.json` that make transformers build `model`.
 
     Raises:
-        BadRequest: a key of `model` that has none there is not at its default.
+        BadRequest: a key or slot of `model` that has none there is not at its default.
     """
     default = type(model)()
     for name in (item.name for item in fields(model) if item.name not in KEYS):
-        value, usual = getattr(model, name), getattr(default, name)
-        why, remedy = "Hugging Face's GPT-2 has no such choice", f"it takes model.{name}={show(usual)}"
-        require(value == usual, f"model.{name}", value, why, remedy)
+        value, usual, key = getattr(model, name), getattr(default, name), f"model.{name}"
+        if isinstance(value, SlotConfig):
+            ok, key, value, usual = value == usual, f"model/{name}", value.name, usual.name
+        else:
+            ok = value == usual
+        require(ok, key, value, "Hugging Face's GPT-2 has no such choice", f"it takes {key}={show(usual)}")
     keys = {theirs: getattr(model, ours) for ours, theirs in KEYS.items()}
     return keys | {key: known[0] for key, known in GPT2.items()} | {"n_inner": None}
 

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from gpt2exp.config import BadRequest, InitConfig, InitScheme, ModelConfig
-from gpt2exp.model.gpt import GPT, Embedding, Linear
+from gpt2exp.choices import Outside, call
+from gpt2exp.config import BadRequest, InitConfig, InitScheme, ModelConfig, show
+from gpt2exp.model.gpt import GPT
+from gpt2exp.model.size import gpt2_slots
 
 
 def initialise(model: GPT, config: InitConfig, seed: int) -> None:
@@ -25,6 +27,8 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
     | biases                      | 0                      | 0                | U(-1/sqrt(in), 1/sqrt(in))    |
     | LayerNorm weight, bias      | 1, 0                   | 1, 0             | 1, 0                          |
 
+    Code from outside finds them as under `gpt2`, and may change each in place.
+
     As an embedding alone (untied) `wte` is N(0, 1) under `torch`; tied it is the head's tensor, as in the tutorial,
     where the head's draw is the one that survives.
 
@@ -32,7 +36,7 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
     scaling or the device changes only what it names, and draws can run side by side.
 
     Raises:
-        ValueError: a parameter this function does not know.
+        BadRequest: a parameter this function does not know.
     """
     draws = [
         (name, parameter, *rule_of(name, parameter, model, config)) for name, parameter in model.named_parameters()
@@ -54,6 +58,23 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda draw: fill(*draw), draws))
+    if isinstance(config, Outside):
+        _by_code(model, config, seed)
+
+
+def _by_code(model: GPT, config: InitConfig, seed: int) -> None:
+    """Let code from outside change parameters that GPT-2's rule has filled: a copy in fp32 on the CPU, one at a time.
+
+    PyTorch's random generator starts anew for each, by `seed` and the parameter's name.
+    """
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().to("cpu", torch.float32, copy=True)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(_seed_of(name, seed))
+            call(config, name, value)
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"it left {name} with values that are not finite")
+        parameter.data.copy_(value)
 
 
 def rule_of(name: str, parameter: Tensor, model: GPT, config: InitConfig) -> tuple[str, float]:
@@ -61,20 +82,23 @@ def rule_of(name: str, parameter: Tensor, model: GPT, config: InitConfig) -> tup
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     of_torch = config.scheme is InitScheme.torch
-    if isinstance(module, nn.LayerNorm):
+    if leaf in (own := getattr(module, "starts", {})):
+        return "constant", own[leaf]
+    if leaf not in ("weight", "bias") or not isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm):
+        remedy = f"let its module have starts = {{'{leaf}': VALUE}}, or make it of nn.Linear, nn.Embedding or a norm"
+        raise BadRequest(f"{name}: no rule says how this parameter starts; {remedy}")
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return "constant", 1.0 if leaf == "weight" else 0.0
-    if isinstance(module, Embedding):
-        if module is model.transformer.wpe:
+    if isinstance(module, nn.Embedding):
+        if owner.startswith("transformer.wpe"):
             return "normal", 1.0 if config.position_std is None else config.position_std
         if of_torch and not model.config.tie_weights:
             return "normal", 1.0
-    elif not isinstance(module, Linear):
-        raise ValueError(f"{name}: no rule says how this parameter starts; add one to gpt2exp.model.init.rule_of")
-    fan_in = module.embedding_dim if isinstance(module, Embedding) else module.in_features
+    fan_in = module.embedding_dim if isinstance(module, nn.Embedding) else module.in_features
     if leaf == "bias":
         return ("uniform", 1 / math.sqrt(fan_in)) if of_torch else ("constant", 0.0)
     scale = 1 / math.sqrt(fan_in) if config.std is None else config.std
-    if config.residual_scaling and isinstance(module, Linear) and module.residual:
+    if config.residual_scaling and getattr(module, "residual", False):
         scale *= (2 * model.config.n_layer) ** -0.5  # two additions to the stream per layer
     return "uniform" if of_torch else "normal", scale
 
@@ -93,10 +117,11 @@ def norm(tensor: Tensor) -> float:
 
 
 def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:
-    """The standard deviation each kind of weight should start with, from the published rules alone.
+    """The standard deviation each kind of GPT-2's weights should start with, from the published rules alone.
 
-    Kept apart from `rule_of`, which goes by flags on modules, so that one can catch the other: Hugging
-    Face's GPT-2 skipped residual scaling for years without a word (huggingface/transformers#47458).
+    What is in a slot in place of GPT-2's own is left out: nothing is published of it. Kept apart from `rule_of`, which
+    goes by flags on modules, so that one can catch the other: Hugging Face's GPT-2 skipped residual scaling for years
+    without a word (huggingface/transformers#47458).
     """
     c = model.n_embd
     residual = (2 * model.n_layer) ** -0.5 if init.residual_scaling else 1.0
@@ -106,7 +131,7 @@ def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:
         return uniform / math.sqrt(fan_in) if init.std is None else init.std
 
     wte = 1.0 if init.scheme is InitScheme.torch and not model.tie_weights else matrix(c)
-    return {
+    expected = {
         "wte": wte,
         "wpe": 1.0 if init.position_std is None else init.position_std,
         "attn.c_attn": matrix(c),
@@ -115,6 +140,9 @@ def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:
         "mlp.c_proj": residual * matrix(4 * c),
         "lm_head": matrix(c),
     }
+    usual, slots = gpt2_slots(model), {"wpe": "position", "attn": "attention", "mlp": "mlp"}
+    filled = {part for part, slot in slots.items() if getattr(model, slot) != getattr(usual, slot)}
+    return {kind: std for kind, std in expected.items() if kind.partition(".")[0] not in filled}
 
 
 def check_tying(model: GPT) -> dict[str, bool]:
@@ -158,10 +186,11 @@ def check_init(model: GPT, init: InitConfig) -> dict[str, float]:
                 "a module misses its flag or a rule of model.init.rule_of is off"
             )
     for name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm) and not (bool((module.weight == 1).all()) and not module.bias.any()):
-            raise InitError(f"initialisation: {name} must start with weight 1 and bias 0")
         bias = getattr(module, "bias", None)
-        if isinstance(module, nn.Linear) and bias is not None and init.scheme is not InitScheme.torch and bias.any():
+        biased = isinstance(bias, Tensor) and bool(bias.any())
+        if isinstance(module, nn.LayerNorm) and (biased or not bool((module.weight == 1).all())):
+            raise InitError(f"initialisation: {name} must start with weight 1 and bias 0")
+        if isinstance(module, nn.Linear) and init.scheme is not InitScheme.torch and biased:
             raise InitError(f"initialisation: {name}.bias must start at 0")
     return measured
 
@@ -173,18 +202,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         BadRequest: a name or shape is not the model's.
     """
     parameters = dict(model.named_parameters())
-    if "lm_head.weight" in parameters.keys() - weights.keys():
-        why = "the weights saved are tied, with no lm_head.weight of their own"
-        raise BadRequest(f"model.tie_weights=false: {why}; try model.tie_weights=true")
-    if "lm_head.weight" in weights.keys() - parameters.keys():
-        why = "the weights saved are not tied, and have an lm_head.weight of their own"
-        raise BadRequest(f"model.tie_weights=true: {why}; try model.tie_weights=false")
-    if odd := sorted(parameters.keys() ^ weights.keys()):
-        raise BadRequest(f"model: {odd[0]} is not in both checkpoint and model; give the model.* keys the run had")
-    for name, parameter in parameters.items():
-        if parameter.shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)} in the checkpoint, {tuple(parameter.shape)} in the model"
-            raise BadRequest(f"model: {name} is {shapes}; give the model.* keys the run had")
+    if (untied := "lm_head.weight" in parameters) != ("lm_head.weight" in weights):
+        why = f"the weights saved are {'tied' if untied else 'not tied'}; try model.tie_weights={show(untied)}"
+        raise BadRequest(f"model.tie_weights={show(not untied)}: {why}")
+    for name in dict.fromkeys([*parameters, *weights]):
+        ours, theirs = (tuple(held[name].shape) if name in held else "absent" for held in (parameters, weights))
+        if ours != theirs:
+            raise BadRequest(
+                f"model: {name} is {theirs} in the checkpoint, {ours} in the model; give the model.* keys the run had"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -1,9 +1,8 @@
-"""A run's whole state on disk, so that it can go on as if it had never stopped.
+"""A run's whole state on disk, from which it resumes as if it had never stopped.
 
 `RUN/checkpoints/step_000050/` holds `model.safetensors` (the weights under Hugging Face's names, a tied tensor once),
-`training.safetensors` (AdamW's moments) and `state.json` (the step, facts to read, and the sha256
-of each file). Nothing in it is ever unpickled. The folder is written under another name, synced and renamed: a reader
-sees a whole checkpoint or none.
+`training.safetensors` (the optimizers' tensors) and `state.json` (the step, facts to read, each file's sha256). Nothing
+in it is ever unpickled. The folder is written under another name, synced and renamed: it is whole or absent.
 """
 
 from __future__ import annotations
@@ -25,13 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2exp import choices
 from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig, first_line, parse, show, stored
 from gpt2exp.files import beside, sha256, write_json
 from gpt2exp.run.record import CHECKPOINTS, saved
 from gpt2exp.training import hardware
 
 SPARE = 2**20
-"""Bytes left free on the disk: a checkpoint that filled it would take the room of the metrics as well."""
+"""Bytes left free on the disk: a checkpoint that filled it would leave no room for the metrics."""
 
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 
@@ -58,12 +58,13 @@ class Checkpoint:
         """The model whose weights these are; `said` names the run in errors.
 
         Raises:
-            BadRequest: the model was built with a key that this version does not know.
+            BadRequest: the model has a key that this version does not know, or code from outside that may not run here.
         """
         today, unknown = stored(self.state["config"])
         if odd := [key for key in unknown if key.startswith("model.")]:
             why = f"its model has {odd[0]}={show(unknown[odd[0]])}, which this version does not know"
             raise BadRequest(f"{said}: {why}; use the version that trained it")
+        choices.admit({"model": today["model"]})
         return parse({"model": today["model"]}).model
 
     def weights(self) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ class Checkpoint:
 
 
 def newest(run: Path, *, at_most: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint that is whole, of at most `at_most` steps; each damaged one on the way is a warning."""
+    """The newest checkpoint that is whole, of at most `at_most` steps; a warning for each damaged one."""
     for step, folder in saved(run).items():
         if at_most is not None and step > at_most:
             log.warning("%s is passed over: metrics.jsonl ends at step %d", folder.name, at_most)
@@ -94,7 +95,7 @@ def of_run(run: Path) -> tuple[ModelConfig, Checkpoint]:
     """The model of a run (`record.check_run`) and its newest whole checkpoint.
 
     Raises:
-        BadRequest: no checkpoint of it is whole, or this version cannot build its model.
+        BadRequest: every checkpoint is damaged, or this version cannot build the model.
     """
     found = newest(run)
     if found is None:
@@ -111,15 +112,15 @@ def read(folder: Path) -> Checkpoint:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         hashes = state.pop("sha256")
-        for name in (WEIGHTS, TRAINING):
-            if sha256(folder / name) != hashes[name]:
-                raise Damaged(f"{name} is not what was written")
-        if _sha256_of(state) != hashes[STATE]:
-            raise Damaged(f"{STATE} is not what was written")
+        found = {name: sha256(folder / name) for name in (WEIGHTS, TRAINING)} | {STATE: _sha256_of(state)}
+        if wrong := [name for name in found if found[name] != hashes[name]]:
+            raise Damaged(f"{wrong[0]} is not what was written")
+    except Damaged:
+        raise
     except OSError as error:
         raise Damaged(f"{Path(error.filename or folder).name}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise error if isinstance(error, Damaged) else Damaged(f"{STATE} cannot be read") from error
+        raise Damaged(f"{STATE} cannot be read") from error
     return Checkpoint(folder, state)
 
 
@@ -146,7 +147,7 @@ def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tenso
         write_json(part / STATE, {**state, "sha256": {**hashes, STATE: _sha256_of(state)}})
         for path in (part / WEIGHTS, part / TRAINING, part / STATE, part):
             if path.suffix == ".safetensors":
-                shutil.copymode(part / STATE, path)  # the library's are its owner's alone to read, whatever the umask
+                shutil.copymode(part / STATE, path)  # safetensors lets the owner alone read its files
             _sync(path)
         if target.exists():
             _remove(target)
@@ -158,9 +159,8 @@ def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tenso
 
 
 def _remove(folder: Path) -> None:
-    """Take a checkpoint's name away first: killed half-way, this leaves no half of one."""
-    part = folder.rename(beside(folder))
-    shutil.rmtree(part)
+    """Delete a checkpoint, its name first: a kill half-way leaves no half of one."""
+    shutil.rmtree(folder.rename(beside(folder)))
 
 
 def _bytes(*parts: Mapping[str, Tensor]) -> int:
@@ -172,7 +172,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file, or a folder's names, before what comes next."""
+    """Flush a file, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -181,11 +181,11 @@ def _sync(path: Path) -> None:
 
 
 class Saver:
-    """Saves a run as it goes. What goes wrong is one warning: training goes on, and the older checkpoints stay.
+    """Saves a run as it goes. A failure is one warning: training goes on, and the older checkpoints stay.
 
-    In the background the state is copied to host memory and written by a thread while the next steps run: for an
-    accelerator, whose steps need little of the host. On a CPU the thread would take cores from the step being timed, so
-    there a save is written between two steps, off their clock; the same where host memory has no room for the copy.
+    With an accelerator, whose steps need little of the host, the state is copied to host memory and written by a thread
+    while the next steps run. On a CPU, where that thread would take cores from the step being timed, and where memory
+    has no room for the copy, a save is written between two steps, off the clock.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, from_step: int, *, background: bool) -> None:
@@ -205,7 +205,7 @@ class Saver:
         if state["step"] == self.last:
             return
         if not all(bool(weight.isfinite().all()) for weight in weights.values()):
-            return  # the step's loss was finite, its update was not: the next loss says so, and the last good one stays
+            return  # the update overflowed: the next loss will say so, and the last good checkpoint stays
         size = _bytes(weights, training)
         free = hardware.free_memory(torch.device("cpu")) or 0
         if self.background and free > 2 * size:

@@ -7,15 +7,16 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, plain
+from gpt2exp import choices
+from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, parse, plain
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
-from gpt2exp.run import process as processes
-from gpt2exp.run import record, terminal, tracking
+from gpt2exp.model import size
+from gpt2exp.run import process, record, terminal, tracking
 from gpt2exp.run.metrics import Summary
 from gpt2exp.training import distributed, setup
 
@@ -30,52 +31,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("gpt2exp")
 
 BEGAN = time.monotonic()
-"""When this process began, near enough: the first job's start-up counts from here."""
-
-
-@dataclass
-class Session:
-    """What the first process of a run keeps while it trains: its record, its lines, wandb, its checkpoints."""
-
-    files: record.Record
-    mirror: tracking.Mirror
-    view: terminal.View
-    stop: processes.Stop
-    saved: checkpoint.Checkpoint | None
-    """The checkpoint that the run goes on from."""
-    saver: checkpoint.Saver | None = field(init=False, default=None)
-    peak: int = field(init=False, default=0)
-    """Bytes, the most that any process of the run held."""
-
-    def keep(self, metrics: dict[str, Any], peak: int) -> None:
-        """Record and show a step's metrics, and mirror them where due; `peak`: as the field, so far."""
-        self.peak = max(self.peak, peak)
-        self.files.step(metrics)
-        self.view.step(metrics)
-        if terminal.due(metrics, self.view.config.train):
-            self.mirror.log(metrics)
-
-    def save(self, weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-        """Write a checkpoint of what `Trainer.state` says."""
-        assert self.saver is not None
-        self.files.sync()
-        kept = ("config", "init", "settled", "versions", "data", "precision", "device", "threads", "machine")
-        state = {**numbers, **{key: self.files.facts[key] for key in kept}}
-        self.saver.save(weights, tensors, state | {"parts": self.files.parts, "peak_memory_bytes": self.peak})
+"""When this process began, nearly: the start-up time of the first job counts from here."""
 
 
 def run(folder: Path, began: float = BEGAN) -> Summary:
-    """Train as the configuration in `folder`/.hydra says and return the summary; failures are recorded, not raised.
+    """Train as `folder`/.hydra says and return the summary. A failure is recorded, not raised.
 
-    The run goes on from the newest whole checkpoint in the folder, if there is one. The caller holds the folder's lock
+    The run resumes from the newest whole checkpoint in the folder, if there is one. The caller holds the folder's lock
     (`process.held`).
 
     Raises:
-        KeyboardInterrupt: a signal asked for an end; the run was recorded as interrupted, or as done if it was by then.
+        KeyboardInterrupt: a signal stopped the run; it was recorded as interrupted, or as done if it was by then.
         OSError: the record cannot be written.
     """
     config, _, overrides = record.asked(folder)
-    with processes.deferred() as stop, _session(folder, config, overrides, began, stop) as session:
+    with process.deferred() as stop, _session(folder, config, overrides, began, stop) as session:
         files = session.files
         try:
             _train(session, config)
@@ -94,99 +64,126 @@ def run(folder: Path, began: float = BEGAN) -> Summary:
     return summary
 
 
+@dataclass
+class Session:
+    """What rank 0 keeps while a run trains: its record, its lines, wandb, its checkpoints."""
+
+    files: record.Record
+    mirror: tracking.Mirror
+    view: terminal.View
+    stop: process.Stop
+    saved: checkpoint.Checkpoint | None
+    """The checkpoint that the run resumes from."""
+    saver: checkpoint.Saver | None = None
+    peak: int = 0
+    """Peak memory in bytes, the largest of any rank."""
+
+    def keep(self, metrics: dict[str, Any], peak: int) -> None:
+        """Record and show a step's metrics, and mirror them where due; `peak`: the field, so far."""
+        self.peak = max(self.peak, peak)
+        self.files.step(metrics)
+        self.view.step(metrics)
+        if terminal.due(metrics, self.view.config.train):
+            self.mirror.log(metrics)
+
+    def save(self, weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+        """Write a checkpoint of `Trainer.state`."""
+        assert self.saver is not None
+        self.files.sync()
+        kept = ("config", "init", "settled", "versions", "data", "precision", "device", "threads", "machine")
+        state = {**numbers, **{key: self.files.facts[key] for key in kept}}
+        self.saver.save(weights, tensors, state | {"parts": self.files.parts, "peak_memory_bytes": self.peak})
+
+
 @contextlib.contextmanager
 def _session(
-    folder: Path, config: RunConfig, overrides: list[str], began: float, stop: processes.Stop
+    folder: Path, config: RunConfig, overrides: list[str], began: float, stop: process.Stop
 ) -> Iterator[Session]:
-    """The session of a run that begins or goes on: its record, wandb's mirror, and its lines inside the block."""
+    """Open the record, wandb and the terminal of a run that begins or resumes."""
     sweep = record.sweep_of(folder)
     again = (folder / "status.json").is_file() and not os.environ.get("WANDB_RESUME")
-    # from here on the status names this process, which holds the lock: a signal to stop goes to it and no other
+    # a signal to stop a sweep goes to the process that the status names: this one from here on
     record.write_status(folder, "running", record.read_status(folder)["step"])
-    saved = _newest_checkpoint(folder)
+    saved, parts, metrics = None, [], []
     facts: dict[str, Any] = {"overrides": overrides, "config": plain(config), "seed": config.seed}
     name = config.wandb.name or ",".join(overrides) or "defaults"
     about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
     about["config"] = facts["config"]
-    before: dict[str, Any] = {}
+    if record.saved(folder):  # a new run does not wait for torch here
+        from gpt2exp.run import checkpoint
+
+        metrics = record.kept_metrics(folder)
+        saved = checkpoint.newest(folder, at_most=len(metrics))
     if saved is not None:
-        before = {"parts": saved.state["parts"], "metrics": record.kept_metrics(folder)[: saved.step]}
-        origin = before["parts"][0]["wandb"]
+        parts, metrics = saved.state["parts"], metrics[: saved.step]
+        origin = parts[0]["wandb"]
         about["notes"] = f"goes on at step {saved.step} from {origin}"
         about["config"] = facts["config"] | {"goes_on_from": origin, "goes_on_at_step": saved.step}
-    files = record.Record(folder, facts, began=began, **before)
+    files = record.Record(folder, facts, began=began, metrics=metrics if saved else (), parts=parts)
     mirror = tracking.Mirror(config.wandb, folder, about, own=again or sweep is not None)
     with terminal.View(folder, config, overrides, record.progress(sweep, folder) if sweep else None) as view:
         yield Session(files, mirror, view, stop, saved)
 
 
-def _newest_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint of a folder whose steps are all recorded."""
-    if not record.saved(folder):  # of a new run: without waiting for torch
-        return None
-    from gpt2exp.run import checkpoint
-
-    return checkpoint.newest(folder, at_most=len(record.kept_metrics(folder)))
-
-
 def _train(session: Session, config: RunConfig) -> None:
-    """Settle what is open, build or restore, train to the end."""
-    from gpt2exp.training import hardware, precision
+    """Settle what the configuration leaves open, build the trainer, train to the end."""
+    from gpt2exp.training import hardware
 
-    device = hardware.resolve_device(config.train.device)
-    hardware.reset_peak_memory(device)
+    files = session.files
+    hardware.reset_peak_memory(hardware.resolve_device(config.train.device))
     source = tokens.prepare(config.data)
     if session.saved is not None:
         config = _as_before(config, source, session.saved)
-    with precision.applied(config.precision, device) as got:
-        here = setup.Hardware.of(device, got)
-        config, need = setup.settled(config, device, here, source)
-        setup.keep_memory(config, device)
-        setup.check_text(config, source)
-        _describe(session, config, device, got, source, need)
-        _check_memory(config, need, here)
-        distributed.broadcast((config, source.sha256, session.saved is not None, Path.cwd()))
-        job = _built(session, config, device, got, source)
+    with setup.ready(config, source) as ready:
+        setup.keep_memory(ready.config, ready.device)
+        setup.check_text(ready.config, source)
+        _describe(session, ready)
+        _check_memory(ready)
+        distributed.broadcast((plain(ready.config), source.sha256, session.saved is not None, Path.cwd()))
+        trainer = _built(session, ready)
+        assert session.saver is not None
         try:
-            _steps(job, config, session.stop, session)
-        finally:  # also of a run that diverged or was stopped, as far as it came
-            _close(session, job)
-        speed = session.files.measured["tokens_per_second"]
-        session.files.measured["mfu"] = _mfu(config, device, got, speed)
+            _steps(trainer, ready.config, session.stop, session)
+        finally:  # also of a run that diverged or was stopped
+            session.saver.wait()
+            if files.metrics:
+                files.measured |= {**trainer.timing(), "peak_memory_bytes": session.peak}
+        files.measured["mfu"] = _mfu(ready.config, ready.device, ready.got, files.measured["tokens_per_second"])
 
 
 def _as_before(config: RunConfig, source: tokens.TokenFile, saved: checkpoint.Checkpoint) -> RunConfig:
-    """The configuration with what the run's first part settled; `BadRequest` if the text is not that of before."""
-    _check_same_text(config, source, saved.state["data"]["sha256"])
+    """The configuration with what the run's first part settled; `BadRequest` if the text is another."""
+    check_same_text(config, source, saved.state["data"]["sha256"])
     settled = {key: value for key, value in saved.state["settled"].items() if key in setup.SETTLED}
     return replace(config, train=replace(config.train, tokens_per_step=None, **settled))
 
 
-def _check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
+def check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
+    """Raise `BadRequest` if a run began with a text of another sha256 than `source`; None: not known."""
     if before not in (None, source.sha256):
         why = "not the text that the run began with"
         raise BadRequest(f"data.path={config.data.path}: {why}; put that text back, or name where it lies now")
 
 
-def _describe(
-    session: Session, config: RunConfig, device: torch.device, got: Precision, source: tokens.TokenFile, need: int
-) -> None:
-    """Put what is about to run into the record, and show it."""
+def _describe(session: Session, ready: setup.Ready) -> None:
+    """Record and show what is about to run."""
     import torch
 
     from gpt2exp.training import hardware
 
+    config, device, source, world_size = ready.config, ready.device, ready.source, distributed.world_size()
     held_out = tokens.held_out(source.tokens, config.data.val_fraction)
     session.files.facts |= {
-        "parameters": config.model.parameters,
-        "flops_per_token": config.model.flops_per_token(config.train.seq_len),
-        "precision": got.as_dict(),
+        "parameters": size.parameters(config.model),
+        "flops_per_token": size.flops_per_token(config.model, config.train.seq_len),
+        "precision": ready.got.as_dict(),
         "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
         "device": f"{device.type}: {hardware.device_name(device)}",
-        "processes": distributed.world_size(),
-        "distributed": config.distributed.value if distributed.world_size() > 1 else None,
+        "processes": world_size,
+        "distributed": config.distributed.value if world_size > 1 else None,
         "threads": torch.get_num_threads(),
-        "estimated_memory_bytes": need,
+        "estimated_memory_bytes": ready.need,
+        "outside": choices.about(config),
         "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
         "environment": record.environment_overrides(),
         **record.facts(),
@@ -194,115 +191,107 @@ def _describe(
     session.view.header(session.files.facts, session.files.folder, config)
 
 
-def _built(
-    session: Session, config: RunConfig, device: torch.device, got: Precision, source: tokens.TokenFile
-) -> Trainer:
+def _check_memory(ready: setup.Ready) -> None:
+    """Fail now: later the system would kill the whole sweep for one job's memory.
+
+    Raises:
+        MemoryError: the estimate is a tenth above what is free; the text names a batch that fits.
+    """
+    need, free = ready.need, ready.here.free
+    if free is None or need <= 1.1 * free:
+        return
+    batch = setup.fitting_batch(ready.config, ready.here)
+    hint = f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
+    raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
+
+
+def _built(session: Session, ready: setup.Ready) -> Trainer:
     """The trainer at its first step, or where the checkpoint left it; from here on a signal waits for a step's end."""
     from gpt2exp.run import checkpoint
 
     files, saved, view = session.files, session.saved, session.view
-    job, files.facts["init"] = setup.trainer(config, device, got, source, saved)
+    trainer, files.facts["init"] = setup.trainer(ready, saved)
     view.rows({"weights  ": terminal.origin_line(files.facts["init"]), "wandb    ": session.mirror.ready()})
     session.mirror.describe({"facts": _for_wandb(files.facts)})
     here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
     if saved is not None:
-        _restore(session, job, saved, here)
-        view.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {config.train.steps} steps done"})
-    from_step = 0 if saved is None else saved.step
-    background = device.type != "cpu"
-    session.saver = checkpoint.Saver(files.folder, config.checkpoint, from_step, background=background)
+        _restore(session, trainer, saved, here)
+        view.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {ready.config.train.steps} steps done"})
+    from_step, background = saved.step if saved else 0, ready.device.type != "cpu"
+    session.saver = checkpoint.Saver(files.folder, ready.config.checkpoint, from_step, background=background)
     files.training_begins(**here, wandb=session.mirror.link())
     session.stop.waiting = True
-    return job
+    return trainer
 
 
-def _restore(session: Session, job: Trainer, saved: checkpoint.Checkpoint, here: dict[str, Any]) -> None:
-    """Go on from a checkpoint; the times of its steps count where the hardware and threads are the same."""
+def _restore(session: Session, trainer: Trainer, saved: checkpoint.Checkpoint, here: dict[str, Any]) -> None:
+    """Resume from a checkpoint; the times of its steps count where the hardware and threads are the same."""
     from gpt2exp.training import hardware
 
-    job.restore(saved.training(), saved.state)
-    hardware.reset_peak_memory(job.device)  # the file read is none of training's memory
+    trainer.restore(saved.training(), saved.state)
+    hardware.reset_peak_memory(trainer.device)  # reading the file is no part of training
     session.peak = saved.state["peak_memory_bytes"]
     if all(part.get(key, 1) == here[key] for part in saved.state["parts"] for key in here):
         steps = session.files.metrics
-        job.step_seconds = [step["step_ms"] / 1e3 for step in steps]
-        job.step_waits = [step["waited_ms"] / 1e3 if "waited_ms" in step else None for step in steps]
-        job.began_at = [part["from_step"] for part in session.files.parts]
+        trainer.step_seconds = [step["step_ms"] / 1e3 for step in steps]
+        trainer.step_waits = [step["waited_ms"] / 1e3 if "waited_ms" in step else None for step in steps]
+        trainer.began_at = [part["from_step"] for part in session.files.parts]
     else:
         log.warning("other hardware or threads than before: the speed is that of the steps from here on")
 
 
-def _close(session: Session, job: Trainer) -> None:
-    assert session.saver is not None
-    session.saver.wait()
-    if session.files.metrics:
-        session.files.measured |= {**job.timing(), "peak_memory_bytes": session.peak}
+def _steps(trainer: Trainer, config: RunConfig, stop: process.Stop, session: Session | None = None) -> None:
+    """Train to the end, or until a signal has reached one rank; every rank stops at the same step.
 
-
-def _steps(job: Trainer, config: RunConfig, stop: processes.Stop, session: Session | None = None) -> None:
-    """Train to the end, or until a signal reached one process of the run; all of them do this alike.
-
-    `session`: of the first process, which alone writes.
+    `session`: rank 0's, which alone writes.
     """
     from gpt2exp.training import hardware
 
     every = config.checkpoint.every
-    for metrics in job.fit():
-        done, last = job.steps_done, job.steps_done == config.train.steps
-        asked, warned, peak = distributed.all_max(stop.asked is not None, stop.warned, hardware.peak_memory(job.device))
+    for metrics in trainer.fit():
+        done, last = trainer.steps_done, trainer.steps_done == config.train.steps
+        peak = hardware.peak_memory(trainer.device)
+        asked, warned, peak = distributed.all_max(stop.asked is not None, stop.warned, peak)
         if session is not None:
             session.keep(metrics, peak)
         if warned or (every and done % every == 0) or (config.checkpoint.save_last if last else asked):
             stop.warned = False
-            state = job.state()
+            state = trainer.state()
             if session is not None:
                 session.save(*state)
         if asked and not last:
             raise stop.asked or KeyboardInterrupt
 
 
-def _follow() -> int:
-    """What a process does that is not the run's first: the same steps, with nothing written; the exit code."""
+def follow() -> int:
+    """What a rank other than 0 does: the same steps, with nothing written. Returns the exit code."""
     task: Any = distributed.broadcast()
-    if task is None:  # no run came of it
+    if task is None:  # rank 0 has no run to start
         return 0
-    config, text, goes_on, cwd = task
-    from gpt2exp.training import hardware, precision
-
-    with processes.deferred() as stop:
+    asked, text, goes_on, cwd = task
+    choices.trust()  # the first process was asked whether this code may run
+    choices.admit(asked)
+    config = parse(asked)
+    with process.deferred() as stop:
         stop.waiting = True
         try:
             with contextlib.suppress(OSError):  # on another machine it need not be there
                 os.chdir(cwd)
-            device = hardware.resolve_device(config.train.device)
             source = tokens.prepare(config.data)
-            _check_same_text(config, source, text)
-            with precision.applied(config.precision, device) as got:
-                setup.keep_memory(config, device)
-                job, _origin = setup.trainer(config, device, got, source)
+            check_same_text(config, source, text)
+            with setup.ready(config, source) as ready:
+                setup.keep_memory(config, ready.device)
+                trainer, _ = setup.trainer(ready)
                 if goes_on:
-                    job.restore({}, {})
-                _steps(job, config, stop)
+                    trainer.restore({}, {})
+                _steps(trainer, config, stop)
         except KeyboardInterrupt as interrupt:
-            return processes.code(stop.asked or interrupt)
+            return process.code(stop.asked or interrupt)
         except Exception as problem:
             where, why = f"{distributed.rank() + 1} of {distributed.world_size()}", _classify(problem, config, None)[1]
             log.error("process %s: %s", where, why)
             return 1
     return 0
-
-
-def _check_memory(config: RunConfig, need: int, here: setup.Hardware) -> None:
-    """Fail before the system would kill the whole sweep for one job's memory.
-
-    Raises:
-        MemoryError: the estimate is a tenth above what is free; the text names a batch that fits.
-    """
-    if here.free is None or need <= 1.1 * here.free:
-        return
-    batch = setup.fitting_batch(config, here)
-    hint = f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
-    raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {here.free / 2**30:.1f} are free; {hint}")
 
 
 def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_second: float) -> float | None:
@@ -311,7 +300,8 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
     peak = hardware.peak_flops(hardware.device_name(device), got.effective) if device.type == "cuda" else None
     if peak is None or got.emulated:
         return None
-    return config.model.flops_per_token(config.train.seq_len) * tokens_per_second / (peak * distributed.world_size())
+    flops = size.flops_per_token(config.model, config.train.seq_len)
+    return flops * tokens_per_second / (peak * distributed.world_size())
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:

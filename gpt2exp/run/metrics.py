@@ -9,6 +9,8 @@ from typing import Any, Literal, NotRequired, Required, cast
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from gpt2exp.config import TARGET
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -25,7 +27,7 @@ class Metric:
     step: str = ""  # format in a step's line; what has none is not shown there
     column: str = ""  # head of its column in tables of runs; what has none is not shown there
     form: str = ".4f"  # format in those tables and at a run's end
-    compared: Literal["", "loss", "speed", "memory"] = ""  # what it tells of two arms; empty: not compared
+    compared: str = ""  # what it tells of two arms: loss, speed, memory, or its own name; empty: not compared
     ratio: bool = False  # compared as arm over baseline, on the logarithm
 
     @property
@@ -36,21 +38,13 @@ class Metric:
         return {"lower": "min", "higher": "max"}.get(self.better)
 
 
-def _mean_of_last10(values: Sequence[float]) -> float:
-    return statistics.fmean(values[-10:])
-
-
-def _first(values: Sequence[float]) -> float:
-    return values[0]
-
-
 METRICS = (
     Metric(key="step", step="step {:5d}"),
     Metric(key="loss", unit="nats", better="lower", step="loss {:9.6f}"),
-    Metric(key="loss_first", of="loss", how=_first, unit="nats", better="lower"),
+    Metric(key="loss_first", of="loss", how=lambda values: values[0], unit="nats", better="lower"),
     Metric(key="loss_last", of="loss", unit="nats", better="lower"),
-    Metric(key="loss_mean_last10", of="loss", how=_mean_of_last10, name="loss, the mean of the last ten steps",
-           unit="nats", better="lower", column="loss", compared="loss"),
+    Metric(key="loss_mean_last10", of="loss", how=lambda values: statistics.fmean(values[-10:]), unit="nats",
+           name="loss, the mean of the last ten steps", better="lower", column="loss", compared="loss"),
     Metric(key="step_ms", measured=True, unit="ms", better="lower", step="{:9.2f} ms", form=".1f"),
     Metric(key="first_step_ms", measured=True, unit="ms", better="lower", form=".0f"),
     Metric(key="tokens_per_second", measured=True, name="speed", unit="tokens/s", better="higher",
@@ -59,7 +53,7 @@ METRICS = (
     Metric(key="loss_unseen", unit="nats", better="lower", step="unused tokens {:.4f}"),
     Metric(key="val_loss", of="val_loss", name="validation loss", unit="nats", better="lower",
            step="val loss {:.4f}", column="val loss", compared="loss"),
-    Metric(key="loss_unseen_first", of="loss_unseen", how=_first, unit="nats", better="lower"),
+    Metric(key="loss_unseen_first", of="loss_unseen", how=lambda values: values[0], unit="nats", better="lower"),
     Metric(key="loss_unseen_last", of="loss_unseen", unit="nats", better="lower"),
     Metric(key="timed_steps", measured=True, form="d"),
     Metric(key="speed_disturbed", measured=True, better="lower", form=".0%"),
@@ -69,9 +63,7 @@ METRICS = (
 )  # fmt: skip
 """The figures of a run, in the order in which a step's line shows them."""
 
-COLUMNS = sorted(
-    (row for row in METRICS if row.column), key=lambda row: ("loss", "speed", "memory").index(row.compared)
-)
+COLUMNS = [row for of in ("loss", "speed", "memory") for row in METRICS if row.column and row.compared == of]
 """Those that tables of runs show, in their order."""
 
 BY_KEY = {metric.key: metric for metric in METRICS}
@@ -80,10 +72,20 @@ MEASURED = tuple(metric.key for metric in METRICS if metric.measured)
 """The summary's fields about speed and memory, null until measured."""
 
 
-def losses(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The summary's losses from the steps' metrics, each null where nothing was measured."""
+def from_outside(config: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """The metric from outside that a run's plain configuration names, or none."""
+    own = config.get("metric", {})
+    if TARGET not in own:
+        return ()
+    name = own["name"]
+    said = {"name": name, "unit": own["unit"], "better": own["better"], "step": f"{name} {{:.4f}}", "compared": name}
+    return (Metric(key=name, of=name, **said),)
+
+
+def losses(steps: Sequence[Mapping[str, Any]], more: Sequence[Metric] = ()) -> dict[str, float | None]:
+    """The summary's losses from the steps' metrics, and `more` figures, each null where nothing was measured."""
     found: dict[str, float | None] = {}
-    for metric in METRICS:
+    for metric in (*METRICS, *more):
         if metric.of:
             values = [step[metric.of] for step in steps if metric.of in step]
             found[metric.key] = metric.how(values) if values else None
@@ -165,6 +167,9 @@ class Summary(TypedDict, total=False):
     started: str
     parts: list[dict[str, Any]]
 
+
+TAKEN = {*BY_KEY, *Summary.__annotations__, "lr", "waited_ms", "residual_rms", "wte_grad_lookup", "wte_grad_head"}
+"""Names in `metrics.jsonl` and `summary.json` that no metric from outside can have."""
 
 ALWAYS = ("overrides", "config", "started", "wall_seconds")
 

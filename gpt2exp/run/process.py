@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import logging
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from gpt2exp.config import BadRequest
-from gpt2exp.data.assets import AssetError
+from gpt2exp.data.assets import FULL, AssetError
 from gpt2exp.run import terminal
 
 LOCK = ".lock"
@@ -40,14 +41,13 @@ def held(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK, timeout=1)  # `at_work` may hold it for a moment
     try:
         lock.acquire()
-    except Timeout as error:
-        why = "another process is at work on it"
-        raise BadRequest(f"resume={folder}: {why}; wait until it has ended, or stop it") from error
     except NotImplementedError:  # a file system without locks, such as some network ones
         log.warning("%s lies where files cannot be locked: start no second process on it", folder)
-    except OSError as error:
-        why = f"cannot be written ({error.strerror or error})"
-        raise BadRequest(f"resume={folder}: {why}; copy it to a place that can be") from error
+    except OSError as error:  # a Timeout is one
+        why, remedy = f"cannot be written ({error.strerror or error})", "copy it to a place that can be"
+        if isinstance(error, Timeout):
+            why, remedy = "another process is at work on it", "wait until it has ended, or stop it"
+        raise BadRequest(f"resume={folder}: {why}; {remedy}") from error
     try:
         yield
     finally:
@@ -63,13 +63,11 @@ def at_work(folder: Path, status: Mapping[str, Any]) -> bool:
         return True
     if not (folder / LOCK).exists():
         return False
-    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        lock.acquire()
-    except (Timeout, OSError, NotImplementedError):
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except (OSError, NotImplementedError):
         return True
-    lock.release()
-    return False
 
 
 @functools.cache
@@ -79,11 +77,11 @@ def machine() -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, met like Ctrl-C: what runs is closed properly."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 class Preempted(KeyboardInterrupt):
-    """The launcher's signal to a job that it will queue again; `args[0]` is the signal."""
+    """The launcher's signal to a job that it will requeue; `args[0]` is the signal."""
 
 
 def code(interrupt: KeyboardInterrupt) -> int:
@@ -96,7 +94,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
-    """These handlers inside the block, by signal; in a thread, where Python lets none be set, those there are."""
+    """These signal handlers inside the block; in a thread, where Python allows none to be set, those there are."""
     before: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -107,15 +105,13 @@ def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
+def terminable() -> contextlib.AbstractContextManager[None]:
     """SIGTERM raises `Terminated` inside the block."""
 
     def raise_it(*_: object) -> None:
         raise Terminated
 
-    with handling({signal.SIGTERM: raise_it}):
-        yield
+    return handling({signal.SIGTERM: raise_it})
 
 
 @contextlib.contextmanager
@@ -134,56 +130,73 @@ def heralded(herald: Callable[[], object]) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            raise asked or interrupt from None  # what interrupts Ray comes out as a KeyboardInterrupt of its own
+            raise asked or interrupt from None  # Ray raises a KeyboardInterrupt of its own
 
 
 def requeued_by() -> list[int]:
-    """The signals after which submitit, whose job this process is, queues it again; none in any other process."""
+    """The signals on which submitit requeues the job that this process is; none in other processes."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return []
     return [number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))]
 
 
+_guest = False
+"""Whether this process is another program's, such as a notebook's."""
+
+
+@contextlib.contextmanager
+def guest() -> Iterator[None]:
+    """A second signal inside the block raises; elsewhere it ends the process (`deferred`)."""
+    global _guest
+    before, _guest = _guest, True
+    try:
+        yield
+    finally:
+        _guest = before
+
+
 @dataclass
 class Stop:
-    """Whether an end was asked for."""
+    """Whether a signal asked for an end."""
 
     asked: KeyboardInterrupt | None = None
     waiting: bool = False
-    """The block will look at `asked` by itself; until then a signal raises."""
+    """The block looks at `asked` by itself; until it says so, a signal raises."""
     warned: bool = False
-    """The end may come any moment without another word: what is not saved by then is lost."""
+    """The process may be killed at any moment: it must save now."""
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Stop]:
-    """A first signal inside the block sets `asked`, and raises it unless `waiting`; a second ends the process at once.
+    """A first signal inside the block sets `asked`, and raises it unless `waiting`; a second ends the process.
 
-    At once means without closing anything: every file of a run is whole at every moment. A signal that was submitit's
-    to handle reaches it once the block is left, and then queues the job again.
+    That loses nothing: every file of a run is whole at every moment. A signal on which submitit requeues the job is
+    sent again after the block.
     """
     stop, requeuing = Stop(), requeued_by()
-    # Slurm sends SIGTERM when it is about to take the node away, or the job out: who ends by it is not queued again
+    # Slurm sends SIGTERM before it takes the node or the job away; a job that ends on it is not requeued
     warnings = [signal.SIGTERM] if requeuing and os.environ["SUBMITIT_EXECUTOR"] == "slurm" else []
 
     def note(number: int, _: object) -> None:
         if number in warnings:
             stop.warned = True
-            return
-        if isinstance(stop.asked, Preempted) and number in requeuing:
-            return
-        if stop.asked is not None:
+        elif isinstance(stop.asked, Preempted) and number in requeuing:
+            pass
+        elif stop.asked is None:
+            kinds = {signal.SIGTERM: Terminated(), **{number: Preempted(number) for number in requeuing}}
+            stop.asked = kinds.get(number, KeyboardInterrupt())
+            if not stop.waiting:
+                raise stop.asked
+        elif _guest:
+            raise stop.asked
+        else:
             if os.isatty(1):
                 os.write(1, b"\x1b[?25h")  # the progress bar had hidden the cursor
             os._exit(128 + number)
-        kinds = {signal.SIGTERM: Terminated(), **{number: Preempted(number) for number in requeuing}}
-        stop.asked = kinds.get(number, KeyboardInterrupt())
-        if not stop.waiting:
-            raise stop.asked
 
     told = (signal.SIGINT, signal.SIGTERM, *requeuing)
     try:
-        # a shell's background ignores Ctrl-C, and so do we
+        # what a shell starts in the background ignores Ctrl-C: so it stays
         with handling({number: note for number in told if signal.getsignal(number) != signal.SIG_IGN}):
             yield stop
     finally:
@@ -193,8 +206,8 @@ def deferred() -> Iterator[Stop]:
 
 def parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
     """A parser whose errors are `BadRequest`."""
-    made = argparse.ArgumentParser(prog=program, description=description, epilog=f"example: {program} {example}")
-    return strict(made, program)
+    epilog = f"example: {program} {example}"
+    return strict(argparse.ArgumentParser(prog=program, description=description, epilog=epilog), program)
 
 
 def strict(made: argparse.ArgumentParser, program: str) -> argparse.ArgumentParser:
@@ -207,15 +220,26 @@ def strict(made: argparse.ArgumentParser, program: str) -> argparse.ArgumentPars
     return made
 
 
+@contextlib.contextmanager
+def writing(what: str, remedy: str) -> Iterator[None]:
+    """A block that writes where the user said; `BadRequest` if that cannot be written, unless its disk is at fault."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (*FULL, errno.EIO):
+            raise
+        raise BadRequest(f"{what} ({error.strerror or error}); {remedy}") from error
+
+
 def unwritable(error: OSError) -> str:
-    """The line for a disk that filled up or a folder that was taken away."""
+    """The line for a full disk or a folder that was taken away."""
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     return f"{what}; make room, or name another folder"
 
 
 def carry_out(program: str, action: Callable[[], int | None], unwritable: Callable[[OSError], str] = unwritable) -> int:
-    """Do it; the exit code: its own, else 0 done, 1 a file could not be fetched or written, 2 a bad request, 130/143
-    interrupted. `unwritable` makes the line of an `OSError`.
+    """Call `action` and return the exit code: its own; 0 done; 2 a bad request; 1 a file could not be fetched, read or
+    written; 130 or 143 interrupted. Each error is one line, an `OSError` by `unwritable`.
     """
     full_error = terminal.wants_traces()
     terminal.show_warnings(traces=full_error)

@@ -1,7 +1,7 @@
-"""The readable half of a run: what its folder holds, every file of it plain JSON.
+"""What a run's folder holds, every file of it plain JSON: written here, and read here by all others. No torch.
 
-`metrics.jsonl` grows by a line a step, `status.json` says how far the run came, `summary.json` is what comparisons
-read. The local files are the record; wandb mirrors them (gpt2exp.run.tracking). No torch.
+`metrics.jsonl` grows by a line a step, `status.json` says how far the run came, comparisons read `summary.json`. These
+files are the record; wandb mirrors them (`tracking.py`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import shlex
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gpt2exp.config import BadRequest, RunConfig, leaves, parse, stored
-from gpt2exp.files import replacing, write_json
+from gpt2exp import choices
+from gpt2exp.config import BadRequest, RunConfig, first_line, leaves, parse, plain, put, stored
+from gpt2exp.files import replacing, walk, write_json
 from gpt2exp.run import process
-from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, judged, losses, number_of
+from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, from_outside, judged, losses, number_of
 from gpt2exp.training import load
 
 if TYPE_CHECKING:
@@ -34,12 +35,11 @@ if TYPE_CHECKING:
 
 
 def facts() -> dict[str, Any]:
-    """Versions and source revision: an allow-list, so that nothing of the environment leaks into a record."""
+    """Versions and source revision: an allow-list, so that nothing else of the environment is recorded."""
     import torch
 
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
-    versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in names}
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
     return {
         "versions": versions,
@@ -54,21 +54,16 @@ def _git() -> dict[str, Any] | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
+        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
 
 
 def environment_overrides() -> dict[str, str]:
-    """Environment variables that change the arithmetic or the speed behind the configuration's back, where set."""
+    """Environment variables that change the arithmetic or the speed and that no key shows, where set."""
     arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     return {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ}
 
@@ -85,8 +80,8 @@ CHECKPOINTS = "checkpoints"
 class Record:
     """Writes a run's files as it goes; `finish` closes it with a state.
 
-    A run that was stopped and went on has several parts; each is an entry of the summary's `parts`, and times are
-    added up over them.
+    A run that was stopped and resumed has several parts: each is an entry of the summary's `parts`, and times are added
+    up over them.
     """
 
     def __init__(
@@ -98,18 +93,15 @@ class Record:
         metrics: Sequence[dict[str, Any]] = (),
         parts: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """`facts` open the summary, more may be added; `began`: `time.monotonic()` when this part's time began.
+        """`facts` open the summary, more may be added; `began`: `time.monotonic()` when this part began.
 
-        A run that goes on gives the `metrics` of the steps it goes on from, and its earlier `parts`.
+        `metrics`, `parts`: of a run that resumes, the steps it resumes from and its earlier parts.
         """
-        self.folder, self.facts, self.began = folder, facts, began
+        self.folder, self.facts, self.began, self.metrics = folder, facts, began, list(metrics)
         self.measured: dict[str, Any] = dict.fromkeys(MEASURED)
         """What the run measured of itself so far, `MEASURED` by name."""
-        self.metrics = list(metrics)
-        self._parts = list(parts)
-        self._part: dict[str, Any] = {"from_step": len(self.metrics), "started": _now()}
-        self._opened = time.time()
-        self._training_began: float | None = None
+        self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": _now()}
+        self._opened, self._training_began = time.time(), 0.0
         for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
             left.unlink(missing_ok=True)
         write_status(folder, "running", len(self.metrics))
@@ -119,7 +111,7 @@ class Record:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def training_begins(self, **facts: Any) -> None:
-        """Everything before this moment is start-up; `facts` tell more of this part."""
+        """Everything before this moment is start-up; `facts` are recorded of this part."""
         self._training_began = time.monotonic()
         self._part |= facts
 
@@ -127,15 +119,15 @@ class Record:
     def parts(self) -> list[dict[str, Any]]:
         """Parts so far, this one last: `from_step`, `started`, seconds of `startup` and of `train`, hardware, wandb.
 
-        `span` is when it was at work, from its record's opening to now, in seconds since 1970.
+        `span`: when it ran, from the record's opening to now, in seconds since 1970.
         """
         now = time.monotonic()
-        trained_from = now if self._training_began is None else self._training_began
+        trained_from = self._training_began or now
         times = {"startup": round(trained_from - self.began, 3), "train": round(now - trained_from, 3)}
         return [*self._parts, self._part | times | {"span": [round(self._opened, 3), round(time.time(), 3)]}]
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Append one step's metrics; ValueError if one of them is no finite number, and then none is kept."""
+        """Append one step's metrics; ValueError, and nothing is kept, if one is no finite number."""
         line = json.dumps(metrics, allow_nan=False)
         self.metrics.append(metrics)
         self._file.write(line + "\n")
@@ -143,7 +135,7 @@ class Record:
         write_status(self.folder, "running", len(self.metrics))
 
     def sync(self) -> None:
-        """Have the disk hold the steps so far: a checkpoint is worth nothing without them."""
+        """Flush the steps so far to the disk: a checkpoint needs them."""
         os.fsync(self._file.fileno())
 
     def finish(self, state: str, error: str | None = None) -> Summary:
@@ -151,14 +143,11 @@ class Record:
         parts = self.parts
         wall = {name: sum(part[name] for part in parts) for name in ("startup", "train")}
         wall["total"] = wall["startup"] + wall["train"]
-        summary = {
-            "state": state,
-            "error": error,
-            **self.facts,
-            **losses(self.metrics),
+        figures = losses(self.metrics, from_outside(self.facts["config"]))
+        summary = {"state": state, "error": error, **self.facts, **figures, **self.measured}
+        summary |= {
             "steps": len(self.metrics),
             "tokens": self.metrics[-1]["tokens"] if self.metrics else 0,
-            **self.measured,
             "wall_seconds": {name: round(seconds, 3) for name, seconds in wall.items()},
             "started": parts[0]["started"],
             "parts": parts,
@@ -174,7 +163,7 @@ def _now() -> str:
 
 
 def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
-    """Write `status.json`, in the name of this process."""
+    """Write `status.json`, with this process as the one at work."""
     whose = {"pid": os.getpid(), "machine": process.machine()}
     write_json(folder / "status.json", {"state": state, "step": step, "error": error, **whose, "updated": time.time()})
 
@@ -196,26 +185,9 @@ def read_status(folder: Path) -> Status:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names.
-
-    Links are followed, each folder once: under its own path, where that is below too.
-    """
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    to_see = [folder]
-    for top in to_see:  # grows by the links met
-        for place, inside, _ in os.walk(top):
-            with contextlib.suppress(OSError):  # not to be read, or gone by now
-                here = Path(place)
-                known = here.stat()
-                if (known.st_dev, known.st_ino) in seen:
-                    inside.clear()
-                    continue
-                seen.add((known.st_dev, known.st_ino))
-                to_see += [here / name for name in inside if (here / name).is_symlink()]
-                if (here / ".hydra" / "config.yaml").exists():
-                    found.append(here)
-    return sorted(found)
+    """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names."""
+    found = (here for here, _, _ in walk(folder))
+    return sorted(here for here in found if os.path.exists(here / ".hydra" / "config.yaml"))  # noqa: PTH110 - no error
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -231,10 +203,33 @@ def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
     """What a run was asked, by its `.hydra`: its configuration, what of that is no key today, and its overrides.
 
     Raises:
+        choices.Refused: the configuration names code that may not run here.
         BadRequest: it cannot be read, or no run can have that configuration.
     """
-    today, unknown = stored(written(folder))
-    return parse(today), unknown, [str(text) for text in _yaml(folder, "overrides.yaml", list)]
+    today, unknown, overrides = _asked(folder)
+    choices.admit(today)
+    return parse(today), unknown, overrides
+
+
+def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there.
+
+    Raises:
+        BadRequest: as `asked`.
+    """
+    today, unknown, overrides = _asked(folder)
+    outside = choices.found_in(today)
+    for section in outside:
+        put(today, section, {"name": outside[section]["name"]} if section == "schedule" else {})
+    config = plain(parse(today))
+    for section, values in outside.items():
+        put(config, section, dict(values))
+    return config, unknown, overrides
+
+
+def _asked(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    today, unknown = stored(_yaml(folder, "config.yaml", dict))
+    return today, unknown, [str(text) for text in _yaml(folder, "overrides.yaml", list)]
 
 
 def _yaml(folder: Path, name: str, kind: type) -> Any:
@@ -249,8 +244,7 @@ def _yaml(folder: Path, name: str, kind: type) -> Any:
             raise ValueError(f"no {kind.__name__}")
         return found
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadRequest(f"its .hydra/{name} cannot be read ({why})") from error
+        raise BadRequest(f"its .hydra/{name} cannot be read ({first_line(error)})") from error
 
 
 def saved(folder: Path) -> dict[int, Path]:
@@ -260,11 +254,10 @@ def saved(folder: Path) -> dict[int, Path]:
 
 
 def run_around(folder: Path) -> Path | None:
-    """The run whose `checkpoints`, or one of them, a folder is."""
+    """The run that a folder is the `checkpoints` of, or one of its checkpoints."""
     place = folder.resolve()
-    if CHECKPOINTS not in (place.name, place.parent.name):
-        return None
-    return next((above for above in (place.parent, place.parent.parent) if (above / ".hydra").is_dir()), None)
+    inside = CHECKPOINTS in (place.name, place.parent.name)
+    return next((above for above in place.parents[:2] if inside and (above / ".hydra").is_dir()), None)
 
 
 def check_run(folder: Path) -> None:
@@ -290,7 +283,7 @@ def check_run(folder: Path) -> None:
 
 
 def text_of(folder: Path) -> str | None:
-    """The sha256 of the text that a run folder's newest checkpoint was trained on; None without one that says so."""
+    """The sha256 of the text of a run's newest checkpoint; None without one that says so."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
         newest = next(iter(saved(folder).values()))
         return str(json.loads((newest / "state.json").read_text(encoding="utf-8"))["data"]["sha256"])
@@ -334,10 +327,9 @@ def read_summary(folder: Path) -> Summary:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The steps' metrics of a run folder; a line that a killed process left half written is skipped."""
-    try:
+    lines = list[str]()
+    with contextlib.suppress(OSError):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
     try:
         rows = json.loads(f"[{','.join(lines)}]")  # one call is several times faster than one a line
     except ValueError:
@@ -371,13 +363,17 @@ class Sweep:
     argv: list[str]
     """The command line that asks for all of it."""
     jobs: list[list[str]]
-    """The overrides of each job; of a sweeper that makes them up as it goes, what they have in common."""
+    """The overrides of each job; where a sweeper makes up the jobs, what they have in common."""
     folders: list[str] | None = None
-    """The jobs' folders by number; None where a sweeper makes up the jobs as it goes."""
+    """The jobs' folders by number; None where a sweeper makes up the jobs."""
     cwd: str = "."
     """Where relative paths start."""
     launched: float = 0.0
     """When its newest launch began, in seconds since 1970."""
+    looks: list[int] = field(default_factory=list)
+    """Numbers of seeds at which it looks, as decided before its first run; empty where it runs all its jobs."""
+    rule: dict[str, Any] = field(default_factory=dict)
+    """What else was decided then: its `axes`, `margin`, `max_seeds` and `max_hours`."""
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
@@ -385,14 +381,21 @@ class Sweep:
         with contextlib.suppress(OSError, ValueError):
             known = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
             if isinstance(known, dict) and isinstance(known.get("jobs"), list):
-                return cls(
-                    **{"argv": []} | {field.name: known[field.name] for field in fields(cls) if field.name in known}
-                )
+                return cls(**{"argv": []} | {key: known[key] for key in cls.__dataclass_fields__ if key in known})
         return None
 
+    @property
+    def by_seed(self) -> dict[int, list[str]]:
+        """The jobs' folders by seed, in the order of seeds."""
+        found: dict[int, list[str]] = {}
+        for name, job in zip(self.folders or (), self.jobs, strict=False):
+            for seed in (text[5:] for text in job if text.startswith("seed=")):
+                found.setdefault(int(seed), []).append(name)
+        return found
+
     def write(self, folder: Path) -> None:
-        """Keep it in that folder."""
-        write_json(folder / SWEEP, {key: value for key, value in asdict(self).items() if value is not None})
+        """Write it to that folder."""
+        write_json(folder / SWEEP, {key: value for key, value in asdict(self).items() if value not in (None, [], {})})
 
 
 def sweep_of(folder: Path) -> Path | None:
@@ -401,17 +404,17 @@ def sweep_of(folder: Path) -> Path | None:
 
 
 def progress(folder: Path, job: Path) -> str:
-    """`job 3 of 8, about 40 s left`: where a job stands in its sweep, by the pace so far, however many run at once."""
+    """`job 3 of 8, about 40 s left`: a job's place in its sweep, and the time left at the pace so far."""
     sweep, others = Sweep.read(folder), [other for other in runs_below(folder) if other != job]
     if sweep is None or not sweep.folders:
         return f"job {len(others) + 1}"
-    place = str(job.relative_to(folder))
-    text = f"job {(sweep.folders.index(place) if place in sweep.folders else len(others)) + 1} of {len(sweep.folders)}"
+    place, jobs = str(job.relative_to(folder)), len(sweep.folders)
+    text = f"job {(sweep.folders.index(place) if place in sweep.folders else len(others)) + 1} of {jobs}"
     ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
-    now = [status for status in ended if status["updated"] > sweep.launched]
-    if now:
-        pace = (time.time() - sweep.launched) / len(now)
-        text += f", about {pace * (len(sweep.folders) - len(ended)):.0f} s left"
+    if sweep.looks:  # how many jobs there will be is not known
+        return text.replace(" of ", " of at most ")
+    if now := sum(status["updated"] > sweep.launched for status in ended):
+        text += f", about {(time.time() - sweep.launched) / now * (jobs - len(ended)):.0f} s left"
     return text
 
 

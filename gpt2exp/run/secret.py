@@ -1,7 +1,7 @@
 """Credentials stay out of requests, and so out of every record: what names or holds one is refused, its value unsaid.
 
-A request reaches many records (`sweep.json`, `.hydra/`, `summary.json`, wandb, the report), so it is checked once, at
-the door. Credentials belong into the environment or `wandb login`, where wandb finds them by itself.
+A request is written to many places (`sweep.json`, `.hydra/`, `summary.json`, wandb, the report), so it is checked
+before any of them. Credentials belong into the environment or `wandb login`, where wandb finds them by itself.
 """
 
 from __future__ import annotations
@@ -31,27 +31,19 @@ def check_typed(texts: Iterable[str]) -> None:
 
 def check_values(tree: Any, key: str = "") -> None:
     """Raise `BadRequest` if a composed configuration names or holds a credential; `key`: where in it `tree` is."""
-    credentials = {
-        name: value
-        for name, value in os.environ.items()
-        if len(value) >= SHORTEST and re.fullmatch(NAME, name, re.IGNORECASE)
-    }
-    _check(tree, key, credentials)
-
-
-def _check(tree: Any, key: str, credentials: Mapping[str, str]) -> None:
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             inside = f"{key}.{name}".lstrip(".")
             if value is not None and re.fullmatch(NAME, str(name), re.IGNORECASE):
                 _refuse_name(inside)
-            _check(value, inside, credentials)
+            check_values(value, inside)
     elif isinstance(tree, (list, tuple)):
         for value in tree:
-            _check(value, key, credentials)
-    elif isinstance(tree, str):
-        for name, value in credentials.items():
-            if value in tree and not Path(value).exists():  # a path to a credential is no credential
+            check_values(value, key)
+    elif isinstance(tree, str) and len(tree) >= SHORTEST:
+        for name, value in os.environ.items():
+            known = len(value) >= SHORTEST and value in tree and re.fullmatch(NAME, name, re.IGNORECASE)
+            if known and not Path(value).exists():  # a path to a credential is no credential
                 raise BadRequest(f"{key}: holds the value of {name}, which no record may keep; leave it out")
 
 

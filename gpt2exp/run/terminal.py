@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import math
@@ -12,47 +11,39 @@ import shlex
 import sys
 import traceback
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from gpt2exp.config import InitConfig, InitScheme, RunConfig, TrainConfig, typed
-from gpt2exp.run.metrics import COLUMNS, METRICS, Summary, judged, shown
+from gpt2exp import choices
+from gpt2exp.config import SOURCE, InitScheme, RunConfig, TrainConfig, plain, typed
+from gpt2exp.run.metrics import COLUMNS, METRICS, Metric, Summary, from_outside, judged, shown
 from gpt2exp.training import distributed, load
 
 log = logging.getLogger("gpt2exp")
 
 
 class _Lines(logging.Handler):
-    """Warnings and errors as lines of a console, an error's traceback too where asked for."""
+    """Warnings and errors as lines of a console, with the traceback of an error if `traces`."""
 
     def __init__(self, console: Console, *, traces: bool) -> None:
         super().__init__(logging.WARNING)
         self.console, self.traces = console, traces
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = f"{record.levelname.lower()}: {record.getMessage()}"
-        self.console.print(Text(printable(line), style="yellow"), soft_wrap=True)
+        line = printable(f"{record.levelname.lower()}: {record.getMessage()}")
+        self.console.print(Text(line, style="yellow"), soft_wrap=True)
         if self.traces and record.exc_info:
             self.console.print(Text(logging.Formatter().formatException(record.exc_info)), soft_wrap=True)
 
 
 class Patient:
-    """A text stream that goes quiet, instead of ending the program, once it is `gone`: nobody reads it, or its disk is
-    full.
-    """
+    """A text stream that drops what is written once its reader is gone or its disk is full; `gone` then says so."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self.gone = stream, False
@@ -60,19 +51,16 @@ class Patient:
             stream.reconfigure(errors="replace")  # a terminal without our characters gets `?` for them
 
     def write(self, text: str) -> int:
-        with self._quietly():
-            self._stream.write(text)
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        with self._quietly():
-            self._stream.flush()
+        self._try(self._stream.flush)
 
-    @contextlib.contextmanager
-    def _quietly(self) -> Iterator[None]:
+    def _try(self, act: Callable[[], object]) -> None:
         try:
-            yield
-        except OSError:  # what is buffered, and the interpreter's last flush, need a place to go
+            act()
+        except OSError:  # what is buffered is written somewhere else, now and at the interpreter's exit
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -83,62 +71,51 @@ class Patient:
 
 
 def terminal(*, stderr: bool = False) -> Console:
-    """The console of this process; piped, it has no colour and room for every line of ours."""
-    stream = Patient(sys.stderr if stderr else sys.stdout)
-    console = Console(file=cast(TextIO, stream), stderr=stderr, highlight=False, soft_wrap=False)
+    """The console of this process; piped, or in a notebook, it has no colour and room for each line of ours."""
+    stream = sys.stderr if stderr else sys.stdout
+    # a notebook's stream, which calls itself a terminal, moves no cursor
+    forced = None if isinstance(stream, io.TextIOWrapper) else False
+    patient = cast(TextIO, Patient(stream))
+    console = Console(file=patient, stderr=stderr, highlight=False, force_jupyter=False, force_terminal=forced)
     if not console.is_terminal:
         console.width = max(console.width, 110)
     return console
 
 
 def show_warnings(*, traces: bool = False) -> None:
-    """Print the package's warnings on standard error, with tracebacks or not; a second call changes nothing."""
+    """Print the package's warnings on standard error; a second call changes nothing."""
     log.propagate = False
     if not any(isinstance(handler, _Lines) for handler in log.handlers):
         log.addHandler(_Lines(terminal(stderr=True), traces=traces))
 
 
 class View:
-    """One run on the terminal and, in full, in `run.log`: a context in which `step` may be called.
+    """A run on the terminal and, in full, in `run.log`: a context in which `step` may be called.
 
-    A run alone shows its header, a line a step and its closing table. A job of a sweep shows a line when it begins and
-    one when it ends.
+    A run alone shows its header, a line a step and its closing table; a sweep's job one line at each end.
     """
 
     def __init__(self, folder: Path, config: RunConfig, overrides: Sequence[str], progress: str | None) -> None:
-        """`progress`: where the job stands in its sweep; None for a run alone."""
+        """`progress`: the job's place in its sweep; None for a run alone."""
         self.config, self.overrides, self.progress = config, overrides, progress
         self.console = terminal()
         self._file = cast(TextIO, Patient((folder / "run.log").open("a", encoding="utf-8")))
-        self._log = Console(file=self._file, width=110, highlight=False)
+        self._log = Console(file=self._file, width=110, highlight=False, force_jupyter=False)
         self._handler = _Lines(self._log, traces=True)
-        self._bar: Progress | None = None
-        self._task: Any = None
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_interactive)
+        self._task = self._bar.add_task("training", total=config.train.steps, visible=False)
+        self._consoles = [self._log] if progress else [self.console, self._log]
 
     def __enter__(self) -> View:
         log.addHandler(self._handler)
-        if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task("training", total=self.config.train.steps, visible=False)
-            self._bar.start()
+        self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end_progress()
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
         log.removeHandler(self._handler)
         self._file.close()
-
-    def _end_progress(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    @property
-    def _consoles(self) -> list[Console]:
-        return [self._log] if self.progress else [self.console, self._log]
 
     def _print(self, text: str, *consoles: Console, style: str = "") -> None:
         for console in consoles:
@@ -148,12 +125,16 @@ class View:
     def rows(self, rows: dict[str, str]) -> None:
         """Labelled lines: a grid on a terminal, one unbroken line each where a program may read them."""
         width = max(map(len, rows))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, text in rows.items():
+            grid.add_row(label, Text(text))
         for console in self._consoles:
             if console.is_terminal:
-                console.print(_grid(rows))
-                continue
-            for label, text in rows.items():
-                console.print(Text(f"{label:<{width}}  {text}"), soft_wrap=True)
+                console.print(grid)
+            else:
+                self._print("\n".join(f"{label:<{width}}  {text}" for label, text in rows.items()), console)
         self._file.flush()
 
     def header(self, facts: dict[str, Any], folder: Path, config: RunConfig) -> None:
@@ -170,9 +151,12 @@ class View:
             batch += "; an even batch, best a power of two, suits most hardware better"
         per_epoch = data["train_tokens"] // train.step_tokens
         shared = f"; {facts['processes']} processes by {facts['distributed']}" if facts["distributed"] else ""
+        init = f"{config.init.scheme}, residual scaling {'on' if config.init.residual_scaling else 'off'}"
+        if config.init.scheme is InitScheme.pretrained:
+            init = f"pretrained from {config.init.path}"
         rows = {
             "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
-            f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {_init(config.init)}, "
+            f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {init}, "
             f"seed {config.seed}",
             "device": f"{facts['device']}, {facts['threads']} threads{shared}; "
             f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed{' by each' if shared else ''}",
@@ -183,6 +167,7 @@ class View:
             "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",
             "folder": short(folder),
         }
+        rows |= facts["outside"]
         self._print(f"{distributed.program()} {pasted(*self.overrides)}".rstrip(), *self._consoles, style="bold")
         if self.progress:
             self._print(f"{self.progress}: {' '.join(self.overrides)}", self.console)
@@ -190,28 +175,21 @@ class View:
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Count a step; print its line if one is due."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=metrics["step"] + 1, visible=True)
+        self._bar.update(self._task, completed=metrics["step"] + 1, visible=True)
         if due(metrics, self.config.train):
-            self._print(step_line(metrics), *self._consoles)
+            self._print(step_line(metrics, from_outside(plain(self.config))), *self._consoles)
 
     def close(self, summary: Summary, folder: Path, sync: Path | None) -> None:
         """How it went; `sync`: wandb's folder to upload, if it was offline."""
-        self._end_progress()
+        self._bar.stop()
         self.rows(closing_rows(summary, self.config, folder))
         if self.progress:
             self._print(f"  {closing_line(summary)}", self.console)
         # unbroken lines, to be copied
         if summary["state"] in ("interrupted", "failed"):
-            self._print(f"to go on: {to_go_on(folder)}", *self._consoles)
+            self._print(f"to go on: {to_go_on(folder, self.config)}", *self._consoles)
         if sync is not None:
             self._print(f"to upload: {pasted('wandb', 'sync', sync)}", *self._consoles)
-
-
-def _init(init: InitConfig) -> str:
-    if init.scheme is InitScheme.pretrained:
-        return f"pretrained from {init.path}"
-    return f"{init.scheme.value}, residual scaling {'on' if init.residual_scaling else 'off'}"
 
 
 def origin_line(init: dict[str, Any]) -> str:
@@ -232,13 +210,13 @@ STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second", "waited_
 
 
 def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
-    """Whether a step goes to the terminal and to wandb: each `log_every`-th, the last, each with something measured."""
+    """Whether a step is printed and sent to wandb: every `log_every`-th, the last, and any with a costlier measure."""
     number = metrics["step"]
     return number % train.log_every == 0 or number + 1 == train.steps or not metrics.keys() <= STEP
 
 
 def place(path: Path) -> str:
-    """A path as an argument: `short`, and never taken for a flag or a home folder."""
+    """A path as an argument: `short`, but absolute where a shell would see a flag or a home folder."""
     text = short(path)
     return str(path.absolute()) if text.startswith(("-", "~")) else text
 
@@ -248,23 +226,30 @@ def pasted(*words: str | Path) -> str:
     return shlex.join(place(word) if isinstance(word, Path) else word for word in words)
 
 
-def to_go_on(folder: Path) -> str:
-    """The command that goes on with a run or a sweep."""
-    return f"{distributed.program()} {pasted(typed('resume', place(folder)))}"
+def to_go_on(folder: Path, *configs: RunConfig) -> str:
+    """The command that goes on with a run or a sweep of these configurations, code from outside allowed again."""
+    sources = {values[SOURCE] for config in configs for values in choices.found_in(plain(config)).values()}
+    folders = sorted({str(Path(source).parent) for source in sources} - {str(Path.cwd())})
+    flags = ["--config-dir", *folders] if len(folders) == 1 else ["--trust"] if folders else []
+    return f"{distributed.program()} {pasted(*flags, typed('resume', place(folder)))}"
 
 
-def step_line(metrics: dict[str, Any]) -> str:
-    """The tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured."""
-    return " | ".join(row.step.format(metrics[row.key]) for row in METRICS if row.step and row.key in metrics)
+def step_line(metrics: dict[str, Any], more: Sequence[Metric] = ()) -> str:
+    """The tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured, and `more`."""
+    shown = (row for row in (*METRICS, *more) if row.step and row.key in metrics)
+    return " | ".join(row.step.format(metrics[row.key]) for row in shown)
 
 
 def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str, str]:
     """The closing table of a run, label to text."""
-    rows = {"state": _state(summary)}
+    rows = {"state": state_line(summary)}
+    falls = {
+        key: f"{shown(summary, f'{key}_first')} → {shown(summary, f'{key}_last')}" for key in ("loss", "loss_unseen")
+    }
     if summary["loss_first"] is not None:
         vocabulary, data = config.model.vocab_size, summary["data"]
         rows["loss"] = (
-            f"{_fall(summary, 'loss')}, mean of the last ten {shown(summary, 'loss_mean_last10')} "
+            f"{falls['loss']}, mean of the last ten {shown(summary, 'loss_mean_last10')} "
             f"(a uniform guess costs ln {vocabulary} = {math.log(vocabulary):.3f})"
         )
         rows["for scale"] = (
@@ -279,7 +264,7 @@ def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str,
         gained = first - cast(float, summary["loss_unseen_last"])
         fall = cast(float, summary["loss_first"]) - cast(float, summary["loss_last"])
         share = f", {gained / fall:.0%} of the fall" if fall > 0 else ""
-        rows["of it, tokens that never occur"] = _fall(summary, "loss_unseen") + share
+        rows["of it, tokens that never occur"] = falls["loss_unseen"] + share
     if summary["tokens_per_second"] is not None:
         rows["speed"] = _speed(summary)
     if summary["mfu"] is not None:
@@ -292,12 +277,9 @@ def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str,
     return rows
 
 
-def _state(summary: Summary) -> str:
-    return summary["state"] + (f": {summary['error']}" if summary["error"] else "")
-
-
-def _fall(summary: Summary, key: str) -> str:
-    return f"{shown(summary, f'{key}_first')} → {shown(summary, f'{key}_last')}"
+def state_line(row: Summary) -> str:
+    """A run's state, and its error if it has one."""
+    return row["state"] + (f": {row['error']}" if row["error"] else "")
 
 
 def _speed(summary: Summary) -> str:
@@ -316,9 +298,9 @@ def _speed(summary: Summary) -> str:
 
 
 def closing_line(summary: Summary) -> str:
-    """A job of a sweep in a line."""
+    """A job of a sweep that ended, in one line."""
     if summary["state"] != "done":
-        return _state(summary)
+        return state_line(summary)
     loss = judged(summary)
     waited = " while most steps waited for a core" if load.too_many(summary) else ""
     return (
@@ -329,37 +311,24 @@ def closing_line(summary: Summary) -> str:
 
 def runs_table(rows: Iterable[Summary], title: str) -> Table:
     """The runs of a sweep, a row each."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    figures = [row.column for row in COLUMNS]
-    for head in ("run", "state", *figures, "precision"):
-        table.add_column(head, justify="right" if head in figures else "left", overflow="fold")
-    for summary in rows:
-        precision = summary.get("precision")
-        emulated = " emulated" if precision and precision["emulated"] else ""
-        arithmetic = precision["effective"] + emulated if precision else "–"
-        table.add_row(
-            *map(Text, (summary["name"], summary["state"], *(shown(summary, row.key) for row in COLUMNS), arithmetic))
-        )
-    return table
-
-
-def plan_table(rows: Sequence[dict[str, str]]) -> Table:
-    """The runs of a dry run: rows of the same columns."""
-    table = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("run", "precision") else "right", overflow="fold")
+    cells = []
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row.values()))
-    return table
+        got = row.get("precision")
+        arithmetic = f"{got['effective']}{' emulated' if got['emulated'] else ''}" if got else "–"
+        figures = {metric.column: shown(row, metric.key) for metric in COLUMNS}
+        cells.append({"run": row["name"], "state": row["state"], **figures, "precision": arithmetic})
+    return table(cells, title)
 
 
-def _grid(rows: dict[str, str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in rows.items():
-        table.add_row(label, Text(text))
-    return table
+def table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
+    """Rows of the same columns, figures to the right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, column in enumerate(rows[0] if rows else ()):
+        words = number == 0 or column in ("state", "precision", "figure")
+        made.add_column(column, justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row.values()))
+    return made
 
 
 def wants_traces() -> bool:

@@ -9,15 +9,17 @@ import contextlib
 import logging
 import netrc
 import os
+import shlex
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from gpt2exp.config import WandbConfig, WandbMode, first_line
-from gpt2exp.run.metrics import METRICS
+from gpt2exp.run import terminal
+from gpt2exp.run.metrics import METRICS, Summary, from_outside
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""
@@ -35,10 +37,10 @@ KEYS = {
     "tags": ("WANDB_TAGS", "WANDB_RUN_TAGS"),
     "dir": ("WANDB_DIR", "WANDB_ROOT_DIR"),
 }
-"""The variables that give the defaults of the section's keys; of two the first."""
+"""The variables that give the defaults of the section's keys; of two the first that is set."""
 
 IDENTITY = ("run_id", "resume", "resume_from", "fork_from", "sweep_id", "sweep_param_path", "launch")
-"""wandb's settings that say which run of wandb's this is; their variables are WANDB_ and the name."""
+"""wandb's settings that name the wandb run; their variables are WANDB_ and the name."""
 
 FIXED = {
     "WANDB_CONSOLE": "off",
@@ -65,7 +67,7 @@ def defaults() -> dict[str, Any]:
 
 
 def ignored(config: WandbConfig, *, sweep: bool, resumed: bool) -> list[str]:
-    """A line for each of wandb's variables that is set and has no effect, beside those whose key was typed."""
+    """A line for each of wandb's variables that is set and has no effect."""
     lines = []
     there = {name: value for name, value in os.environ.items() if value and name.startswith("WANDB_")}
     mode = there.get("WANDB_MODE", "online")
@@ -91,24 +93,20 @@ def ignored(config: WandbConfig, *, sweep: bool, resumed: bool) -> list[str]:
 
 
 def resolve_mode(config: WandbConfig) -> str:
-    """online, offline or disabled: the configuration's, with `auto` decided by WANDB_MODE, then by credentials."""
+    """online, offline or disabled: by the key; under `auto` by WANDB_MODE, else by whether there are credentials."""
     if config.mode is not WandbMode.auto:
         return str(config.mode.value)
-    return MODES.get(os.environ.get("WANDB_MODE", "")) or ("online" if _has_credentials() else "offline")
-
-
-def _has_credentials() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    if mode := MODES.get(os.environ.get("WANDB_MODE", "")):
+        return mode
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    known = bool(os.environ.get("WANDB_API_KEY"))
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        known = known or netrc.netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
+    return "online" if known else "offline"
 
 
 class Mirror:
-    """One wandb run. It opens in a thread of its own, since wandb mostly waits for another process; no call raises."""
+    """One wandb run, opened in a thread because wandb mostly waits for its own process. No call raises."""
 
     def __init__(
         self, config: WandbConfig, folder: Path, run: dict[str, Any], *, job_type: str | None = None, own: bool = False
@@ -121,10 +119,9 @@ class Mirror:
         if "notes" in run:
             run = run | {"notes": "\n".join(filter(None, (os.environ.get("WANDB_NOTES"), run["notes"])))}
         place = {"project": config.project, "entity": config.entity, "dir": config.dir or str(folder)}
-        self.mode: str = resolve_mode(config)
-        self._run: Any = None
-        self._opening = threading.Thread(target=self._open, args=(place | {"job_type": job_type} | run, own))
-        self._opening.daemon = True
+        self.mode, self._run = resolve_mode(config), cast(Any, None)
+        asked = place | {"job_type": job_type} | run
+        self._opening = threading.Thread(target=self._open, args=(asked, own), daemon=True)
         self._opening.start()
 
     def _open(self, run: dict[str, Any], own: bool) -> None:
@@ -184,6 +181,11 @@ class Mirror:
         except Exception as error:  # nothing of wandb's may reach the training loop
             log.warning("wandb stopped (%s); the local record goes on", first_line(error))
             self._run = None
+            theirs = logging.getLogger("wandb")
+            # wandb closes a run's debug.log only at a finish that succeeds
+            for handler in [one for one in theirs.handlers if isinstance(one, logging.FileHandler)]:
+                theirs.removeHandler(handler)
+                handler.close()
             if isinstance(error, ConnectionError):  # its process died: no traceback at our exit, a new one next time
                 with contextlib.suppress(Exception, SystemExit):
                     import wandb
@@ -207,10 +209,10 @@ def _init(run: dict[str, Any], mode: Any) -> Any:
         disable_git=True,
         save_code=False,
     )
-    # finish_previous: the default would hand a sweep's next job the run before
+    # finish_previous: by default a sweep's next job would get the run before
     opened = wandb.init(mode=mode, reinit="finish_previous", settings=settings, **run)
     opened.define_metric("*", step_metric="tokens", step_sync=True)
-    for metric in METRICS:
+    for metric in (*METRICS, *from_outside(run["config"])):
         if metric.step:
             opened.define_metric(metric.key, step_metric="tokens", step_sync=True, summary=metric.best)
     for name in ("tokens", "step"):
@@ -220,10 +222,10 @@ def _init(run: dict[str, Any], mode: Any) -> Any:
 
 @contextlib.contextmanager
 def _no_identity() -> Iterator[None]:
-    """Inside the block wandb.init begins a new run, whichever the environment names, and not as a part of a sweep."""
+    """Inside the block wandb.init starts a new run, of no wandb sweep, whatever the environment says."""
     import wandb
 
-    # not by wandb.init's arguments: in a sweep of wandb's it passes over them
+    # in a wandb sweep, wandb.init ignores these as arguments
     shared = wandb.setup().settings
     before = {field: getattr(shared, field) for field in IDENTITY}
     for field in IDENTITY:
@@ -241,3 +243,16 @@ def _why(error: Exception) -> str:
     if not callable(wrong):
         return first_line(error)
     return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in wrong())
+
+
+def offline(sweep: Path, rows: Iterable[Summary], comparison: Path | None) -> list[str]:
+    """What is to be uploaded of a sweep's runs and of its comparison, as words for a shell."""
+    place = shlex.quote(terminal.place(sweep.absolute()))
+    found = [f"{place}/{few}" for few in ("*/wandb/offline-run-*", "wandb/offline-run-*") if any(sweep.glob(few))]
+    for row in rows:
+        if elsewhere := row.get("config", {}).get("wandb", {}).get("dir"):
+            pattern = f"wandb/offline-run-*-{row['parts'][-1]['wandb']}"
+            found += map(terminal.pasted, Path(elsewhere).absolute().glob(pattern))
+    if comparison is not None and not comparison.is_relative_to(sweep.absolute()):
+        found.append(terminal.pasted(comparison))
+    return found

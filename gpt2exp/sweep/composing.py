@@ -10,17 +10,21 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
+import itertools
 import json
+import operator
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from importlib import resources
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast
 
 import hydra
 from hydra import initialize_config_module
@@ -28,6 +32,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
@@ -37,26 +42,31 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from gpt2exp import choices
 from gpt2exp.config import (
     CHOICES,
+    TARGET,
     BadRequest,
     RunConfig,
     Section,
-    choices_with,
     explain,
+    group_of,
+    home,
     keys,
+    kind_of,
     leaves,
     parse,
     plain,
+    refuse,
     typed,
 )
 from gpt2exp.files import replacing
-from gpt2exp.run import process, secret, tracking
+from gpt2exp.run import process, record, secret, tracking
 from gpt2exp.sweep import engines
 
 CONF = "gpt2exp.conf"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-SECTIONS = [field.name for field in fields(RunConfig)]
+SECTIONS = [item.name for item in fields(RunConfig)]
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -64,10 +74,14 @@ def register() -> None:
     """Make the schema and the resolvers of conf/ known to Hydra; every process that runs a job calls this."""
     schema = OmegaConf.structured(RunConfig)
     schema.wandb.update(tracking.defaults())
-    for section, choices in CHOICES.items():
-        schema[section] = OmegaConf.structured(get_type_hints(RunConfig)[section])  # any choice can be merged
-        for name, choice in choices.items():
-            ConfigStore.instance().store(f"{name}_schema", group=section, node=choice)
+    for section, ours in CHOICES.items():
+        OmegaConf.update(schema, section, OmegaConf.structured(kind_of(section)), merge=False)  # takes any choice
+        for name, choice in ours.items():
+            node = OmegaConf.structured(choice)
+            OmegaConf.set_struct(node, True)
+            ConfigStore.instance().store(f"{name}_schema", group=group_of(section), node=node)
+    for section in choices.LEADING:  # one from outside has keys that nobody knows before its code is loaded
+        OmegaConf.set_struct(OmegaConf.select(schema, section), False)
     ConfigStore.instance().store("schema", node=schema)
     # two launches in the same second get two folders
     resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
@@ -77,50 +91,79 @@ def register() -> None:
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """A command line as Hydra parses it; BadRequest for a flag that is none."""
-    return process.strict(get_args_parser(), "gpt2exp").parse_args(argv)
+    parser = process.strict(get_args_parser(), "gpt2exp")
+    parser.add_argument("--trust", action="store_true", help="run the code that the folder gone on with names")
+    return parser.parse_args([_located(word) for word in argv])
 
 
-@dataclass
-class Composed:
-    """One job as composed: checked, and as its `.hydra` is to hold it, interpolations as they stand."""
+def _located(word: str) -> str:
+    """A folder given as Hydra names an installed package's, such as pkg://gpt2exp.examples, by its path."""
+    found = re.fullmatch(r"(--config-dir=)?pkg://(gpt2exp\.\w+)", word)
+    package = importlib.util.find_spec(found[2]) if found else None
+    return f"{found[1] or ''}{Path(package.origin).parent}" if found and package and package.origin else word
 
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a request."""
+
+    overrides: tuple[str, ...]
     config: RunConfig
-    own: dict[str, Any]
-    hydra: dict[str, Any]
-    place: str = ""
-    """Its folder below the sweep's, where the user said so."""
+    own: dict[str, Any] | None = None
+    """Its configuration as its folder's `.hydra` is to hold it, interpolations as they stand; None: as it holds it."""
+    hydra: dict[str, Any] = field(default_factory=dict)
+    """Hydra's section of it; empty: as the folder holds it."""
+    folder: str = ""
+    """Its name in the sweep's folder; empty for a run alone, and where a sweeper makes up the jobs as it goes."""
+    done: bool = False
+    """An earlier launch came to its end: it is kept and not run again."""
 
 
 class Composer:
     """Hydra's loader over the packaged configuration and `--config-dir`."""
 
-    def __init__(self, path: Any, name: str) -> None:
-        self.loader, self.name = ConfigLoaderImpl(path), name
+    def __init__(self, path: Any, name: str, folder: Path | None = None) -> None:
+        self.loader, self.name, self.folder = ConfigLoaderImpl(path), name, folder
+
+    def may_have(self, key: str) -> bool:
+        """Whether a key may be one that a choice has by the code that its file names, beside its section's."""
+        section, _, name = key.rpartition(".")
+        known = section in choices.LEADING and kind_of(section).__dataclass_fields__
+        if not known or name in known:
+            return False
+        places = [Path(str(resources.files(CONF))), *([self.folder] if self.folder else [])]
+        files = itertools.chain.from_iterable((place / group_of(section)).glob("*.yaml") for place in places)
+        return any(TARGET.encode() in path.read_bytes() for path in files)
 
     def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
         """The configuration of a command line; keys with several values are left as they are."""
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-        return self.loader.load_configuration(self.name, list(texts), run_mode=mode, validate_sweep_overrides=False)
 
-    def jobs(self, master: DictConfig, jobs: Sequence[Sequence[str]]) -> Iterator[Composed]:
+        def load(texts: list[str]) -> DictConfig:
+            return self.loader.load_configuration(self.name, texts, run_mode=mode, validate_sweep_overrides=False)
+
+        return self._with_schedule(load, texts)
+
+    def _with_schedule(self, load: Callable[[list[str]], DictConfig], texts: Sequence[str]) -> DictConfig:
+        """A configuration with the file of the group `schedule` that its `optimizer.schedule` names, if any."""
+        composed = load(list(texts))
+        named = composed.optimizer.schedule
+        known = [] if "${" in named else self.loader.get_group_options("schedule")
+        return load([*texts, f"schedule={named}"]) if named in known else composed
+
+    def jobs(self, master: DictConfig, jobs: Iterable[Sequence[str]]) -> Iterator[Job]:
         """The jobs of a sweep by their overrides, at most one for a key."""
         read = functools.cache(OverridesParser.create().parse_override)
-        own_folders = (
-            as_plain(master.hydra.sweep)["subdir"] != "."
-        )  # by interpolation of what only Hydra knows of a job
-        simple, bases = set[str]() if own_folders else set(keys()), dict[tuple[str, ...], _Base]()
-        for number, texts in enumerate(jobs):
+        files = {"optimizer.schedule"} if self.loader.get_group_options("schedule") else set[str]()
+        simple, bases = set(keys()) - files, dict[tuple[str, ...], _Base]()
+        load = functools.partial(self.loader.load_sweep_config, master)
+        for texts in jobs:
             overrides = [read(text) for text in texts]
             values = {one.key_or_group: one.value() for one in overrides if _is_plain(one, simple)}
             shape = *values, *(text for text, one in zip(texts, overrides, strict=True) if not _is_plain(one, simple))
-            if own_folders or shape not in bases:
-                composed = self.loader.load_sweep_config(master, list(texts))
-                with open_dict(composed):
-                    composed.hydra.job.num = number
-                bases[shape] = _Base(composed, values)
-            job = bases[shape].job(overrides, values)
-            job.place = str(composed.hydra.sweep.subdir) if own_folders else ""
-            yield job
+            if shape not in bases:
+                bases[shape] = _Base(identified(self._with_schedule(load, texts)), values)
+            yield bases[shape].job(overrides, values)
 
 
 def _is_plain(override: Override, simple: set[str]) -> bool:
@@ -137,21 +180,36 @@ class _Base:
         # the rest goes by the overrides of the one job, and out with Hydra 1.4
         self.hydra["job"] = {key: self.hydra["job"][key] for key in ("name", "chdir", "env_set", "env_copy")}
         self.own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        self.following = [key for key, value in leaves(as_plain(self.own)).items() if "${" in str(value)]
+        own = as_plain(self.own)
+        self.outside = bool(choices.found_in(own))
+        """Whether it has a choice from outside: then `own` has no types, but `config` has."""
+        self.following = [key for key, value in leaves(own).items() if "${" in str(value)]
         """Keys whose value is that of another key."""
 
-    def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Composed:
+    def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Job:
         """The job with these values, which are of the keys that the base was told."""
         changed = {key: value for key, value in values.items() if repr(value) != repr(self.values[key])}
         for key, value in changed.items():
-            OmegaConf.update(self.own, key, value, merge=True)
+            OmegaConf.update(self.own, key, _of_type(self.config, key, value) if self.outside else value, merge=True)
         self.values = values
         live = {key: _value(self.own, key) for key in (*changed, *self.following)}
         secret.check_values(live)
         self.config = with_values(self.config, live)
-        own = [override for override in overrides if not override.is_hydra_override()]
-        told = self.hydra["overrides"] | {"task": [override.input_line for override in own]}
-        return Composed(self.config, as_plain(self.own), self.hydra | {"overrides": told})
+        told = [str(override.input_line) for override in overrides if not override.is_hydra_override()]
+        settings = self.hydra | {"overrides": self.hydra["overrides"] | {"task": told}}
+        return Job(tuple(told), self.config, as_plain(self.own), settings)
+
+
+def _of_type(config: RunConfig, key: str, value: object) -> Any:
+    """A value as the section that has its key holds it: 1 as 1.0 where that is a number."""
+    *sections, name = key.split(".")
+    node = schema_of(type(functools.reduce(getattr, sections, config)))
+    OmegaConf.update(node, name, value)
+    return _value(node, name)
+
+
+schema_of: Callable[[Any], Any] = functools.cache(OmegaConf.structured)
+"""A section's class as OmegaConf checks values against it; which values the one node holds does not matter."""
 
 
 def _value(tree: DictConfig, key: str) -> Any:
@@ -170,9 +228,33 @@ def with_values(section: SectionT, values: dict[str, Any]) -> SectionT:
 
 def checked(composed: DictConfig) -> RunConfig:
     """The configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
-    parsed = parse({str(key): composed._get_node(key) for key in composed if key != "hydra"})
+    own = {str(key): composed._get_node(key) for key in composed if key != "hydra"}
+    if outside := choices.found_in(as_plain(OmegaConf.masked_copy(composed, list(own)))):
+        choices.admit(outside)
+    parsed = parse(own)
     secret.check_values(plain(parsed))
     return parsed
+
+
+def identified(composed: DictConfig) -> DictConfig:
+    """A composed configuration in which every choice from outside has its file's name, and its code's place and sha256.
+
+    With such a choice the sections have no types any more; `checked` gives each its own.
+    """
+    own = as_plain(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+    outside = choices.found_in(own)
+    if not outside:
+        return composed
+    made = composed.hydra.runtime.choices
+    for section, values in outside.items():
+        *above, last = section.split(".")
+        name = str(made.get(group_of(section)))
+        functools.reduce(operator.getitem, above, own)[last] = {**values, **choices.describe(section, values, name)}
+    result = OmegaConf.create(own)
+    OmegaConf.copy_cache(from_config=composed, to_config=result)
+    result.hydra = composed.hydra
+    OmegaConf.set_struct(result, True)
+    return result
 
 
 def as_plain(composed: Any) -> dict[str, Any]:
@@ -185,34 +267,27 @@ def is_hydra(key: str) -> bool:
     return re.split(r"[./]", key.lstrip("+~"), maxsplit=1)[0] == "hydra"
 
 
-def task(texts: Sequence[str]) -> list[str]:
-    """The overrides that are not Hydra's own."""
-    return [text for text in texts if not is_hydra(text.partition("=")[0])]
-
-
 @contextlib.contextmanager
 def composing(args: argparse.Namespace) -> Iterator[Composer]:
     """Errors of Hydra's inside the block become a `BadRequest`."""
     _check_flags(args)
     register()  # the environment may have changed since
-    if args.config_dir and not Path(args.config_dir).is_dir():
-        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
+    folder = config_folder(args)
     try:
         # Hydra 1.3 takes a missing version_base for 1.1's ways; 1.4 wants it gone: then delete it here and in hand_over
         with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
             path = create_config_search_path(f"pkg://{CONF}")
-            if args.config_dir:  # as Hydra's main does, after ours, so that its groups add choices
-                path.prepend("command-line", f"file://{Path(args.config_dir).absolute()}", anchor="schema")
-            yield Composer(path, args.config_name or "config")
+            if folder:  # as Hydra's main does, after ours, so that its groups add choices
+                path.prepend("command-line", f"file://{folder}", anchor="schema")
+            yield Composer(path, args.config_name or "config", folder)
     except (HydraException, OmegaConfBaseException) as error:
         choice = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
         if remedy := engines.missing(choice or ""):
             raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
         text = explain(error)
-        key = (re.match(r"Could not override '([\w.]+)'", text) or ["", ""])[1]
-        if names := choices_with(key):
-            why = f"a key of {key.partition('.')[0]}={' and '.join(names)} alone"
-            raise BadRequest(f"{key}: {why}; leave it out, or make that choice") from error
+        unknown = re.match(r"Could not override '([\w.]+)'.*=(\S*)", text)
+        if unknown and not is_hydra(unknown[1]):
+            refuse(unknown[1], unknown[2])
         found = re.match(r"In '((\w+)/[^']+)': .*Key '(\w+)' not in '\w+'", text)
         if found and found[3] in ("hydra", found[2], *SECTIONS):
             why = f"its keys land in {found[2]}, which has no {found[3]}"
@@ -224,37 +299,45 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
         raise BadRequest(f"{where}: {why}; mend that file: it must be plain YAML in UTF-8") from error
 
 
+def config_folder(args: argparse.Namespace) -> Path | None:
+    """The folder of `--config-dir`, if there is one."""
+    if not args.config_dir:
+        return None
+    folder = Path(home(args.config_dir)).absolute()
+    if not folder.is_dir():
+        raise BadRequest(f"--config-dir {args.config_dir}: no such folder; name a folder of YAML files")
+    return folder
+
+
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags of Hydra's that cannot be carried out here, or not together."""
-    if args.experimental_rerun:
-        raise BadRequest("--experimental-rerun: reads a pickle, which can run any code; repeat the run's overrides")
-    if args.config_path:
-        raise BadRequest(f"--config-path {args.config_path}: hides the shipped groups; add yours with --config-dir")
     modes = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
     asked = [flag for flag, given in modes.items() if given]
-    if len(asked) > 1:
-        raise BadRequest(f"{' '.join(asked)}: cannot be asked for together; leave out all but one")
-    for flag, given in (("--package", args.package), ("--resolve", args.resolve)):
-        if given and not args.cfg:
-            raise BadRequest(f"{flag}: shapes what --cfg prints; add --cfg job")
+    shaping = [flag for flag, given in {"--package": args.package, "--resolve": args.resolve}.items() if given]
+    for refused, why in (
+        (args.experimental_rerun, "--experimental-rerun: reads a pickle, which can run any code; repeat the overrides"),
+        (args.config_path, f"--config-path {args.config_path}: hides the shipped groups; add yours with --config-dir"),
+        (len(asked) > 1, f"{' '.join(asked)}: cannot be asked for together; leave out all but one"),
+        (shaping and not args.cfg, f"{' '.join(shaping)}: shapes what --cfg prints; add --cfg job"),
+    ):
+        if refused:
+            raise BadRequest(why)
 
 
 # --- a run's .hydra --------------------------------------------------------------------------------------------------
 
 
-def describe(
-    folder: Path, own: dict[str, Any], overrides: Sequence[str], settings: dict[str, Any], place: Path | None = None
-) -> None:
-    """Write a run's `.hydra` as Hydra would, but each file whole, and last the one that makes a folder a run's.
+def describe(folder: Path, job: Job, place: Path | None = None) -> None:
+    """Write a job's `.hydra` as Hydra would, but each file whole, and last the one that makes a folder a run's.
 
-    `own` and `settings` are the configuration and Hydra's section of it; without `settings` that file stays as it is.
-    `place`: where the folder will lie, if not where it is.
+    `place`: where the folder will lie, if not where it is. A job whose folder holds what it is to hold stays as it is.
     """
-    if settings:
-        settings = settings | {"runtime": settings["runtime"] | {"output_dir": str((place or folder).absolute())}}
-    texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(settings), '  ')}"} if settings else {}
-    texts["overrides.yaml"] = OmegaConf.to_yaml(OmegaConf.create(list(overrides)))
-    texts["config.yaml"] = _yaml(own)
+    if job.own is None:
+        return
+    texts = {"overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(list(job.overrides))), "config.yaml": _yaml(job.own)}
+    if job.hydra:
+        here = job.hydra["runtime"] | {"output_dir": str((place or folder).absolute())}
+        texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(job.hydra | {'runtime': here}), '  ')}"} | texts
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         with replacing(folder / ".hydra" / name) as part:
@@ -273,24 +356,46 @@ def _section(text: str) -> str:  # most sections are alike in all jobs of a swee
 # --- what Hydra still runs -------------------------------------------------------------------------------------------
 
 
-class _Folders:
-    """Stands in for Hydra's loader in a launcher: a job is its folder, which holds all of its configuration."""
+class _Listed:
+    """Stands in for Hydra's loader in a launcher: what makes a job is in its text, for `work` to read."""
 
     def load_sweep_config(self, master: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         config = copy.deepcopy(master)
-        config.hydra.sweep.subdir = sweep_overrides[0]
+        with open_dict(config):
+            config[JOB] = sweep_overrides[0].encode()  # bytes: nothing in them is an interpolation
         return config
 
 
-def launch(master: DictConfig, folder: Path, names: Sequence[str], work: Callable[[DictConfig], Any]) -> None:
-    """Have the launcher that `master` names call `work` for every job's folder in the sweep's folder."""
+JOB = "gpt2exp_job"
+"""Under which key."""
+
+
+def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable[[DictConfig], Any]) -> None:
+    """Have the launcher that `master` names call `work` for every job of the sweep in the folder."""
     with open_dict(master):
         master.hydra.sweep.dir = str(folder.absolute())  # a worker may start elsewhere
-        master.hydra.output_subdir = None  # the folders hold theirs already
-    context = HydraContext(_Folders(), Callbacks())  # type: ignore[arg-type]
+        master.hydra.output_subdir = None  # what a folder's `.hydra` holds is ours to write
+    context = HydraContext(_Listed(), Callbacks())  # type: ignore[arg-type]
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=master)
-    for done in launcher.launch([[name] for name in names], initial_job_idx=0):
+    told = [{"overrides": job.overrides, "own": job.own, "hydra": job.hydra, "folder": job.folder} for job in jobs]
+    for done in launcher.launch([[json.dumps(job)] for job in told], initial_job_idx=0):
         done.return_value  # noqa: B018 - raises what ended the job
+
+
+def handed(cfg: DictConfig, sweep: Path) -> Job:
+    """The job that a launcher or a sweeper calls `work` for; one that a sweeper made up has no folder yet."""
+    choices.trust()  # as the command that launched the sweep found
+    if JOB in cfg:
+        told = json.loads(cfg[JOB])
+        if told["own"] is not None:
+            choices.admit(told["own"])
+        config = record.asked(sweep / told["folder"])[0] if told["own"] is None else parse(told["own"])
+        return Job(config=config, **told | {"overrides": tuple(told["overrides"])})
+    if known := record.Sweep.read(sweep):
+        mine = arguments(known.argv).config_dir
+        choices.allow(Path(known.cwd, mine) if mine else None, known.cwd)
+    composed, settings = identified(cfg), as_plain(HydraConfig.instance().cfg)["hydra"]
+    return Job(tuple(HydraConfig.get().overrides.task), checked(composed), as_plain(composed), settings)
 
 
 def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Path | None = None) -> None:
@@ -300,7 +405,7 @@ def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Pat
     """
     pins = [] if sweep is None else [typed("hydra.sweep.dir", sweep.absolute()), "hydra.output_subdir=null"]
     before, had = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv[1:], os.environ["HYDRA_FULL_ERROR"] = [*argv, *pins], "1"
+    sys.argv[1:], os.environ["HYDRA_FULL_ERROR"] = [*map(_located, argv), *pins], "1"
     try:
         hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(work)()
     finally:

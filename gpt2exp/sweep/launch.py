@@ -11,13 +11,12 @@ import gc
 import itertools
 import json
 import logging
-import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,28 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
 from omegaconf import DictConfig
 
-from gpt2exp.config import BadRequest, DeviceName, Distributed, Fallback, PrecisionName, first_line, plain
+from gpt2exp import choices
+from gpt2exp.config import (
+    BadRequest,
+    DeviceName,
+    Distributed,
+    Fallback,
+    PrecisionName,
+    first_line,
+    home,
+    plain,
+    require,
+)
 from gpt2exp.data import tokens
+from gpt2exp.model import size
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
-from gpt2exp.run.job import BEGAN, _check_same_text, _follow, run
+from gpt2exp.run.job import BEGAN, check_same_text, follow, run
+from gpt2exp.run.metrics import TAKEN
 from gpt2exp.sweep import composing, engines, help, resume
-from gpt2exp.sweep.request import Job, Request, as_meant, claimed, make, numbered
-from gpt2exp.training import distributed, setup
+from gpt2exp.sweep.composing import Job
+from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered
+from gpt2exp.training import distributed, outside, setup
 
 FEW = 12
 """Runs of a sweep that its closing table still shows one by one."""
@@ -58,16 +71,27 @@ def unwritable(error: OSError) -> str:
     return f"{processes.unwritable(error)}: hydra.run.dir=FOLDER, or hydra.sweep.dir for a sweep"
 
 
-def _understand(argv: list[str]) -> int:
+def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """A command line as Hydra parses it, and its words as they were meant; `BadRequest` if one holds a credential.
+
+    From here on code from outside may run as the command line says, and `--trust` is none of its words.
+    """
     secret.check_typed(argv)
-    argv = [as_meant(word) for word in argv]
-    args = composing.arguments(argv)
+    words = [as_meant(word) for word in argv]
+    args = composing.arguments(words)
+    choices.allow(composing.config_folder(args), Path.cwd())
+    choices.trust(args.trust)
+    return args, [word for word in words if word != "--trust"]
+
+
+def _understand(argv: list[str]) -> int:
+    args, argv = parsed(argv)
     if args.help:
-        terminal.terminal().print(help.text(), markup=False)
+        terminal.terminal().print(help.text(composing.config_folder(args)), markup=False)
         return 0
     with distributed.process_group():
         if not distributed.is_main():
-            return _follow()
+            return follow()
         try:
             return _carry_out(args, argv)
         finally:
@@ -79,20 +103,35 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         composing.hand_over(argv, work)
         return 0
     request = resume.make(args) or make(args)
+    flags = [word for word in argv if word not in args.overrides]
+    with contextlib.chdir(request.cwd) if request.cwd is not None else contextlib.nullcontext():
+        if args.cfg or args.info:
+            composing.hand_over([*flags, *request.argv] if request.resumed else argv, work)
+            return 0
+        return carry_out(request, argv, BEGAN)
+
+
+def carry_out(request: Request, argv: list[str], began: float) -> int:
+    """Prepare the jobs to do, write their folders and run them; the exit code: 0 all done, 1 one is not.
+
+    `argv` is what a sweep's folder records; `began`: `time.monotonic()` from which the first job's start-up counts.
+
+    Raises:
+        BadRequest: the request does not fit the text, the weights or this machine. Nothing is written.
+        KeyboardInterrupt: a signal stopped it; the runs that had begun are saved.
+    """
     if request.multirun and distributed.world_size() > 1:
         why = "under torchrun every job would share out its batch over the same processes"
         remedy = "start sweeps as gpt2exp -m ..., a device a job by hydra/launcher, or torchrun for one run at a time"
         raise BadRequest(f"a sweep: {why}; {remedy}")
-    flags = [word for word in argv if word not in args.overrides]
-    if request.cwd is not None:
-        os.chdir(request.cwd)
-    if args.cfg or args.info:
-        composing.hand_over([*flags, *request.argv] if request.resumed else argv, work)
-        return 0
-    to_do = [job for job in request.jobs if not job.done]
+    to_do = request.to_do
     _make_ready(request, to_do)
+    for place in {job.config.sweep.prior: None for job in to_do if job.config.sweep.prior}:
+        _show_prior(Path(home(place)), to_do[0].config.sweep.looks)
     if any(job.config.dry_run for job in request.jobs):
-        _show_dry(to_do)
+        _show_dry([job for job in to_do if not request.looks or job.config.seed == to_do[0].config.seed])
+        if request.looks:
+            terminal.terminal().print(f"the runs of one seed, of {request.rule['max_seeds']} at most", markup=False)
         return 0
     for note in _notes(request, to_do):
         terminal.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
@@ -102,36 +141,41 @@ def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
         if request.launcher is not None and to_do:
             engine.enter_context(engines.running(request.launcher, request.folder))
         with claimed(request, argv):
-            if to_do:
-                _launch(request, to_do, argv)
+            needless = _needless(request.folder)
+            if to_do := [job for job in to_do if job.config.seed not in needless]:
+                _launch(request, to_do, argv, began)
             engine.close()
             return _outcome(request)
 
 
 def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
     yield from request.notes
+    if request.looks and request.rule["margin"] is None:
+        why = f"an axis without a difference takes all {request.rule['max_seeds']} seeds"
+        yield f"without sweep.margin no axis can be called indistinguishable: {why}"
     ignored = (tracking.ignored(job.config.wandb, sweep=request.multirun, resumed=request.resumed) for job in to_do)
     yield from dict.fromkeys(itertools.chain.from_iterable(ignored))
     if distributed.world_size() == 1 and any(job.config.distributed is Distributed.fsdp for job in to_do):
         yield "distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun"
 
 
-def _launch(request: Request, to_do: list[Job], argv: list[str]) -> None:
+def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -> None:
     """Run what is to do: a run alone, the jobs of a sweep one by one, or by the launcher or the sweeper it names."""
     if request.master is None:
-        composed = to_do[0].composed
-        with env_override(composed.hydra.get("job", {}).get("env_set", {}) if composed else {}):
-            run(request.folder)
+        with env_override(to_do[0].hydra.get("job", {}).get("env_set", {})):
+            run(request.folder, began)
         return
     try:
         if not request.names:
             composing.hand_over(argv, work, request.folder)
         elif not request.local:
-            composing.launch(request.master, request.folder, [job.folder for job in to_do], work)
+            composing.launch(request.master, request.folder, to_do, work)
         else:
+            needless = set[int]()
             with env_override(request.master.hydra.job.env_set):
-                for number, job in enumerate(to_do):
-                    _work(request.folder / job.folder, request.folder, BEGAN if number == 0 else time.monotonic())
+                for job in to_do:
+                    if job.config.seed not in needless:
+                        needless = _work(job, request.folder, began if job is to_do[0] else time.monotonic())
     except KeyboardInterrupt:
         _say_how_to_go_on(request)
         raise
@@ -147,7 +191,8 @@ def _say_how_to_go_on(request: Request) -> None:
         text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
         terminal.terminal().print(text, markup=False)
     if request.names:
-        line = f"to go on: {terminal.to_go_on(request.folder.absolute())}"
+        configs = [job.config for job in request.jobs]
+        line = f"to go on: {terminal.to_go_on(request.folder.absolute(), *configs)}"
         terminal.terminal().print(line, markup=False, soft_wrap=True)
 
 
@@ -162,13 +207,17 @@ def _make_ready(request: Request, to_do: list[Job]) -> None:
         if text not in sources:
             sources[text] = tokens.prepare(config.data)
         setup.check_text(setup.smallest(config), sources[text])
+        name = config.metric.name
+        free = not name or (name.isidentifier() and name not in TAKEN)
+        require(free, "metric", name, "is recorded under its name, which must be a word of its own", "rename its file")
+        outside.try_out(config)
         weights = config.init, config.model
         # what goes on has its weights in a checkpoint
         if weights not in checked and not record.saved(request.folder / job.folder):
             setup.check_weights(config.init, config.model)
             checked.append(weights)
         if request.resumed:
-            _check_same_text(config, sources[text], record.text_of(request.folder / job.folder))
+            check_same_text(config, sources[text], record.text_of(request.folder / job.folder))
         named = config.train.device not in (DeviceName.auto, DeviceName.cpu)
         strict = config.precision.name is PrecisionName.tf32 and config.precision.fallback is Fallback.error
         if request.local and (named or strict):
@@ -176,6 +225,16 @@ def _make_ready(request: Request, to_do: list[Job]) -> None:
 
             with precision.applied(config.precision, hardware.resolve_device(config.train.device)):
                 pass
+
+
+def _show_prior(earlier: Path, looks: Sequence[int]) -> None:
+    """What numbers of seeds can tell, by an earlier sweep."""
+    from gpt2exp.compare import stopping
+
+    table = stopping.prior(earlier, looks)
+    text = "differences in nats that so many seeds tell from zero in four of five studies, by the std of the"
+    text += f" differences in {terminal.short(earlier.absolute())} (in brackets by its upper 80 % limit)"
+    terminal.terminal().print(text, terminal.table(table), markup=False)
 
 
 def _show_dry(to_do: list[Job]) -> None:
@@ -190,24 +249,19 @@ def _show_dry(to_do: list[Job]) -> None:
         shape = f"{shape} {length} {job.config.optimizer.name}"
         known[shape] = known.get(shape) or _dry_row(job)
         rows.append({"run": " ".join(job.overrides) or "defaults", **known[shape]})
-    terminal.terminal().print(terminal.plan_table(rows))
+    terminal.terminal().print(terminal.table(rows))
 
 
 def _dry_row(job: Job) -> dict[str, str]:
-    from gpt2exp.training import hardware, precision
-
-    config = job.config
-    device, length = hardware.resolve_device(config.train.device), config.optimizer.schedule_steps
-    with precision.applied(config.precision, device) as got:
-        source = tokens.prepare(config.data)
-        config, need = setup.settled(config, device, setup.Hardware.of(device, got), source)
+    with setup.ready(job.config) as ready:
+        config, got, length = ready.config, ready.got, ready.config.optimizer.schedule_steps
     return {
-        "parameters": f"{config.model.parameters['total']:,}",
+        "parameters": f"{size.parameters(config.model)['total']:,}",
         "batch": f"{config.train.sequences} x {config.train.seq_len}",
         "steps": f"{config.train.steps:,}" + (f" (schedule {length:,})" if length else ""),
         "tokens": f"{config.train.steps * config.train.step_tokens:,}",
-        "memory GiB": f"{need / 2**30:.2f}",
-        "precision": f"{got.requested}: {got.effective}{' emulated' if got.emulated else ''} on {device.type}",
+        "memory GiB": f"{ready.need / 2**30:.2f}",
+        "precision": f"{got.requested}: {got.effective}{' emulated' if got.emulated else ''} on {ready.device.type}",
     }
 
 
@@ -218,40 +272,65 @@ def work(cfg: DictConfig) -> float:
     """
     terminal.show_warnings()
     hydra = HydraConfig.get()
-    folder = sweep = Path(hydra.runtime.output_dir)
-    known = record.Sweep.read(folder)
-    if known is None:
-        sweep = record.sweep_of(folder) or folder.parent
-    else:  # its sweeper made it up
-        told = list(hydra.overrides.task)
-        folder = sweep / numbered(hydra.job.num, ",".join(sorted(text for text in told if text not in known.jobs[0])))
-        settings = composing.as_plain(HydraConfig.instance().cfg)["hydra"]
-        composing.describe(folder, composing.as_plain(cfg), told, settings)
-    engines.enter(str(hydra.launcher._target_), sweep, record.asked(folder)[0].train.device)
-    _work(folder, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
-    return record.objective(folder)
+    sweep = Path(hydra.runtime.output_dir)
+    job = composing.handed(cfg, sweep)
+    if not job.folder:  # its sweeper made it up
+        known = record.Sweep.read(sweep)
+        told = sorted(set(job.overrides) - set(known.jobs[0] if known else ()))
+        job = replace(job, folder=numbered(hydra.job.num, ",".join(told)))
+    engines.enter(str(hydra.launcher._target_), sweep, job.config.train.device)
+    if job.config.seed not in _needless(sweep):
+        _work(job, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
+    return record.objective(sweep / job.folder)
 
 
-def _work(folder: Path, sweep: Path, began: float) -> None:
-    """Run one folder of a sweep, if that is to do; every outcome is recorded, and only a signal is raised."""
-    choices = record.asked(folder)[0].sweep
+def _work(job: Job, sweep: Path, began: float) -> set[int]:
+    """Run one job of a sweep, if that is to do; every outcome is recorded, and only a signal is raised.
+
+    Returns the seeds of which no run is to begin any more.
+    """
+    folder = sweep / job.folder
     done = record.row(folder, sweep)["state"] in ("done", "diverged")  # in an earlier launch
-    if done or (choices.fail_fast and _failed_before(sweep)):
-        return
+    if done or (job.config.sweep.fail_fast and _failed_before(sweep)):
+        return set()
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        composing.describe(folder, job)
     try:
-        if choices.isolate and not processes.requeued_by():  # submitit gives a job its own process already
+        if job.config.sweep.isolate and not processes.requeued_by():  # submitit gives a job its own process already
             _in_own_process(folder)
-            return
-        with processes.held(folder):
-            run(folder, began)
+        else:
+            with processes.held(folder):
+                run(folder, began)
     except BadRequest as error:  # someone goes on with this job alone
         log.warning("%s", error)
     except OSError as error:  # the folder says as much as it could
         log.error("%s", unwritable(error))
+    return _needless(sweep, job.config.seed)
+
+
+def _needless(sweep: Path, ended: int | None = None) -> set[int]:
+    """The seeds of which a sweep that runs until it is answered begins no run any more; of any other none.
+
+    `ended`: the seed of a run that has ended. Once all of that seed's have, people see what the seeds say.
+    """
+    known = record.Sweep.read(sweep)
+    if known is None or not known.looks:
+        return set()
+    from gpt2exp.compare import stopping
+
+    of = [record.read_status(sweep / name)["state"] for name in known.by_seed.get(ended or 0, [])]
+    if ended is not None and not {*of} <= {*stopping.ENDED}:
+        return set()
+    stand = stopping.stand(sweep)
+    for line in stand.lines(known.rule["max_seeds"]) if ended is not None else ():
+        terminal.terminal().print(line, markup=False, soft_wrap=True)
+    begun = {path.parent.name for path in sweep.glob("*/status.json")}
+    return {seed for seed, names in known.by_seed.items() if not begun & {*names}} if stand.why else set()
 
 
 def _alone(folder: Path) -> int:
     """The run of a folder, in this process: 0 done, 1 not, 2 another process has it, 130 or 143 interrupted."""
+    choices.trust()  # as the command that made the folder found
     with processes.held(folder):
         return 0 if run(folder)["state"] == "done" else 1
 
@@ -291,24 +370,18 @@ def _outcome(request: Request) -> int:
     done, jobs = sum(row["state"] == "done" for row in rows), len(request.names) or len(rows)
     if request.multirun:
         from gpt2exp.compare import __main__ as conclude
+        from gpt2exp.compare import stopping
 
-        console, place = terminal.terminal(), terminal.short(request.folder.absolute())
-        title = f"{done} of {jobs} runs done in {place}"
+        if request.looks and stopping.stand(request.folder).why:
+            jobs = len(rows)  # those of later seeds are not needed
+        console = terminal.terminal()
+        title = f"{done} of {jobs} runs done in {terminal.short(request.folder.absolute())}"
         console.print(terminal.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
         kept = conclude.conclude(request.folder, console)
         for row in rows:
             if row["state"] != "done":
-                terminal.refuse(f"{row['name']}: {row['state']}{': ' if row['error'] else ''}{row['error'] or ''}")
-        offline = ("*/wandb/offline-run-*", "wandb/offline-run-*")  # of the jobs, of the comparison
-        place = shlex.quote(terminal.place(request.folder.absolute()))
-        found = [f"{place}/{pattern}" for pattern in offline if any(request.folder.glob(pattern))]
-        for row in rows:
-            if elsewhere := row.get("config", {}).get("wandb", {}).get("dir"):
-                pattern = f"wandb/offline-run-*-{row['parts'][-1]['wandb']}"
-                found += map(terminal.pasted, Path(elsewhere).absolute().glob(pattern))
-        if kept is not None and not kept.is_relative_to(request.folder.absolute()):
-            found.append(terminal.pasted(kept))
-        if found:
+                terminal.refuse(f"{row['name']}: {terminal.state_line(row)}")
+        if found := tracking.offline(request.folder, rows, kept):
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
     return 0 if rows and done == max(jobs, len(rows)) else 1
 

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -39,45 +40,35 @@ from gpt2exp.config import (
     BadRequest,
     InitConfig,
     InitScheme,
-    RunConfig,
     check_key,
     default_of,
+    group_of,
     home,
+    is_housekeeping,
     keys,
     owner,
+    parse,
     quoted,
     require,
     show,
 )
 from gpt2exp.files import beside
+from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
 from gpt2exp.sweep import engines
 from gpt2exp.sweep.composing import (
     BASIC_SWEEPER,
     SECTIONS,
-    Composed,
     Composer,
+    Job,
     as_plain,
     checked,
     composing,
     describe,
+    identified,
     is_hydra,
-    task,
+    schema_of,
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a request."""
-
-    overrides: tuple[str, ...]
-    config: RunConfig
-    folder: str = ""
-    """Its name in the sweep's folder; empty for a run alone, and where a sweeper makes up the jobs as it goes."""
-    done: bool = False
-    """An earlier launch came to its end: it is kept and not run again."""
-    composed: Composed | None = None
-    """What its folder's `.hydra` is to hold; None: what it holds."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +88,29 @@ class Request:
     """Where the relative paths of the configuration start, if not here."""
     notes: tuple[str, ...] = ()
     """What the user should know before it begins."""
+    looks: tuple[int, ...] = ()
+    """Numbers of seeds at which a sweep that runs until it is answered looks; empty for any other."""
 
     @property
     def names(self) -> list[str]:
         """The folders of a sweep's jobs, by number; empty where a sweeper makes up the jobs as it goes."""
         return [job.folder for job in self.jobs if job.folder]
+
+    @property
+    def to_do(self) -> list[Job]:
+        """The jobs that are not done, in the order in which they run.
+
+        All of a seed before the next seed's. Within a seed the order is drawn by the seed, so that a machine that
+        becomes slower or warmer favours no arm.
+        """
+        seeds = list(dict.fromkeys(job.config.seed for job in self.jobs))
+
+        def place(job: Job) -> tuple[int, str]:
+            arms = sorted(text for text in job.overrides if not text.startswith("seed="))
+            drawn = hashlib.sha256(f"{job.config.seed} {arms}".encode()).hexdigest()
+            return seeds.index(job.config.seed), drawn if len(seeds) > 1 else ""
+
+        return sorted((job for job in self.jobs if not job.done), key=place)
 
     @property
     def launcher(self) -> DictConfig | None:
@@ -113,6 +122,16 @@ class Request:
         """Whether the jobs run in this process, one after another."""
         return self.launcher is None or self.launcher._target_ == engines.BASIC
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        """By what a sweep that runs until it is answered ends, besides its looks; of any other nothing."""
+        if not self.looks:
+            return {}
+        settings = self.jobs[-1].config.sweep
+        axes = {key: values for key, values in arms(self.jobs).items() if len(values) > 1 and key != "seed"}
+        most = max(settings.looks)
+        return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
+
 
 def make(args: argparse.Namespace) -> Request:
     """The request behind Hydra's parsed command line.
@@ -121,13 +140,13 @@ def make(args: argparse.Namespace) -> Request:
         BadRequest: anything in it that cannot be carried out.
     """
     with composing(args) as composer:
-        for override in read(composer, args.overrides):
-            check(composer, override)
-        return compose(composer, args.overrides, multirun=args.multirun)
+        return compose(composer, read(composer, args.overrides), multirun=args.multirun)
 
 
+LOGGING = ("hydra.verbose", "hydra/job_logging")
+"""Hydra's settings that have an effect in the workers of a launcher alone."""
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
-PLACES = ("data.path", "init.path", "resume", "wandb.dir")
+PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
 ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
 
 
@@ -170,7 +189,7 @@ def as_meant(text: str) -> str:
 
 
 def read(composer: Composer, texts: Sequence[str]) -> list[Override]:
-    """Overrides as typed; BadRequest for a text that is none."""
+    """Overrides as typed, each checked by itself; BadRequest for a text that is none."""
     parser = OverridesParser.create(config_loader=composer.loader)
     overrides = []
     for text in texts:
@@ -178,10 +197,12 @@ def read(composer: Composer, texts: Sequence[str]) -> list[Override]:
             parsed = parser.parse_overrides([text])
             if not parsed[0].key_or_group:
                 raise HydraException("no key")
-            overrides += parsed
         except HydraException as error:
             hint = f"write KEY=VALUE, and quote values with special characters: {example(text)}"
             raise BadRequest(f"{text}: cannot be read as an override; {hint}") from error
+        overrides += parsed
+    for override in overrides:
+        check(composer, override)
     return overrides
 
 
@@ -205,23 +226,24 @@ def check(composer: Composer, override: Override) -> None:
         if override.is_choice_sweep():
             raise BadRequest(f"{override.input_line}: a sweep has one {key}; name one, quoted if it holds a comma")
         return
-    choices = [name for name in composer.loader.get_group_options(key) if not name.endswith("_schema")]
+    offered = [name for name in composer.loader.get_group_options(key) if not name.endswith("_schema")]
     group, _, part = key.rpartition(".")
-    if group in CHOICES and part == "name":
+    if (group in CHOICES and part == "name") or part.startswith("_"):
         name = show(override.value())
-        raise BadRequest(f"{key}={name}: a choice brings keys of its own; write {group}={name}")
+        again = f"write {group_of(group)}={name if part == 'name' else 'NAME, with NAME.yaml in that group'}"
+        raise BadRequest(f"{key}={name}: a choice brings keys of its own; {again}")
     if override.type is OverrideType.DEL:
         raise BadRequest(f"~{key}: a key cannot be deleted; give it another value instead: {key}=VALUE")
     if override.is_sweep_override() and not override.is_discrete_sweep():
         return  # intervals and the like belong to another sweeper, which checks them
     for number, value in enumerate(values(override)):
-        if choices:
-            _check_choice(key, value, choices)
-        else:
+        if offered:
+            _check_choice(key, value, offered)
+        elif not composer.may_have(key):
             if number == 0:
                 check_key(key, value)
             _check_type(key, value)
-        if override.is_add() and (not choices or key in (*SECTIONS, "experiment")):
+        if override.is_add() and (not offered or key in (*SECTIONS, "experiment")):
             again = shlex.quote((override.input_line or "").lstrip("+"))
             raise BadRequest(f"+{key}={show(value)}: the key is there already; leave out the +: {again}")
 
@@ -242,7 +264,7 @@ def _check_type(key: str, value: Any) -> None:
             raise ValueError("a bool is no number")
         if isinstance(value, (int, float)) and expected == (bool,) and value not in (0, 1):
             raise ValueError("a number is no bool")
-        OmegaConf.update(OmegaConf.structured(section), name, value)
+        OmegaConf.update(schema_of(section), name, value)
     except (OmegaConfBaseException, ValueError) as error:
         shown = show(default_of(section.__dataclass_fields__[name]))
         for kind in expected:
@@ -266,11 +288,11 @@ def is_text(kinds: tuple[Any, ...]) -> bool:
     return list[str] in kinds or (str in kinds and not {int, bool} & set(kinds))
 
 
-def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Request:
+def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) -> Request:
     """The request of overrides that were checked one by one."""
+    texts = [str(override.input_line) for override in typed]
     master = composer.compose(texts, multirun=multirun)
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
-    typed = read(composer, texts)
     for override in typed:
         if override.is_sweep_override():
             _check_several(composer, override, multirun=multirun)
@@ -279,19 +301,44 @@ def compose(composer: Composer, texts: Sequence[str], *, multirun: bool) -> Requ
     check_hydra(master.hydra)
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
-    if multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
-        combinations = list(itertools.product(*axes(composer, [*preset(master), *texts]).values()))
-        jobs = name_jobs(composed_jobs(composer, master, combinations))
+    if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
+        found = axes([*read(composer, preset(master)), *typed])
+        if master.sweep.until is not None:  # a study's seeds are replaced
+            found.pop("seed", None)
+            end = parse({"sweep": as_plain(master.sweep)}).sweep.looks.stop
+            found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
+        jobs = named(list(composer.jobs(master, itertools.product(*found.values()))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
-        alone = composer.compose(constant) if multirun else master
-        composed = Composed(checked(alone), as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra))
-        jobs = [Job(tuple(texts), composed.config, composed=composed)]
-    if not multirun or jobs[0].folder:  # all the jobs are known
+        alone = identified(composer.compose(constant) if multirun else master)
+        own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
+        jobs = [Job(tuple(texts), checked(alone), own, settings)]
+    looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
+    if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
+    for job in jobs:
+        size.check(job.config.model, job.config.init, job.config.train.seq_len)
     for device in {job.config.train.device for job in jobs} if multirun else ():
         engines.check(master.hydra.launcher, device)
-    return Request(tuple(jobs), multirun, folder, master if multirun else None)
+    return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks)
+
+
+def _looks(jobs: Sequence[Job], typed: Sequence[Override], *, single: bool, until: str | None) -> tuple[int, ...]:
+    """The looks of a sweep that runs until it is answered, by one rule for all its jobs; of any other none."""
+    rules = {(one.until, one.looks, one.max_hours, one.margin) for one in (job.config.sweep for job in jobs)}
+    if not any(asked for asked, *_ in rules):
+        return ()
+    arms = {tuple(text for text in job.overrides if not text.startswith("seed=")) for job in jobs}
+    seeds, what = [one.input_line for one in typed if one.key_or_group == "seed"], "model.tie_weights=true,false"
+    for wrong, why in (
+        (single, f"one run has no arms to compare; add -m, and what to compare, such as {what}"),
+        (not until or len(rules) > 1, "it takes the basic sweeper and one rule for all jobs; name one value of each"),
+        (seeds, f"it takes the seeds 1, 2, 3, ... one after another; leave out {seeds and seeds[0]}"),
+        (len(arms) < 2, f"nothing varies but the seed; add what to compare, such as {what}"),
+    ):
+        if wrong:
+            raise BadRequest(f"sweep.until=answered: {why}")
+    return tuple(jobs[0].config.sweep.looks)
 
 
 def _check_several(composer: Composer, override: Override, *, multirun: bool) -> None:
@@ -321,12 +368,18 @@ def _check_path_used(inits: Sequence[InitConfig]) -> None:
 def check_hydra(settings: DictConfig) -> None:
     """Refuse settings of Hydra's own that name a credential, or under which no run could be kept or begun."""
     secret.check_values(as_plain(settings), "hydra")
-    place = settings.output_subdir
+    place, subdir, called = settings.output_subdir, as_plain(settings.sweep)["subdir"], list(settings.callbacks)
     require(place == ".hydra", "hydra.output_subdir", place, "a run is known by its folder .hydra", "leave it out")
+    require(subdir == ".", "hydra.sweep.subdir", subdir, "resume= and the comparison name the folders", "leave it out")
+    require(not called, "hydra.callbacks", called, "Hydra starts no run here, and calls none", "leave it out")
     why, remedy = "relative paths would start in the run's folder", "leave it out, and set hydra.run.dir"
     require(not settings.job.chdir, "hydra.job.chdir", settings.job.chdir, why, remedy)
-    called = list(settings.callbacks)
-    require(not called, "hydra.callbacks", called, "Hydra starts no run here, and calls none", "leave it out")
+    if settings.launcher._target_ == engines.BASIC:
+        found = settings.verbose, settings.runtime.choices["hydra/job_logging"]
+        for key, value, usual in zip(LOGGING, found, (False, "none"), strict=True):
+            require(
+                value == usual, key, value, "has no effect without a launcher", "leave it out; run.log has all lines"
+            )
     known = sorted(Plugins.instance().class_name_to_class)
     for part in ("launcher", "sweeper"):
         target = settings[part]._target_
@@ -340,43 +393,37 @@ def preset(master: DictConfig) -> list[str]:
     return [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
 
 
-def axes(composer: Composer, texts: Sequence[str]) -> dict[str, list[str]]:
+def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
     """The overrides of a basic sweep by key: one for a constant, several for an axis; of two for a key the later."""
     found: dict[str, list[str]] = {}
-    for override in read(composer, texts):
-        check(composer, override)
+    for override in overrides:
         key = override.get_key_element()
-        if override.is_sweep_override():
-            if not override.is_discrete_sweep():
-                reason = "the basic sweeper takes lists, choice(...) and range(...)"
-                raise BadRequest(f"{override.input_line}: {reason}; write {key}=A,B")
-            found[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
-            found[key] = [f"{key}={override.get_value_element_as_str()}"]
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            reason = "the basic sweeper takes lists, choice(...) and range(...)"
+            raise BadRequest(f"{override.input_line}: {reason}; write {key}=A,B")
+        several = override.is_sweep_override()
+        each = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
+        found[key] = [f"{key}={value}" for value in each]
     return found
 
 
-def composed_jobs(composer: Composer, master: DictConfig, combinations: Sequence[Sequence[str]]) -> list[Job]:
-    """A job for each list of overrides, its folder as typed, or still without a name."""
-    jobs, places = list[Job](), set[str]()
-    for texts, composed in zip(combinations, composer.jobs(master, combinations), strict=True):
-        place, why = composed.place, "two jobs of the sweep would share a folder"
-        remedy = "leave it out, or name ${hydra.job.num} in it"
-        require(not place or place not in places, "hydra.sweep.subdir", place, why, remedy)
-        places.add(place)
-        jobs.append(Job(tuple(task(texts)), composed.config, place, composed=composed))
-    return jobs
-
-
-def name_jobs(jobs: Sequence[Job], first: int = 0) -> list[Job]:
+def named(jobs: Sequence[Job], first: int = 0) -> list[Job]:
     """The jobs with a folder each: those without are numbered from `first`, and named by what is not alike in all."""
     alike = set.intersection(*(set(job.overrides) for job in jobs))
     free = itertools.count(first)
-    named = []
-    for job in jobs:
-        told = ",".join(sorted(text for text in job.overrides if text not in alike))
-        named.append(job if job.folder else dataclasses.replace(job, folder=numbered(next(free), told)))
-    return named
+
+    def name(job: Job) -> str:
+        return numbered(next(free), ",".join(sorted(text for text in job.overrides if text not in alike)))
+
+    return [job if job.folder else dataclasses.replace(job, folder=name(job)) for job in jobs]
+
+
+def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """The values of each overridden key over the jobs; of one that changes no result, the last."""
+    found: dict[str, dict[str, None]] = {}
+    for key, value in (text.split("=", 1) for job in jobs for text in job.overrides):
+        found[key] = {value: None} if is_housekeeping(key) else {**found.get(key, {}), value: None}
+    return {key: list(values) for key, values in found.items()}
 
 
 def numbered(number: int, overrides: str) -> str:
@@ -427,13 +474,12 @@ def _create(request: Request, argv: Sequence[str]) -> None:
 def _write(request: Request, argv: Sequence[str], folder: Path) -> None:
     if request.multirun:
         told = [list(job.overrides) for job in request.jobs]
-        where = str(request.cwd or Path.cwd())
-        record.Sweep(list(request.argv or argv), told, request.names or None, where, time.time()).write(folder)
-    for number, job in enumerate(request.jobs):
-        if job.composed is None or job.done or (request.multirun and not job.folder):
-            continue
-        settings = dict(job.composed.hydra)
-        if request.multirun and settings:
-            settings["sweep"] = settings["sweep"] | {"dir": str(request.folder.absolute()), "subdir": job.folder}
-            settings["job"] = settings["job"] | {"num": number, "id": number}
-        describe(folder / job.folder, job.composed.own, job.overrides, settings, request.folder / job.folder)
+        where, looks, now = str(request.cwd or Path.cwd()), list(request.looks), time.time()
+        known = record.Sweep(list(request.argv or argv), told, request.names or None, where, now, looks, request.rule)
+        known.write(folder)
+    for job in request.jobs:
+        place = folder / job.folder
+        # a sweep that ends as soon as it is answered makes a folder as its run begins
+        later = (request.multirun and not job.folder) or (request.looks and not place.exists())
+        if not job.done and not later:
+            describe(place, job, request.folder / job.folder)

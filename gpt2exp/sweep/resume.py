@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import config
-from gpt2exp.config import HOUSEKEEPING, BadRequest, DataName, RunConfig, Schedule, show
+from gpt2exp import choices, config
+from gpt2exp.config import BadRequest, DataName, RunConfig, Schedule, show
 from gpt2exp.run import record, terminal
 from gpt2exp.sweep import composing, engines, request
-from gpt2exp.sweep.composing import Composed, Composer, is_hydra
+from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
-MAY_CHANGE = (*HOUSEKEEPING, "train.steps", "train.device", "distributed", "data.path")
-"""Keys, or whole sections, that a run may go on with another value of; the text at `data.path` must be the same."""
+MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
+"""Keys besides housekeeping that a run may go on with another value of; the text at `data.path` must be the same."""
 
 
 def make(args: argparse.Namespace) -> request.Request | None:
@@ -41,8 +40,6 @@ def make(args: argparse.Namespace) -> request.Request | None:
         return None
     with composing.composing(args) as composer:
         typed = request.read(composer, args.overrides)
-        for override in typed:
-            request.check(composer, override)
         folders = [override for override in typed if override.key_or_group == "resume"]
         typed = [override for override in typed if override.key_or_group != "resume"]
         values = {str(value) for override in folders for value in request.values(override) if value is not None}
@@ -90,32 +87,51 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
             raise BadRequest(f"{text}: {terminal.short(folder)} is one run; leave it out, or name a sweep's folder")
     try:
         before, gone, overrides = record.asked(folder)
+    except choices.Refused as error:
+        raise BadRequest(f"resume={folder}: {error}") from error
     except BadRequest as error:
         raise BadRequest(f"resume={folder}: {error}; put the files back, or start a new run") from error
     recorded = OmegaConf.create(config.plain(before))  # resolved: what follows train.steps keeps the value it had
     overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
+    if args.trust:
+        choices.allow(args.config_dir, Path.cwd(), config_dir, began_in)
     changed: dict[str, Any] = {}
     if own := [override for override in typed if not is_hydra(override.key_or_group)]:
         args = copy.copy(args)
         args.config_dir = args.config_dir or config_dir
         changed = _changes(args, overrides, [str(override.input_line) for override in own])
-    refused = [key for key in changed if not _within(key, MAY_CHANGE)]
-    if refused:
-        now = ", ".join(f"{key}={show(_value(before, key))}" for key in refused)
-        what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
-        why = f"{terminal.short(folder)} began with {now}"
-        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
-        remedy = f"add {now}" if follows else "leave it out"
-        raise BadRequest(f"{what}: {why}; {remedy} to go on, or start a new run without resume")
+    had = _flat(before)
+    _check_changes(folder, had, changed)
     for key, value in changed.items():
         on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
         if key == "data.path" and value is not None and not on_hub:
             value = str(Path(value).expanduser().absolute())  # as typed it starts here, and the run's others there
-        OmegaConf.update(recorded, key, value.value if isinstance(value, Enum) else value)
+        OmegaConf.update(recorded, key, value)
         overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != key]
         overrides.append(f"{key}={show(value)}")
     after = config.parse(recorded)
+    steps, done = _steps_done(folder, after)
+    notes = [
+        f"{key}: {show(value)} from here on, {show(had.get(key))} before"
+        for key, value in changed.items()
+        if not config.is_housekeeping(key)
+    ]
+    if "train.steps" in changed and after.optimizer.schedule == Schedule.cosine and not after.optimizer.schedule_steps:
+        notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
+    if steps and not record.saved(folder):
+        notes.append(f"no checkpoint was saved: its {steps} steps are done again, from the start")
+    if done:
+        more = f"to train on, add train.steps=N above {steps}"
+        notes = [f"{terminal.short(folder)} is done: {steps} of {after.train.steps} steps; {more}"]
+    notes += _gone_note(gone)
+    job = Job(tuple(overrides), after, composing.as_plain(recorded) if changed and not done else None, done=done)
+    argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
+    return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
+
+
+def _steps_done(folder: Path, after: RunConfig) -> tuple[int, bool]:
+    """The steps that a run has done, and whether these are all; `BadRequest` if it cannot go on as far as `after`."""
     row = record.row(folder, folder)
     steps = row["steps"] if row["state"] == "done" else len(record.read_metrics(folder))
     if after.train.steps < steps:
@@ -126,17 +142,19 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         why = f"{terminal.short(folder)} is done and kept no checkpoint to go on from"
         remedy = "start a new run, with checkpoint.save_last=true if it may go on later"
         raise BadRequest(f"train.steps={after.train.steps}: {why}; {remedy}")
-    notes = _notes(before, after, changed)
-    if steps and not record.saved(folder):
-        notes.append(f"no checkpoint was saved: its {steps} steps are done again, from the start")
-    if done:
-        more = f"to train on, add train.steps=N above {steps}"
-        notes = [f"{terminal.short(folder)} is done: {steps} of {after.train.steps} steps; {more}"]
-    notes += _gone_note(gone)
-    composed = Composed(after, composing.as_plain(recorded), {}) if changed and not done else None
-    job = request.Job(tuple(overrides), after, done=done, composed=composed)
-    argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
-    return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
+    return steps, done
+
+
+def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """Refuse a change of what the run computes."""
+    kept = [key for key in changed if config.is_housekeeping(key) and key.partition(".")[0] != "metric"]
+    if refused := [key for key in changed if key not in (*kept, *MAY_CHANGE)]:
+        now = ", ".join(f"{key}={show(had.get(key))}" for key in refused)
+        what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
+        why = f"{terminal.short(folder)} began with {now}"
+        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
+        remedy = f"add {now}" if follows else "leave it out"
+        raise BadRequest(f"{what}: {why}; {remedy} to go on, or start a new run without resume")
 
 
 def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
@@ -156,18 +174,6 @@ def _gone_note(gone: Mapping[str, Any]) -> list[str]:
     return [f"{told}: no key of this version, recorded by another; what is to do is done without it"] if gone else []
 
 
-def _within(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _value(of: RunConfig, key: str) -> Any:
-    """None where the choice made has no such key."""
-    value: Any = of
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
 def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
     """Where a run was started, and its `--config-dir`, each if it is still there."""
     try:
@@ -183,18 +189,13 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
     """What typing more changes in a configuration: new values by dotted key."""
     with composing.composing(args) as composer:
-        before, after = (composing.checked(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
-    return {key: _value(after, key) for key in list(config.keys()) if _value(after, key) != _value(before, key)}
+        composed = (composing.identified(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
+        before, after = (_flat(composing.checked(one)) for one in composed)
+    return {key: after.get(key) for key in before | after if after.get(key) != before.get(key)}
 
 
-def _notes(before: RunConfig, after: RunConfig, changed: dict[str, Any]) -> list[str]:
-    notes = []
-    for key in changed:
-        if not _within(key, HOUSEKEEPING):
-            notes.append(f"{key}: {show(_value(after, key))} from here on, {show(_value(before, key))} before")
-    if "train.steps" in changed and after.optimizer.schedule is Schedule.cosine and not after.optimizer.schedule_steps:
-        notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
-    return notes
+def _flat(of: RunConfig) -> dict[str, Any]:
+    return config.leaves(config.plain(of))
 
 
 # --- a sweep ---------------------------------------------------------------------------------------------------------
@@ -211,22 +212,46 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         flags.config_dir = str(Path(args.config_dir).absolute())
     elif flags.config_dir:
         flags.config_dir = str((began_in / flags.config_dir).absolute())
+    if args.trust:
+        choices.allow(args.config_dir, Path.cwd(), flags.config_dir, began_in)
+    _check_rule(folder, known, typed)
     runs, gone = _recorded(folder)
     listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
     listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items()}
     with composing.composing(flags) as composer:
-        added = request.axes(composer, [str(override.input_line) for override in typed])
-        settings = [text for texts in added.values() for text in texts if is_hydra(text)]
-        master = composer.compose([*_of_today(flags.overrides, gone), *settings], multirun=True)
+        added = request.axes(typed)
+        settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
+        if place := added.get("hydra.sweep.subdir"):
+            raise BadRequest(f"{place[0]}: the jobs of a sweep that goes on keep their folders; leave it out")
+        kept = [texts[-1] for key, texts in added.items() if config.is_housekeeping(_key(key))]
+        most = [text for text in kept if text.startswith("sweep.max_seeds=")]
+        before = [text for text in _of_today(flags.overrides, gone) if _key(text) not in request.LOGGING]
+        master = composer.compose([*before, *settings, *most], multirun=True)
         request.check_hydra(master.hydra)
-        master.hydra.sweep.subdir = "."
-        jobs = _jobs(composer, master, folder, listed, runs, added)
+        axes = {_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
+        if known.looks:
+            axes["seed"] = [f"seed={n}" for n in range(len(known.by_seed) + 1, (master.sweep.max_seeds or 0) + 1)]
+        jobs = _jobs(composer, master, folder, listed, runs, axes, kept)
     for device in {job.config.train.device for job in jobs}:
         engines.check(master.hydra.launcher, device)
     hydra = [*(text for text in flags.overrides if is_hydra(text)), *settings]
-    argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *_axes_of(jobs), *hydra]
+    told = [f"{key}={','.join(each)}" for key, each in request.arms(jobs).items() if key != "seed" or not known.looks]
+    argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *told, *hydra]
     where, notes = began_in if began_in.is_dir() else None, tuple(_gone_note(gone))
-    return request.Request(tuple(jobs), True, folder, master, tuple(argv), resumed=True, cwd=where, notes=notes)
+    looks = tuple(known.looks)
+    return request.Request(
+        tuple(jobs), True, folder, master, tuple(argv), resumed=True, cwd=where, notes=notes, looks=looks
+    )
+
+
+def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
+    """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
+    fixed = ("sweep.until", "sweep.min_seeds", *["sweep.margin"] * bool(known.looks))
+    for override in typed:
+        key = override.key_or_group
+        if key in fixed or not (not known.looks or config.is_housekeeping(key) or is_hydra(key)):
+            why = f"that was decided before the first run of {terminal.short(folder)}"
+            raise BadRequest(f"{override.input_line}: {why}; leave it out, or start a new sweep")
 
 
 def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dict[str, Any]]:
@@ -239,6 +264,8 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
     for run in record.runs_below(folder):
         try:
             of, unknown, overrides = record.asked(run)
+        except choices.Refused as error:
+            raise BadRequest(f"resume={folder}: {run.name}: {error}") from error
         except BadRequest:
             continue  # Hydra's own record is damaged: the job is run anew, beside it
         for key, value in unknown.items():
@@ -255,54 +282,46 @@ def _jobs(
     folder: Path,
     listed: Mapping[str, list[str]],
     runs: Mapping[str, tuple[RunConfig, list[str]]],
-    added: Mapping[str, list[str]],
-) -> list[request.Job]:
-    """The jobs of before, then those that they become with each value added, where there is none yet."""
-    kept = {_key(key) for key in added if config.is_housekeeping(_key(key))}
-    housekeeping = [text for key, texts in added.items() if _key(key) in kept for text in texts[-1:]]
-    axes = {_key(key): texts for key, texts in added.items() if _key(key) not in kept and not is_hydra(key)}
+    axes: dict[str, list[str]],
+    kept: Sequence[str],
+) -> list[Job]:
+    """The jobs of before, then those that they become with each value of the axes, where there is none yet.
+
+    `kept`: overrides that change no result, for all that is to do.
+    """
     study = axes.pop("experiment", [])
     if study and any(study[0] not in overrides for overrides in listed.values()):
         raise BadRequest(f"{study[0]}: a study is a sweep of its own; leave out resume to start it")
-    told = [[text for text in overrides if _key(text) not in kept] + housekeeping for overrides in listed.values()]
-    named = {name: texts for name, texts in zip(listed, told, strict=True) if housekeeping or name not in runs}
+    changed = {_key(text): text for text in kept}
+    told = {name: list(({_key(text): text for text in texts} | changed).values()) for name, texts in listed.items()}
+    again = {name: texts for name, texts in told.items() if kept or name not in runs}
     new = dict[frozenset[str], list[str]]()
     for values in itertools.product(*([None, *texts] for texts in axes.values())):
         more = {key: text for key, text in zip(axes, values, strict=True) if text is not None}
-        for texts in told if more else ():
+        for texts in told.values() if more else ():
             whole = list(({_key(text): text for text in texts} | more).values())
             new.setdefault(frozenset(whole), whole)
-    composed = request.composed_jobs(composer, master, [*named.values(), *new.values()])
-    at_place, jobs = dict(zip(named, composed, strict=False)), list[request.Job]()
+    composed = list(composer.jobs(master, [*again.values(), *new.values()]))
+    at_place, jobs = dict(zip(again, composed, strict=False)), list[Job]()
     for name in listed:
         job = at_place.get(name)
         if name in runs:
             of, overrides = runs[name]
             if job is None or config.identity(job.config) != config.identity(of):
-                job = request.Job(tuple(overrides), of)
+                job = Job(tuple(overrides), of)
             # a diverged run would diverge again: that is its result
             done = record.row(folder / name, folder)["state"] in ("done", "diverged")
-            job = dataclasses.replace(job, folder=name, done=done)
-        elif job is not None and not (folder / name).exists():  # else the folder is damaged, and it gets another
-            job = dataclasses.replace(job, folder=name)
-        jobs += [job] if job is not None else []
+            jobs.append(dataclasses.replace(job, folder=name, done=done))
+        elif job is not None:  # where the folder is there it is damaged, and the job gets another
+            jobs.append(job if (folder / name).exists() else dataclasses.replace(job, folder=name))
     known = {config.identity(job.config) for job in jobs}
-    for gained in composed[len(named) :]:
-        if (identity := config.identity(gained.config)) not in known:
+    for job in composed[len(again) :]:
+        if (identity := config.identity(job.config)) not in known:
             known.add(identity)
-            jobs.append(gained)
-    heads = (path.name.partition("_")[0] for path in folder.iterdir())
-    return request.name_jobs(jobs, max((int(head) for head in heads if head.isdigit()), default=-1) + 1)
+            jobs.append(job)
+    heads = [name.partition("_")[0] for name in (*listed, *(path.name for path in folder.iterdir()))]
+    return request.named(jobs, max((int(head) for head in heads if head.isdigit()), default=-1) + 1)
 
 
 def _key(text: str) -> str:
     return text.lstrip("+").partition("=")[0]
-
-
-def _axes_of(jobs: Sequence[request.Job]) -> list[str]:
-    """The overrides by which a command line asks for the jobs, if they are a grid."""
-    found: dict[str, dict[str, None]] = {}
-    for text in itertools.chain.from_iterable(job.overrides for job in jobs):
-        key, _, value = text.partition("=")
-        found.setdefault(key, {})[value] = None
-    return [f"{key}={','.join(values)}" for key, values in found.items()]

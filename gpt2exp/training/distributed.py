@@ -25,6 +25,8 @@ connections and by torchrun."""
 
 T = TypeVar("T")
 
+_alone = False
+
 _sent = False
 """Whether rank 0 has broadcast the task."""
 
@@ -36,7 +38,18 @@ def rank() -> int:
 
 def world_size() -> int:
     """How many processes the run has."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return 1 if _alone else int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block this process computes for itself: `world_size` is 1, and nothing is sent."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def local_rank() -> int:

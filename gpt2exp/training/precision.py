@@ -60,10 +60,7 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
     Raises:
         BadRequest: `tf32` on hardware without it under `precision.fallback=error`, or `fp64` on MPS.
     """
-    before = torch.get_float32_matmul_precision()
-    # torch.backends.*.fp32_precision is only ever read: a process that writes both raises (PyTorch's CUDA notes)
-    try:
-        torch.set_float32_matmul_precision(config.name.matmul)
+    with _matmul(config.name.matmul):
         if device.type == "mps" and config.name.weights == "float64":
             raise BadRequest(f"precision={config.name}: Apple's GPUs have no double precision; add train.device=cpu")
         with cast(device, _dtype(config.name.autocast)):
@@ -78,14 +75,36 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
                     f"(relative error {matmul:.1e}); use precision.fallback=emulate for its numerics, or a GPU from "
                     "NVIDIA's Ampere generation on"
                 )
-            # attention's products are seen one by one only in its unfused form
-            with EmulatedTF32(config.rounding), sdpa_kernel(SDPBackend.MATH):
+            with _emulated(config.rounding):
                 matmul, attention = probe(device)
                 yield Precision(str(config.name), classify(matmul), True, matmul, attention)
         else:
             yield Precision(str(config.name), effective, False, matmul, attention)
+
+
+@contextlib.contextmanager
+def again(config: PrecisionConfig, got: Precision) -> Iterator[None]:
+    """Compute inside the block as in an earlier one of `applied`, which found `got`; nothing is measured."""
+    with _matmul(config.name.matmul), _emulated(config.rounding) if got.emulated else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _matmul(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    # torch.backends.*.fp32_precision is only ever read: a process that writes both raises (PyTorch's CUDA notes)
+    try:
+        torch.set_float32_matmul_precision(name)
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _emulated(rounding: Rounding) -> Iterator[None]:
+    # attention's products are seen one by one only in its unfused form
+    with EmulatedTF32(rounding), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def cast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

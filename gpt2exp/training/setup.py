@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2exp.choices import Outside
 from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.data import tokens
-from gpt2exp.model import huggingface
+from gpt2exp.model import huggingface, size
 from gpt2exp.training import distributed
 
 if TYPE_CHECKING:
@@ -73,6 +75,37 @@ def settled(config: RunConfig, device: torch.device, here: Hardware, source: tok
     return config, memory(config, here)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A configuration on this machine, its text tokenised and its precision set."""
+
+    config: RunConfig
+    """With every `auto` settled."""
+    device: torch.device
+    got: Precision
+    source: tokens.TokenFile
+    here: Hardware
+    need: int
+    """Estimated peak memory in bytes."""
+
+
+@contextlib.contextmanager
+def ready(config: RunConfig, source: tokens.TokenFile | None = None) -> Iterator[Ready]:
+    """A block in which the step of `config` can be built and run; `source`: its tokens, if they are at hand.
+
+    Raises:
+        BadRequest, AssetError: as `tokens.prepare` and `precision.applied`.
+    """
+    from gpt2exp.training import hardware, precision
+
+    device = hardware.resolve_device(config.train.device)
+    source = source or tokens.prepare(config.data)
+    with precision.applied(config.precision, device) as got:
+        here = Hardware.of(device, got)
+        config, need = settled(config, device, here, source)
+        yield Ready(config, device, got, source, here, need)
+
+
 def keep_memory(config: RunConfig, device: torch.device) -> None:
     """Have freed memory kept for the next step where that helps: on a CPU, and within what a tight run may take."""
     from gpt2exp.training import hardware
@@ -81,24 +114,19 @@ def keep_memory(config: RunConfig, device: torch.device) -> None:
         hardware.keep_freed_memory(tight=config.train.activation_checkpointing is True)
 
 
-def trainer(
-    config: RunConfig,
-    device: torch.device,
-    got: Precision,
-    source: tokens.TokenFile,
-    saved: Checkpoint | None = None,
-) -> tuple[Trainer, dict[str, Any]]:
-    """The trainer of a settled configuration, with first weights or a checkpoint's, and where they came from (`start`).
+def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = False) -> tuple[Trainer, dict[str, Any]]:
+    """The trainer, with first weights or a checkpoint's, and where they came from (`start`).
 
-    Call and step it inside `precision.applied`, which returned `got`.
+    Call and step it inside the block of `ready`; `by_hand`: step it anywhere.
     """
     import torch
 
     from gpt2exp.data.batches import Windows
     from gpt2exp.model.gpt import GPT
-    from gpt2exp.training import hardware
-    from gpt2exp.training.trainer import Trainer
+    from gpt2exp.training import hardware, precision
+    from gpt2exp.training.trainer import ByHand, Trainer
 
+    config, device, got, source = ready.config, ready.device, ready.got, ready.source
     share = distributed.rank(), distributed.world_size()
     with torch.device(device):
         gpt = GPT(config.model).to(got.weights)
@@ -107,7 +135,10 @@ def trainer(
     origin = start(gpt, config, saved)
     windows = Windows(source.map(), config.train, config.data, config.seed, device, share)
     seen = torch.from_numpy(source.seen()).to(device)
-    return Trainer(gpt, windows, config, seen=seen, autocast=got.autocast), origin
+    made = (ByHand if by_hand else Trainer)(gpt, windows, config, seen=seen, autocast=got.autocast)
+    if isinstance(made, ByHand):
+        made.precision = lambda: precision.again(config.precision, got)
+    return made, origin
 
 
 def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:
@@ -131,8 +162,9 @@ def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[
         origin = huggingface.load(gpt, config.init)
     else:
         initialise(gpt, config.init, config.seed)
-        check_init(gpt, config.init)
-    return {"scheme": config.init.scheme.value, **origin, "tying": check_tying(gpt)}
+        if not isinstance(config.init, Outside):  # nothing says what its code is to do
+            check_init(gpt, config.init)
+    return {"scheme": getattr(config.init, "name", config.init.scheme.value), **origin, "tying": check_tying(gpt)}
 
 
 def _process_bytes() -> int:
@@ -158,18 +190,19 @@ def memory(config: RunConfig, here: Hardware) -> int:
     Weights, gradients and AdamW's two moments take 16 bytes a parameter (fp64: 32); other optimizers keep fewer
     (`moments`). When backward starts, all activations and the head's gradient (`gpt2exp.model.loss`) exist, the other
     gradients do not yet: per layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value,
-    attention's output twice, and the MLP's hidden layer before and after GELU). With checkpointing: 1·n_embd per layer
-    kept, plus 17·n_embd for the layer being recomputed. Under autocast on a GPU all but LayerNorms' inputs are halves,
-    10 of 17, and copies of the weights are added; a CPU's peak showed nothing of it. Unfused attention keeps scores and
-    probabilities as well. The peak is the larger of that and the moment when all gradients exist. Under FSDP a process
-    holds its shard of parameters, gradients and moments, and the embeddings, the head's gradient and a block whole.
+    attention's output twice, and the MLP's hidden layer before and after GELU), and what other choices in the slots
+    keep beyond that. With checkpointing: 1·n_embd per layer kept, plus 17·n_embd for the layer being recomputed. Under
+    autocast on a GPU all but LayerNorms' inputs are halves, 10 of 17, and copies of the weights are added; a CPU's peak
+    showed nothing of it. Unfused attention keeps scores and probabilities as well. The peak is the larger of that and
+    the moment when all gradients exist. Under FSDP a process holds its shard of parameters, gradients and moments, and
+    the embeddings, the head's gradient and a block whole.
     """
-    model, train = config.model, config.train
-    size, cast = config.precision.name.bytes, config.precision.name.autocast
+    model, train, parts = config.model, config.train, size.parameters(config.model)
     width, tokens = model.n_embd, train.micro_batch_tokens // distributed.world_size()
+    number, cast = config.precision.name.bytes, config.precision.name.autocast
     on_cpu = here.kind == "cpu"
     halves = not on_cpu and cast is not None
-    layer = (10 if halves else 17) * width
+    layer = (10 if halves else 17) * width + size.kept_beyond_gpt2(model, train.seq_len) // (2 if halves else 1)
     if here.unfused_attention:
         layer += 3 * model.n_head * train.seq_len + 4 * width
     kept = model.n_layer * width + layer if train.activation_checkpointing is True else model.n_layer * layer
@@ -180,14 +213,14 @@ def memory(config: RunConfig, here: Hardware) -> int:
     if cast == "float16":  # takes the plain way: logits, log-softmax and its gradient
         logits = 3 * tokens * model.vocab_size
     backward = tokens * (kept + 3 * width) + head + logits + (head if here.unfused_attention else 0)
-    parameters = model.parameters["total"]
+    parameters = parts["total"]
     extra = parameters // 2 if halves else 0
     if distributed.is_sharded(config.distributed):
-        extra += parameters - model.parameters["blocks"] + 2 * model.parameters["blocks"] // model.n_layer
+        extra += parameters - parts["blocks"] + 2 * parts["blocks"] // model.n_layer
         parameters //= distributed.world_size()
     elif distributed.world_size() > 1:  # DDP keeps every gradient's memory, whole and filled or not
         backward += parameters
-    peak = size * ((1 + config.optimizer.moments) * parameters + extra + max(parameters + head // 2, backward))
+    peak = number * ((1 + config.optimizer.moments) * parameters + extra + max(parameters + head // 2, backward))
     return peak + (PROCESS_BYTES if on_cpu else 0)
 
 

@@ -5,23 +5,25 @@ Knows neither Hydra nor wandb: it takes a model, an optimizer and batches, and y
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2exp.choices import Outside
 from gpt2exp.config import RunConfig
 from gpt2exp.data.batches import Windows
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import norm
 from gpt2exp.training import distributed as dist
-from gpt2exp.training import hardware, load, optimizers, precision
+from gpt2exp.training import hardware, load, optimizers, outside, precision
 
 
 def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
@@ -89,7 +91,7 @@ class Trainer:
         """`seen` (S,): ids that occur in the data, for `loss_unseen`.
 
         `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
-        (Micikevicius et al. 2018). Of `config` it reads `train`, `optimizer` and `distributed`.
+        (Micikevicius et al. 2018). Of `config` it reads `train`, `optimizer`, `schedule`, `metric` and `distributed`.
         """
         self.model, self.batches, self.seen = model, batches, seen
         self.config, self.optimizer_config, self.autocast = config.train, config.optimizer, autocast
@@ -103,7 +105,12 @@ class Trainer:
         self.sharded = dist.is_sharded(config.distributed)
         self.module = dist.wrap(model, config.distributed, batches.device)
         """`model`, or DDP around it."""
-        self.optimizers: list[torch.optim.Optimizer] = config.optimizer.build(model)
+        self.schedule, self.metric = config.schedule, config.metric
+        own = isinstance(config.optimizer, Outside)
+        self.optimizers = outside.optimizer(config.optimizer, model) if own else config.optimizer.build(model)
+        peak = config.optimizer.lr
+        self._shares = {one: [group["lr"] / peak for group in one.param_groups] for one in self.optimizers}
+        """Each group's learning rate, as it was built, over `optimizer.lr`: 1 unless code from outside made another."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.steps_done = 0
         self._unclipped: Tensor | None = None
@@ -143,8 +150,8 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
             self._unclipped = dist.full_tensor(norm)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate
+            for group, share in zip(optimizer.param_groups, self._shares[optimizer], strict=True):
+                group["lr"] = self.learning_rate * share
             self.scaler.step(optimizer)
         self.scaler.update()
         self.steps_done += 1
@@ -177,7 +184,10 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Of the step to come."""
-        return optimizers.learning_rate(self.optimizer_config, self.steps_done, self.config.steps)
+        steps = self.config.steps
+        if isinstance(self.schedule, Outside):
+            return self.optimizer_config.lr * outside.rate(self.schedule, min(self.steps_done, steps - 1), steps)
+        return optimizers.learning_rate(self.optimizer_config, self.steps_done, steps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """What later steps depend on beside the configuration: weights, the optimizers' tensors by name, and numbers.
@@ -192,6 +202,7 @@ class Trainer:
             "step": self.steps_done,
             "micro_batches": self.steps_done * self.config.grad_accum_steps,
         }
+        numbers["groups"] = optimizers.group_numbers(self.optimizers)
         numbers["scaler"] = {key: scaler[key] for key in ("scale", "_growth_tracker") if key in scaler}
         return weights, tensors, numbers
 
@@ -204,6 +215,8 @@ class Trainer:
         numbers, kept = dist.broadcast((numbers, bool(tensors)))
         if kept or not self.scaler.is_enabled():  # a run whose scaled steps all overflowed has no moments yet
             optimizers.restore(self.model, self.optimizers, tensors)
+        for group, known in zip(optimizers.groups(self.optimizers), numbers.get("groups", []), strict=False):
+            group.update(known)
         self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
         self.steps_done = numbers["step"]
 
@@ -236,7 +249,7 @@ class Trainer:
             due = bool(config.eval_every) and (number + 1) % config.eval_every == 0
             measure = last or due or number % config.measure_every == 0
             metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
-            if measure and self.seen is not None:
+            if measure:
                 metrics |= self._before(thorough=number == 0 or last or due)
             loss, seconds, waits = self.timed_step()
             metrics |= {
@@ -265,13 +278,18 @@ class Trainer:
 
     def _before(self, *, thorough: bool) -> dict[str, Any]:
         """What is measured on the next step's first micro-batch before the step, off the clock."""
-        assert self.seen is not None
+        measured: dict[str, Any] = {}
+        if self.seen is None and not isinstance(self.metric, Outside):
+            return measured
         self._zero_grad()  # of the step before: its memory is needed here
         x, y = self.batches.train(self.steps_done * self.config.grad_accum_steps)
         with precision.cast(self.device, self.autocast):
-            measured: dict[str, Any] = {"loss_unseen": loss_unseen(self.model, x, self.seen)}
-            if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
-                measured |= first_look(self.model, x, y)
+            if self.seen is not None:
+                measured["loss_unseen"] = loss_unseen(self.model, x, self.seen)
+                if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
+                    measured |= first_look(self.model, x, y)
+            if isinstance(self.metric, Outside):
+                measured |= outside.measure(self.metric, self.model, (x, y))
         return measured
 
     def timing(self) -> dict[str, Any]:
@@ -300,3 +318,43 @@ class Trainer:
             "timed_steps": len(kept),
             "speed_disturbed": disturbed,
         }
+
+
+class ByHand(Trainer):
+    """A trainer outside a run: each call sets the precision and resets it, so that several can take turns."""
+
+    precision: Callable[[], contextlib.AbstractContextManager[object]]
+    """Sets the precision inside a block."""
+    _set = False
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        if self._set:  # `fit` steps and evaluates inside a block of its own, off the clock
+            yield
+            return
+        self._set = True
+        try:
+            with self.precision():
+                yield
+        finally:
+            self._set = False
+
+    def step(self) -> Tensor:
+        """As `Trainer.step`."""
+        with self._computing():
+            return super().step()
+
+    def evaluate(self) -> float:
+        """As `Trainer.evaluate`."""
+        with self._computing():
+            return super().evaluate()
+
+    def fit(self) -> Iterator[dict[str, Any]]:
+        """As `Trainer.fit`; between two steps the precision is the caller's."""
+        steps = super().fit()
+        while True:
+            with self._computing():
+                metrics = next(steps, None)
+            if metrics is None:
+                return
+            yield metrics

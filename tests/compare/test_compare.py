@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -22,13 +23,14 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from scipy import stats
+from scipy import signal, stats
 
 from gpt2exp import config
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison as comparisons
 from gpt2exp.compare import effect as effects
-from gpt2exp.compare import report
+from gpt2exp.compare import report, words
+from gpt2exp.compare import rows as rows_module
 from gpt2exp.compare.comparison import Comparison, Row
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import declared, fixed, holm, needed, open_ended, pairing, pooled_std
@@ -124,7 +126,7 @@ def effect(
 
 # --- simulated sweeps ------------------------------------------------------------------------------------------------
 
-SIMULATIONS = 500
+SIMULATIONS = 300
 TIE, SCALING = "model.tie_weights", "init.residual_scaling"
 
 
@@ -173,8 +175,8 @@ def test_null_factorial_sweeps_count_seeds_and_not_pairs() -> None:
             assert (e.n_pairs, e.n_seeds) == (10, 5)
             covered[e.key] += covers(e.ci95)
         called += any(e.verdict in ("better", "worse") for e in losses)
-        pairs, _ = comparisons.Grid(comparison.runs, comparison.swept).pairs(TIE, "true", "false")
-        each = [pair.arm["loss_mean_last10"] - pair.baseline["loss_mean_last10"] for pair in pairs]
+        pairs, _ = comparisons.Grid(comparison.runs, comparison.swept).groups({TIE: ("true", "false")})
+        each = [other["loss_mean_last10"] - one["loss_mean_last10"] for one, other in (pair.runs for pair in pairs)]
         naive += covers([(naively := fixed(each)).low, naively.high])
         [interaction] = comparison.interactions
         interactions += covers(interaction.ci95)
@@ -199,13 +201,12 @@ def test_null_factorial_sweeps_with_runs_missing() -> None:
             total += 1
             covered += covers(found.ci95)
     print(f"coverage with runs missing {covered / total:.3f} of {total}")
-    assert total > 450
+    assert total > 0.9 * SIMULATIONS
     assert 0.93 <= covered / total <= 0.97
 
 
-@pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_true_effect_of_two_standard_errors_is_found_at_the_rate_of_theory(seeds: int) -> None:
-    rng = np.random.default_rng(1)
+def test_a_true_effect_of_two_standard_errors_is_found_at_the_rate_of_theory() -> None:
+    seeds, rng = 3, np.random.default_rng(1)
     error = 0.01 * math.sqrt(2) / math.sqrt(seeds)
     found = [effect(simulated_axis(rng, seeds, difference=-2 * error), TIE) for _ in range(SIMULATIONS)]
     critical, df = stats.t.ppf(0.975, seeds - 1), seeds - 1
@@ -306,8 +307,8 @@ def test_an_open_row_says_how_many_seeds_would_settle_it() -> None:
     assert found.verdict == "inconclusive"
     assert found.n_needed == min(known.tell or 0, known.equal or 0)
     assert found.n_needed_at_most == min(known.tell_at_most or 0, known.equal_at_most or 0)
-    assert f"about {known.tell} (at most {known.tell_at_most:,}) seeds in all would tell" in found.reason
-    assert f"about {known.equal} (at most {known.equal_at_most:,}) to call it indistinguishable" in found.reason
+    assert f"about {known.tell} (perhaps {known.tell_at_most:,}) seeds in all would tell" in found.reason
+    assert f"about {known.equal} (perhaps {known.equal_at_most:,}) to call it indistinguishable" in found.reason
     alone = effect(rows, TIE)
     assert (alone.n_needed, alone.reason.count("indistinguishable")) == (known.tell, 0)
     never = arms(TIE, {"true": [3.0, 3.1, 2.9, 3.0], "false": [3.1, 3.0, 2.9, 3.0]})
@@ -380,7 +381,9 @@ def added(seeds: int, sweep: Path, begin: int = 0) -> Path:
 
 def looked(sweep: Path, **how: Any) -> Effect:
     """The sweep compared, written, and its effect on the loss as written."""
-    conclude.write(comparisons.compare(comparisons.read([sweep]), **how), sweep)
+    with pytest.MonkeyPatch.context() as patch:  # figures are most of the work, and no look is in them
+        patch.setattr("gpt2exp.compare.figures.draw", lambda _: [])
+        conclude.write(comparisons.compare(comparisons.read([sweep]), **how), sweep)
     [found] = [e for e in json.loads((sweep / "comparison.json").read_text())["axes"] if "loss" in e["metric"]]
     return Effect(**found)
 
@@ -1123,9 +1126,7 @@ def test_folders_are_read_as_their_rows(tmp_path: Path) -> None:
     read = comparisons.read([tmp_path])
     assert [row["name"] for row in read] == [f"{number:03d}_job" for number in range(6)]
     assert all(Path(row["folder"]).is_absolute() for row in read)
-    assert [comparisons.asdict(e) for e in comparisons.compare(read).axes] == [
-        comparisons.asdict(e) for e in comparisons.compare(rows).axes
-    ]
+    assert [asdict(e) for e in comparisons.compare(read).axes] == [asdict(e) for e in comparisons.compare(rows).axes]
     json.dumps(comparisons.compare(read).as_dict(), allow_nan=False)
 
 
@@ -1283,6 +1284,60 @@ def test_the_distance_from_fp64_has_no_sign(tmp_path: Path) -> None:
     assert found.largest == pytest.approx(0.2)
 
 
+# --- along the run ---------------------------------------------------------------------------------------------------
+
+
+def test_the_trend_of_a_difference_covers_the_truth() -> None:
+    """The slope over the last half, by seed: its noise lasts along a run (AR(1) at 0.9), so steps are no replicates."""
+    rng = np.random.default_rng(7)
+    x, held, steps_alone = np.arange(100), 0, 0
+    for _ in range(600):
+        changes = []
+        for _ in range(5):
+            noise = signal.lfilter([1], [1, -0.9], rng.normal(0, 0.01, 150))[50:]
+            difference = 0.05 + 0.0004 * x + noise + rng.normal(0, 0.0002) * x
+            changes.append(effects.late_change(x.tolist(), difference.tolist()))
+        found = fixed(changes)
+        held += found.low <= 0.0004 * 49 <= found.high
+        line = stats.linregress(x[50:], difference[50:])
+        steps_alone += abs(line.slope - 0.0004) < stats.t.ppf(0.975, 48) * line.stderr
+    print(f"coverage over seeds {held / 600:.3f}, over the steps of one run {steps_alone / 600:.3f}")
+    assert 0.93 <= held / 600 <= 0.97
+    assert steps_alone / 600 < 0.7
+
+
+@pytest.mark.parametrize(
+    ("slope", "margin", "said"),
+    [
+        (0.01, None, "the difference grows by 0.0"),
+        (-0.01, None, "the difference fades by 0.0"),
+        (0, None, ""),
+        (0, 0.05, "the difference holds within ±0.05 nats"),
+    ],
+)
+def test_whether_a_difference_grows_fades_or_holds(
+    tmp_path: Path, slope: float, margin: float | None, said: str
+) -> None:
+    rows = arms(TIE, {"true": [3.0, 3.1, 2.9, 3.0], "false": [3.5, 3.62, 3.39, 3.5]})
+    for number, folder in enumerate(put_all(rows, tmp_path)):
+        arm, seed = divmod(number, 4)
+        noise = np.random.default_rng(seed).normal(0, 0.001, 20)
+        losses = [9 - step / 10 + arm * (0.5 + slope * step + noise[step]) for step in range(20)]
+        lines = ({"step": step, "loss": loss, "tokens": 128 * step} for step, loss in enumerate(losses))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = comparisons.compare(comparisons.read([tmp_path]), margin=margin)
+    trend = effect(found, TIE).trend
+    assert trend is not None
+    assert trend[1] <= slope * 9 <= trend[2]
+    [sentence] = words.sentences(found)
+    assert said in sentence.text
+    assert said or "last half" not in sentence.text
+    assert effect(found, TIE, "tokens_per_second").trend is None
+    kept = (tmp_path / "000_job" / "metrics.jsonl").read_text().splitlines()[:15]
+    (tmp_path / "000_job" / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    assert effect(comparisons.compare(comparisons.read([tmp_path])), TIE).trend is None, "too short"
+
+
 # --- searches --------------------------------------------------------------------------------------------------------
 
 
@@ -1297,7 +1352,7 @@ def searched(rates: Sequence[float], seed: int = 0) -> list[Row]:
 def test_a_search_names_the_best_value_and_compares_none() -> None:
     found = comparisons.compare(searched([0.0001, 0.0003, 0.001, 0.003, 0.01]))
     assert found.searched
-    [sentence] = report.sentences(found)
+    [sentence] = words.sentences(found)
     assert sentence.text.startswith("of 5 values tried, optimizer.lr=0.001 ended with the least ")
     assert report.effects(found) == []
 
@@ -1321,6 +1376,21 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert printed.err.count("\n") == 1
     assert printed.err.startswith("gpt2exp-compare: ")
     return printed.err
+
+
+def test_a_full_disk_is_no_bad_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 as of every command; what cannot be written because of its name is 2."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conclude, "read", lambda _: [])
+    monkeypatch.setattr(conclude, "compared", lambda *_, **__: None)
+    monkeypatch.setattr(conclude, "write", full)
+    assert conclude.command([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "gpt2exp-compare: No space left on device; make room, or name another folder\n"
 
 
 def everything_below(folder: Path) -> set[Path]:
@@ -1408,13 +1478,13 @@ def test_an_unwritable_place_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
 def flattenings(rows: Sequence[Row], monkeypatch: pytest.MonkeyPatch) -> int:
     """How often a comparison walks through a run's configuration: the work that grows, counted and not timed."""
     calls = []
-    real = comparisons.flatten
+    real = rows_module.flatten
 
     def counted(config: Mapping[str, Any]) -> dict[str, Any]:
         calls.append(config)
         return real(config)
 
-    monkeypatch.setattr(comparisons, "flatten", counted)
+    monkeypatch.setattr(rows_module, "flatten", counted)
     comparisons.compare(rows)
     return len(calls)
 

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ from support import SMALL, OfflineRun, read, run, run_folders
 
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison as compare
-from gpt2exp.compare import figures, report
+from gpt2exp.compare import figures, report, words
 from gpt2exp.compare.comparison import Comparison, Distance
 from gpt2exp.compare.effect import Effect
 from gpt2exp.config import RunConfig, plain
@@ -165,7 +166,7 @@ def _comparison(effects: list[Effect], swept: dict[str, list[str]]) -> Compariso
 def sentence(effects: dict[str, Effect]) -> str:
     """The one sentence of a comparison with these effects."""
     axes = {"init.residual_scaling": ["true", "false"]}
-    (said,) = report.sentences(_comparison(list(effects.values()), axes))
+    (said,) = words.sentences(_comparison(list(effects.values()), axes))
     return said.text
 
 
@@ -190,7 +191,7 @@ class TestWords:
         ],
     )
     def test_numbers(self, value: float, resolution: float, text: str) -> None:
-        assert report.spell(value, resolution) == text
+        assert words.spell(value, resolution) == text
 
     def test_worse(self) -> None:
         text = sentence(effect("worse", 0.0102, 0.0012, 0.0192, reason="smaller than the seed-to-seed std"))
@@ -214,7 +215,7 @@ class TestWords:
         effects = effect("better", -0.0102, -0.0192, -0.0012, baseline_std=0.088, arm_std=0.015)
         assert sentence(effects).endswith("the seed-to-seed std is 0.015 (0.088).")
         axes = {"init.residual_scaling": ["true", "false"]}
-        table = report.effects_table(_comparison(list(effects.values()), axes))
+        table = words.effects_table(_comparison(list(effects.values()), axes))
         row = dict(zip([column.name for column in table.columns], table.rows[0], strict=True))
         assert row["seed std"] == "0.015 (0.088)"
 
@@ -222,7 +223,7 @@ class TestWords:
         axes = {"init.residual_scaling": ["true", "false"]}
         for r, seeds, told in ((0.84, 5, ["0.84", "5"]), (-0.3, -2, ["−0.3", "−2"]), (0.99996, None, ["1", ">9,997"])):
             effects = effect("better", -0.01, -0.02, -0.001, pair_correlation=r, seeds_saved=seeds)
-            table = report.effects_table(_comparison(list(effects.values()), axes))
+            table = words.effects_table(_comparison(list(effects.values()), axes))
             row = dict(zip([column.name for column in table.columns], table.rows[0], strict=True))
             assert [row["r"], row["saved"]] == told
         spoken_ = spoken(_comparison(list(effects.values()), axes))
@@ -233,7 +234,7 @@ class TestWords:
         assert "=false ended 0.500 nats above true (n=1: no interval, add seeds)" in sentence(one)
 
     def test_distance_from_fp64(self) -> None:
-        text = report.distance_sentence(Distance("tf32", 3, 4.2e-3, 7.1e-7, 0.021))
+        text = words.distance_sentence(Distance("tf32", 3, 4.2e-3, 7.1e-7, 0.021))
         assert text == (
             "precision=tf32 strays from fp64's training loss at the same seed and step by 7.1e-7 nats on average and "
             "0.0042 at most (n=3 seeds; between seeds fp64's own losses have a std of 0.021)."
@@ -269,7 +270,7 @@ class TestFiles:
         assert (done.returncode, done.stderr) == (0, "")
         comparison = compare.compare(compare.read([folder]))
         assert "6 of 6 runs done" in done.stdout
-        for item in report.sentences(comparison):
+        for item in words.sentences(comparison):
             assert item.text in done.stdout.splitlines()[-4:][0] or item.text in done.stdout
         assert f"report: {folder.relative_to(folder.parents[2])}/report.html" in done.stdout
 
@@ -290,8 +291,8 @@ class TestFiles:
         comparison = compare.compare(compare.read([folder]))
         lines = (folder / "report.md").read_text().splitlines()
         table = [line for line in lines if line.startswith("| init.residual_scaling ")]
-        shown = report.effects_table(comparison)
-        reasons = ["", *report.reasons_of(shown)]
+        shown = words.effects_table(comparison)
+        reasons = ["", *words.reasons_of(shown)]
         assert [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table] == [
             [
                 *(cell.replace("<", "&lt;") for cell in cells),
@@ -302,7 +303,7 @@ class TestFiles:
         assert [line for line in lines if line.startswith("- \\[")] == [
             f"- \\[{number}\\] {reason}" for number, reason in enumerate(reasons) if reason
         ]
-        for item in report.sentences(comparison):
+        for item in words.sentences(comparison):
             assert f"- {report.verdict_text(item.verdict)} {item.text.replace('<', '&lt;')}" in lines
 
     def test_columns_of_numbers_stand_to_the_right(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,11 +311,11 @@ class TestFiles:
         for tie in ("true", "false"):
             leave(tmp_path / tie, summary(7, f"model.tie_weights={tie}"))
         comparison = compare.compare(compare.read([tmp_path]))
-        runs = report.runs_table(comparison)
+        runs = words.runs_table(comparison)
         numbers = {column.name for column in runs.columns if column.number}
         assert numbers == {"seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"}
-        wider = report.Table([*runs.columns, report.Column("remark")], [[*row, "none"] for row in runs.rows])
-        monkeypatch.setattr(report, "runs_table", lambda _: wider)
+        wider = words.Table([*runs.columns, words.Column("remark")], [[*row, "none"] for row in runs.rows])
+        monkeypatch.setattr(words, "runs_table", lambda _: wider)
         text = report.markdown(comparison, tmp_path, [])
         rules = [line for line in text.splitlines() if line.startswith("| -")]
         assert rules == [
@@ -389,7 +390,7 @@ class TestEnds:
         known = read(folder / "comparison.json")
         assert [row["state"] for row in known["failed"]] == ["diverged"] * 2
         comparison = compare.compare(compare.read([folder]))
-        texts = [item.text for item in report.sentences(comparison)]
+        texts = [item.text for item in words.sentences(comparison)]
         assert "init.residual_scaling=false ended" in texts[1]
         assert "(n=1: no interval, add seeds)" in texts[1]
         assert "1 pair dropped" in texts[1]
@@ -453,6 +454,44 @@ class TestEnds:
         comparison = compare.compare(compare.read([tmp_path]))
         (section,) = figures.draw(comparison)
         assert b"tokens trained on" in section.drawings[0].svg
+
+
+def _contrast(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """WCAG's contrast of two colours, red, green and blue from 0 to 1."""
+
+    def luminance(colour: np.ndarray[Any, Any]) -> float:
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("colour", figures.COLOURS)
+def test_an_arms_colour_stands_out_light_and_dark(colour: str) -> None:
+    """At least 3 to 1, as WCAG asks of graphics; in the dark the page inverts the figure and turns its hues back."""
+    from matplotlib.colors import to_rgb
+
+    drawn = np.array(to_rgb(colour))
+    luma = np.array([0.213, 0.715, 0.072])
+    inverted = np.clip(2 * luma @ (1 - drawn) - (1 - drawn), 0, 1)  # hue-rotate(180deg), by the CSS standard's matrix
+    assert _contrast(drawn, np.array(to_rgb("#fcfcfa"))) >= 3
+    assert _contrast(inverted, np.array(to_rgb("#15181b"))) >= 3
+
+
+def test_intervals_after_each_seed(tmp_path: Path) -> None:
+    """More arms than colours differ in their marks; the last intervals fill the picture, and the caption says so."""
+    rng = np.random.default_rng(1)
+    for seed in range(1, 7):
+        for at, std in enumerate((0.02, 0.01, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08)):
+            loss = 3 + 0.01 * at + float(rng.normal(0, 0.01))
+            leave(tmp_path / f"{std}-{seed}", summary(seed, f"init.std={std}", loss=loss))
+    comparison = compare.compare(compare.read([tmp_path]))
+    (section,) = figures.draw(comparison)
+    (drawing,) = (item for item in section.drawings if item.name.endswith("intervals"))
+    marks = set(re.findall(rb'<use [^>]*style="(fill: [^"]+)"', drawing.svg))
+    assert len(marks) >= 7, "seven arms, six colours: the seventh is hollow"
+    assert "the first intervals are wider than the picture" in drawing.caption
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

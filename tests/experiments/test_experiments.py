@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import math
 import re
 import subprocess
@@ -37,7 +38,19 @@ def test_the_index_follows_from_the_records(monkeypatch: pytest.MonkeyPatch) -> 
     assert block((FINDINGS / "README.md").read_text(), "claims") == claims.index()
     assert block((ROOT / "conf" / "README.md").read_text(), "keys") == publish.key_tables()
     tables = f"{publish.bench_table()}\n\n{publish.floor_table()}"
-    assert block((FINDINGS / "throughput" / "README.md").read_text(), "bench") == tables
+    assert block((FINDINGS / "throughput" / "bench" / "README.md").read_text(), "bench") == tables
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_page_follows_from_its_record(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By today's rules: who changes a rule publishes the pages again, which needs no sweep and no training."""
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    publish = importlib.import_module("publish")
+    comparison = publish.recorded(study)
+    assert block((FINDINGS / study / "README.md").read_text(), "results") == publish.results(study, comparison)
+    assert (FINDINGS / study / "results.csv").read_text() == publish.report.table(comparison)
+    assert comparison.margin is None, "none was stated before these runs"
+    assert "indistinguishable" not in {effect.verdict for effect in comparison.axes}
 
 
 def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,21 +59,25 @@ def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     publish = importlib.import_module("publish")
     monkeypatch.setattr(publish, "HERE", tmp_path)
-    words = [*SMALL, "wandb.mode=disabled", "train.steps=2", "data.val_fraction=0.01", "hydra.sweep.dir=sweep"]
+    words = [*SMALL, "wandb.mode=disabled", "train.steps=20", "data.val_fraction=0.01", "hydra.sweep.dir=sweep"]
     assert launch.command(["-m", "init.std=0.02,0.04", "seed=1,2", *words]) == 0
     page = tmp_path / "init_std" / "README.md"
     page.parent.mkdir()
     page.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
     publish.publish("init_std", [tmp_path / "sweep"])
     text = page.read_text()
+    assert "sweep.dir" not in text
+    publish.publish("init_std", [])
+    assert page.read_text() == text, "the record says all that the sweep does"
+    assert publish.effect("init_std", "init.std", "0.04", "val_loss")["trend"], "also what only the losses say"
     assert text.startswith("before\n<!-- results -->\n- ")
     assert "STALE" not in text
     for part in (
         "init.std=0.04",
         "0.04 against 0.02",
         "![loss](loss.png)",
-        "```sh\ngpt2exp -m init.std=0.02,0.04",
-        "- parameters: ",
+        "by `gpt2exp -m init.std=0.02,0.04 seed=1,2 ",
+        "[runs.json](runs.json)",
     ):
         assert part in text
     assert (page.parent / "loss.png").stat().st_size > 1000
@@ -82,7 +99,8 @@ def test_a_study_has_its_finding(study: str) -> None:
     for heading in ("**Question.**", "**What is said.**", "**Method.**", "## Result", "## Reading", "## Limits"):
         assert heading in page
     assert f"gpt2exp experiment={study}" in page
-    assert re.search(r"- commit: [0-9a-f]{40}", block(page, "results"))
+    assert len(page.splitlines()) <= 60
+    assert "/tmp/" not in page
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
     assert pictures
     assert all((folder / picture).stat().st_size > 1000 for picture in pictures)
@@ -90,7 +108,16 @@ def test_a_study_has_its_finding(study: str) -> None:
         runs = list(csv.DictReader(file))
     assert len({run["seed"] for run in runs}) >= 5
     assert {run["state"] for run in runs} == {"done"}
-    assert {run["dirty"] for run in runs} == {"False"}, "findings come from committed code"
+    shared = json.loads((folder / "runs.json").read_text())["shared"]
+    assert re.fullmatch("[0-9a-f]{40}", shared["git.commit"])
+    assert shared["git.dirty"] is False, "findings come from committed code"
+
+
+@pytest.mark.parametrize("study", [study for study in STUDIES if study not in ("first_steps", "throughput")])
+def test_a_study_of_the_loss_states_its_margin_and_why(study: str) -> None:
+    """Or no later run of it could find arms equal: first_steps has one arm, throughput asks for the speed."""
+    preset = (ROOT / "conf" / "experiment" / f"{study}.yaml").read_text()
+    assert re.search(r"^sweep:\n  margin: 0\.\d+ # .{20,}$", preset, re.MULTILINE)
 
 
 def test_every_effect_stands_on_its_page() -> None:

@@ -17,6 +17,7 @@ import torch
 
 from gpt2exp.config import ModelConfig, PrecisionConfig, PrecisionName, RunConfig, TrainConfig
 from gpt2exp.model import gpt as models
+from gpt2exp.model import size
 from gpt2exp.training import precision, setup
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +96,7 @@ def test_a_plan_is_the_largest_batch_that_fits_and_a_whole_step(page: Any) -> No
 
 def test_links_are_waited_for_only_where_they_last_longer(page: Any) -> None:
     xl = page.Setup(page.SIZES["gpt2-xl"], "A100", 64, "bf16", batch=1)
-    once = 4 * xl.model.parameters["total"] * 63 / 64 / (0.8 * 200e9)
+    once = 4 * size.parameters(xl.model)["total"] * 63 / 64 / (0.8 * 200e9)
     parts = page.step(xl, page.Fitted())
     backward = (parts["products"] + parts["memory traffic"]) * 2 / 3
     assert parts["links"] == pytest.approx(2e3 * once - backward)

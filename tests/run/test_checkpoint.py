@@ -411,7 +411,7 @@ class TestRestore:
         [
             ({"tie_weights": False}, r"model\.tie_weights=false: .*are tied.*try model\.tie_weights=true"),
             ({"n_embd": 16}, r"model: transformer\.wte\.weight is \(50, 8\) in the checkpoint, \(50, 16\) in the mod"),
-            ({"n_layer": 3}, r"model: transformer\.h\.2\.\S+ is not in both"),
+            ({"n_layer": 3}, r"model: transformer\.h\.2\.\S+ is absent in the checkpoint"),
         ],
     )
     def test_another_model(self, change: dict[str, Any], said: str) -> None:

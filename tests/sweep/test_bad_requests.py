@@ -147,11 +147,33 @@ FLAGS = [
     Bad("hydra.run.dirr=x", "Could not override 'hydra.run.dirr'", "+hydra.run.dirr=x"),
     Bad("hydra.output_subdir=null", "hydra.output_subdir=null: a run is known by", "leave it out"),
     Bad("hydra.job.chdir=true", "hydra.job.chdir=true: relative paths", "leave it out, and set hydra.run.dir"),
+    Bad("hydra.verbose=true", "hydra.verbose=true: has no effect without a launcher", "leave it out"),
+    Bad("-m seed=1,2 hydra.verbose=[a]", "hydra.verbose=['a']: has no effect without a launcher", "leave it out"),
+    Bad("hydra/job_logging=default", "hydra/job_logging=default: has no effect", "leave it out"),
     Bad("hydra/launcher=nope", "In 'hydra/config': Could not find 'hydra/launcher/nope'", "basic"),
     Bad("-m hydra/launcher=basic,joblib", "hydra/launcher=basic,joblib: a sweep has one", "name one"),
     Bad("-m hydra.launcher._target_=a.B", "hydra.launcher._target_=a.B: no such launcher", "BasicLauncher"),
     Bad("-m hydra.sweeper._target_=a.B", "hydra.sweeper._target_=a.B: no such sweeper", "BasicSweeper"),
-    Bad("-m seed=1,2 hydra.sweep.subdir=x", "hydra.sweep.subdir=x: two jobs", "name ${hydra.job.num} in it"),
+    Bad("-m seed=1,2 hydra.sweep.subdir=x", "hydra.sweep.subdir=x: resume= and the comparison", "leave it out"),
+    Bad("sweep.until=answered", "sweep.until=answered: one run has no arms to compare", "add -m, and what to compare"),
+    Bad("-m sweep.until=answered", "sweep.until=answered: nothing varies but the seed", "add what to compare"),
+    Bad("-m sweep.until=often init=gpt2,torch", "sweep.until=often: no such value", "choose one of answered"),
+    Bad("-m sweep.until=answered init=gpt2,torch seed=1,2", "sweep.until=answered: it takes the seeds", "out seed=1,2"),
+    Bad("experiment=init_std sweep.until=answered seed=7", "sweep.until=answered: it takes the seeds", "out seed=7"),
+    Bad("-m sweep.until=answered,null init=gpt2,torch", "sweep.until=answered: it takes the basic", "one value"),
+    Bad(
+        "-m sweep.until=answered init=gpt2,torch sweep.margin=1,2",
+        "sweep.until=answered: it takes the basic",
+        "one value",
+    ),
+    Bad("-m sweep.until=answered hydra/sweeper=lr_search", "sweep.until=answered: it takes the basic sweeper", ""),
+    Bad(
+        "-m sweep.until=answered init=gpt2,torch sweep.max_seeds=2",
+        "sweep.max_seeds=2: fewer than sweep.min_seeds=3",
+        "try sweep.max_seeds=6",
+    ),
+    Bad("-m init=gpt2,torch sweep.max_hours=2", "sweep.max_hours=2.0: has no meaning", "add sweep.until=answered"),
+    Bad("dry_run=true sweep.prior=nowhere", "sweep.prior=nowhere: no such folder", "name run or sweep folders"),
     Bad("hydra.run.dir=~/book.txt", "hydra.run.dir=", "choose a folder that can be written"),
     Bad("hydra.run.dir=/proc/x", "hydra.run.dir=/proc/x: No such file", "choose a folder that can be written"),
     Bad("hydra.run.dir=done", "hydra.run.dir=done: already holds files", "choose a new folder"),
@@ -307,9 +329,17 @@ def test_comparison_refused(bad: Bad, world: Path, capsys: pytest.CaptureFixture
 
 
 @NO_CUDA
-@pytest.mark.parametrize("line", ["-m train.device=cpu,cuda", "train.device=cuda dry_run=true"])
-def test_a_device_that_is_not_there(line: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check(Bad(line, "train.device=cuda: PyTorch sees no such device here", "use auto"), "gpt2exp", world, capsys)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Bad("-m train.device=cpu,cuda", "train.device=cuda: PyTorch sees no such device here", "use auto or one of: "),
+        Bad("train.device=cuda dry_run=true", "train.device=cuda: PyTorch sees no such device here", "use auto"),
+        Bad("precision=tf32 precision.fallback=error", "precision=tf32: ", "use precision.fallback=emulate"),
+    ],
+    ids=lambda bad: bad.line,
+)
+def test_a_device_that_is_not_there(bad: Bad, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(bad, "gpt2exp", world, capsys)
 
 
 def test_a_text_without_permission(world: Path) -> None:

@@ -48,7 +48,7 @@ def test_as_composed_alone(number: int, tmp_path: Path) -> None:
             own = OmegaConf.masked_copy(alone, composing.SECTIONS)
             assert got.config == config.parse(own)
             folder = tmp_path / str(place)
-            composing.describe(folder, got.own, told, got.hydra)
+            composing.describe(folder, got)
             assert OmegaConf.load(folder / ".hydra" / "config.yaml") == OmegaConf.create(OmegaConf.to_yaml(own))
             assert OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml")) == told
             settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
@@ -71,11 +71,10 @@ def test_as_composed_alone(number: int, tmp_path: Path) -> None:
             1,
         ),
         (["seed=range(1,11)", "precision=fp32,tf32,bf16"], 3),
-        (["seed=1,2", "hydra.sweep.subdir=${hydra.job.num}"], 2),
     ],
 )
 def test_how_often_hydra_composes(words: list[str], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for the sweep, and once for each combination of groups; for each job where the user names the folders."""
+    """Once for the sweep, and once for each combination of groups."""
     composed: list[int] = []
     real = composing.ConfigLoaderImpl.load_configuration
     monkeypatch.setattr(

@@ -108,7 +108,7 @@ def test_what_the_terminal_says() -> None:
 
 
 WORK = """
-import json, os, time, torch
+import json, os, sys, time, torch
 from gpt2exp.training import load
 def spent():  # by all other threads, in seconds of CPU time
     times = [open(f"/proc/self/task/{t}/schedstat").read().split()[0] for t in os.listdir("/proc/self/task")]
@@ -117,7 +117,7 @@ def idle():  # what the other threads spend after a share of work, while this on
     x = torch.ones(1 << 18)
     x.add_(1)
     before = spent()
-    for _ in range(20):
+    for _ in range(int(sys.argv[1])):
         x.add_(1)
         time.sleep(0.05)
     return spent() - before
@@ -130,10 +130,10 @@ print(json.dumps(found))
 """
 
 
-def spun(**env: str) -> list[tuple[float, int]]:
+def spun(turns: int, **env: str) -> list[tuple[float, int]]:
     """What OpenMP's second thread spends on waiting, and how many threads there are: at first and after five steps."""
     plain = {key: value for key, value in os.environ.items() if key not in load.SPINNING}
-    command = [sys.executable, "-c", WORK]
+    command = [sys.executable, "-c", WORK, str(turns)]
     done = subprocess.run(command, env={**plain, "OMP_NUM_THREADS": "2", **env}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [(spent, threads) for spent, threads in json.loads(done.stdout)]
@@ -146,7 +146,7 @@ def test_threads_spin_only_where_nobody_else_wants_the_core() -> None:
     """
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("OpenMP spins briefly anyway with more threads than cores")
-    first, calm, bit, held, still, again = spun()
+    first, calm, bit, held, still, again = spun(20)
     for brief in (first, held, still):
         assert 5 * brief[0] < min(calm[0], bit[0], again[0])
         assert brief[1] > calm[1]
@@ -156,7 +156,7 @@ def test_threads_spin_only_where_nobody_else_wants_the_core() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("env", [{"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "active"}, {"OMP_NUM_THREADS": "1"}])
 def test_what_the_user_set_stands(env: dict[str, str]) -> None:
-    assert len({threads for _, threads in spun(**env)}) == 1, "no team was made"
+    assert len({threads for _, threads in spun(1, **env)}) == 1, "no team was made"
 
 
 def test_another_openmp_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from gpt2exp.config import (
 from gpt2exp.data import batches as windows
 from gpt2exp.data import tokens
 from gpt2exp.data.batches import Windows
+from gpt2exp.model import size
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import job as jobs
@@ -123,32 +124,6 @@ def by_hand(
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-@pytest.mark.parametrize(("pieces", "tie"), [(2, True), (4, False)])
-def test_accumulation_equals_one_batch(pieces: int, tie: bool) -> None:
-    whole = trainer(model(tie), batch_size=8)
-    parts = trainer(model(tie), batch_size=8 // pieces, grad_accum_steps=pieces)
-    assert whole.config.step_tokens == parts.config.step_tokens == 128
-    for step in range(4):
-        one, many = whole.step(), parts.step()
-        torch.testing.assert_close(many, one, atol=1e-6, rtol=1e-6)
-        expected = dict(whole.model.named_parameters())
-        for name, parameter in parts.model.named_parameters():
-            assert parameter.grad is not None
-            if step == 0:  # from equal weights: the gradients themselves
-                torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-7, rtol=1e-4)
-            torch.testing.assert_close(parameter, expected[name], atol=1e-5, rtol=1e-4)
-
-
-def test_two_runs_are_bitwise_equal() -> None:
-    def run() -> tuple[list[float], dict[str, Tensor]]:
-        job = trainer(grad_accum_steps=2, steps=6, optimizer=AdamW(grad_clip=0.5))
-        return [row["loss"] for row in job.fit()], state(job.model)
-
-    (losses, weights), (again, weights_again) = run(), run()
-    assert losses == again
-    assert all(torch.equal(weight, weights_again[name]) for name, weight in weights.items())
 
 
 def test_blocks_are_compiled_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,7 +576,7 @@ class TestMFU:
         """The figure on A100s, at a speed that is 312 TFLOP/s."""
         monkeypatch.setattr(hardware, "device_name", lambda _: "NVIDIA A100-SXM4-80GB")
         config = RunConfig()
-        speed = 312e12 / config.model.flops_per_token(config.train.seq_len)
+        speed = 312e12 / size.flops_per_token(config.model, config.train.seq_len)
 
         def mfu(requested: str, effective: str, processes: int = 1, emulated: bool = False) -> float | None:
             monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -662,8 +637,8 @@ MEASURE = """
 import json, sys, torch
 torch.set_num_threads(2)
 from gpt2exp.config import ModelConfig, PrecisionConfig, PrecisionName, RunConfig, TrainConfig
-from gpt2exp.data import tokens
-from gpt2exp.training import hardware, precision, setup
+from gpt2exp.model import size
+from gpt2exp.training import hardware, setup
 import wandb
 shape, train, name, kept = json.loads(sys.argv[1])
 config = RunConfig(
@@ -673,13 +648,13 @@ cpu = torch.device("cpu")
 if kept:
     setup.keep_memory(config, cpu)
 hardware.reset_peak_memory(cpu)
-source = tokens.prepare(config.data)
-with precision.applied(config.precision, cpu) as got:
-    job, _ = setup.trainer(config, cpu, got, source)
+with setup.ready(config) as ready:
+    job, _ = setup.trainer(ready)
     for _ in job.fit():
         pass
-need = setup.memory(config, setup.Hardware("cpu", got.emulated))
-print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.parameters()), config.model.parameters["total"])
+need = setup.memory(config, setup.Hardware("cpu", ready.got.emulated))
+counted = size.parameters(config.model)["total"]
+print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.parameters()), counted)
 """
 
 
@@ -688,8 +663,20 @@ print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.paramete
     ("shape", "train", "name", "kept", "tolerance"),
     [
         ({"n_layer": 4, "n_head": 4, "n_embd": 128}, {"batch_size": 2, "seq_len": 256}, "fp32", False, 0.15),
-        ({"n_layer": 4, "n_head": 4, "n_embd": 128}, {"batch_size": 1, "seq_len": 256}, "tf32", False, 0.15),
-        ({"n_layer": 6, "n_embd": 384, "tie_weights": False}, {"batch_size": 2, "seq_len": 32}, "fp32", True, 0.25),
+        pytest.param(
+            *({"n_layer": 4, "n_head": 4, "n_embd": 128}, {"batch_size": 1, "seq_len": 256}, "tf32", False, 0.15),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(
+                {"n_layer": 6, "n_embd": 384, "tie_weights": False},
+                {"batch_size": 2, "seq_len": 32},
+                "fp32",
+                True,
+                0.25,
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["activations", "emulated", "weights"],
 )

@@ -14,6 +14,7 @@ import pytest
 from support import SMALL
 
 from gpt2exp import bench
+from gpt2exp.config import BadRequest
 
 TINY = [*SMALL, "train.seq_len=16", "wandb.mode=disabled"]
 ONCE = [*TINY, "--pairs", "1", "--steps", "3", "--peer-command"]
@@ -155,3 +156,9 @@ def test_what_cannot_be_done_is_one_line(
     err = capsys.readouterr().err
     assert err.startswith(said)
     assert len(err.splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_written_is_a_bad_request(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadRequest, match=r"^--out \S+: cannot be written \("):
+        bench.print_result({}, tmp_path / "file" / "bench.json")

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from support import PROGRAM, SMALL, at_step, finish, read, run, shell_code, start, the_run
 
+from gpt2exp.sweep import launch
+
 IMPORTS = [sys.executable, "-X", "importtime", "-m", "gpt2exp.train"]
 Done = subprocess.CompletedProcess[str]
 
@@ -198,28 +200,32 @@ class TestWithoutTorch:
         assert not written(tmp_path / "here")
 
 
-def test_dry_run(tmp_path: Path) -> None:
-    """The table of a sweep with exact counts; nothing written, though a later job alone asks for it."""
-    done = run(tmp_path / "here", "-m", "model=gpt2,gpt2-xl", "model.tie_weights=true,false", "dry_run=true")
-    assert (done.returncode, done.stderr) == (0, "")
-    for parameters in ("124,439,808", "163,037,184", "1,557,611,200", "1,638,022,400"):
-        assert parameters in done.stdout
-    assert done.stdout.count(" 6,400 ") == 4  # tokens: 50 x 4 x 32
-    assert "fp32: fp32 on cpu" in done.stdout
-    assert not written(tmp_path / "here")
-
-
-def test_dry_run_shows_a_longer_schedule(tmp_path: Path) -> None:
-    args = ["optimizer.schedule=cosine", "optimizer.schedule_steps=6000", "dry_run=true"]
-    assert " 50 (schedule 6,000) " in run(tmp_path / "here", *SMALL, *args).stdout
-    assert not written(tmp_path / "here")
-
-
-def test_dry_run_in_any_job_is_dry(tmp_path: Path) -> None:
-    done = run(tmp_path / "here", "-m", *SMALL, "dry_run=false,true")
-    assert done.returncode == 0
-    assert "811,728" in done.stdout
-    assert not written(tmp_path / "here")
+@pytest.mark.parametrize(
+    ("args", "shown"),
+    [
+        (
+            ["-m", "model=gpt2,gpt2-xl", "model.tie_weights=true,false", "dry_run=true"],
+            ["124,439,808", "163,037,184", "1,557,611,200", "1,638,022,400", " 6,400 ", "fp32: fp32 on cpu"],
+        ),
+        (
+            [*SMALL, "optimizer.schedule=cosine", "optimizer.schedule_steps=6000", "dry_run=true"],
+            [" 50 (schedule 6,000) "],
+        ),
+        (["-m", *SMALL, "dry_run=false,true"], ["811,728"]),
+    ],
+    ids=["exact counts", "a longer schedule", "in any job"],
+)
+def test_dry_run(
+    args: list[str], shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The table, and nothing written, though a later job alone asks for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert launch.command(args) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert not [text for text in shown if text not in out]
+    assert not written(tmp_path)
 
 
 class TestText:
@@ -236,29 +242,6 @@ class TestText:
         assert data["name"] == "my book.txt"
         assert data["distinct_tokens"] < 20 < 400 < data["tokens"]
         assert not (the_run(folder) / "wandb").exists()
-
-
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["train.device=mps"], "train.device=mps: PyTorch sees no such device here; use auto or one of: cpu"),
-        (["precision=tf32", "precision.fallback=error"], "use precision.fallback=emulate"),
-    ],
-)
-def test_what_this_machine_lacks(tmp_path: Path, args: list[str], said: str) -> None:
-    done = run(tmp_path / "here", *SMALL, *args, CUDA_VISIBLE_DEVICES="")
-    if done.returncode == 0 and sys.platform == "darwin":
-        pytest.skip("this Mac has Apple's GPU")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in one_line(done)
-    assert not written(tmp_path / "here")
-
-
-def test_no_cuda(tmp_path: Path) -> None:
-    done = run(tmp_path / "here", *SMALL, "train.device=cuda", CUDA_VISIBLE_DEVICES="")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert one_line(done).startswith("train.device=cuda: PyTorch sees no such device here; use auto or one of: ")
-    assert not written(tmp_path / "here")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,7 +1,7 @@
 """A run or sweep killed at any moment can be resumed, and ends with the weights of one that was never killed.
 
 SIGKILL comes during start-up, during training, while a checkpoint is written, or between two jobs of a sweep; half of
-the runs are killed twice. The moments are drawn by number. `GPT2EXP_CRASHES=40` sets how many (default 6).
+the runs are killed twice. The moments are drawn by number. `GPT2EXP_CRASHES=40` sets how many (default 3).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support import SMALL, finish, losses, read, run, run_folders, shell_code, s
 from gpt2exp.run import record
 
 pytestmark = pytest.mark.slow
-CRASHES = int(os.environ.get("GPT2EXP_CRASHES", "6"))
+CRASHES = int(os.environ.get("GPT2EXP_CRASHES", "3"))
 ARGS = [*SMALL, "train.steps=60", "checkpoint.every=4", "checkpoint.save_last=true", "data.order=shuffled"]
 AXIS = ["seed=1,2", "wandb.mode=disabled"]
 Process = subprocess.Popen[str]

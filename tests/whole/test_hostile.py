@@ -61,7 +61,7 @@ class TestDisks:
         """Steps until there is no room: code 1, no traceback, every whole line of the record kept."""
         place, kept = tmp_path / "disk", tmp_path / "kept"
         more = ["train.steps=5000", "train.log_every=1000", f"hydra.run.dir={place}/run"]
-        done = run(tmp_path / "here", *SMALL, *more, QUIET, program=on_disk(place, "size=64k", kept))
+        done = run(tmp_path / "here", *SMALL, *more, QUIET, program=on_disk(place, "size=52k", kept))
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert all("No space left on device" in line for line in done.stderr.splitlines())

@@ -4,6 +4,7 @@ the run can be resumed with another number of processes. NCCL and GPUs were not 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,18 +17,25 @@ import support
 import torch
 from safetensors.torch import load_file
 
+from gpt2exp.sweep import launch
+from gpt2exp.training import distributed
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 LOOSE = {"bf16, recomputed": 1e-2, "fp16": 2e-3}
 """Products in half precision round otherwise for other numbers of rows; fp32 and emulated TF32 hardly do."""
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_equal_one(tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [(2, list(shared_runs.CASES)), pytest.param(4, ["tied", "fp64"], marks=pytest.mark.slow)],
+    ids=["2", "4"],
+)
+def test_several_equal_one(tmp_path: Path, processes: int, cases: list[str]) -> None:
     file = tmp_path / "found.safetensors"
-    command = [*TORCHRUN, str(processes), str(Path(shared_runs.__file__)), str(file)]
+    command = [*TORCHRUN, str(processes), str(Path(shared_runs.__file__)), str(file), "cpu", *cases]
     subprocess.run(command, check=True, timeout=300)
     found = load_file(file)
-    for case in shared_runs.CASES:
+    for case in cases:
         alone = shared_runs.train(case, "ddp")
         for how in ("ddp", "fsdp"):
             for name, expected in alone.items():
@@ -72,11 +80,17 @@ def _process(launcher: int, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_a_sweep_is_refused_with_what_to_type(tmp_path: Path) -> None:
-    program = [*TORCHRUN, "2", "-m", "gpt2exp.train"]
-    refused = support.run(tmp_path / "work", "-m", *support.SMALL, "seed=1,2", program=program)
-    assert "start sweeps as gpt2exp -m" in refused.stderr
-    assert not (tmp_path / "work" / "sweeps").exists()
+def test_a_sweep_is_refused_with_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the processes meet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for name in ("process_group", "release_followers"):
+        monkeypatch.setattr(distributed, name, contextlib.nullcontext)
+    assert launch.command(["-m", *support.SMALL, "seed=1,2"]) == 2
+    assert "start sweeps as gpt2exp -m" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import operator
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from support import SMALL, read, run, run_folders
 
-from gpt2exp import bench, config, export, sample
+from gpt2exp import bench, choices, config, export, sample
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.sweep import composing, help, resume
 from gpt2exp.sweep import request as requests
 
 ROOT = Path(__file__).parents[2]
-PLACES = ("*.md", "conf/**/*.md", "gpt2exp/**/*.md", "tests/**/*.md", "experiments/throughput/*.md")
+PLACES = (
+    "*.md",
+    "conf/**/*.md",
+    "gpt2exp/**/*.md",
+    "tests/**/*.md",
+    "experiments/throughput/**/*.md",
+    "experiments/choices/*.md",
+)
 PAGES = {path: path.read_text(encoding="utf-8") for place in PLACES for path in sorted(ROOT.glob(place))}
 README = PAGES[ROOT / "README.md"]
-BLOCKS = [block for page in PAGES.values() for block in re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)]
+WALKS = re.compile(r"^## Adding a choice\n.*?(?=^## )", re.M | re.S)
+"""What test_walks.py performs."""
+SHOWN = [WALKS.sub("", page) for page in PAGES.values()]
+BLOCKS = [block for page in SHOWN for block in re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)]
 LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
-INLINE = [text for page in PAGES.values() for text in re.findall(r"`((?:gpt2exp[\w-]*|torchrun) [^`]+)`", page)]
+INLINE = [text for page in SHOWN for text in re.findall(r"`((?:gpt2exp[\w-]*|torchrun) [^`]+)`", page)]
 COMMANDS = sorted({re.split(r" +# ", line)[0] for line in [*LINES, *INLINE] if not line.startswith("python3 ")})
 REQUESTS = [line for line in COMMANDS if re.match(r"gpt2exp |torchrun ", line) and not line.endswith(" --help")]
 """Requests to the program itself; the rest are for its other commands."""
@@ -59,6 +69,7 @@ def one_seed(words: list[str]) -> list[str]:
 def compose(words: list[str]) -> requests.Request:
     """The checked plan of a request."""
     args = composing.arguments(words)
+    choices.allow(composing.config_folder(args), Path.cwd())
     return resume.make(args) or requests.make(args)
 
 
@@ -72,6 +83,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_conf" / "model").mkdir(parents=True)
     nano = (ROOT / "conf" / "model" / "nano.yaml").read_text()
     (folder / "my_conf" / "model" / "mine.yaml").write_text(nano)
+    (folder / "experiments").symlink_to(ROOT / "experiments")
     for line, jobs in {
         "gpt2exp model=nano train.steps=200 checkpoint.save_last=true": 1,
         "gpt2exp -m model=nano precision=fp32,tf32 seed=1,2,3 data.val_fraction=0.1": 4,
@@ -101,6 +113,7 @@ def test_there_are_commands() -> None:
 def test_every_command_is_a_request(line: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It composes, with a launcher's plugin and program there."""
     monkeypatch.chdir(trained)
+    monkeypatch.setattr("sys.path", [*sys.path])  # modules from outside put their folders there
     monkeypatch.setenv("PATH", str(trained), prepend=":")
     jobs = compose(one_seed(arguments(placed(line, trained)))).jobs
     assert jobs
@@ -164,8 +177,8 @@ def test_every_choice_is_in_its_groups_row(page: str) -> None:
 def test_help_says_what_the_schema_says() -> None:
     """Every key with the default that it has, and its choices; the groups with all members, the default first."""
     page = help.text()
-    for key in list(config.keys()):
-        assert f"\n  {key}={config.show(operator.attrgetter(key)(config.RunConfig()))} " in page
+    for key, default, _ in config.options():
+        assert f"\n  {key}={config.show(default)} " in page
     assert "(auto, cpu, cuda, mps)" in " ".join(page.split())
     for group, first in (("model", "gpt2"), ("init", "gpt2"), ("precision", "fp32"), ("data", "tinyshakespeare")):
         shown = re.search(rf"^  {group}=(\S+)$", page, re.MULTILINE)

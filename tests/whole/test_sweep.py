@@ -110,14 +110,14 @@ def test_a_diverging_job_stops_no_other(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_diverging_job_and_one_refused_memory_leave_the_comparison(tmp_path: Path) -> None:
-    """Eight jobs, of which those with the large batch cannot fit here and those with the large rate blow up."""
+    """Four jobs, of which those with the large batch cannot fit here and those with the large rate blow up."""
     free = hardware.free_memory(torch.device("cpu"))
     large = setup.memory(
         RunConfig(train=TrainConfig(batch_size=4096, seq_len=64, loss_chunk=10**6)), setup.Hardware("cpu")
     )
     if free is None or free > large:
         pytest.skip(f"this machine has the {large / 2**30:.0f} GiB that the large batch needs")
-    axes = ["train.batch_size=2,4096", "optimizer.lr=1e-3,1e9", "seed=1,2"]
+    axes = ["train.batch_size=2,4096", "optimizer.lr=1e-3,1e9"]
     done = run(
         tmp_path / "here", "-m", *axes, *SMALL, "train.seq_len=64", "train.loss_chunk=1000000", "train.steps=3", QUIET
     )
@@ -125,7 +125,7 @@ def test_a_diverging_job_and_one_refused_memory_leave_the_comparison(tmp_path: P
     (report,) = (tmp_path / "here").glob("sweeps/*/*/report.html")
     comparison = read(report.parent / "comparison.json")
     states = sorted(row["state"] for row in comparison["failed"])
-    assert states == ["diverged"] * 2 + ["failed"] * 4
+    assert states == ["diverged", "failed", "failed"]
     refused = [row["error"] for row in comparison["failed"] if row["state"] == "failed"]
     assert all("GiB of memory" in error and "try train.batch_size=" in error for error in refused)
     assert "optimizer.lr" in done.stdout
@@ -170,14 +170,13 @@ def test_a_killed_job_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_isolated_job_is_stopped_with_its_sweep(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_an_isolated_job_is_stopped_with_its_sweep(tmp_path: Path) -> None:
     """The signal reaches the job, which closes its record; no further job begins."""
     args = ["-m", "seed=1,2", *SMALL, "train.steps=1000000", "sweep.isolate=true", QUIET]
     process = start(tmp_path / "here", *args, held=":5")
     with at_step(tmp_path / "here", process) as (folder, _):
-        process.send_signal(number)
-    assert shell_code(finish(process)) == code
+        process.send_signal(signal.SIGINT)
+    assert shell_code(finish(process)) == 130
     first, second = run_folders(tmp_path / "here")
     assert (first, (second / "status.json").exists()) == (folder, False)
     assert read(folder / "status.json")["state"] == read(folder / "summary.json")["state"] == "interrupted"

@@ -72,3 +72,27 @@ def test_runs_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     summary = read(the_run(folder) / "summary.json")
     assert (summary["state"], summary["steps"]) == ("done", 3)
     assert summary["git"] is None, "there is no checkout to speak of"
+
+
+def test_the_examples_of_choices_are_in_it(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    done = subprocess.run(
+        [
+            site / "bin" / "gpt2exp",
+            "--config-dir",
+            "pkg://gpt2exp.examples",
+            *SMALL,
+            "train.steps=2",
+            "model/mlp=swiglu",
+        ],
+        cwd=tmp_path,
+        env=surroundings(tmp_path / "home", PYTHONPATH=str(site)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    source = read(the_run(tmp_path) / "summary.json")["config"]["model"]["mlp"]["_source_"]
+    assert Path(source).is_relative_to(site)

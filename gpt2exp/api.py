@@ -1,0 +1,150 @@
+"""gpt2exp in Python, in a script or a notebook: what `gpt2exp` and `gpt2exp-compare` do, with results returned.
+
+    config = gpt2exp.compose("model=nano", "train.steps=3")
+    trainer = gpt2exp.trainer(config)          # a model in training, to be stepped by hand
+    loss = trainer.step()
+    summary = gpt2exp.run(config, "runs/a")    # the same training as a run, with a folder
+    runs = gpt2exp.sweep(["model=nano", "train.steps=3", "precision=fp32,tf32", "seed=1,2,3"], "sweeps/a")
+    pandas.DataFrame(runs.table())
+    runs.compare().axes                        # each metric's effect, interval and verdict
+
+A request that cannot be carried out raises `BadRequest`, and nothing is written. A run that fails raises nothing: its
+`state` and `error` say so. `run` and `sweep` print a line a step, or two a job. Ctrl-C, in a notebook "interrupt", ends
+them after the step, with a checkpoint, by KeyboardInterrupt; a second one raises at once. A thread handles no signal.
+Precision is a setting of the process, so one `run` or `sweep` goes on at a time. These and `trainer` import torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2exp import config as schema
+from gpt2exp.choices import about
+from gpt2exp.compare import comparison, stopping
+from gpt2exp.config import BadRequest, RunConfig, plain, show, stored, typed
+from gpt2exp.run import process, record, terminal
+from gpt2exp.run.metrics import METRICS, Summary
+from gpt2exp.sweep import launch, resume
+from gpt2exp.sweep.request import Request, make
+
+if TYPE_CHECKING:
+    from gpt2exp.training.trainer import Trainer
+
+
+def compose(*words: str) -> RunConfig:
+    """The checked configuration of one run; `words` as after `gpt2exp`: overrides, also `--config-dir DIR`."""
+    request = make(launch.parsed(words)[0])
+    config = request.jobs[0].config
+    if request.multirun or config.resume is not None:
+        raise BadRequest(f"{' '.join(words)}: several runs, or one that goes on; give it to gpt2exp.sweep")
+    return config
+
+
+def trainer(config: RunConfig) -> Trainer:
+    """A new model in training, to be stepped by hand: `step`, `evaluate`, `fit`, `model`. Nothing is written.
+
+    Each call computes in `config.precision` and resets the process's, so several trainers can take turns. Raises
+    `BadRequest` if the text, the weights or this machine do not fit, AssetError if a file could not be fetched.
+    """
+    from gpt2exp.training import setup
+
+    setup.check_weights(config.init, config.model)
+    with setup.ready(config) as ready:
+        setup.keep_memory(ready.config, ready.device)
+        setup.check_text(ready.config, ready.source)
+        return setup.trainer(ready, by_hand=True)[0]
+
+
+def run(config: RunConfig, folder: str | Path | None = None) -> Summary:
+    """Train in a new `folder` (None: below runs/) as `gpt2exp` does, and return what `summary.json` says.
+
+    Its `overrides` are the keys that differ from the defaults. KeyboardInterrupt: a signal stopped it; it is saved.
+    """
+    if about(config):
+        raise BadRequest("this configuration has a choice of a --config-dir; give its words to gpt2exp.sweep instead")
+    words = _words(config) + ([typed("hydra.run.dir", str(folder))] if folder is not None else [])
+    request = make(launch.parsed(words)[0])
+    _carry_out(request, words)
+    return record.row(request.folder, request.folder)
+
+
+def sweep(words: Sequence[str], folder: str | Path | None = None) -> Runs:
+    """What `gpt2exp -m WORDS` does, in a new `folder` (None: below sweeps/); with `resume=FOLDER`, in that one.
+
+    The comparison is written and shown as at that command's end. KeyboardInterrupt: as `run`.
+    """
+    place = [typed("hydra.sweep.dir", str(folder))] if folder is not None else []
+    args, argv = launch.parsed(["-m", *words, *place])
+    request = resume.make(args) or make(args)
+    _carry_out(request, argv)
+    return load(request.folder)
+
+
+def load(*folders: str | Path) -> Runs:
+    """Every run at or below the folders, finished or not; `BadRequest` if there is none."""
+    paths = [Path(folder) for folder in folders]
+    return Runs(paths, comparison.read(paths))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs and what they recorded."""
+
+    folders: list[Path]
+    rows: list[comparison.Row]
+    """The summaries; of a run that left none, its state."""
+
+    def table(self) -> list[dict[str, Any]]:
+        """A flat row a run: name, state, error, folder, seed, each key that varies among the runs, and its figures.
+
+        Losses in nats, tokens per second, the median step in `step_ms`, memory in bytes; None where not measured.
+        """
+        configs = [schema.flatten(stored(row["config"])[0]) if "config" in row else {} for row in self.rows]
+        keys = dict.fromkeys(key for config in configs for key in config)
+        varying = ["seed", *(key for key in keys if key != "seed" and len({show(of.get(key)) for of in configs}) > 1)]
+        rows = []
+        for row, config in zip(self.rows, configs, strict=True):
+            about = {key: row.get(key) for key in ("name", "state", "error", "folder")}
+            figures: dict[str, Any] = {of.key: row.get(of.key) for of in METRICS if of.of or of.measured}
+            figures["step_ms"] = figures["step_ms"] and figures["step_ms"]["median"]
+            rows.append(about | {key: config.get(key) for key in varying} | figures)
+        return rows
+
+    def compare(self, *, margin: float | None = None, out: str | Path | None = None) -> comparison.Comparison:
+        """Pairs, intervals and verdicts; `BadRequest` if the runs cannot be compared.
+
+        `margin`: nats within which a loss difference counts as none. `out`: a folder for the report; None: none.
+        """
+        from gpt2exp.compare.__main__ import write
+
+        made = stopping.compared(self.rows, margin=margin, out=Path(out or self.folders[0]))
+        if out is not None:
+            write(made, Path(out))
+        return made
+
+
+def _words(config: RunConfig) -> list[str]:
+    """The overrides that ask for a configuration: its choices, then the keys that differ from what these bring."""
+    asked = plain(config)
+    names = {section: schema.at(asked, f"{section}.name") for section in schema.CHOICES}
+    usual = {section: next(iter(choices)) for section, choices in schema.CHOICES.items()}
+    words = [f"{schema.group_of(section)}={name}" for section, name in names.items() if name != usual[section]]
+    before = schema.leaves(plain(compose(*words)))
+    changed = {key: value for key, value in schema.leaves(asked).items() if before.get(key) != value}
+    return words + [_typed(key, value) for key, value in changed.items()]
+
+
+def _typed(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return f"{key}=[{','.join(schema.quoted(part) if isinstance(part, str) else show(part) for part in value)}]"
+    return typed(key, value) if isinstance(value, str) else f"{key}={show(value)}"
+
+
+def _carry_out(request: Request, words: list[str]) -> None:
+    terminal.show_warnings()
+    with process.guest():
+        launch.carry_out(request, words, time.monotonic())

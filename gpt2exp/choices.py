@@ -1,0 +1,314 @@
+"""Choices from outside: a class or a function in a module of the user's, named by `_target_` in a YAML file of theirs.
+
+`mine/optimizer/lion.yaml` with `_target_: my_choices.Lion` makes `gpt2exp --config-dir mine optimizer=lion` a choice:
+`my_choices.py` lies in `mine` or in the current folder, and the other keys are arguments of `Lion`, typed and checked
+by its signature beside those that the section has anyway. The section's class is made here from both.
+
+A file in `conf/` may name code too, which is ours: `gpt2exp.model.init.NAME`.
+
+A configuration records the file and its sha256, and is carried out only with that very code. What may run is the code
+in the folders that the command line put there (`allow`); what a run folder names beside it runs only where the user
+said `--trust`, and in a process that another of ours started for the run. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields, make_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gpt2exp.config import (
+    OUTSIDE,
+    SHA256,
+    SOURCE,
+    TARGET,
+    BadRequest,
+    Section,
+    SlotConfig,
+    first_line,
+    kind_of,
+    option,
+)
+
+LEADING: dict[str, tuple[str, ...]] = {
+    "optimizer": ("params",),
+    "schedule": ("step", "steps"),
+    "metric": ("model", "batch"),
+    "init": ("name", "parameter"),
+    "data": (),
+    **{f"model.{slot}": ("config",) for slot in ("attention", "mlp", "norm", "position")},
+}
+"""By section what the code is called with first, in this order; its other parameters are keys of the section."""
+
+PLAIN = (int, float, bool, str)
+
+CHECKED = {"int", "float", "bool", "str", "list", "dict", "class", "None", "NoneType", "Optional", "typing"}
+"""The words of an annotation that OmegaConf can check."""
+
+
+class Outside:
+    """What the class of such a section has beside its fields."""
+
+    __slots__ = ()
+    code: ClassVar[Callable[..., Any]]
+    """The class or function."""
+    first: ClassVar[str]
+    """The name of its first parameter; empty if it has none."""
+    arguments: ClassVar[tuple[str, ...]]
+    """Fields that it is called with, by name."""
+    tuples: ClassVar[tuple[str, ...]]
+    """Those of them that are tuples there and lists here."""
+    needed: ClassVar[frozenset[str]]
+    """Those of them that have no default."""
+
+
+class Refused(BadRequest):
+    """Code that may not run here, or is not what a configuration recorded."""
+
+
+_folders: list[Path] = []
+"""Where modules are looked for, and from where they may come."""
+_trusting = False
+"""Whether a module may come from where a configuration says that it was."""
+_loaded: dict[str, tuple[Path, str]] = {}
+"""By name the modules that were loaded here: file and sha256."""
+
+
+def allow(*folders: Path | str | None) -> None:
+    """Code in these folders may run in this process, and in no others that were allowed before."""
+    _folders[:] = [Path(folder).absolute() for folder in folders if folder is not None]
+
+
+def trust(recorded: bool = True) -> None:
+    """Whether code may run in this process from wherever a configuration recorded it."""
+    global _trusting
+    _trusting = recorded
+
+
+# --- in a configuration ----------------------------------------------------------------------------------------------
+
+
+def found_in(config: Mapping[str, Any], place: str = "") -> dict[str, Mapping[str, Any]]:
+    """The sections of a plain configuration that are choices from outside, by dotted key."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, inside in config.items():
+        if isinstance(inside, Mapping):
+            found |= {f"{place}{name}": inside} if TARGET in inside else found_in(inside, f"{place}{name}.")
+    return found
+
+
+def describe(section: str, values: Mapping[str, Any], name: str) -> dict[str, str]:
+    """What a section composed from a file `name`.yaml is to have beside its keys: name, source and its sha256.
+
+    Raises:
+        BadRequest: the section cannot come from outside, or its module is in none of the folders allowed.
+    """
+    target = str(values[TARGET])
+    if _is_ours(section, target, name):
+        return {"name": name, SOURCE: "", SHA256: ""}
+    key, module = f"{section}.{TARGET}={target}", target.rpartition(".")[0]
+    there = [path for folder in _folders if (path := folder / f"{module}.py").is_file()]
+    if not there:
+        places = " or ".join(str(folder) for folder in _folders)
+        raise BadRequest(f"{key}: no {module}.py in {places}; put it there, or mend the name")
+    return {"name": name, SOURCE: str(there[0]), SHA256: hashlib.sha256(there[0].read_bytes()).hexdigest()}
+
+
+def admit(config: Mapping[str, Any]) -> None:
+    """Load the code that a plain configuration names, and make the classes of its sections known to `config.parse`.
+
+    Raises:
+        Refused: the code may not run here, or is not what was recorded.
+        BadRequest: the module cannot be loaded, has no such class or function, or its signature does not fit.
+    """
+    for section, values in found_in(config).items():
+        target, known = str(values[TARGET]), str(values.get(SHA256))
+        if (section, target, known) not in OUTSIDE:
+            ours = _is_ours(section, target, values.get("name"))
+            code = pkgutil.resolve_name(target) if ours else _code(section, target, values)
+            OUTSIDE[section, target, known] = _section(section, target, code)
+        if missing := sorted(OUTSIDE[section, target, known].needed - values.keys()):
+            raise BadRequest(f"{section}.{missing[0]}: {target} needs it; give it in the YAML file, or type it")
+
+
+def about(config: Section, place: str = "") -> dict[str, str]:
+    """The choices from outside in a configuration by dotted key: each its name, and the first line of its docstring."""
+    found: dict[str, str] = {}
+    for item in fields(config):
+        inside = getattr(config, item.name)
+        if isinstance(inside, Outside):
+            text = inspect.getdoc(inside.code) or ""
+            found[f"{place}{item.name}"] = f"{inside.name}: {first_line(text)}"  # type: ignore[attr-defined]
+        elif isinstance(inside, Section):
+            found |= about(inside, f"{place}{item.name}.")
+    return found
+
+
+def call(section: Any, *leading: Any) -> Any:
+    """Call the code of a choice from outside with these arguments and then the section's keys."""
+    given = {name: getattr(section, name) for name in section.arguments}
+    given |= {name: tuple(given[name]) for name in section.tuples if given[name] is not None}
+    return section.code(*leading, **given)
+
+
+# --- from code to a section ------------------------------------------------------------------------------------------
+
+
+def _is_ours(section: str, target: str, name: object) -> bool:
+    """Whether a choice's file in the package itself names this code; if not, it must be in one module of the user's.
+
+    Raises:
+        BadRequest: the section cannot come from outside, or the target is no MODULE.NAME.
+    """
+    key, (module, _, attribute) = f"{section}.{TARGET}={target}", target.rpartition(".")
+    if section not in LEADING:
+        raise BadRequest(f"{key}: no choice from outside can be made here; it can be of {', '.join(LEADING)}")
+    if not target.startswith("gpt2exp.") or not re.fullmatch(r"[\w-]+", str(name)):
+        if module.isidentifier() and attribute.isidentifier():  # and so no way to another folder
+            return False
+        raise BadRequest(f"{key}: must be MODULE.NAME, as my_choices.Lion in a file my_choices.py")
+    file = resources.files("gpt2exp.conf").joinpath(*section.split("."), f"{name}.yaml")
+    if file.is_file() and f"{TARGET}: {target}\n" in file.read_text("utf-8"):
+        return True
+    raise BadRequest(f"{key}: no file of the package's names that code; write a function of your own around it")
+
+
+def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
+    """The class or function that `target` names, from a file whose sha256 is the recorded one."""
+    module, _, name = target.rpartition(".")
+    recorded, sha256 = Path(str(values.get(SOURCE))), str(values.get(SHA256))
+    said = f"{section}.{TARGET}={target}"
+    places = [folder / f"{module}.py" for folder in _folders]
+    places += [recorded] if _trusting else []
+    there = [path for path in places if path.is_file()]
+    if not there:
+        where = shlex.quote(str(recorded.parent))
+        raise Refused(
+            f"{said} would run code of {recorded}; if it is yours, add --trust (gpt2exp: or --config-dir {where})"
+        )
+    text = {path: path.read_bytes() for path in there}
+    same = [path for path in there if hashlib.sha256(text[path]).hexdigest() == sha256]
+    if not same:
+        now = hashlib.sha256(text[there[0]]).hexdigest()
+        why = f"{there[0]} is not the code of before (sha256 {sha256[:8]} then, {now[:8]} now)"
+        raise Refused(f"{said}: {why}; put that code back, or start a new run")
+    found = getattr(_module(said, same[0], text[same[0]], sha256), name, None)
+    if not callable(found):
+        raise BadRequest(f"{said}: {same[0]} has no class or function {name}")
+    return found
+
+
+def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType:
+    """The module that a file's text is; run from the text that was hashed, never from a compiled file beside it."""
+    name = path.stem
+    if _loaded.get(name) == (path, sha256):
+        return sys.modules[name]
+    spec = None if name in _loaded else importlib.util.find_spec(name)
+    if spec is not None and spec.origin != str(path):
+        raise BadRequest(f"{said}: {name} is the name of an installed module too; rename {path.name}")
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last: a module beside it hides none that is installed
+    sys.modules[name] = module
+    try:
+        exec(compile(text, str(path), "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise BadRequest(
+            f"{said}: {path} raised {type(error).__name__} as it was imported: {first_line(error)}"
+        ) from error
+    _loaded[name] = path, sha256
+    return module
+
+
+def _section(section: str, target: str, code: Any) -> type[Section]:
+    """The section's class for a choice: the fields that it has anyway, and the parameters of `code`.
+
+    Raises:
+        BadRequest: `code` cannot be called as this section's choices are.
+    """
+    base = kind_of(section)
+    parameters = _parameters(f"{section}.{TARGET}={target}", code, LEADING[section])
+    hints = _hints(code)
+    fields: dict[str, tuple[str, Any, Any]] = {}
+    for parameter in parameters:
+        if parameter.name not in base.__dataclass_fields__:
+            default = "???" if parameter.default is parameter.empty else parameter.default
+            default = list(default) if isinstance(default, tuple) else default
+            kind = _kind(parameter, hints.get(parameter.name))
+            fields[parameter.name] = parameter.name, kind, option(default, f"argument of {target}")
+    namespace: dict[str, Any] = {
+        "code": staticmethod(code),
+        "first": next(iter(inspect.signature(code).parameters), ""),
+        "arguments": tuple(item.name for item in parameters),
+        "tuples": tuple(
+            item.name
+            for item in parameters
+            if isinstance(item.default, tuple) or typing.get_origin(hints.get(item.name)) is tuple
+        ),
+        "needed": frozenset(item.name for item in parameters if item.default is item.empty and item.name in fields),
+    }
+    if issubclass(base, SlotConfig):
+        namespace["build"] = call
+    for name in ("name", TARGET, SOURCE, SHA256):
+        fields[name] = name, str, option("", "of the file that made the choice, and of the code that it names")
+    name = f"{target.rpartition('.')[2]} from outside"
+    return make_dataclass(name, list(fields.values()), bases=(base, Outside), namespace=namespace, kw_only=True)
+
+
+def _parameters(said: str, code: Any, leading: tuple[str, ...]) -> list[inspect.Parameter]:
+    """The parameters of a class or function that are keys: all but the first, which it is called with by position."""
+    call = f"it is called as {said.rpartition('.')[2]}({', '.join((*leading, 'KEY=VALUE'))})"
+    try:
+        signature = inspect.signature(code)
+        signature.bind_partial(*leading)
+    except (TypeError, ValueError) as error:
+        raise BadRequest(f"{said}: {call}, but {first_line(error)}") from error
+    rest = list(signature.parameters.values())[len(leading) :]
+    named = [item for item in rest if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+    if odd := [item.name for item in named if item.name == "name" or item.name.startswith("_")]:
+        raise BadRequest(f"{said}: its parameter {odd[0]} cannot be a key; rename it")
+    return [item for item in named if item.default is item.empty or _is_plain(item.default)]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a default can be written in YAML; a parameter whose default cannot is no key."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in PLAIN
+
+
+def _hints(code: Any) -> dict[str, Any]:
+    """The annotations by name; none where one names what exists for a type checker alone."""
+    try:
+        return typing.get_type_hints(code.__init__ if inspect.isclass(code) else code)
+    except Exception:
+        return {}
+
+
+def _kind(parameter: inspect.Parameter, hint: Any) -> Any:
+    """The type that a key is checked against: the annotation, a tuple as a list, where OmegaConf can check that.
+
+    Else the type of the default where that is plain, else any.
+    """
+    default = parameter.default
+    parts = [part for part in typing.get_args(hint) if part is not Ellipsis]
+    if typing.get_origin(hint) is tuple and len(set(parts)) == 1:
+        hint = list[parts[0]]  # type: ignore[valid-type]
+    elif hint in (None, Any) or not set(re.findall(r"\w+", str(hint))) <= CHECKED:
+        inside = {type(value) for value in default} if isinstance(default, (list, tuple)) else set()
+        hint = type(default) if type(default) in PLAIN else Any
+        hint = list[inside.pop()] if len(inside) == 1 and inside <= set(PLAIN) else hint  # type: ignore[misc]
+    return hint | None if default is None and hint is not Any else hint

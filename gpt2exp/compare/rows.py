@@ -1,0 +1,269 @@
+"""The runs that a comparison is made of: read from their folders, by axis and arm, grouped by seed.
+
+What was typed is what is compared: the override keys that vary among the runs are the axes, and everything else in
+their configurations must be the same. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import os
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from gpt2exp.compare.inference import pooled_std
+from gpt2exp.config import MOVED, SHA256, TARGET, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
+from gpt2exp.run import record, secret
+from gpt2exp.run.metrics import Metric, Summary, number_of
+
+
+class Row(Summary, total=False):
+    """A run as it is compared: its summary, or of one that left none its state, `config` and `overrides`."""
+
+    folder: str
+    gone: dict[str, Any]
+    """Keys of its configuration that this version does not know."""
+
+
+Settings = dict[str, str]
+
+
+def read(folders: Sequence[Path]) -> list[Row]:
+    """The rows of every run at or below the folders, each once, with `folder` as an absolute path.
+
+    A run without a usable summary has its state, and `config` and `overrides` as Hydra left them; its state is
+    `damaged` where a summary should be.
+
+    Raises:
+        BadRequest: a folder is missing, or none holds a run.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise BadRequest(f"{folder}: no such folder; name run or sweep folders, such as sweeps/DAY/TIME-ID")
+    tops = [folder.resolve() for folder in folders]
+    above = Path(os.path.commonpath(tops))  # several sweeps have jobs of the same names
+    runs = {run.resolve(): run for top in tops for run in record.runs_below(top)}.values()
+    if not runs:
+        raise BadRequest(f"{folders[0]}: holds no run; name run or sweep folders, such as sweeps/DAY/TIME-ID")
+    return [_row(run, above) for run in runs]
+
+
+def _row(run: Path, above: Path) -> Row:
+    row = cast("Row", {**record.row(run, above), "folder": str(run)})
+    if "config" in row:
+        return row
+    if row["state"] == "done" or (run / "summary.json").exists():
+        try:
+            record.read_summary(run)
+        except (OSError, ValueError) as error:
+            row["state"], row["error"] = "damaged", f"summary.json is missing or damaged: {error}"
+    with contextlib.suppress(BadRequest):  # Hydra's record is unusable too
+        config, gone, overrides = record.described(run)
+        secret.check_values([config, gone, overrides])  # an interpolation in a stranger's folder may ask for one
+        row |= {"config": config, "gone": gone, "overrides": overrides}
+    return row
+
+
+def of_today(row: Row) -> Row:
+    """A row with its configuration under today's keys; `gone` has by dotted key what has no place there."""
+    if "config" not in row:
+        return row
+    config, gone = stored(row["config"])
+    return {**row, "config": config, "gone": row.get("gone", {}) | gone}
+
+
+def _flat(row: Row) -> Settings:
+    """A run's configuration by dotted key, values as shown, without housekeeping; keys of other versions with it."""
+    return {key: show(value) for key, value in (flatten(row["config"]) | flatten(row.get("gone", {}))).items()}
+
+
+def _typed(row: Row, flat: Settings) -> Settings:
+    """What was typed for a run, by today's key; Hydra's sweeper records braces with backslashes."""
+    settings: Settings = {}
+    for text in row.get("overrides", []):
+        key, _, value = text.lstrip("+").partition("=")
+        if not (is_housekeeping(key) or key == "experiment" or key.startswith(("hydra.", "hydra/"))):
+            key = key if key in flat else MOVED.get(key, key)
+            settings[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
+    return settings
+
+
+def _arm(key: str, flat: Settings, told: Settings) -> str:
+    """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it."""
+    section = _section(key)
+    chosen = flat.get(f"{section}name") or flat.get(f"{section}scheme")
+    return flat.get(key) or told.get(key) or chosen or ("gpt2" if key.startswith("model") else "default")
+
+
+def _section(group: str) -> str:
+    """What the keys begin with that go with a choice; a schedule from outside has a section of its own."""
+    return "schedule." if group == "optimizer.schedule" else f"{group.replace('/', '.')}."
+
+
+def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The keys whose values vary and that a run was told, with their arms: the default first, else in order of runs.
+
+    A group is one axis, of its choices. It stands for what varies in its section with the choice alone: what was not
+    told by itself, or is null by default, such as `data.path`. A value that follows others is no axis.
+
+    Raises:
+        BadRequest: the runs also differ in something that was not told.
+    """
+    flats = [_flat(row) for row in rows]
+    told = [_typed(row, flat) for row, flat in zip(rows, flats, strict=True)]
+    usual = {key: show(value) for key, value in flatten(plain(RunConfig())).items()}
+    keys = {key for flat in flats for key in flat} - {"seed"}
+    # a run may lack a key of another version: nobody knows its value there, so it differs from none
+    varying = {key for key in keys if len({flat[key] for flat in flats if key in flat}) > 1}
+    names = dict.fromkeys(key for settings in told for key in settings if key in varying or key not in {*keys, "seed"})
+    arms = {key: [_arm(key, *of_run) for of_run in zip(flats, told, strict=True)] for key in names}
+    arms = {key: of_runs for key, of_runs in arms.items() if len(set(of_runs)) > 1}
+    by_group: set[str] = set()
+    for group in arms.keys() - (keys - {"optimizer.schedule"}):
+        inside = {key for key in keys if key.startswith(_section(group))}
+        for key in {key for key in inside & varying if key not in arms or usual.get(key) == "null"}:
+            both = {(arm, flat.get(key)) for arm, flat in zip(arms[group], flats, strict=True)}
+            if len(both) == len(set(arms[group])):
+                by_group.add(key)
+        if inside and not inside & by_group and group not in keys:
+            del arms[group]  # told in some runs, a preset's choice in the others
+    following = {key for key in varying - by_group if _follows(key, rows, told)}
+    if differing := sorted(varying - arms.keys() - by_group - following):
+        if code := [key for key in differing if key.endswith(f".{SHA256}")]:
+            target = code[0].replace(SHA256, TARGET)
+            what = next(flat[target] for flat in flats if target in flat)
+            why = "its code was changed between the runs, so that they are no longer one arm"
+            raise BadRequest(f"{target}={what}: {why}; compare runs of one version of it")
+        raise BadRequest(
+            f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
+            "compare folders whose runs share it"
+        )
+    return {
+        key: sorted(dict.fromkeys(of_runs), key=_arm(key, usual, {}).__ne__)  # the default first: False before True
+        for key, of_runs in arms.items()
+        if key not in by_group | following
+    }
+
+
+def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
+    """Whether a key follows others in every run, alike, as `${train.steps}` does: typed, or written in a preset.
+
+    What a resolver gives (`${oc.env:LR}`) may be anything; so may what a run's unreadable `.hydra` says.
+    """
+
+    def written(row: Row) -> str:
+        with contextlib.suppress(BadRequest):
+            return str(record.written(Path(row["folder"])).get(key))
+        return ""
+
+    texts = (settings.get(key) or written(row) for row, settings in zip(rows, told, strict=True))
+    first = next(texts)
+    return "${" in first and ":" not in first and all(text == first for text in texts)
+
+
+# --- pairing ---------------------------------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Finished runs at one seed that differ in the arms of some axes alone.
+
+    Of one axis the baseline's run and the arm's; of two axes all four combinations, the later axis varying faster.
+    """
+
+    seed: int
+    where: tuple[str, ...]
+    """The arms of all axes, the baselines of those that vary."""
+    runs: tuple[Row, ...]
+
+
+class Grid:
+    """Runs by seed and arms; the finished ones are its cells."""
+
+    def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
+        self.axes = axes
+        self._metrics: dict[str, list[dict[str, Any]]] = {}
+        self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
+        planned: set[tuple[int, tuple[str, ...]]] = set()
+        for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
+            flat = _flat(row)
+            told = _typed(row, flat)
+            cell = row["config"]["seed"], tuple(_arm(key, flat, told) for key in axes)
+            planned.add(cell)
+            if row["state"] == "done":
+                self.cells[cell] = row
+        ranks = [{arm: rank for rank, arm in enumerate(arms)} for arms in axes.values()]
+        self.planned = sorted(
+            planned, key=lambda cell: (cell[0], [rank[arm] for rank, arm in zip(ranks, cell[1], strict=True)])
+        )
+        self.seeds = sorted({seed for seed, _ in self.cells})
+
+    def of(self, seeds: set[int]) -> Grid:
+        """Its part of these seeds."""
+        part = copy.copy(self)
+        part.cells = {cell: row for cell, row in self.cells.items() if cell[0] in seeds}
+        part.planned = [cell for cell in self.planned if cell[0] in seeds]
+        return part
+
+    def metrics(self, row: Row) -> list[dict[str, Any]]:
+        """The lines of a run's `metrics.jsonl`, read once."""
+        if row["folder"] not in self._metrics:
+            self._metrics[row["folder"]] = record.read_metrics(Path(row["folder"]))
+        return self._metrics[row["folder"]]
+
+    def groups(self, varied: Mapping[str, tuple[str, str]]) -> tuple[list[Group], int]:
+        """A group for every seed and setting of the other axes, and how many lack a finished run.
+
+        `varied`: by axis, its baseline and an arm.
+        """
+
+        def choices(arms: Iterable[str]) -> list[tuple[str, ...]]:
+            return [varied.get(key, (arm,)) for key, arm in zip(self.axes, arms, strict=True)]
+
+        wheres = dict.fromkeys(
+            (seed, tuple(of_axis[0] for of_axis in choices(arms)))
+            for seed, arms in self.planned
+            if all(arm in of_axis for arm, of_axis in zip(arms, choices(arms), strict=True))
+        )
+        found = []
+        for seed, where in wheres:
+            cells = [self.cells.get((seed, arms)) for arms in itertools.product(*choices(where))]
+            if None not in cells:
+                found.append(Group(seed, where, cast("tuple[Row, ...]", tuple(cells))))
+        return found, len(wheres) - len(found)
+
+    def spread(self, metric: Metric, key: str, among: Sequence[str]) -> float | None:
+        """Seed-to-seed standard deviation of a metric, pooled over the settings with one of these arms."""
+        at = list(self.axes).index(key)
+        by_arms: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        for (_, arms), row in self.cells.items():
+            if arms[at] in among and number_of(row, metric.key) is not None:
+                by_arms[arms].append(compared(row, metric))
+        return pooled_std(by_arms.values())
+
+
+def figures(groups: Sequence[Group], metric: Metric, *, declared: bool = False) -> dict[int, list[float]]:
+    """By seed, a figure for each run of a group, averaged over the groups.
+
+    Seeds are in the order in which the last run of each began; by number, where that order was declared beforehand.
+    """
+    by_seed: dict[int, list[tuple[Row, ...]]] = defaultdict(list)
+    for group in groups:
+        by_seed[group.seed].append(group.runs)
+    began = {seed: max(row["started"] for runs in each for row in runs) for seed, each in by_seed.items()}
+    return {
+        seed: [statistics.fmean(compared(row, metric) for row in rows) for rows in zip(*by_seed[seed], strict=True)]
+        for seed in (sorted(by_seed) if declared else sorted(by_seed, key=began.__getitem__))
+    }
+
+
+def compared(row: Row, metric: Metric) -> float:
+    """A measured figure on the scale on which it is compared."""
+    value = cast(float, number_of(row, metric.key))
+    return math.log(value) if metric.ratio else float(value)

@@ -1,0 +1,340 @@
+"""A comparison in words: its numbers, sentences and tables, which every form of the report shows. No torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Grid, Interaction
+from gpt2exp.compare.effect import Effect
+from gpt2exp.compare.inference import LARGEST
+from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
+from gpt2exp.run.terminal import printable
+
+SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
+
+
+class Column(NamedTuple):
+    """A column of a table; numbers stand to the right."""
+
+    name: str
+    number: bool = False
+
+
+@dataclass
+class Table:
+    """A table as text."""
+
+    columns: list[Column]
+    rows: list[list[str]]
+
+
+class Sentence(NamedTuple):
+    """An arm's verdict in plain words; the verdict as in `Effect.verdict`, empty where one seed allows none."""
+
+    verdict: str
+    text: str
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def spell(value: float, resolution: float = 0.0, *, sign: bool = False) -> str:
+    """Format a number to two significant digits of its uncertainty `resolution` (of itself if 0).
+
+    Below about 1e-5 in scientific form.
+    """
+    if not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    plus, decimals = "+" if sign else "", 1 - _exponent(resolution if resolution > 0 else value)
+    if decimals > 6:
+        digits = min(max(0, _exponent(value) + decimals), 3)
+        mantissa, _, power = f"{value:{plus}.{digits}e}".partition("e")
+        return f"{mantissa.replace('-', '−')}e{int(power)}"
+    text = f"{value:{plus},.{max(0, decimals)}f}"
+    rounded_to_nothing = not text.strip("+-0.,")
+    return (text.lstrip("+-") if rounded_to_nothing else text).replace("-", "−")
+
+
+def _exponent(value: float) -> int:
+    """The power of ten of a number's first digit, once it is rounded to two."""
+    return int(f"{value:.1e}".partition("e")[2])
+
+
+def probability(value: float) -> str:
+    """A p value as `=0.039` or `<0.001`."""
+    if value < 0.001:
+        return "<0.001"
+    return f"={value:.2g}" if value < 0.995 else "=1"
+
+
+def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, str]:
+    """The difference (or ratio) and its 95 % interval as text, to the digits they are known to; empty where unknown.
+
+    In nats, MiB or times the baseline's speed. Without `sign` as sizes: of a fall, how far it fell.
+    """
+    ratio = getattr(effect, "speed_ratio", None)
+    mean = effect.mean_difference if ratio is None else ratio
+    if mean is None:
+        return "", ""
+    values = [value / BY_KEY[effect.metric].scale for value in (mean, *(effect.ci95 or []))]
+    resolution = (values[2] - values[1]) / 2 if effect.ci95 else 0.0
+    resolution = resolution or abs(values[0]) / 10
+    if ratio is not None:
+        resolution = max(0.01, min(resolution, 0.5))  # a ratio to two or three decimals
+    if mean < 0 and not sign:
+        values = [-values[0], *(-bound for bound in reversed(values[1:]))]
+    text, *bounds = (spell(value, resolution, sign=sign and ratio is None) for value in values)
+    return text, " to ".join(bounds)
+
+
+def subject(key: str, arm: str) -> str:
+    """`key=arm`."""
+    return f"{printable(key)}={printable(arm)}"
+
+
+def deviation(std: float | None, key: str) -> str:
+    """A seed-to-seed std in the metric's unit, in per cent of the speed; empty if unknown."""
+    if std is None:
+        return ""
+    metric = BY_KEY[key]
+    return f"{spell(std * 100)} %" if metric.ratio else spell(std / metric.scale)
+
+
+def deviations(effect: Effect) -> str:
+    """The arm's seed-to-seed std and in brackets the baseline's: pooled, one would hide the other."""
+    arm, baseline = (deviation(std, effect.metric) for std in (effect.arm_std, effect.baseline_std))
+    return f"{arm} ({baseline})" if arm and baseline else arm or baseline
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+# --- sentences -------------------------------------------------------------------------------------------------------
+
+
+def sentences(comparison: Comparison) -> list[Sentence]:
+    """A sentence an arm: the loss first, then what it costs. One for all runs where there are no arms."""
+    if comparison.searched or not comparison.axes:
+        text = _least(comparison) if comparison.searched else _seeds_only(comparison)
+        return [Sentence("", text)] if text else []
+    by_arm: dict[tuple[str, str], dict[str, Effect]] = {}
+    for effect in comparison.axes:
+        by_arm.setdefault((effect.key, effect.arm), {})[effect.metric] = effect
+    losses = [(effects, effects[comparison.metric]) for effects in by_arm.values()]
+    return [
+        Sentence(loss.verdict or "", _sentence(loss, "".join(_costs(effects, loss)), comparison.margin))
+        for effects, loss in losses
+    ]
+
+
+def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
+    name, base, std = (
+        subject(loss.key, loss.arm),
+        printable(loss.baseline),
+        deviation(loss.seed_std, loss.metric),
+    )
+    difference, interval = amounts(loss)
+    size, size_interval = amounts(loss, sign=False)
+    reason = printable(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {std}".strip(), 1)
+    tested = f"n={counted(loss.n_seeds, 'seed')}, p{probability(1.0 if loss.p_holm is None else loss.p_holm)})"
+    if loss.verdict in ("better", "worse"):
+        text = f"{name} is {loss.verdict} than {base} by {size} nats (95 % interval {size_interval}, {tested}"
+        text += f", {reason}{costs}" if reason else costs
+        text += "" if "seed-to-seed" in reason else f"; the seed-to-seed std is {deviations(loss) or std}"
+    elif loss.verdict in ("indistinguishable", "inconclusive"):
+        undecided = loss.verdict == "inconclusive"
+        text = f"{name} against {base} is undecided" if undecided else f"{name} cannot be told apart from {base}"
+        text += f": a difference of {difference} nats (95 % interval {interval}, {tested}{costs}; {reason}"
+    elif loss.verdict == "not_comparable":
+        text = f"{name} and {base} cannot be compared: {reason}{costs}"
+    else:
+        where = "above" if (loss.mean_difference or 0) > 0 else "below"
+        text = f"{name} ended {size} nats {where} {base} ({reason}){costs}"
+    text += _trend(loss, margin)
+    if loss.dropped_pairs:
+        text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
+    return f"{text}."
+
+
+def _trend(loss: Effect, margin: float | None) -> str:
+    """Whether the difference grows, fades or holds along the run, as a clause; empty where that cannot be told."""
+    if loss.trend is None or loss.verdict == "not_comparable":
+        return ""
+    change, low, high = loss.trend
+    if low <= 0 <= high:
+        holds = margin is not None and -margin <= low and high <= margin
+        return f"; over the last half of the run the difference holds within ±{margin:g} nats" if holds else ""
+    way = "grows" if (change > 0) == ((loss.mean_difference or 0) > 0) else "fades"
+    near, far = sorted((abs(low), abs(high)))
+    size, *ends = (spell(value, (far - near) / 2) for value in (abs(change), near, far))
+    return f"; over the last half of the run the difference {way} by {size} nats (95 % interval {' to '.join(ends)})"
+
+
+def _costs(effects: dict[str, Effect], loss: Effect) -> Iterable[str]:
+    """Speed, memory and parameters of an arm, as clauses."""
+    speed, memory = effects[SPEED.key], effects[MEMORY.key]
+    if speed.speed_ratio is not None and speed.verdict != "not_comparable":
+        ratio, interval = amounts(speed)
+        if abs(speed.speed_ratio - 1) >= 0.01:
+            ratio = spell(speed.speed_ratio, 0.5)
+        yield f", at {ratio} {'times' if float(ratio) > 1 else 'of'} the speed"
+        if speed.verdict not in ("better", "worse", None):
+            yield f" ({interval}: {speed.verdict})"
+    elif speed.reason and speed.reason != loss.reason:
+        yield f"; speed not compared ({speed.reason})"
+    if memory.verdict in ("better", "worse") and memory.mean_difference and memory.baseline_mean:
+        share = abs(memory.mean_difference) / memory.baseline_mean
+        if share >= 0.005:
+            more = "more" if memory.mean_difference > 0 else "less"
+            yield f", with {amounts(memory, sign=False)[0]} MiB ({share:.1%}) {more} memory"
+    if extra := loss.parameters.get("arm", 0) - loss.parameters.get("baseline", 0):
+        yield f", with {abs(extra):,} {'more' if extra > 0 else 'fewer'} parameters"
+
+
+def _finished(comparison: Comparison) -> list[tuple[float, list[str]]]:
+    """The losses of the finished runs, with their overrides."""
+    losses = [(number_of(row, comparison.metric), row) for row in comparison.runs if row["state"] == "done"]
+    return [(loss, row["overrides"]) for loss, row in losses if loss is not None]
+
+
+def _seeds_only(comparison: Comparison) -> str:
+    values = [loss for loss, _ in _finished(comparison)]
+    if not values:
+        return ""
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    text = f"{BY_KEY[comparison.metric].name}: {spell(statistics.fmean(values), std or 0.005)} nats"
+    known = f"on average over {counted(len(values), 'run')}, seed-to-seed std {spell(std)}"
+    return f"{text} {known}." if len(values) > 1 else f"{text} in one run."
+
+
+def _least(comparison: Comparison) -> str:
+    """The best value of a search."""
+    (key,), tried = comparison.swept, _finished(comparison)
+    if not tried:
+        return ""
+    loss, overrides = min(tried)
+    arm = next((text for text in overrides if text.lstrip("+").startswith(f"{key}=")), key)
+    text = f"of {len(tried)} values tried, {printable(arm)} ended with the least {BY_KEY[comparison.metric].name}"
+    return f"{text}, {spell(loss, 0.001)}; each ran once, so that no two can be told apart."
+
+
+def interactions(comparison: Comparison) -> Iterable[str]:
+    """A sentence for each large one: what an axis does to the effect of another."""
+    for item in comparison.interactions:
+        if item.large and item.p_value is not None:
+            (one, other), base = _subjects(item), printable(comparison.swept[item.keys[1]][0])
+            how = f"{amounts(item, sign=False)[0]} nats {'higher' if item.mean_difference > 0 else 'lower'}"
+            sure = f"95 % interval {amounts(item)[1]}, n={counted(item.n_seeds, 'seed')}"
+            text = f"under {other} the effect of {one} on the loss is {how} than under {base}"
+            yield f"{text} ({sure}, p{probability(item.p_value)}, uncorrected)."
+
+
+def _subjects(item: Interaction) -> list[str]:
+    return list(map(subject, item.keys, item.arms))
+
+
+def distance_sentence(item: Distance) -> str:
+    """How far a precision strays from fp64, in plain words."""
+    std = "" if item.seed_std is None else f"; between seeds fp64's own losses have a std of {spell(item.seed_std)}"
+    return (
+        f"{subject('precision', item.arm)} strays from fp64's training loss at the same seed and step by "
+        f"{spell(item.mean)} nats on average and {spell(item.largest)} at most "
+        f"(n={counted(item.n_seeds, 'seed')}{std})."
+    )
+
+
+def failures(comparison: Comparison) -> list[tuple[str, str]]:
+    """Name and fate of every run that did not finish."""
+    told = []
+    for row in comparison.failed:
+        fate = printable(row["state"])
+        if row["state"] != "not run":
+            fate += f" {'at' if row['state'] == 'running' else 'after'} step {row['step'] or 0}"
+        told.append((printable(row["name"]), f"{fate}: {printable(row['error'])}" if row["error"] else fate))
+    return told
+
+
+def title(comparison: Comparison) -> str:
+    """What was asked."""
+    return " × ".join(map(printable, comparison.swept)) or "One setting, several seeds"
+
+
+def summary(comparison: Comparison) -> str:
+    """How many runs there are and what is compared."""
+    runs, seeds = counted(len(comparison.runs), "run"), counted(len(comparison.seeds), "seed")
+    text = f"{runs}, {len(comparison.runs) - len(comparison.failed)} finished, {seeds}"
+    if not comparison.axes:
+        return text
+    margin = "no margin stated" if comparison.margin is None else f"margin ±{comparison.margin:g} nats"
+    return f"{text}; compared in {BY_KEY[comparison.metric].name}, {margin}"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def effects_table(comparison: Comparison) -> Table:
+    """A row an axis, arm and metric; the verdict and its reason last."""
+    numeric = ("n", "difference", "p", "seed std", "r", "saved")
+    names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "r", "saved", "verdict")
+    # in a search a value tried once differs from another by chance
+    rows = [_effect_row(effect) for effect in comparison.axes if not comparison.searched]
+    return Table([Column(name, name in numeric) for name in (*names, "reason")], rows)
+
+
+def _effect_row(effect: Effect) -> list[str]:
+    metric, r, saved = BY_KEY[effect.metric], effect.pair_correlation, effect.seeds_saved
+    beyond = "" if effect.ci95 is None else f">{LARGEST - effect.n_seeds:,}"
+    return [
+        printable(effect.key),
+        f"{printable(effect.arm)} against {printable(effect.baseline)}",
+        f"{metric.compared}, {'ratio' if metric.ratio else metric.unit}",
+        str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
+        *amounts(effect),
+        "" if effect.p_holm is None else probability(effect.p_holm).removeprefix("="),
+        deviations(effect),
+        "" if r is None else f"{r:.3g}".replace("-", "−"),
+        beyond if saved is None else str(saved).replace("-", "−"),
+        effect.verdict or "",
+        printable(effect.reason),
+    ]
+
+
+def reasons_of(effects: Table) -> list[str]:
+    """The different reasons; verdicts refer to them by number, since most rows share one and room is scarce."""
+    return list(dict.fromkeys(row[-1] for row in effects.rows if row[-1]))
+
+
+def interactions_table(comparison: Comparison) -> Table:
+    """A row for each two arms of two axes."""
+    names = ("effect of", "changed by", "n", "difference, nats", "95 % interval", "p", "size")
+    rows = []
+    for item in comparison.interactions:
+        p_value = "" if item.p_value is None else probability(item.p_value).removeprefix("=")
+        rows.append([*_subjects(item), str(item.n_seeds), *amounts(item), p_value, "large" if item.large else ""])
+    return Table([Column(name, name in ("n", "difference, nats", "p")) for name in names], rows)
+
+
+def runs_table(comparison: Comparison) -> Table:
+    """A row a run, its name first."""
+    keys, rows = list(comparison.swept), []
+    for row in comparison.runs:
+        seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", [""] * len(keys))
+        cells = [printable(row["name"]), printable(row["state"]), *map(printable, arms), str(seed)]
+        cells += [shown(row, metric.key) for metric in COLUMNS]
+        rows.append([*cells, f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"])
+    numbers = ("seed", *(metric.column for metric in COLUMNS), "seconds")
+    words = ("run", "state", *map(printable, keys))
+    return Table([Column(name, at >= len(words)) for at, name in enumerate((*words, *numbers))], rows)
+
+
+def name_of(verdict: str) -> str:
+    """A verdict as people read it."""
+    return verdict.replace("_", " ") or "no verdict"

@@ -1,0 +1,154 @@
+"""What code from outside is called with in training, and its trial on a tiny model before a run begins."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from gpt2exp import choices
+from gpt2exp.config import (
+    BadRequest,
+    InitConfig,
+    MetricConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    first_line,
+)
+from gpt2exp.training import distributed, optimizers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16)
+"""What choices are tried on."""
+
+_tried: set[str] = set()
+
+
+def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """PyTorch optimizers that together step every parameter of `model` once.
+
+    The code is called with the model if its first parameter is called `model`. Else with the parameters: an optimizer's
+    class that has `weight_decay` with `optimizers.decay_groups`, any other code with a list.
+
+    Raises:
+        ValueError: what it returned is no optimizer, or does not step every parameter once.
+    """
+    import torch
+
+    first, code = config.first, config.code  # type: ignore[attr-defined]
+    given: Any = model if first == "model" else list(model.parameters())
+    if inspect.isclass(code) and hasattr(config, "weight_decay"):
+        given = optimizers.decay_groups(model, config.weight_decay)
+    made = choices.call(config, given)
+    built = list(made) if isinstance(made, (list, tuple)) else [made]
+    if odd := [type(one).__name__ for one in built if not isinstance(one, torch.optim.Optimizer)]:
+        raise ValueError(f"it returned {odd[0]}, where a torch.optim.Optimizer, or a list of them, must be")
+    stepped = [id(parameter) for group in optimizers.groups(built) for parameter in group["params"]]
+    for name, parameter in model.named_parameters():
+        if (times := stepped.count(id(parameter))) != 1:
+            raise ValueError(f"it gave {name} to {times} optimizers, where each parameter must have one")
+    return built
+
+
+def rate(config: ScheduleConfig, step: int, steps: int) -> float:
+    """What a schedule multiplies `optimizer.lr` with at a step (from 0) of `steps`.
+
+    Raises:
+        ValueError: it is no finite number of 0 or more.
+    """
+    factor = float(choices.call(config, step, steps))
+    if not (math.isfinite(factor) and factor >= 0):
+        raise ValueError(f"it returned {factor} for step {step} of {steps}, where 0 or more must be")
+    return factor
+
+
+def measure(config: MetricConfig, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """The metric of a batch, two tensors (B, T), by its name; of several processes the mean over them.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    import torch
+
+    with torch.no_grad():
+        value = float(distributed.all_mean(torch.as_tensor(choices.call(config, model, batch), dtype=torch.float64)))
+    if not math.isfinite(value):
+        raise ValueError(f"metric={config.name}: it returned {value}, where a finite number must be")
+    return {config.name: value}
+
+
+def try_out(config: RunConfig) -> None:
+    """Call the code of every choice from outside but the slots' (`model.size` tries those), once in this process.
+
+    Raises:
+        BadRequest: it raised something, or returned what is no such thing; the text names the choice.
+    """
+    trials = {"optimizer": _optimizer, "schedule": _schedule, "init": _init, "metric": _metric}
+    for section, trial in trials.items():
+        choice = getattr(config, section)
+        said = repr((choice, config.train.steps))
+        if isinstance(choice, choices.Outside) and said not in _tried:
+            key = "optimizer.schedule" if section == "schedule" else section
+            with _naming(f"{key}={choice.name}"):  # type: ignore[attr-defined]
+                trial(config)
+            _tried.add(said)
+
+
+@contextlib.contextmanager
+def _naming(choice: str) -> Iterator[None]:
+    """Name the choice in whatever its code raises, and leave PyTorch's random state as it was."""
+    import torch
+
+    try:
+        with torch.random.fork_rng(devices=[]), distributed.alone():
+            yield
+    except Exception as error:
+        raised = "" if type(error) is ValueError else f"its code raised {type(error).__name__}: "
+        why = f"{raised}{first_line(error).removeprefix(f'{choice}: ')}"
+        raise BadRequest(f"{choice}: {why}; mend its code or its keys") from error
+
+
+def _tiny() -> Any:
+    from gpt2exp.model.gpt import GPT
+    from gpt2exp.model.init import initialise
+
+    model = GPT(TINY)
+    initialise(model, InitConfig(), seed=0)
+    return model
+
+
+def _optimizer(config: RunConfig) -> None:
+    """A step, and the state kept and given back as a checkpoint does."""
+    model = _tiny()
+    built = optimizer(config.optimizer, model)
+    model.transformer.gradient_in_place = False
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    for one in built:
+        one.step()
+    optimizers.restore(model, built, copy.deepcopy(optimizers.state(model, built)))
+
+
+def _schedule(config: RunConfig) -> None:
+    for step in {0, config.train.steps // 2, config.train.steps - 1}:
+        rate(config.schedule, step, config.train.steps)
+
+
+def _init(config: RunConfig) -> None:
+    from gpt2exp.model.init import initialise
+
+    initialise(_tiny(), config.init, config.seed)
+
+
+def _metric(config: RunConfig) -> None:
+    import torch
+
+    measure(config.metric, _tiny(), (torch.zeros(2, 8, dtype=torch.int64),) * 2)

@@ -1,0 +1,94 @@
+"""Adding a choice takes what gpt2exp/README.md says and no more: each of its walks is performed here, in a folder of
+the user's, and with the same code in a copy of the package.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from support import SMALL, read, run, run_folders
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "gpt2exp" / "README.md").read_text(encoding="utf-8")
+PARTS = PAGE.split("## Adding a choice")[1].split("\n## ")[0].split("\n### ")[1:]
+WALKS = {part.splitlines()[0]: part for part in PARTS}
+MODULES = {
+    "An optimizer": "training/optimizers.py",
+    "A schedule": "training/optimizers.py",
+    "An init scheme": "model/init.py",
+    "A data source": "data/sources.py",
+    "A metric": "training/trainer.py",
+    "What stands in a slot of the model": "model/gpt.py",
+}
+"""Where the code goes in the package."""
+
+
+def files(walk: str) -> dict[str, str]:
+    """The files of a walk by name; at most 15 lines of them."""
+    found = dict(re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", WALKS[walk], re.M | re.S))
+    assert len(found) == 2, "a module and a YAML file"
+    assert sum(bool(line.strip()) for text in found.values() for line in text.splitlines()) <= 15
+    return found
+
+
+def words(walk: str) -> list[str]:
+    """The walk's command without the program, on the smallest model, with one seed and two steps."""
+    (line,) = re.findall(r"^```bash\ngpt2exp (.*)\n```$", WALKS[walk], re.M)
+    kept = [word for word in shlex.split(line) if not word.startswith(("seed=", "model=nano", "data.val"))]
+    sweep = ["hydra.sweep.dir=there"] if "-m" in kept else ["hydra.run.dir=there"]
+    return [*kept, *SMALL, "train.steps=2", "train.seq_len=16", "wandb.mode=disabled", *sweep]
+
+
+def copied(folder: Path) -> tuple[Path, dict[str, str]]:
+    """The package in a folder, and the environment that makes a command use it."""
+    shutil.copytree(ROOT / "gpt2exp", folder / "gpt2exp", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "conf", folder / "gpt2exp" / "conf", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "gpt2exp", {"PYTHONPATH": str(folder)}
+
+
+def test_the_walks_are_all_here() -> None:
+    assert WALKS.keys() == {*MODULES, "A precision"}
+
+
+@pytest.mark.parametrize("walk", MODULES)
+def test_outside(walk: str, tmp_path: Path) -> None:
+    for name, text in files(walk).items():
+        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / name).write_text(text)
+    done = run(tmp_path / "work", *words(walk))
+    assert done.returncode == 0, done.stderr
+    asked = [read(folder / "summary.json") for folder in run_folders(tmp_path / "work" / "there")]
+    assert any(summary["outside"] for summary in asked)
+    if walk == "A metric":
+        assert all("accuracy" in summary for summary in asked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("walk", [*MODULES, "A precision"])
+def test_in_the_package(walk: str, tmp_path: Path) -> None:
+    """The same code at the end of a module, and the YAML file in conf/; of a precision as the page has it."""
+    package, environment = copied(tmp_path / "copy")
+    (code, text), (file, keys) = files(walk).items()
+    if walk == "A precision":
+        config = package / "config.py"
+        before = re.search(r"^    fp64 = .*\n", config.read_text(), re.M)
+        assert before is not None
+        config.write_text(config.read_text().replace(before[0], before[0] + text))
+    else:
+        module = package / MODULES[walk]
+        module.write_text(f"{module.read_text()}\n\n{text}")
+        place = "gpt2exp." + MODULES[walk].removesuffix(".py").replace("/", ".")
+        keys = keys.replace(f"_target_: {Path(code).stem}.", f"_target_: {place}.")
+    target = package / "conf" / file.removeprefix("mine/").removeprefix("conf/")
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(keys)
+    asked = [word for word in words(walk) if word not in ("--config-dir", "mine")]
+    program = [sys.executable, "-m", "gpt2exp.train"]
+    done = run(tmp_path / "work", *asked, program=program, **environment)
+    assert done.returncode == 0, done.stderr
+    assert run_folders(tmp_path / "work" / "there")
