@@ -24,7 +24,8 @@ from typing import Any
 from gpt2exp.compare import figures, inference, report
 from gpt2exp.compare.comparison import Comparison, Distance, Row, compare, read
 from gpt2exp.compare.stopping import compared
-from gpt2exp.config import leaves, options, show
+from gpt2exp.schema import leaves, options
+from gpt2exp.section import show
 
 HERE = Path(__file__).parent
 FIGURES = {

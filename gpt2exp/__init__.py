@@ -5,7 +5,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import gpt2exp.training.optimizers  # noqa: F401 - registers its choices with `gpt2exp.config`
-from gpt2exp.config import BadRequest, RunConfig
+from gpt2exp.config import RunConfig
+from gpt2exp.section import BadRequest
 
 if TYPE_CHECKING:
     from gpt2exp.api import Runs, compose, load, run, sweep, trainer

@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp import config as schema
+from gpt2exp import schema
 from gpt2exp.choices import about
 from gpt2exp.compare import comparison, stopping
-from gpt2exp.config import BadRequest, RunConfig, plain, show, stored, typed
+from gpt2exp.config import RunConfig
 from gpt2exp.run import process, record, terminal
 from gpt2exp.run.metrics import METRICS, Summary
+from gpt2exp.schema import plain, stored
+from gpt2exp.section import CHOICES, BadRequest, quoted, show, typed
 from gpt2exp.sweep import launch, resume
 from gpt2exp.sweep.request import Request, make
 
@@ -130,8 +132,8 @@ class Runs:
 def _words(config: RunConfig) -> list[str]:
     """The overrides that ask for a configuration: its choices, then the keys that differ from what these bring."""
     asked = plain(config)
-    names = {section: schema.at(asked, f"{section}.name") for section in schema.CHOICES}
-    usual = {section: next(iter(choices)) for section, choices in schema.CHOICES.items()}
+    names = {section: schema.at(asked, f"{section}.name") for section in CHOICES}
+    usual = {section: next(iter(choices)) for section, choices in CHOICES.items()}
     words = [f"{schema.group_of(section)}={name}" for section, name in names.items() if name != usual[section]]
     before = schema.leaves(plain(compose(*words)))
     changed = {key: value for key, value in schema.leaves(asked).items() if before.get(key) != value}
@@ -140,7 +142,7 @@ def _words(config: RunConfig) -> list[str]:
 
 def _typed(key: str, value: Any) -> str:
     if isinstance(value, list):
-        return f"{key}=[{','.join(schema.quoted(part) if isinstance(part, str) else show(part) for part in value)}]"
+        return f"{key}=[{','.join(quoted(part) if isinstance(part, str) else show(part) for part in value)}]"
     return typed(key, value) if isinstance(value, str) else f"{key}={show(value)}"
 
 

@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import BadRequest, RunConfig, plain, require
+from gpt2exp.config import RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
 from gpt2exp.run import process, terminal
+from gpt2exp.schema import plain
+from gpt2exp.section import BadRequest, require
 from gpt2exp.sweep.composing import arguments
 from gpt2exp.sweep.request import as_meant, make
 from gpt2exp.training import setup

@@ -28,18 +28,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gpt2exp.config import (
-    OUTSIDE,
-    SHA256,
-    SOURCE,
-    TARGET,
-    BadRequest,
-    Section,
-    SlotConfig,
-    first_line,
-    kind_of,
-    option,
-)
+from gpt2exp.config import SlotConfig
+from gpt2exp.schema import kind_of
+from gpt2exp.section import OUTSIDE, SHA256, SOURCE, TARGET, BadRequest, Section, first_line, option
 
 LEADING: dict[str, tuple[str, ...]] = {
     "optimizer": ("params",),

@@ -1,205 +1,22 @@
-"""The configuration: one typed section per room of the package, each checking its own values.
+"""What can be asked: one typed section per room of the package, each checking its own values.
 
-Hydra composes `conf/` onto these dataclasses; `parse` turns the result into a plain `RunConfig`. Everything
-downstream receives its own section and reads attributes. A wrong value raises `BadRequest`, whose text names the
-key, the value, why it cannot be used and what to type instead. This module imports nothing else of the package
-and no torch, so that a typo is answered in a moment.
+Hydra composes `conf/` onto these dataclasses; `gpt2exp.schema.parse` turns the result into a plain `RunConfig`.
+Everything downstream receives its own section and reads attributes. No torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import hashlib
-import json
-import math
-import operator
-import os
 import pkgutil
-import re
 import shlex
-import typing
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
+from gpt2exp.section import AUTO, SWITCH, Section, choice_of, chosen, home, option, require, typed
 
-class BadRequest(ValueError):
-    """A request that cannot be carried out as typed; its text is the one line the user sees (exit code 2)."""
-
-
-def show(value: object) -> str:
-    """A value as it is typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"[{','.join(map(show, value))}]" if isinstance(value, list) else str(value)
-
-
-def quoted(text: str) -> str:
-    """A text as Hydra's grammar reads it back, whatever is in it: a backslash escapes only before a quote."""
-    return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
-
-
-def typed(key: str, value: object) -> str:
-    """`key=value` in Hydra's grammar, quoted where the plain text would be read as something else."""
-    text = show(value)
-    plain = re.fullmatch(r"\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
-    if not plain or text.lower() in ("null", "true", "false", "nan", "inf"):
-        text = quoted(text)
-    return f"{key}={text}"
-
-
-def first_line(error: object) -> str:
-    """An exception's first line that is not blank, or its type's name where it has no text."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
-
-
-def require(ok: bool, key: str, value: object, reason: str, remedy: str) -> None:
-    """Raise `BadRequest` naming key, value, reason and remedy unless `ok`."""
-    if not ok:
-        raise BadRequest(f"{key}={show(value)}: {reason}; {remedy}")
-
-
-def home(path: str) -> str:
-    """A path with `~` in front as that user's folder; of a user who is not known as it stands."""
-    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where the user is not known
-
-
-AUTO = "auto"
-"""What the program is to choose for itself."""
-SWITCH = (AUTO, True, False)
-"""Choices of a switch that may be left to the program."""
 LOSS_ROWS = 1024
 """`train.loss_chunk=auto`: 512 rows at a time cost 4 % of the head's time at GPT-2's size, 256 cost 10 %."""
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: tuple[Any, ...] = (),
-) -> Any:
-    """A field of a section: its default, a clause that says what it is, and its bounds, which `check` enforces.
-
-    The bounds hold for a number, or each number of a list; null passes where the type allows it. With bounds, `choices`
-    are values allowed besides numbers; without, the only ones.
-    """
-    facts = {"help": help, "at_least": at_least, "above": above, "below": below, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=facts)
-    return field(default=default, metadata=facts)
-
-
-BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
-"""`option`'s limits, each with what a value has to be to it."""
-
-
-def check(section: Section) -> None:
-    """Raise `BadRequest` for the first value of a section that is outside its option's bounds."""
-    for item in dataclasses.fields(section):
-        value, choices = getattr(section, item.name), item.metadata.get("choices", ())
-        limits = {name: limit for name in BOUNDS if (limit := item.metadata.get(name)) is not None}
-        if value is None or not (limits or choices):
-            continue
-        reason, remedy = "no such value", f"choose one of {', '.join(map(show, choices))}"
-        if limits:
-            said = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
-            reason = ", or ".join([f"must be {'' if 'int' in str(item.type) else 'a finite number '}{said}", *choices])
-            remedy = f"try {section.key(item.name)}={show(default_of(item))}"
-        for part in value if isinstance(value, list) else [value]:
-            number = isinstance(part, int) or (isinstance(part, float) and math.isfinite(part))
-            within = number and all(BOUNDS[name](part, limit) for name, limit in limits.items())
-            chosen = (type(part), part) in [(type(choice), choice) for choice in choices]  # 1 is not true
-            require(chosen or bool(limits and within), section.key(item.name), value, reason, remedy)
-
-
-def default_of(item: dataclasses.Field[Any]) -> Any:
-    """The default of a dataclass's field."""
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-
-
-@dataclass(kw_only=True, slots=True)
-class Section:
-    """A part of the configuration; values are checked as it is made, each alone and then against one another."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        self.agree()
-
-    def agree(self) -> None:
-        """Raise `BadRequest` unless the values go together."""
-
-    inside: ClassVar[str] = ""
-    """The section around it, with a dot."""
-
-    @classmethod
-    def key(cls, name: str) -> str:
-        """The dotted key of a field: `ModelConfig`'s n_layer is `model.n_layer`; a choice has its section's."""
-        named = next(base.__name__ for base in cls.__mro__ if base.__name__.endswith("Config"))
-        section = named.removesuffix("Config").lower()
-        return name if section == "run" else f"{cls.inside}{section}.{name}"
-
-
-Chosen = TypeVar("Chosen", bound=Section)
-
-CHOICES: dict[str, dict[str, type[Section]]] = {}
-"""By section, such as `optimizer` or `model.mlp`: its classes by the name of the choice, the default first."""
-
-
-def choice_of(section: str) -> Callable[[type[Chosen]], type[Chosen]]:
-    """Register a subclass of a section's class as the choice that its field `name` has as default."""
-
-    def register(cls: type[Chosen]) -> type[Chosen]:
-        name = next(item for item in dataclasses.fields(cls) if item.name == "name")
-        CHOICES.setdefault(section, {})[name.default] = cls  # type: ignore[index]
-        return cls
-
-    return register
-
-
-def chosen(section: str, name: object = None) -> type[Any]:
-    """The class of a choice, or of the section's default; of a name that is none `BadRequest`."""
-    choices = CHOICES[section]
-    remedy = f"choose one of {', '.join(choices)}"
-    require(name is None or name in choices, f"{section}.name", name, "no such choice", remedy)
-    return choices[str(name)] if name is not None else next(iter(choices.values()))
-
-
-def at(tree: Any, key: str) -> Any:
-    """What nested dicts have at a dotted key, or None."""
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def put(tree: dict[str, Any], key: str, value: object) -> None:
-    """Set what nested dicts have at a dotted key; its sections must be there."""
-    *sections, name = key.split(".")
-    (at(tree, ".".join(sections)) if sections else tree)[name] = value
-
-
-OUTSIDE: dict[tuple[str, str, str], type[Any]] = {}
-"""The classes of choices from outside whose code may run in this process, by section, `_target_` and `_sha256_`."""
-
-TARGET, SOURCE, SHA256 = "_target_", "_source_", "_sha256_"
-"""Keys of a choice from outside (`gpt2exp.choices`): MODULE.NAME, the file it was found in, and that file's hash."""
-
-
-def class_of(section: str, values: Mapping[str, Any]) -> type[Any]:
-    """The class that a section with these values has: a choice of ours, or one from outside that was admitted."""
-    if TARGET not in values:
-        return chosen(section, values.get("name"))
-    target, source = values[TARGET], values.get(SOURCE)
-    found = OUTSIDE.get((section, target, values.get(SHA256, "")))
-    if found is None:
-        raise BadRequest(f"{section}.{TARGET}={target}: its code, {source}, was not admitted to this process")
-    return found
 
 
 class InitScheme(StrEnum):
@@ -249,12 +66,26 @@ class Distributed(StrEnum):
 
 
 Fallback = StrEnum("Fallback", "emulate error")
+
+
 Rounding = StrEnum("Rounding", "truncate nearest")
+
+
 DataName = StrEnum("DataName", "tinyshakespeare gutenberg text hub")
+
+
 DataOrder = StrEnum("DataOrder", "sequential shuffled")
+
+
 DeviceName = StrEnum("DeviceName", "auto cpu cuda mps")
+
+
 Schedule = StrEnum("Schedule", "constant cosine")
+
+
 Better = StrEnum("Better", "lower higher")
+
+
 WandbMode = StrEnum("WandbMode", "auto online offline disabled")
 
 
@@ -666,206 +497,3 @@ class RunConfig(Section):
             steps = length or steps
             why = f"longer than {'the run, train.steps' if length is None else 'optimizer.schedule_steps'}={steps}"
             require(warmup <= steps, "optimizer.warmup_steps", warmup, why, f"try optimizer.warmup_steps={steps // 10}")
-
-
-def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
-    """Every key of the schema, such as `model.n_layer`: its default, and what it is with the values to choose from."""
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        kind = hints[item.name]
-        if isinstance(kind, type) and issubclass(kind, Section):
-            known: dict[str, None] = {}
-            section = cls.key(item.name)
-            for name, choice in CHOICES.get(section, {"": kind}).items():
-                of_choice = f" ({group_of(section)}={name})" if known else ""
-                new = [option for option in options(choice) if option[0] not in known]
-                yield from ((key, default, f"{about}{of_choice}") for key, default, about in new)
-                known |= dict.fromkeys(key for key, _, _ in new)
-            continue
-        switch = item.metadata["choices"] if item.metadata["at_least"] is None else ()
-        choices = list(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else switch
-        listed = f" ({', '.join(map(show, choices))})" if choices else ""
-        yield cls.key(item.name), default_of(item), item.metadata["help"] + listed
-
-
-def group_of(section: str) -> str:
-    """The group whose choices a section has: `model/mlp` of `model.mlp`."""
-    return section.replace(".", "/")
-
-
-def choices_with(key: str) -> list[str]:
-    """The choices of its section whose class has a dotted key."""
-    section, _, name = key.rpartition(".")
-    return [choice for choice, cls in CHOICES.get(section, {}).items() if name in cls.__dataclass_fields__]
-
-
-def owner(key: str) -> tuple[type[Section], str]:
-    """The class that has a dotted key of the schema as a field, and the field's name."""
-    section, _, name = key.rpartition(".")
-    if found := choices_with(key):
-        return CHOICES[section][found[0]], name
-    return kind_of(section), name
-
-
-def kind_of(section: str) -> type[Section]:
-    """The class that a section is declared with, of which its choices are; the whole configuration's for ""."""
-    kind: type[Section] = RunConfig
-    for part in filter(None, section.split(".")):
-        kind = typing.get_type_hints(kind)[part]
-    return kind
-
-
-def keys() -> Iterator[str]:
-    """Every dotted key of the schema, such as `model.n_layer`."""
-    return (key for key, _, _ in options())
-
-
-ELSEWHERE = {
-    "learning_rate": "optimizer.lr",
-    "max_lr": "optimizer.lr",
-    "max_steps": "train.steps",
-    "max_iters": "train.steps",
-    "lr_decay_iters": "optimizer.schedule_steps",
-    "gradient_accumulation_steps": "train.grad_accum_steps",
-    "sequence_length": "train.seq_len",
-    "dtype": "precision",
-}
-"""What other projects call our keys."""
-
-
-def check_key(key: str, value: object) -> None:
-    """Raise `BadRequest` unless `key` is a key of the schema, naming the nearest that is."""
-    known = list(keys())
-    if key in known:
-        return
-    if key in CHOICES:
-        raise BadRequest(f"{key}={show(value)}: a choice of files; write {group_of(key)}={show(value)}")
-    section = key.split(".")[0]
-    inside = [name for name in known if name.startswith(f"{section}.")]
-    if key == section and inside:
-        raise BadRequest(f"{key}={show(value)}: a section, not a value; set one of {', '.join(inside)}")
-    part = key.rsplit(".", 1)[-1]
-    # the last part alone too, so that lr and n_layers find optimizer.lr and model.n_layer
-    last = {name.rsplit(".", 1)[-1]: name for name in known}
-    near = difflib.get_close_matches(key, known, n=2, cutoff=0.7)
-    near += [last[name] for name in difflib.get_close_matches(part, last, n=2, cutoff=0.75)]
-    if part in ELSEWHERE:
-        near = [ELSEWHERE[part]]
-    hint = f"keys of {section}: {', '.join(inside)}" if inside else "gpt2exp --help lists the keys"
-    if near:
-        hint = f"did you mean {' or '.join(dict.fromkeys(near))}?"
-    raise BadRequest(f"{key}={show(value)}: no such key; {hint}")
-
-
-def parse(plain: Any) -> RunConfig:
-    """A composed configuration, as plain dicts or an OmegaConf node, as a checked `RunConfig`.
-
-    Raises:
-        BadRequest: an unknown key, a wrong type, a value out of range or at odds with another.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        schema = OmegaConf.structured(RunConfig)
-        given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # untyped: the types are the schema's
-        chosen_ones = _with_choice(given)
-        for section in dict.fromkeys([*chosen_ones, *(given.keys() & RunConfig.__dataclass_fields__.keys())]):
-            own = at(given, section)
-            own = own if isinstance(own, dict) else {}
-            cls = class_of(section, own) if section in chosen_ones else kind_of(section)
-            for name in own.keys() - cls.__dataclass_fields__.keys() if own else ():
-                refuse(f"{section}.{name}", own[name], cls)
-            if section in chosen_ones:
-                OmegaConf.update(schema, section, OmegaConf.structured(cls), merge=False)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, given))
-    except OmegaConfBaseException as error:
-        raise BadRequest(explain(error)) from error
-    assert isinstance(config, RunConfig)
-    return config
-
-
-def _with_choice(tree: Mapping[str, Any]) -> list[str]:
-    """The sections whose class is a choice: ours, and those that have one from outside in a plain configuration."""
-    outside = [section for section, _, name in (key.rpartition(".") for key in leaves(tree)) if name == TARGET]
-    return list(dict.fromkeys([*CHOICES, *outside]))
-
-
-def refuse(key: str, value: object, cls: type[Section] | None = None) -> None:
-    """Raise `BadRequest` for a key that the choice made for its section does not have; `cls`: of one from outside."""
-    section, _, name = key.rpartition(".")
-    if others := choices_with(key):
-        why = f"a key of {group_of(section)}={' and '.join(others)} alone"
-        raise BadRequest(f"{key}: {why}; leave it out, or make that choice")
-    if cls is None or TARGET not in cls.__dataclass_fields__:
-        return check_key(key, value)
-    known = [item for item in cls.__dataclass_fields__ if not item.startswith("_")]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    hint = f"did you mean {section}.{near[0]}?" if near else f"its keys: {', '.join(known)}"
-    raise BadRequest(f"{key}={show(value)}: {cls.__name__} has no such key; {hint}")
-
-
-def explain(error: Exception) -> str:
-    """The several lines of an error of OmegaConf's, Hydra's or datasets' as one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type")))
-    key = getattr(error, "full_key", None)
-    return f"{key}: {text}" if key and key not in text else text
-
-
-def plain(config: Section) -> dict[str, Any]:
-    """A configuration as JSON's own types: enums by value, sections as dicts."""
-    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
-
-
-HOUSEKEEPING = ("wandb", "sweep", "dry_run", "resume", "checkpoint", "metric", "train.log_every", "train.measure_every")
-"""Keys, or whole sections, that say how a run is kept and shown, not what it computes."""
-
-
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested plain configuration by dotted key, housekeeping left out."""
-    return {key: value for key, value in leaves(config).items() if not is_housekeeping(key)}
-
-
-def is_housekeeping(key: str) -> bool:
-    """Whether a dotted key is in `HOUSEKEEPING`, or in a section that is."""
-    return key.endswith(f".{SOURCE}") or any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
-
-
-MOVED = {"model.pad_vocab": "train.pad_vocab"}
-"""Where a key is today that earlier versions had elsewhere."""
-
-
-def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A configuration that any version recorded, under today's keys, and by dotted key what has no place there.
-
-    A key that it lacks has today's default. Both as plain values, interpolations as they stand; `parse` checks them.
-    """
-    today, unknown = plain(RunConfig()), leaves(recorded)
-    for section in _with_choice(recorded):
-        own = at(recorded, section)
-        if isinstance(own, Mapping) and TARGET in own:  # from outside: its keys are its code's
-            put(today, section, dict(own))
-        else:
-            with contextlib.suppress(BadRequest):  # a choice of another version: its keys are unknown here
-                put(today, section, plain(chosen(section, unknown.get(f"{section}.name"))()))
-    known = leaves(today).keys()
-    for old, new in MOVED.items():
-        if old in unknown.keys() - known:
-            unknown.setdefault(new, unknown.pop(old))
-    for key in known & unknown.keys():
-        put(today, key, unknown.pop(key))
-    return today, unknown
-
-
-def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested plain configuration by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def identity(config: RunConfig) -> str:
-    """A hash that two configurations share if, and only if, they compute the same thing."""
-    return hashlib.sha256(json.dumps(flatten(plain(config)), sort_keys=True).encode()).hexdigest()[:16]

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp import choices
-from gpt2exp.config import BadRequest, ModelConfig, group_of, is_housekeeping, require
+from gpt2exp.config import ModelConfig
 from gpt2exp.data import assets
 from gpt2exp.data.tokens import END_OF_TEXT
 from gpt2exp.files import beside, write_json
 from gpt2exp.model import huggingface, size
 from gpt2exp.run import process, record, terminal
+from gpt2exp.schema import group_of, is_housekeeping
+from gpt2exp.section import BadRequest, require
 
 if TYPE_CHECKING:
     from torch import Tensor

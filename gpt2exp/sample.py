@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2exp import choices
-from gpt2exp.config import BadRequest, DeviceName, ModelConfig
+from gpt2exp.config import DeviceName, ModelConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
 from gpt2exp.run import process, record, terminal
+from gpt2exp.section import BadRequest
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt2exp import config
+from gpt2exp import schema
 from gpt2exp.training import distributed as dist
 from gpt2exp.training import setup
 
@@ -53,7 +53,7 @@ def train(case: str, distributed: str, kind: str = "cpu") -> dict[str, Tensor]:
     }
     for section, values in CASES[case].items():
         asked[section] = {**asked.get(section, {}), **values}
-    run = config.parse(asked)
+    run = schema.parse(asked)
     with setup.ready(run) as ready:
         job, _origin = setup.trainer(ready)
         rows = list(job.fit())

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from gpt2exp.config import BadRequest, ModelConfig
+from gpt2exp.config import ModelConfig
 from gpt2exp.model.gpt import CausalSelfAttention
+from gpt2exp.section import BadRequest
 
 
 class Rotary(CausalSelfAttention):

@@ -12,10 +12,10 @@ from gpt2exp.compare import report
 from gpt2exp.compare.comparison import Comparison, read
 from gpt2exp.compare.report import Section, mirror, show
 from gpt2exp.compare.stopping import compared
-from gpt2exp.config import BadRequest
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
 from gpt2exp.run.terminal import pasted, printable, terminal
+from gpt2exp.section import BadRequest
 
 if TYPE_CHECKING:
     from rich.console import Console

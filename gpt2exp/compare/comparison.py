@@ -22,8 +22,9 @@ from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_cha
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
 from gpt2exp.compare.rows import Grid, Group, Row, axes_of, figures, of_today, read
-from gpt2exp.config import SOURCE, BadRequest, flatten
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
+from gpt2exp.schema import flatten
+from gpt2exp.section import SOURCE, BadRequest
 from gpt2exp.training import load
 
 __all__ = ["Comparison", "Distance", "Grid", "Interaction", "Row", "compare", "read"]

@@ -28,10 +28,10 @@ from gpt2exp.compare import words
 from gpt2exp.compare.comparison import Comparison, Row
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.words import SIGNS, Table, counted, name_of
-from gpt2exp.config import parse
 from gpt2exp.run import record, terminal
 from gpt2exp.run.metrics import BY_KEY
 from gpt2exp.run.terminal import printable
+from gpt2exp.schema import parse
 
 if TYPE_CHECKING:
     from rich.console import Console

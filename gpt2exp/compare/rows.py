@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gpt2exp.compare.inference import pooled_std
-from gpt2exp.config import MOVED, SHA256, TARGET, BadRequest, RunConfig, flatten, is_housekeeping, plain, show, stored
+from gpt2exp.config import RunConfig
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
+from gpt2exp.schema import MOVED, flatten, is_housekeeping, plain, stored
+from gpt2exp.section import SHA256, TARGET, BadRequest, show
 
 
 class Row(Summary, total=False):

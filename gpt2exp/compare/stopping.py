@@ -18,8 +18,8 @@ from gpt2exp.compare.comparison import Comparison, Row, at_looks, compare, read
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST, Inference, reach, tells, upper_std
 from gpt2exp.compare.words import amounts, spell, subject
-from gpt2exp.config import BadRequest, show
 from gpt2exp.run import record
+from gpt2exp.section import BadRequest, show
 
 ENDED = ("done", "diverged", "failed")
 """States of runs that are not waited for."""
@@ -44,7 +44,7 @@ class Stand:
             difference, interval = amounts(one)
             more = "" if one.verdict != "inconclusive" else f", more than {most} seeds in all"
             if one.n_needed is not None:
-                more = f", about {one.n_needed - one.n_seeds} more seeds"
+                more = f", about {(number := one.n_needed - one.n_seeds)} more seed{'s' * (number != 1)}"
             verdict = (one.verdict or one.reason).replace("_", " ")
             arms = f"{subject(one.key, one.arm)} against {one.baseline}"
             said.append(f"seed {self.seeds} of at most {most}: {arms}: {difference} ({interval}) nats, {verdict}{more}")

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pooch
 
-from gpt2exp.config import first_line
 from gpt2exp.files import TIMEOUT
+from gpt2exp.section import first_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says when there is no room left: no other source will help."""

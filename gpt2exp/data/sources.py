@@ -32,8 +32,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gpt2exp import choices, files
-from gpt2exp.config import SOURCE, BadRequest, DataConfig, DataName, explain, first_line, plain, require, show
+from gpt2exp.config import DataConfig, DataName
 from gpt2exp.data import assets
+from gpt2exp.schema import explain, plain
+from gpt2exp.section import SOURCE, BadRequest, first_line, require, show
 
 Pieces: TypeAlias = "Iterator[str | npt.NDArray[np.uint16] | None]"
 

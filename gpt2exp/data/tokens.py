@@ -26,10 +26,11 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from gpt2exp import machine
-from gpt2exp.config import BadRequest, DataConfig, TrainConfig
+from gpt2exp.config import DataConfig, TrainConfig
 from gpt2exp.data import assets, sources
 from gpt2exp.data.sources import Pieces, Text
 from gpt2exp.files import beside, replacing, write_json
+from gpt2exp.section import BadRequest
 
 if TYPE_CHECKING:
     import tiktoken

@@ -19,8 +19,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import BadRequest, InitConfig, ModelConfig, SlotConfig, first_line, require, show
+from gpt2exp.config import InitConfig, ModelConfig, SlotConfig
 from gpt2exp.files import TIMEOUT, joint, sha256
+from gpt2exp.section import BadRequest, first_line, require, show
 
 if TYPE_CHECKING:
     from torch import Tensor

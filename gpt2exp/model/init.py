@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gpt2exp.choices import Outside, call
-from gpt2exp.config import BadRequest, InitConfig, InitScheme, ModelConfig, show
+from gpt2exp.config import InitConfig, InitScheme, ModelConfig
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.size import gpt2_slots
+from gpt2exp.section import BadRequest, show
 
 
 def initialise(model: GPT, config: InitConfig, seed: int) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import BadRequest, InitConfig, ModelConfig, first_line, kind_of
+from gpt2exp.config import InitConfig, ModelConfig
+from gpt2exp.schema import kind_of
+from gpt2exp.section import BadRequest, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

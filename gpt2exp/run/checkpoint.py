@@ -25,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2exp import choices
-from gpt2exp.config import BadRequest, CheckpointConfig, ModelConfig, first_line, parse, show, stored
+from gpt2exp.config import CheckpointConfig, ModelConfig
 from gpt2exp.files import beside, sha256, write_json
 from gpt2exp.run.record import CHECKPOINTS, saved
+from gpt2exp.schema import parse, stored
+from gpt2exp.section import BadRequest, first_line, show
 from gpt2exp.training import hardware
 
 SPARE = 2**20

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp import choices
-from gpt2exp.config import AUTO, BadRequest, RunConfig, first_line, parse, plain
+from gpt2exp.config import RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.model import size
 from gpt2exp.run import process, record, terminal, tracking
 from gpt2exp.run.metrics import Summary
+from gpt2exp.schema import parse, plain
+from gpt2exp.section import AUTO, BadRequest, first_line
 from gpt2exp.training import distributed, setup
 
 if TYPE_CHECKING:

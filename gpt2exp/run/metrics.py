@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired, Required, cast
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from gpt2exp.config import TARGET
+from gpt2exp.section import TARGET
 
 
 @dataclass(frozen=True, kw_only=True)

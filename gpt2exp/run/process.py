@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
-from gpt2exp.config import BadRequest
 from gpt2exp.data.assets import FULL, AssetError
 from gpt2exp.run import terminal
+from gpt2exp.section import BadRequest
 
 LOCK = ".lock"
 """Held by the process at work on a folder; the system lets go of it however that process ends."""

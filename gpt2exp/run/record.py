@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gpt2exp import choices
-from gpt2exp.config import BadRequest, RunConfig, first_line, leaves, parse, plain, put, stored
+from gpt2exp.config import RunConfig
 from gpt2exp.files import replacing, walk, write_json
 from gpt2exp.run import process
 from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, from_outside, judged, losses, number_of
+from gpt2exp.schema import leaves, parse, plain, put, stored
+from gpt2exp.section import BadRequest, first_line
 from gpt2exp.training import load
 
 if TYPE_CHECKING:

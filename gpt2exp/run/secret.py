@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.config import BadRequest
+from gpt2exp.section import BadRequest
 
 NAME = r"[\w-]*(?:api[_-]?key|access[_-]?key|private[_-]?key|token(?!s)|secret|passw|credential)[\w-]*"
 """What a key or an environment variable is called that holds a credential (`tokens` are counted, not kept secret)."""

@@ -21,8 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2exp import choices
-from gpt2exp.config import SOURCE, InitScheme, RunConfig, TrainConfig, plain, typed
+from gpt2exp.config import InitScheme, RunConfig, TrainConfig
 from gpt2exp.run.metrics import COLUMNS, METRICS, Metric, Summary, from_outside, judged, shown
+from gpt2exp.schema import plain
+from gpt2exp.section import SOURCE, typed
 from gpt2exp.training import distributed, load
 
 log = logging.getLogger("gpt2exp")

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from gpt2exp.config import WandbConfig, WandbMode, first_line
+from gpt2exp.config import WandbConfig, WandbMode
 from gpt2exp.run import terminal
 from gpt2exp.run.metrics import METRICS, Summary, from_outside
+from gpt2exp.section import first_line
 
 INIT_TIMEOUT = 15
 """Seconds to wait for the server before going offline."""

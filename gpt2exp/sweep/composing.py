@@ -43,25 +43,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import choices
-from gpt2exp.config import (
-    CHOICES,
-    TARGET,
-    BadRequest,
-    RunConfig,
-    Section,
-    explain,
-    group_of,
-    home,
-    keys,
-    kind_of,
-    leaves,
-    parse,
-    plain,
-    refuse,
-    typed,
-)
+from gpt2exp.config import RunConfig
 from gpt2exp.files import replacing
 from gpt2exp.run import process, record, secret, tracking
+from gpt2exp.schema import explain, group_of, keys, kind_of, leaves, parse, plain, refuse
+from gpt2exp.section import CHOICES, TARGET, BadRequest, Section, home, typed
 from gpt2exp.sweep import engines
 
 CONF = "gpt2exp.conf"

@@ -20,9 +20,10 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp.config import BadRequest, DeviceName, first_line, require
+from gpt2exp.config import DeviceName
 from gpt2exp.machine import cores
 from gpt2exp.run import process, record
+from gpt2exp.section import BadRequest, first_line, require
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 

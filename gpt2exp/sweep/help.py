@@ -9,7 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2exp.config import options, show
+from gpt2exp.schema import options
+from gpt2exp.section import show
 
 EXAMPLES = """\
   gpt2exp                                              GPT-2 124M, 50 steps on Tiny Shakespeare

@@ -25,23 +25,15 @@ from hydra.core.utils import env_override
 from omegaconf import DictConfig
 
 from gpt2exp import choices
-from gpt2exp.config import (
-    BadRequest,
-    DeviceName,
-    Distributed,
-    Fallback,
-    PrecisionName,
-    first_line,
-    home,
-    plain,
-    require,
-)
+from gpt2exp.config import DeviceName, Distributed, Fallback, PrecisionName
 from gpt2exp.data import tokens
 from gpt2exp.model import size
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, check_same_text, follow, run
 from gpt2exp.run.metrics import TAKEN
+from gpt2exp.schema import plain
+from gpt2exp.section import BadRequest, first_line, home, require
 from gpt2exp.sweep import composing, engines, help, resume
 from gpt2exp.sweep.composing import Job
 from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered

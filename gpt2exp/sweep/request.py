@@ -35,26 +35,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2exp.config import (
-    CHOICES,
-    BadRequest,
-    InitConfig,
-    InitScheme,
-    check_key,
-    default_of,
-    group_of,
-    home,
-    is_housekeeping,
-    keys,
-    owner,
-    parse,
-    quoted,
-    require,
-    show,
-)
+from gpt2exp.config import InitConfig, InitScheme
 from gpt2exp.files import beside
 from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
+from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
+from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show
 from gpt2exp.sweep import engines
 from gpt2exp.sweep.composing import (
     BASIC_SWEEPER,

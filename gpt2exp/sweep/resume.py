@@ -20,9 +20,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import choices, config
-from gpt2exp.config import BadRequest, DataName, RunConfig, Schedule, show
+from gpt2exp import choices, schema, section
+from gpt2exp.config import DataName, RunConfig, Schedule
 from gpt2exp.run import record, terminal
+from gpt2exp.section import BadRequest, show
 from gpt2exp.sweep import composing, engines, request
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
@@ -74,7 +75,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _typed(folder: Path) -> str:
-    return terminal.pasted(config.typed("resume", terminal.place(folder)))
+    return terminal.pasted(section.typed("resume", terminal.place(folder)))
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         raise BadRequest(f"resume={folder}: {error}") from error
     except BadRequest as error:
         raise BadRequest(f"resume={folder}: {error}; put the files back, or start a new run") from error
-    recorded = OmegaConf.create(config.plain(before))  # resolved: what follows train.steps keeps the value it had
+    recorded = OmegaConf.create(schema.plain(before))  # resolved: what follows train.steps keeps the value it had
     overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
     if args.trust:
@@ -110,12 +111,12 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         OmegaConf.update(recorded, key, value)
         overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != key]
         overrides.append(f"{key}={show(value)}")
-    after = config.parse(recorded)
+    after = schema.parse(recorded)
     steps, done = _steps_done(folder, after)
     notes = [
         f"{key}: {show(value)} from here on, {show(had.get(key))} before"
         for key, value in changed.items()
-        if not config.is_housekeeping(key)
+        if not schema.is_housekeeping(key)
     ]
     if "train.steps" in changed and after.optimizer.schedule == Schedule.cosine and not after.optimizer.schedule_steps:
         notes.append("the steps to come take their learning rates from a cosine over the new train.steps")
@@ -147,7 +148,7 @@ def _steps_done(folder: Path, after: RunConfig) -> tuple[int, bool]:
 
 def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
     """Refuse a change of what the run computes."""
-    kept = [key for key in changed if config.is_housekeeping(key) and key.partition(".")[0] != "metric"]
+    kept = [key for key in changed if schema.is_housekeeping(key) and key.partition(".")[0] != "metric"]
     if refused := [key for key in changed if key not in (*kept, *MAY_CHANGE)]:
         now = ", ".join(f"{key}={show(had.get(key))}" for key in refused)
         what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
@@ -160,10 +161,10 @@ def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, A
 def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
     """Recorded overrides without those of the keys `gone`; keys that have moved under today's names."""
     lost = {*gone, *(key.split(".")[0] for key in gone)} - set(composing.SECTIONS)
-    moved = config.MOVED.keys() - set(config.keys())
+    moved = schema.MOVED.keys() - set(schema.keys())
     told = {text: text.lstrip("+").partition("=")[0] for text in texts}
     return [
-        text.replace(key, config.MOVED[key], 1) if key in moved else text
+        text.replace(key, schema.MOVED[key], 1) if key in moved else text
         for text, key in told.items()
         if key not in lost
     ]
@@ -195,7 +196,7 @@ def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -
 
 
 def _flat(of: RunConfig) -> dict[str, Any]:
-    return config.leaves(config.plain(of))
+    return schema.leaves(schema.plain(of))
 
 
 # --- a sweep ---------------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
         if place := added.get("hydra.sweep.subdir"):
             raise BadRequest(f"{place[0]}: the jobs of a sweep that goes on keep their folders; leave it out")
-        kept = [texts[-1] for key, texts in added.items() if config.is_housekeeping(_key(key))]
+        kept = [texts[-1] for key, texts in added.items() if schema.is_housekeeping(_key(key))]
         most = [text for text in kept if text.startswith("sweep.max_seeds=")]
         before = [text for text in _of_today(flags.overrides, gone) if _key(text) not in request.LOGGING]
         master = composer.compose([*before, *settings, *most], multirun=True)
@@ -249,7 +250,7 @@ def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) ->
     fixed = ("sweep.until", "sweep.min_seeds", *["sweep.margin"] * bool(known.looks))
     for override in typed:
         key = override.key_or_group
-        if key in fixed or not (not known.looks or config.is_housekeeping(key) or is_hydra(key)):
+        if key in fixed or not (not known.looks or schema.is_housekeeping(key) or is_hydra(key)):
             why = f"that was decided before the first run of {terminal.short(folder)}"
             raise BadRequest(f"{override.input_line}: {why}; leave it out, or start a new sweep")
 
@@ -269,7 +270,7 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
         except BadRequest:
             continue  # Hydra's own record is damaged: the job is run anew, beside it
         for key, value in unknown.items():
-            if gone.setdefault(key, value) != value and not config.is_housekeeping(key):
+            if gone.setdefault(key, value) != value and not schema.is_housekeeping(key):
                 why = f"its runs have {key}={show(gone[key])} and {show(value)}, which is no key of this version"
                 raise BadRequest(f"resume={folder}: {why}; go on with the version that began it, or start a new sweep")
         runs[str(run.relative_to(folder))] = of, overrides
@@ -307,16 +308,16 @@ def _jobs(
         job = at_place.get(name)
         if name in runs:
             of, overrides = runs[name]
-            if job is None or config.identity(job.config) != config.identity(of):
+            if job is None or schema.identity(job.config) != schema.identity(of):
                 job = Job(tuple(overrides), of)
             # a diverged run would diverge again: that is its result
             done = record.row(folder / name, folder)["state"] in ("done", "diverged")
             jobs.append(dataclasses.replace(job, folder=name, done=done))
         elif job is not None:  # where the folder is there it is damaged, and the job gets another
             jobs.append(job if (folder / name).exists() else dataclasses.replace(job, folder=name))
-    known = {config.identity(job.config) for job in jobs}
+    known = {schema.identity(job.config) for job in jobs}
     for job in composed[len(again) :]:
-        if (identity := config.identity(job.config)) not in known:
+        if (identity := schema.identity(job.config)) not in known:
             known.add(identity)
             jobs.append(job)
     heads = [name.partition("_")[0] for name in (*listed, *(path.name for path in folder.iterdir()))]

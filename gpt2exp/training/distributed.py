@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from gpt2exp.config import BadRequest, Distributed, RunConfig, first_line, require
+from gpt2exp.config import Distributed, RunConfig
+from gpt2exp.section import BadRequest, first_line, require
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from gpt2exp import machine
-from gpt2exp.config import AUTO, BadRequest, DeviceName, TrainConfig, require
+from gpt2exp.config import DeviceName, TrainConfig
+from gpt2exp.section import AUTO, BadRequest, require
 from gpt2exp.training import distributed
 
 PEAK_TFLOPS = {

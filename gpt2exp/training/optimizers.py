@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from gpt2exp.config import BadRequest, OptimizerConfig, Schedule, choice_of, option, require
+from gpt2exp.config import OptimizerConfig, Schedule
+from gpt2exp.section import BadRequest, choice_of, option, require
 from gpt2exp.training import distributed
 
 if TYPE_CHECKING:

@@ -10,16 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp import choices
-from gpt2exp.config import (
-    BadRequest,
-    InitConfig,
-    MetricConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    first_line,
-)
+from gpt2exp.config import InitConfig, MetricConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from gpt2exp.section import BadRequest, first_line
 from gpt2exp.training import distributed, optimizers
 
 if TYPE_CHECKING:

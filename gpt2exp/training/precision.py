@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2exp.config import BadRequest, Fallback, PrecisionConfig, PrecisionName, Rounding
+from gpt2exp.config import Fallback, PrecisionConfig, PrecisionName, Rounding
+from gpt2exp.section import BadRequest
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp.choices import Outside
-from gpt2exp.config import AUTO, BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
+from gpt2exp.config import InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface, size
+from gpt2exp.section import AUTO, BadRequest
 from gpt2exp.training import distributed
 
 if TYPE_CHECKING:

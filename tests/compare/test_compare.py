@@ -25,7 +25,7 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import signal, stats
 
-from gpt2exp import config
+from gpt2exp import schema
 from gpt2exp.compare import __main__ as conclude
 from gpt2exp.compare import comparison as comparisons
 from gpt2exp.compare import effect as effects
@@ -34,7 +34,8 @@ from gpt2exp.compare import rows as rows_module
 from gpt2exp.compare.comparison import Comparison, Row
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import declared, fixed, holm, needed, open_ended, pairing, pooled_std
-from gpt2exp.config import BadRequest, parse, plain
+from gpt2exp.schema import parse, plain
+from gpt2exp.section import BadRequest
 
 GROUPS = ("model", "init", "precision", "data", "optimizer")
 CLOCK = itertools.count()
@@ -1235,7 +1236,7 @@ def test_a_sweep_over_a_key_that_is_gone_is_still_compared(tmp_path: Path) -> No
 
 
 def test_a_key_that_moved_is_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(config.MOVED, "model.old", "optimizer.grad_clip")
+    monkeypatch.setitem(schema.MOVED, "model.old", "optimizer.grad_clip")
     folders = put_all(arms("optimizer.grad_clip", {"0.0": [3.0, 3.1], "1.0": [2.0, 2.2]}), tmp_path)
     for folder, clip in ((folders[0], 0.0), (folders[2], 1.0)):
         change(folder / "summary.json", lambda of: of["config"]["optimizer"].pop("grad_clip"))

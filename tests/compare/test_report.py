@@ -33,8 +33,9 @@ from gpt2exp.compare import comparison as compare
 from gpt2exp.compare import figures, report, words
 from gpt2exp.compare.comparison import Comparison, Distance
 from gpt2exp.compare.effect import Effect
-from gpt2exp.config import RunConfig, plain
+from gpt2exp.config import RunConfig
 from gpt2exp.run import record, terminal
+from gpt2exp.schema import plain
 
 Done = subprocess.CompletedProcess[str]
 SHORT = [*SMALL, "train.steps=6", "data.val_fraction=0.005", "train.eval_every=3", "train.measure_every=3"]

@@ -19,8 +19,8 @@ from test_compare import run
 from gpt2exp.compare import stopping
 from gpt2exp.compare.comparison import Row
 from gpt2exp.compare.inference import fixed, reach, tells, upper_std
-from gpt2exp.config import BadRequest
 from gpt2exp.run.record import Sweep
+from gpt2exp.section import BadRequest
 
 TIE = "model.tie_weights"
 

@@ -18,9 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2exp.config import BadRequest, DataConfig, DataName, DataOrder, TrainConfig
+from gpt2exp.config import DataConfig, DataName, DataOrder, TrainConfig
 from gpt2exp.data import assets, tokens
 from gpt2exp.data.batches import Windows
+from gpt2exp.section import BadRequest
 
 CPU = torch.device("cpu")
 FEW = settings(deadline=None, max_examples=60, derandomize=True)

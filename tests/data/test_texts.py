@@ -39,8 +39,9 @@ from hypothesis import strategies as st
 from pyarrow import feather, orc, parquet
 
 from gpt2exp import files
-from gpt2exp.config import BadRequest, DataConfig, DataName
+from gpt2exp.config import DataConfig, DataName
 from gpt2exp.data import assets, sources, tokens
+from gpt2exp.section import BadRequest
 
 EOT = tokens.END_OF_TEXT
 FEW = settings(deadline=None, max_examples=150, derandomize=True)
@@ -710,7 +711,8 @@ def test_the_hub_is_asked_once(endpoint: str, tmp_path: Path, cold: Path) -> Non
     code = """
 import json, sys
 from gpt2exp.data import assets, tokens
-from gpt2exp.config import BadRequest, DataConfig, DataName
+from gpt2exp.config import DataConfig, DataName
+from gpt2exp.section import BadRequest
 for more in json.loads(sys.argv[1]):
     try:
         source = tokens.prepare(DataConfig(**{"name": DataName.hub, "path": "me/it", **more}))

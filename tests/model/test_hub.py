@@ -23,12 +23,13 @@ from support import SMALL, read, run, run_folders, the_run
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-from gpt2exp import config, export, sample
-from gpt2exp.config import BadRequest, DataConfig, InitConfig, InitScheme, ModelConfig, RunConfig
+from gpt2exp import export, sample, schema
+from gpt2exp.config import DataConfig, InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface, init, size
 from gpt2exp.model.gpt import GPT
 from gpt2exp.run import checkpoint, record
+from gpt2exp.section import BadRequest
 from gpt2exp.sweep import launch
 from gpt2exp.training import setup
 
@@ -149,7 +150,7 @@ def test_a_checkpoint_of_another_versions_model_is_not_guessed_at(
     assert not (tmp_path / "out").exists()
     assert launch.command([f"resume={place}", "train.steps=3"]) == 1
     assert "which this version does not know" in read(place / "summary.json")["error"]
-    monkeypatch.setitem(config.MOVED, "model.activation", "wandb.name")
+    monkeypatch.setitem(schema.MOVED, "model.activation", "wandb.name")
     assert checkpoint.of_run(place)[0] == dataclasses.replace(SHAPE, tie_weights=True)
 
 

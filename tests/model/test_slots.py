@@ -19,11 +19,12 @@ from support import SMALL, losses, read, run
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2exp import choices, config, export, sample
-from gpt2exp.config import BadRequest, InitConfig, InitScheme, ModelConfig, RunConfig
+from gpt2exp import choices, export, sample, schema, section
+from gpt2exp.config import InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.model import huggingface, size
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import check_init, expected_std, initialise
+from gpt2exp.section import BadRequest
 from gpt2exp.sweep import composing
 from gpt2exp.sweep import request as requests
 
@@ -318,14 +319,14 @@ def test_a_choice_is_asked_for_by_its_group(words: str, said: str) -> None:
 
 
 def test_a_record_from_before_the_slots_is_gpt2() -> None:
-    before = config.plain(RunConfig())
+    before = schema.plain(RunConfig())
     for key in ("bias", *size.SLOTS):
         del before["model"][key]
     before["model"]["n_layer"] = 3
-    today, unknown = config.stored(before)
-    assert (config.parse(today), unknown) == (RunConfig(model=ModelConfig(n_layer=3)), {})
-    kept = config.plain(asked("model/mlp=swiglu", "model.mlp.hidden=20"))
-    assert config.stored(kept) == (kept, {})
+    today, unknown = schema.stored(before)
+    assert (schema.parse(today), unknown) == (RunConfig(model=ModelConfig(n_layer=3)), {})
+    kept = schema.plain(asked("model/mlp=swiglu", "model.mlp.hidden=20"))
+    assert schema.stored(kept) == (kept, {})
 
 
 @pytest.mark.parametrize("words", [*EACH, "model.bias=false"])
@@ -383,7 +384,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped_and_is_sampled_from(
     assert losses(part) == losses(whole)
     assert read(part / "summary.json")["config"]["model"]["mlp"]["hidden"] == 24
     monkeypatch.chdir(tmp_path)
-    config.OUTSIDE.clear()  # as in a new process
+    section.OUTSIDE.clear()  # as in a new process
     assert sample.command([str(part), "--tokens", "3"]) == 2
     assert "would run code of" in capsys.readouterr().err
     assert sample.command(["--trust", str(part), "--tokens", "3"]) == 0

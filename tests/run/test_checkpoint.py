@@ -21,21 +21,13 @@ from safetensors import safe_open
 from support import SMALL, read, run
 from torch import Tensor
 
-from gpt2exp.config import (
-    BadRequest,
-    CheckpointConfig,
-    DataConfig,
-    DataOrder,
-    InitConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from gpt2exp.config import CheckpointConfig, DataConfig, DataOrder, InitConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2exp.data.batches import Windows
 from gpt2exp.model import init
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import checkpoint, record
+from gpt2exp.section import BadRequest
 from gpt2exp.training import distributed, hardware, optimizers
 from gpt2exp.training.optimizers import AdamW
 from gpt2exp.training.trainer import Trainer

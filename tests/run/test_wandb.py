@@ -29,8 +29,9 @@ from support import (
     the_run,
 )
 
-from gpt2exp.config import RunConfig, WandbConfig, WandbMode, plain
+from gpt2exp.config import RunConfig, WandbConfig, WandbMode
 from gpt2exp.run import tracking
+from gpt2exp.schema import plain
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import COMPARE, SMALL, at_step, finish, losses, read, run, start
+from support import COMPARE, PROGRAM, SMALL, at_step, finish, losses, read, run, start
 
-from gpt2exp import choices, config, export, sample
+from gpt2exp import choices, export, sample, schema
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
 from gpt2exp.model import init
@@ -227,7 +227,7 @@ def test_a_strangers_folder_runs_nothing(section: str, mine: Path, capsys: pytes
     evil = Path.cwd() / "strangers" / "evil.py"
     evil.parent.mkdir()
     evil.write_text("raise SystemExit(9)")
-    asked = config.plain(RunConfig())
+    asked = schema.plain(RunConfig())
     sha256 = hashlib.sha256(evil.read_bytes()).hexdigest()
     asked[section] |= {"name": "../../strangers/x", "_target_": target, "_source_": str(evil), "_sha256_": sha256}
     (evil.parent / ".hydra").mkdir()
@@ -309,7 +309,8 @@ def test_a_sweep_in_workers_ends_in_verdicts(tmp_path: Path) -> None:
     assert verdicts["spread"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert verdicts["loss_mean_last10"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert "spread, logits" in (folder / "swept" / "report.md").read_text()
-    gained = run(tmp_path / "else", "--trust", f"resume={folder / 'swept'}", "seed=4", "sweep.isolate=true")
+    words = ["--trust", f"resume={folder / 'swept'}", "seed=4", "sweep.isolate=true"]
+    gained = run(tmp_path / "else", *words, program=PROGRAM)  # a fork would wait for its workers for ever
     assert gained.returncode == 0, gained.stderr
     assert len(read(folder / "swept" / "comparison.json")["seeds"]) == 4
     before = read(folder / "swept" / "comparison.json")

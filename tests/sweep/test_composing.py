@@ -11,7 +11,7 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from gpt2exp import config
+from gpt2exp import schema, section
 from gpt2exp.run import record
 from gpt2exp.sweep import composing, request
 
@@ -46,7 +46,7 @@ def test_as_composed_alone(number: int, tmp_path: Path) -> None:
         for place, (told, got) in enumerate(zip(jobs, composer.jobs(master, jobs), strict=True)):
             alone = composer.loader.load_configuration("config", told, run_mode=RunMode.RUN)
             own = OmegaConf.masked_copy(alone, composing.SECTIONS)
-            assert got.config == config.parse(own)
+            assert got.config == schema.parse(own)
             folder = tmp_path / str(place)
             composing.describe(folder, got)
             assert OmegaConf.load(folder / ".hydra" / "config.yaml") == OmegaConf.create(OmegaConf.to_yaml(own))
@@ -87,5 +87,5 @@ def test_how_often_hydra_composes(words: list[str], expected: int, monkeypatch: 
 
 def test_a_bad_value_in_the_last_job() -> None:
     """It is refused though Hydra composed the first alone."""
-    with pytest.raises(config.BadRequest, match=r"^train\.seq_len=4096: "):
+    with pytest.raises(section.BadRequest, match=r"^train\.seq_len=4096: "):
         request.make(composing.arguments(["-m", "model=gpt2", "train.seq_len=32,64,4096"]))

@@ -16,9 +16,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from support import SMALL, read, run
 
-from gpt2exp import config
-from gpt2exp.config import BadRequest, InitScheme, ModelConfig, RunConfig, Section, option
+from gpt2exp import config, schema, section
+from gpt2exp.config import InitScheme, ModelConfig, RunConfig
 from gpt2exp.model import size
+from gpt2exp.section import BadRequest, Section, option
 from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
 from gpt2exp.sweep.composing import SECTIONS, arguments
@@ -56,7 +57,7 @@ def test_every_file_composes(path: Path) -> None:
     needed = {"text": ["data.path=book"], "hub": ["data.path=book"], "pretrained": ["init.path=folder"]}
     jobs = make(f"{group}={name}", *needed.get(name, [])).jobs
     assert jobs
-    section = config.at(config.plain(jobs[0].config), group.replace("/", "."))
+    section = schema.at(schema.plain(jobs[0].config), group.replace("/", "."))
     if section is not None:  # a section's file: every value of it arrives
         written = {key: value for key, value in OmegaConf.load(path).items() if key != "defaults"}
         assert written.items() <= section.items()
@@ -97,7 +98,7 @@ class LimitsConfig(Section):
 
 
 class TestBounds:
-    """A field's bounds, said once where it is declared, are enforced in every section by `config.check`."""
+    """A field's bounds, said once where it is declared, are enforced in every section by `section.check`."""
 
     @pytest.mark.parametrize(
         ("name", "value", "line"),
@@ -136,14 +137,14 @@ class TestBounds:
 
     def test_the_sections_have_them(self) -> None:
         """Every number of the schema is bounded, and every key has a help text."""
-        for section in (RunConfig(), *(getattr(RunConfig(), name) for name in SECTIONS)):
-            if not isinstance(section, Section):
+        for part in (RunConfig(), *(getattr(RunConfig(), name) for name in SECTIONS)):
+            if not isinstance(part, Section):
                 continue
-            for item in dataclasses.fields(section):
+            for item in dataclasses.fields(part):
                 number = {"int", "float"} & set(re.findall(r"\w+", str(item.type)))
                 bounded = {item.metadata.get("at_least"), item.metadata.get("above")} != {None}
                 assert bounded or not number, item.name
-        assert all(len(about) > 3 for _, _, about in config.options())
+        assert all(len(about) > 3 for _, _, about in schema.options())
 
 
 class TestAsMeant:
@@ -161,7 +162,7 @@ class TestAsMeant:
     def test_a_name_stays(self, key: str, value: str) -> None:
         given = {"data.path": "x", key: value}
         got = only("data=hub", *(requests.as_meant(f"{name}={text}") for name, text in given.items()))
-        assert config.plain(got)[key.partition(".")[0]][key.partition(".")[2]] == value
+        assert schema.plain(got)[key.partition(".")[0]][key.partition(".")[2]] == value
 
     def test_in_lists_and_sweeps(self) -> None:
         assert only(requests.as_meant("wandb.tags=[2024_01_15,b,1e3,'1_0']")).wandb.tags == [
@@ -256,9 +257,9 @@ def test_keys_lists_all() -> None:
             found += leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
         return found
 
-    keys = list(config.keys())
+    keys = list(schema.keys())
     of_others = {"optimizer.momentum", "optimizer.nesterov"}  # of optimizer=sgd alone
-    assert [key for key in keys if key not in of_others] == leaves(config.plain(RunConfig()))
+    assert [key for key in keys if key not in of_others] == leaves(schema.plain(RunConfig()))
     assert of_others < set(keys)
     assert {"seed", "dry_run", "model.tie_weights", "wandb.dir", "sweep.isolate"} <= set(keys)
 
@@ -266,9 +267,9 @@ def test_keys_lists_all() -> None:
 def test_plain_survives_json() -> None:
     import json
 
-    plain = config.plain(RunConfig())
+    plain = schema.plain(RunConfig())
     assert json.loads(json.dumps(plain)) == plain
-    assert config.parse(plain) == RunConfig()
+    assert schema.parse(plain) == RunConfig()
 
 
 def test_flops_by_hand() -> None:
@@ -353,7 +354,7 @@ def test_claimed(tmp_path: Path, there: bool) -> None:
         folder.mkdir(parents=True)
     request = make(f"hydra.run.dir={folder}", "model=nano", "seed=5")
     with requests.claimed(request, []):
-        recorded = config.parse(OmegaConf.load(folder / ".hydra" / "config.yaml"))
+        recorded = schema.parse(OmegaConf.load(folder / ".hydra" / "config.yaml"))
         assert recorded == request.jobs[0].config
         assert "seed=5" in OmegaConf.load(folder / ".hydra" / "overrides.yaml")
         assert OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.cwd == str(Path.cwd())
@@ -376,7 +377,7 @@ def test_claimed(tmp_path: Path, there: bool) -> None:
     ],
 )
 def test_show_is_what_is_typed(value: object, typed: str) -> None:
-    assert config.show(value) == typed
+    assert section.show(value) == typed
 
 
 @pytest.mark.parametrize(
@@ -390,7 +391,7 @@ def test_show_is_what_is_typed(value: object, typed: str) -> None:
     ],
 )
 def test_first_line_of_any_error(error: Exception, line: str) -> None:
-    assert config.first_line(error) == line
+    assert section.first_line(error) == line
 
 
 def test_only_first_line_takes_the_first_line() -> None:
@@ -432,15 +433,15 @@ def test_estimate_grows_with_the_request() -> None:
 
 def test_a_stored_configuration_is_read_under_todays_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it lacks has the default, what is no key is given back, what moved is in its place."""
-    recorded = config.plain(RunConfig(seed=5))
+    recorded = schema.plain(RunConfig(seed=5))
     del recorded["model"]["tie_weights"], recorded["sweep"]
     recorded["model"]["old"] = {"deep": 1}
     recorded["gone"] = [1, 2]
-    today, unknown = config.stored(recorded)
-    assert config.parse(today) == RunConfig(seed=5)
+    today, unknown = schema.stored(recorded)
+    assert schema.parse(today) == RunConfig(seed=5)
     assert unknown == {"model.old.deep": 1, "gone": [1, 2]}
-    monkeypatch.setitem(config.MOVED, "model.old.deep", "train.steps")
+    monkeypatch.setitem(schema.MOVED, "model.old.deep", "train.steps")
     del recorded["train"]["steps"]
-    assert config.stored(recorded)[0]["train"]["steps"] == 1
+    assert schema.stored(recorded)[0]["train"]["steps"] == 1
     recorded["optimizer"]["min_lr"], recorded["optimizer"]["schedule"] = "${optimizer.lr}", "cosine"
-    assert config.parse(config.stored(recorded)[0]).optimizer.min_lr == 3e-4
+    assert schema.parse(schema.stored(recorded)[0]).optimizer.min_lr == 3e-4

@@ -12,8 +12,9 @@ import pytest
 from support import SMALL, read, run, surroundings, the_run
 
 from gpt2exp.compare import report
-from gpt2exp.config import BadRequest, DataConfig, typed
+from gpt2exp.config import DataConfig
 from gpt2exp.run import terminal
+from gpt2exp.section import BadRequest, typed
 from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
 from gpt2exp.sweep.composing import arguments, composing

@@ -14,8 +14,9 @@ import pytest
 from support import SMALL, finish, read, run, run_folders, start
 from test_engines import here, the_sweep
 
-from gpt2exp.config import BadRequest, SweepConfig
+from gpt2exp.config import SweepConfig
 from gpt2exp.run import record
+from gpt2exp.section import BadRequest
 from gpt2exp.sweep import launch, request, resume
 from gpt2exp.sweep.composing import arguments
 
@@ -63,7 +64,7 @@ class TestWhole:
         lines = [line for line in out.splitlines() if line.startswith("seed ")]
         assert [int(line.split()[1]) for line in lines] == [*range(3, last + 1), last]
         assert all(": optimizer.lr=0.003 against 0.001: −0.0" in line for line in lines[:-1])
-        assert all(line.endswith("more seeds") for line in lines[:-2])
+        assert all(", about " in line and " more seed" in line for line in lines[:-2])
         assert lines[-1] == f"seed {last} is the last: every arm has its verdict"
         assert "note: without sweep.margin no axis can be called indistinguishable" in out
         for page in ("report.md", "report.html"):

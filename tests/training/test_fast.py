@@ -20,22 +20,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2exp.config import (
-    BadRequest,
-    DataConfig,
-    InitConfig,
-    ModelConfig,
-    PrecisionConfig,
-    PrecisionName,
-    RunConfig,
-    TrainConfig,
-)
+from gpt2exp.config import DataConfig, InitConfig, ModelConfig, PrecisionConfig, PrecisionName, RunConfig, TrainConfig
 from gpt2exp.data.batches import Windows
 from gpt2exp.model import loss as loss_
 from gpt2exp.model import size
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.model.loss import HeadLoss
+from gpt2exp.section import BadRequest
 from gpt2exp.training import hardware, precision, setup
 from gpt2exp.training.optimizers import AdamW
 from gpt2exp.training.trainer import Trainer

@@ -11,8 +11,9 @@ import torch
 from support import SMALL, losses, read, run
 from torch import Tensor
 
-from gpt2exp import config
-from gpt2exp.config import BadRequest, OptimizerConfig, RunConfig
+from gpt2exp import schema
+from gpt2exp.config import OptimizerConfig, RunConfig
+from gpt2exp.section import BadRequest
 from gpt2exp.sweep import composing
 from gpt2exp.sweep import request as requests
 from gpt2exp.training import optimizers
@@ -92,11 +93,11 @@ def test_its_moments_are_counted() -> None:
 
 
 def test_a_stored_configuration_has_the_keys_of_its_choice() -> None:
-    asked = config.plain(config.parse({"optimizer": {"name": "sgd", "momentum": 0.5}}))
-    today, unknown = config.stored(asked)
+    asked = schema.plain(schema.parse({"optimizer": {"name": "sgd", "momentum": 0.5}}))
+    today, unknown = schema.stored(asked)
     assert (today, unknown) == (asked, {})
-    assert config.parse(today).optimizer == SGD(momentum=0.5)
-    _, unknown = config.stored({"optimizer": {"name": "sgd", "betas": [0.9, 0.999]}})
+    assert schema.parse(today).optimizer == SGD(momentum=0.5)
+    _, unknown = schema.stored({"optimizer": {"name": "sgd", "betas": [0.9, 0.999]}})
     assert unknown == {"optimizer.betas": [0.9, 0.999]}
 
 

@@ -22,19 +22,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpt2exp.config import (
-    BadRequest,
-    DeviceName,
-    Fallback,
-    InitConfig,
-    ModelConfig,
-    PrecisionConfig,
-    PrecisionName,
-    Rounding,
-)
+from gpt2exp.config import DeviceName, Fallback, InitConfig, ModelConfig, PrecisionConfig, PrecisionName, Rounding
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import record
+from gpt2exp.section import BadRequest
 from gpt2exp.training import hardware, precision
 
 CPU = torch.device("cpu")

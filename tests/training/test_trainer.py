@@ -22,15 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gpt2exp.config import (
-    AUTO,
-    DataConfig,
-    InitConfig,
-    ModelConfig,
-    RunConfig,
-    Schedule,
-    TrainConfig,
-)
+from gpt2exp.config import DataConfig, InitConfig, ModelConfig, RunConfig, Schedule, TrainConfig
 from gpt2exp.data import batches as windows
 from gpt2exp.data import tokens
 from gpt2exp.data.batches import Windows
@@ -38,6 +30,7 @@ from gpt2exp.model import size
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import job as jobs
+from gpt2exp.section import AUTO
 from gpt2exp.training import distributed, hardware, load, optimizers, setup
 from gpt2exp.training import trainer as trainers
 from gpt2exp.training.optimizers import AdamW

@@ -17,7 +17,7 @@ import pytest
 from support import SMALL, losses, read, run
 
 import gpt2exp
-from gpt2exp.config import parse, plain
+from gpt2exp.schema import parse, plain
 
 ROOT = Path(__file__).parents[2]
 FEW = [*SMALL, "train.steps=3", "train.batch_size=2", "train.seq_len=16", "wandb.mode=disabled"]

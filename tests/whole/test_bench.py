@@ -14,7 +14,7 @@ import pytest
 from support import SMALL
 
 from gpt2exp import bench
-from gpt2exp.config import BadRequest
+from gpt2exp.section import BadRequest
 
 TINY = [*SMALL, "train.seq_len=16", "wandb.mode=disabled"]
 ONCE = [*TINY, "--pairs", "1", "--steps", "3", "--peer-command"]

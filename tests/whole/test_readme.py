@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import SMALL, read, run, run_folders
 
-from gpt2exp import bench, choices, config, export, sample
+from gpt2exp import bench, choices, export, sample, schema, section
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.sweep import composing, help, resume
 from gpt2exp.sweep import request as requests
@@ -158,7 +158,7 @@ def test_the_refusal_shown_is_real() -> None:
     shown = re.findall(r"^\$ gpt2exp (.+)\ngpt2exp: (.+)$", "\n".join(PAGES.values()), re.MULTILINE)
     assert shown
     for words, line in shown:
-        with pytest.raises(config.BadRequest) as caught:
+        with pytest.raises(section.BadRequest) as caught:
             compose(shlex.split(words))
         assert str(caught.value) == line
 
@@ -177,8 +177,8 @@ def test_every_choice_is_in_its_groups_row(page: str) -> None:
 def test_help_says_what_the_schema_says() -> None:
     """Every key with the default that it has, and its choices; the groups with all members, the default first."""
     page = help.text()
-    for key, default, _ in config.options():
-        assert f"\n  {key}={config.show(default)} " in page
+    for key, default, _ in schema.options():
+        assert f"\n  {key}={section.show(default)} " in page
     assert "(auto, cpu, cuda, mps)" in " ".join(page.split())
     for group, first in (("model", "gpt2"), ("init", "gpt2"), ("precision", "fp32"), ("data", "tinyshakespeare")):
         shown = re.search(rf"^  {group}=(\S+)$", page, re.MULTILINE)

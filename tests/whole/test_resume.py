@@ -30,9 +30,9 @@ from support import (
     the_run,
 )
 
-from gpt2exp.config import BadRequest
 from gpt2exp.run import process as processes
 from gpt2exp.run import record
+from gpt2exp.section import BadRequest
 from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
 from gpt2exp.sweep.composing import arguments

@@ -16,10 +16,11 @@ from support import SMALL, surroundings
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2exp import export, sample
-from gpt2exp.config import BadRequest, InitConfig, ModelConfig
+from gpt2exp.config import InitConfig, ModelConfig
 from gpt2exp.data import tokens
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
+from gpt2exp.section import BadRequest
 from gpt2exp.sweep import launch
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=64)

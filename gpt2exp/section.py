@@ -1,0 +1,181 @@
+"""What every section of the configuration is made of: options with bounds and help, checks, choices by name.
+
+A wrong value raises `BadRequest`, whose text names the key, the value, why it cannot be used and what to type instead.
+Imports nothing else of the package and no torch, so that a typo is answered in a moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+
+class BadRequest(ValueError):
+    """A request that cannot be carried out as typed; its text is the one line the user sees (exit code 2)."""
+
+
+def show(value: object) -> str:
+    """A value as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{','.join(map(show, value))}]" if isinstance(value, list) else str(value)
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra's grammar reads it back, whatever is in it: a backslash escapes only before a quote."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+
+
+def typed(key: str, value: object) -> str:
+    """`key=value` in Hydra's grammar, quoted where the plain text would be read as something else."""
+    text = show(value)
+    plain = re.fullmatch(r"\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
+    if not plain or text.lower() in ("null", "true", "false", "nan", "inf"):
+        text = quoted(text)
+    return f"{key}={text}"
+
+
+def first_line(error: object) -> str:
+    """An exception's first line that is not blank, or its type's name where it has no text."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
+def require(ok: bool, key: str, value: object, reason: str, remedy: str) -> None:
+    """Raise `BadRequest` naming key, value, reason and remedy unless `ok`."""
+    if not ok:
+        raise BadRequest(f"{key}={show(value)}: {reason}; {remedy}")
+
+
+def home(path: str) -> str:
+    """A path with `~` in front as that user's folder; of a user who is not known as it stands."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where the user is not known
+
+
+AUTO = "auto"
+"""What the program is to choose for itself."""
+
+
+SWITCH = (AUTO, True, False)
+"""Choices of a switch that may be left to the program."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[Any, ...] = (),
+) -> Any:
+    """A field of a section: its default, a clause that says what it is, and its bounds, which `check` enforces.
+
+    The bounds hold for a number, or each number of a list; null passes where the type allows it. With bounds, `choices`
+    are values allowed besides numbers; without, the only ones.
+    """
+    facts = {"help": help, "at_least": at_least, "above": above, "below": below, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=facts)
+    return field(default=default, metadata=facts)
+
+
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
+"""`option`'s limits, each with what a value has to be to it."""
+
+
+def check(section: Section) -> None:
+    """Raise `BadRequest` for the first value of a section that is outside its option's bounds."""
+    for item in dataclasses.fields(section):
+        value, choices = getattr(section, item.name), item.metadata.get("choices", ())
+        limits = {name: limit for name in BOUNDS if (limit := item.metadata.get(name)) is not None}
+        if value is None or not (limits or choices):
+            continue
+        reason, remedy = "no such value", f"choose one of {', '.join(map(show, choices))}"
+        if limits:
+            said = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+            reason = ", or ".join([f"must be {'' if 'int' in str(item.type) else 'a finite number '}{said}", *choices])
+            remedy = f"try {section.key(item.name)}={show(default_of(item))}"
+        for part in value if isinstance(value, list) else [value]:
+            number = isinstance(part, int) or (isinstance(part, float) and math.isfinite(part))
+            within = number and all(BOUNDS[name](part, limit) for name, limit in limits.items())
+            chosen = (type(part), part) in [(type(choice), choice) for choice in choices]  # 1 is not true
+            require(chosen or bool(limits and within), section.key(item.name), value, reason, remedy)
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass's field."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+@dataclass(kw_only=True, slots=True)
+class Section:
+    """A part of the configuration; values are checked as it is made, each alone and then against one another."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.agree()
+
+    def agree(self) -> None:
+        """Raise `BadRequest` unless the values go together."""
+
+    inside: ClassVar[str] = ""
+    """The section around it, with a dot."""
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """The dotted key of a field: `ModelConfig`'s n_layer is `model.n_layer`; a choice has its section's."""
+        named = next(base.__name__ for base in cls.__mro__ if base.__name__.endswith("Config"))
+        section = named.removesuffix("Config").lower()
+        return name if section == "run" else f"{cls.inside}{section}.{name}"
+
+
+Chosen = TypeVar("Chosen", bound=Section)
+
+
+CHOICES: dict[str, dict[str, type[Section]]] = {}
+"""By section, such as `optimizer` or `model.mlp`: its classes by the name of the choice, the default first."""
+
+
+def choice_of(section: str) -> Callable[[type[Chosen]], type[Chosen]]:
+    """Register a subclass of a section's class as the choice that its field `name` has as default."""
+
+    def register(cls: type[Chosen]) -> type[Chosen]:
+        name = next(item for item in dataclasses.fields(cls) if item.name == "name")
+        CHOICES.setdefault(section, {})[name.default] = cls  # type: ignore[index]
+        return cls
+
+    return register
+
+
+def chosen(section: str, name: object = None) -> type[Any]:
+    """The class of a choice, or of the section's default; of a name that is none `BadRequest`."""
+    choices = CHOICES[section]
+    remedy = f"choose one of {', '.join(choices)}"
+    require(name is None or name in choices, f"{section}.name", name, "no such choice", remedy)
+    return choices[str(name)] if name is not None else next(iter(choices.values()))
+
+
+OUTSIDE: dict[tuple[str, str, str], type[Any]] = {}
+"""The classes of choices from outside whose code may run in this process, by section, `_target_` and `_sha256_`."""
+
+
+TARGET, SOURCE, SHA256 = "_target_", "_source_", "_sha256_"
+"""Keys of a choice from outside (`gpt2exp.choices`): MODULE.NAME, the file it was found in, and that file's hash."""
+
+
+def class_of(section: str, values: Mapping[str, Any]) -> type[Any]:
+    """The class that a section with these values has: a choice of ours, or one from outside that was admitted."""
+    if TARGET not in values:
+        return chosen(section, values.get("name"))
+    target, source = values[TARGET], values.get(SOURCE)
+    found = OUTSIDE.get((section, target, values.get(SHA256, "")))
+    if found is None:
+        raise BadRequest(f"{section}.{TARGET}={target}: its code, {source}, was not admitted to this process")
+    return found
