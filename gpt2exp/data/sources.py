@@ -1,4 +1,4 @@
-"""Where texts come from: the files of `data.path`, a dataset on the Hub, or Tiny Shakespeare; and their documents.
+"""Where texts come from: files of `data.path`, a dataset on the Hub, or a text of `assets.TEXTS`; and their documents.
 
 A text on disk is identified by its path and by the sizes and dates of its files, and hashed only while it is tokenised;
 a dataset on the Hub by its commit, which is asked for once.
@@ -122,8 +122,8 @@ def find(config: DataConfig) -> Text:
         own = {key: value for key, value in plain(config).items() if key not in (SOURCE, "val_fraction", "order")}
         known = _with("", own)
         return Text(str(config.name), known, None, lambda _: _by_code(config), lambda: known)
-    if config.name is DataName.tinyshakespeare:
-        asset = assets.TINY_SHAKESPEARE  # its hash is known, so that with a warm cache the text is not read
+    if config.name in assets.TEXTS:
+        asset = assets.TEXTS[config.name]  # its hash is known, so that with a warm cache the text is not read
         known = _with(asset.sha256, limit)
 
         def fetched(advance: Advance) -> Pieces:

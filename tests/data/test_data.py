@@ -93,6 +93,29 @@ class TestTinyShakespeare:
         assert encoding.eot_token == tokens.END_OF_TEXT
 
 
+class TestGutenberg:
+    """The second text, by its numbers."""
+
+    def test_the_text_and_its_tokens(self) -> None:
+        path = assets.fetch(assets.GUTENBERG)
+        raw = path.read_bytes()
+        assert (len(raw), hashlib.sha256(raw).hexdigest()) == (6_488_666, assets.GUTENBERG.sha256)
+        source = tokens.prepare(DataConfig(name=DataName.gutenberg))
+        assert (source.name, source.sha256) == ("gutenberg", assets.GUTENBERG.sha256)
+        assert (source.tokens, source.distinct_tokens, len(source.map())) == (1_601_992, 29_021, 1_601_992)
+        assert tokens.gpt2_encoding().encode_ordinary(raw[:10_000].decode())[:2000] == source.map()[:2000].tolist()
+
+    def test_the_limit_leaves_the_word_lists_out(self) -> None:
+        """As the page says: they begin after 1.5 million tokens, and the held-out tenth is then prose."""
+        encoding, mapped = tokens.gpt2_encoding(), tokens.prepare(DataConfig(name=DataName.gutenberg)).map()
+        assert "Frequency_lists" in encoding.decode(mapped[-500:].tolist())
+        assert "GUTENBERG EBOOK, WAR AND PEACE ***" in encoding.decode(mapped[1_500_000:].tolist())
+
+    def test_it_takes_no_path(self) -> None:
+        with pytest.raises(BadRequest, match="data=gutenberg has a text of its own"):
+            DataConfig(name=DataName.gutenberg, path="book.txt")
+
+
 class LoaderLite:
     """What build-nanogpt's loader does: a position that moves on by a batch, and to 0 if the next would not fit."""
 

@@ -43,7 +43,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", ["fitted", "checks", "predictions"])
+@pytest.mark.parametrize("name", ["fitted", "checks", "predictions", "announced"])
 def test_committed_rows_are_computed_ones(name: str, anew: Path) -> None:
     """Within what another machine's arithmetic can move the third digit of a fitted number."""
     committed, computed = rows(FOLDER / f"{name}.csv"), rows(anew / f"{name}.csv")
@@ -67,7 +67,7 @@ def test_the_page_shows_the_committed_rows(page: Any) -> None:
         assert (FOLDER / picture).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["answer", "ratios", "A100", "H100", "loss"])
+@pytest.mark.parametrize("name", ["announced", "answer", "ratios", "A100", "H100", "loss"])
 def test_what_is_predicted_says_so(page: Any, name: str) -> None:
     assert page.blocks(FOLDER)[name].startswith("Prediction: ")
 

@@ -32,7 +32,7 @@ LOOSE = {"bf16, recomputed": 1e-2, "fp16": 2e-3}
 )
 def test_several_equal_one(tmp_path: Path, processes: int, cases: list[str]) -> None:
     file = tmp_path / "found.safetensors"
-    command = [*TORCHRUN, str(processes), str(Path(shared_runs.__file__)), str(file), *cases]
+    command = [*TORCHRUN, str(processes), str(Path(shared_runs.__file__)), str(file), "cpu", *cases]
     subprocess.run(command, check=True, timeout=300)
     found = load_file(file)
     for case in cases:
