@@ -4,9 +4,9 @@ With sweeps, writes the record of a finding into `experiments/NAME/`: `runs.csv`
 runs share: commands, versions, configuration) and the figures. Then, and without sweeps from the record that is there,
 compares the runs as the program does today and writes `results.csv` (a row an axis, arm and metric) and the part of
 the README between the `results` markers. `... speed SWEEP` writes the speeds by precision, `... gpt2 SWEEP` the
-residual stream of GPT-2, `... bench` the tables of what `gpt2exp-bench --out` and `throughput/roofline.py` wrote into
-`throughput/bench/`, `... keys` the table of keys in `conf/README.md`. `claims.py` rewrites the table of claims. No
-figure in these pages is typed by hand.
+residual stream of GPT-2, `... until NAME SWEEP` the same study run until it was answered, `... bench` the
+tables of what `gpt2exp-bench --out` and `throughput/roofline.py` wrote into `throughput/bench/`, `... keys` the table
+of keys in `conf/README.md`. `claims.py` rewrites the table of claims. No figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,22 @@ def publish_gpt2(sweep: Path) -> None:
         lines.append(f"- residual_scaling={scaling}: the stream grows {spread(growth, '.2f')} times (n={len(growth)})")
     lines += ["", provenance(stem.with_suffix(".json"))]
     replace_block(HERE / "residual_scaling" / "README.md", "gpt2", "\n".join(lines))
+
+
+def publish_until(name: str, sweep: Path) -> None:
+    """The same study with `sweep.until=answered`: where it ended, after how long, and what it said."""
+    comparison, stem = compared(read([sweep])), HERE / name / "until"
+    write_record(comparison, stem)
+    done = [row for row in comparison.runs if row["state"] == "done"]
+    began = [datetime.fromisoformat(row["started"]).timestamp() for row in done]
+    ended = [start + row["wall_seconds"]["total"] for start, row in zip(began, done, strict=True)]
+    minutes = (max(ended) - min(began)) / 60
+    rule, end = comparison.notes[:2]
+    table = report.effects(comparison, ["loss, nats"])
+    table = [re.sub(r" \\\[\d+\\\]", "", line) for line in (table[: table.index("")] if "" in table else table)]
+    told = f"{rule.capitalize()}; {end}, {len(done)} runs, in {minutes:.0f} minutes."
+    parts = [told, "", *report.verdicts(comparison), "", *table, "", provenance(stem.with_suffix(".json"))]
+    replace_block(HERE / name / "README.md", "until", "\n".join(parts))
 
 
 # --- the record of a finding -----------------------------------------------------------------------------------------
@@ -392,6 +409,8 @@ def main(argv: list[str]) -> None:
         publish_bench()
     elif argv[:1] == ["keys"]:
         replace_block(HERE.parent / "conf" / "README.md", "keys", key_tables())
+    elif argv[0] == "until":
+        publish_until(argv[1], Path(argv[2]))
     elif argv[0] in ("speed", "gpt2"):
         (publish_speed if argv[0] == "speed" else publish_gpt2)(Path(argv[1]))
     else:

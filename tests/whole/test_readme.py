@@ -60,7 +60,9 @@ def small(words: list[str]) -> list[str]:
 
 
 def one_seed(words: list[str]) -> list[str]:
-    """The same request with seed 1 alone: other seeds compose alike."""
+    """The same request with seed 1 alone, or as many as it may take: other seeds compose alike."""
+    if "sweep.until=answered" in words:
+        return words
     words = [re.sub("^seed=.*", "seed=1", word) for word in words]
     study = any(word.startswith("experiment=") for word in words) and "seed=1" not in words
     return [*words, "seed=1"] if study else words
