@@ -14,7 +14,7 @@ said `--trust`, and in a process that another of ours started for the run. No to
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.machinery
 import inspect
 import pkgutil
 import re
@@ -74,6 +74,8 @@ _trusting = False
 """Whether a module may come from where a configuration says that it was."""
 _loaded: dict[str, tuple[Path, str]] = {}
 """By name the modules that were loaded here: file and sha256."""
+_added = {str(Path.cwd()), ""}
+"""Folders on `sys.path` that choices may come from."""
 
 
 def allow(*folders: Path | str | None) -> None:
@@ -205,13 +207,13 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
     name = path.stem
     if _loaded.get(name) == (path, sha256):
         return sys.modules[name]
-    spec = None if name in _loaded else importlib.util.find_spec(name)
-    if spec is not None and spec.origin != str(path):
+    if name not in _loaded and _is_installed(name):
         raise BadRequest(f"{said}: {name} is the name of an installed module too; rename {path.name}")
     module = types.ModuleType(name)
     module.__file__ = str(path)
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # last: a module beside it hides none that is installed
+        _added.add(str(path.parent))
     sys.modules[name] = module
     try:
         exec(compile(text, str(path), "exec"), module.__dict__)
@@ -222,6 +224,13 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
         ) from error
     _loaded[name] = path, sha256
     return module
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a module of that name is found without the folders that choices came from."""
+    places = [place for place in sys.path if place not in _added]
+    found = importlib.machinery.PathFinder.find_spec(name, places)
+    return name in sys.builtin_module_names or name == "gpt2exp" or found is not None
 
 
 def _section(section: str, target: str, code: Any) -> type[Section]:

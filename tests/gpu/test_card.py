@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gpt2exp.config import (
-    BadRequest,
     CheckpointConfig,
     DeviceName,
     Fallback,
@@ -37,6 +36,7 @@ from gpt2exp.config import (
 from gpt2exp.data.batches import Windows
 from gpt2exp.model.init import load_weights
 from gpt2exp.run import checkpoint
+from gpt2exp.section import BadRequest
 from gpt2exp.training import hardware, precision, setup
 from gpt2exp.training.optimizers import AdamW
 from gpt2exp.training.trainer import Trainer
