@@ -207,7 +207,7 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
     name = path.stem
     if _loaded.get(name) == (path, sha256):
         return sys.modules[name]
-    if name not in _loaded and _is_installed(name):
+    if name not in _loaded and _is_installed(name, path):
         raise BadRequest(f"{said}: {name} is the name of an installed module too; rename {path.name}")
     module = types.ModuleType(name)
     module.__file__ = str(path)
@@ -226,11 +226,11 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
     return module
 
 
-def _is_installed(name: str) -> bool:
-    """Whether a module of that name is found without the folders that choices came from."""
+def _is_installed(name: str, path: Path) -> bool:
+    """Whether another module of that name is found without the folders that choices came from."""
     places = [place for place in sys.path if place not in _added]
     found = importlib.machinery.PathFinder.find_spec(name, places)
-    return name in sys.builtin_module_names or name == "gpt2exp" or found is not None
+    return name in (*sys.builtin_module_names, "gpt2exp") or (found is not None and found.origin != str(path))
 
 
 def _section(section: str, target: str, code: Any) -> type[Section]:

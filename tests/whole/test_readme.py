@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from support import SMALL, read, run, run_folders
 
 from gpt2exp import bench, choices, export, sample, schema, section
@@ -78,7 +80,16 @@ def compose(words: list[str]) -> requests.Request:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run and a sweep, made by commands of the pages, and with what other commands name."""
-    folder = tmp_path_factory.mktemp("here")
+    own = tmp_path_factory.getbasetemp()  # of pytest's processes those lie side by side: one makes it for all
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "pages"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "sweeps").exists():
+            _make(folder)
+    return folder
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     (folder / "srun").touch(mode=0o755)  # Slurm's, for its launcher
     (folder / "book.txt").write_text("It was the best of times, it was the worst of times. " * 200)
     (folder / "corpus").symlink_to(folder / "book.txt")
@@ -95,7 +106,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = run(folder, *small(arguments(line)), "wandb.mode=disabled")
         assert (done.returncode, done.stderr) == (0, "")
         assert len(run_folders(folder)) == before + jobs
-    return folder
 
 
 def placed(text: str, folder: Path) -> str:

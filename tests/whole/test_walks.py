@@ -69,26 +69,31 @@ def test_outside(walk: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("walk", [*MODULES, "A precision"])
-def test_in_the_package(walk: str, tmp_path: Path) -> None:
-    """The same code at the end of a module, and the YAML file in conf/; of a precision as the page has it."""
+def test_in_the_package(tmp_path: Path) -> None:
+    """All in one copy: the code at the end of a module, the YAML file in conf/; the precision as the page has it."""
     package, environment = copied(tmp_path / "copy")
-    (code, text), (file, keys) = files(walk).items()
-    if walk == "A precision":
-        config = package / "config.py"
-        before = re.search(r"^    fp64 = .*\n", config.read_text(), re.M)
-        assert before is not None
-        config.write_text(config.read_text().replace(before[0], before[0] + text))
-    else:
-        module = package / MODULES[walk]
-        module.write_text(f"{module.read_text()}\n\n{text}")
-        place = "gpt2exp." + MODULES[walk].removesuffix(".py").replace("/", ".")
-        keys = keys.replace(f"_target_: {Path(code).stem}.", f"_target_: {place}.")
-    target = package / "conf" / file.removeprefix("mine/").removeprefix("conf/")
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(keys)
-    asked = [word for word in words(walk) if word not in ("--config-dir", "mine")]
-    program = [sys.executable, "-m", "gpt2exp.train"]
-    done = run(tmp_path / "work", *asked, program=program, **environment)
+    asked: dict[str, str] = {}
+    for walk in [*MODULES, "A precision"]:
+        (code, text), (file, keys) = files(walk).items()
+        module = package / MODULES.get(walk, "config.py")
+        if walk == "A precision":
+            before = re.search(r"^    fp64 = .*\n", module.read_text(), re.M)
+            assert before is not None
+            module.write_text(module.read_text().replace(before[0], before[0] + text))
+        else:
+            module.write_text(f"{module.read_text()}\n\n{text}")
+            place = "gpt2exp." + MODULES[walk].removesuffix(".py").replace("/", ".")
+            keys = keys.replace(f"_target_: {Path(code).stem}.", f"_target_: {place}.")
+        target = package / "conf" / file.removeprefix("mine/").removeprefix("conf/")
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(keys)
+        chosen = [word.partition("=") for word in words(walk) if "=" in word]
+        asked |= {key: value.rpartition(",")[2] for key, _, value in chosen}
+    del asked["hydra.sweep.dir"], asked["optimizer.lr"]
+    line = [f"{key}={value}" for key, value in asked.items()]
+    done = run(tmp_path / "work", *line, program=[sys.executable, "-m", "gpt2exp.train"], **environment)
     assert done.returncode == 0, done.stderr
-    assert run_folders(tmp_path / "work" / "there")
+    summary = read(tmp_path / "work" / "there" / "summary.json")
+    assert len(summary["outside"]) == len(MODULES)
+    assert "accuracy" in summary
+    assert summary["precision"]["requested"] == "bf16_medium"
