@@ -117,7 +117,9 @@ def process_group() -> Iterator[None]:
         why = f"the processes do not meet ({first_line(error)})"
         raise BadRequest(f"WORLD_SIZE={world_size()}: {why}; start them by torchrun") from error
     yield
-    dist.destroy_process_group()  # not after an exception: it would wait for a peer that may be gone
+    # not after an exception: both would wait for a peer that may be gone
+    dist.barrier()  # a rank that leaves while others still send aborts now and then (seen with gloo, four ranks)
+    dist.destroy_process_group()
 
 
 def broadcast(value: T | None = None) -> T:

@@ -657,7 +657,7 @@ print(need, hardware.peak_memory(cpu), sum(p.numel() for p in job.model.paramete
     [
         ({"n_layer": 4, "n_head": 4, "n_embd": 128}, {"batch_size": 2, "seq_len": 256}, "fp32", False, 0.15),
         pytest.param(
-            *({"n_layer": 4, "n_head": 4, "n_embd": 128}, {"batch_size": 1, "seq_len": 256}, "tf32", False, 0.15),
+            *({"n_layer": 4, "n_head": 4, "n_embd": 128}, {"batch_size": 1, "seq_len": 256}, "tf32", False, 0.2),
             marks=pytest.mark.slow,
         ),
         pytest.param(
