@@ -112,10 +112,9 @@ def publish_until(name: str, sweep: Path) -> None:
     began = [datetime.fromisoformat(row["started"]).timestamp() for row in done]
     ended = [start + row["wall_seconds"]["total"] for start, row in zip(began, done, strict=True)]
     minutes = (max(ended) - min(began)) / 60
-    rule, end = comparison.notes[:2]
     table = report.effects(comparison, ["loss, nats"])
     table = [re.sub(r" \\\[\d+\\\]", "", line) for line in (table[: table.index("")] if "" in table else table)]
-    told = f"{rule.capitalize()}; {end}, {len(done)} runs, in {minutes:.0f} minutes."
+    told = f"{len(comparison.seeds)} seeds, {len(done)} runs, {minutes:.0f} minutes:"
     parts = [told, "", *report.verdicts(comparison), "", *table, "", provenance(stem.with_suffix(".json"))]
     replace_block(HERE / name / "README.md", "until", "\n".join(parts))
 
