@@ -62,9 +62,7 @@ def publish(name: str, sweeps: Sequence[Path]) -> None:
 def results(name: str, comparison: Comparison) -> str:
     """The part of a finding's page between the markers."""
     pictures = [path for kind in sorted(FIGURES[name]) if (path := HERE / name / f"{kind}.png").is_file()]
-    table = report.effects(comparison, METRICS.get(name, ("loss, nats",)))
-    if name not in METRICS and "" in table:
-        table = [re.sub(r" \\\[\d+\\\]", "", line) for line in table[: table.index("")]]
+    table = report.effects(comparison, METRICS[name]) if name in METRICS else losses(comparison)
     parts = [
         report.verdicts(comparison),
         table,
@@ -73,6 +71,14 @@ def results(name: str, comparison: Comparison) -> str:
         *([extra(runs_of(name))] for extra in EXTRAS.get(name, [])),
     ]
     return "\n\n".join("\n".join(part).strip() for part in parts if part)
+
+
+def losses(comparison: Comparison) -> list[str]:
+    """The table of the loss without its footnotes: a page's sentences give the reasons."""
+    table = report.effects(comparison, ["loss, nats"])
+    if "" not in table:
+        return table
+    return [re.sub(r" \\\[\d+\\\]", "", line) for line in table[: table.index("")]]
 
 
 def draw(name: str, comparison: Comparison) -> None:
@@ -112,10 +118,8 @@ def publish_until(name: str, sweep: Path) -> None:
     began = [datetime.fromisoformat(row["started"]).timestamp() for row in done]
     ended = [start + row["wall_seconds"]["total"] for start, row in zip(began, done, strict=True)]
     minutes = (max(ended) - min(began)) / 60
-    table = report.effects(comparison, ["loss, nats"])
-    table = [re.sub(r" \\\[\d+\\\]", "", line) for line in (table[: table.index("")] if "" in table else table)]
     told = f"{len(comparison.seeds)} seeds, {len(done)} runs, {minutes:.0f} minutes:"
-    parts = [told, "", *report.verdicts(comparison), "", *table, "", provenance(stem.with_suffix(".json"))]
+    parts = [told, "", *report.verdicts(comparison), "", *losses(comparison), "", provenance(stem.with_suffix(".json"))]
     replace_block(HERE / name / "README.md", "until", "\n".join(parts))
 
 

@@ -4,7 +4,7 @@ import types
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import gpt2exp.training.optimizers  # noqa: F401 - registers its choices with `gpt2exp.config`
+import gpt2exp.training.optimizers  # noqa: F401 - registers its choices with `gpt2exp.section`
 from gpt2exp.config import RunConfig
 from gpt2exp.section import BadRequest
 

@@ -74,8 +74,8 @@ _trusting = False
 """Whether a module may come from where a configuration says that it was."""
 _loaded: dict[str, tuple[Path, str]] = {}
 """By name the modules that were loaded here: file and sha256."""
-_added = {str(Path.cwd()), ""}
-"""Folders on `sys.path` that choices may come from."""
+_added: set[str] = set()
+"""Folders that were put on `sys.path` here."""
 
 
 def allow(*folders: Path | str | None) -> None:
@@ -228,7 +228,7 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
 
 def _is_installed(name: str, path: Path) -> bool:
     """Whether another module of that name is found without the folders that choices came from."""
-    places = [place for place in sys.path if place not in _added]
+    places = [place for place in sys.path if place and place not in {*_added, *map(str, _folders)}]
     found = importlib.machinery.PathFinder.find_spec(name, places)
     return name in (*sys.builtin_module_names, "gpt2exp") or (found is not None and found.origin != str(path))
 
