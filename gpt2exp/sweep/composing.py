@@ -33,6 +33,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
@@ -110,6 +111,14 @@ class Composer:
 
     def __init__(self, path: Any, name: str, folder: Path | None = None) -> None:
         self.loader, self.name, self.folder = ConfigLoaderImpl(path), name, folder
+
+    def offered(self, group: str) -> list[str]:
+        """The choices of a group by name; of `experiment` also those a folder below: `weight_tying/gpt2`."""
+        names = [name for name in self.loader.get_group_options(group) if not name.endswith("_schema")]
+        below = self.loader.get_group_options(group, ObjectType.GROUP) if group == "experiment" else []
+        return names + [
+            f"{folder}/{name}" for folder in below for name in self.loader.get_group_options(f"{group}/{folder}")
+        ]
 
     def may_have(self, key: str) -> bool:
         """Whether a key may be one that a choice has by the code that its file names, beside its section's."""

@@ -212,7 +212,7 @@ def check(composer: Composer, override: Override) -> None:
         if override.is_choice_sweep():
             raise BadRequest(f"{override.input_line}: a sweep has one {key}; name one, quoted if it holds a comma")
         return
-    offered = [name for name in composer.loader.get_group_options(key) if not name.endswith("_schema")]
+    offered = composer.offered(key)
     group, _, part = key.rpartition(".")
     if (group in CHOICES and part == "name") or part.startswith("_"):
         name = show(override.value())
@@ -330,7 +330,7 @@ def _looks(jobs: Sequence[Job], typed: Sequence[Override], *, single: bool, unti
 def _check_several(composer: Composer, override: Override, *, multirun: bool) -> None:
     """Refuse several values of a key that has one, and of a group whose files are sweeps: a job takes no axes along."""
     key, text = override.key_or_group, str(override.input_line)
-    group = not key.startswith("hydra/") and key not in SECTIONS and composer.loader.get_group_options(key)
+    group = not key.startswith("hydra/") and key not in SECTIONS and composer.offered(key)
     for value in values(override) if group and override.is_discrete_sweep() else ():
         one = f"{override.get_key_element()}={value}"
         if preset(composer.compose([one], multirun=True)):
