@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from gpt2exp.compare import multiplier
 from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_change, paired
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
@@ -127,9 +128,11 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
     BY_KEY.update(own)
     effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, _contended(known), stated)
+    speeds = {(effect.key, effect.arm): effect for effect in effects if effect.metric == SPEED.key}
     for effect in effects:
-        if effect.metric == loss.key and effect.differences:
+        if effect.metric == loss.key and effect.differences and effect.verdict != "not_comparable":
             _trend(effect, grid, before)
+            multiplier.measure(effect, speeds.get((effect.key, effect.arm)), grid, before)
     return Comparison(
         runs=rows,
         axes=effects,

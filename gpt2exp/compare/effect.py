@@ -44,6 +44,11 @@ class Effect:
     pair_correlation: float | None = None  # of the two arms over seeds: what pairing lives on
     seeds_saved: int | None = None  # that an arm would need beyond `n_seeds` without sharing; below 0 pairing lost
     trend: list[float] | None = None  # change of the training losses' difference over the last half, low, high
+    steps_factor: float | None = None  # of a loss: what `multiplier` says; above 1 the arm is the better one
+    steps_factor_ci95: list[float | None] | None = None  # an end is None where only the other is known
+    compute_multiplier: float | None = None  # the same times the ratio of speeds
+    compute_multiplier_ci95: list[float | None] | None = None
+    multiplier_reason: str = ""
     verdict: str | None = None
     reason: str = ""
     n_needed: int | None = None  # of an inconclusive row: seeds in all that would settle it with probability 0.8
