@@ -146,8 +146,6 @@ def _remarks(effect: Effect) -> list[str]:
     if effect.inference == "open":
         at = f"seeds were added after a look at n={', '.join(map(str, effect.looks))}"
         said.append(f"{at if effect.looks else 'these are not the looks declared'}: the interval holds at every look")
-    if effect.pair_correlation is not None and effect.pair_correlation < 0:
-        said.append("the two arms go against each other over the seeds (r below 0): unpaired runs would do better")
     if (seed := far_off(effect.differences, effect.scaled)) is not None:
         said.append(f"seed {seed} is far off the others: look at its runs, for intervals assume normal differences")
     return said

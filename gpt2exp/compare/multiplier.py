@@ -117,7 +117,9 @@ def log_factors(base: tuple[Tokens, Floats], arm: tuple[Tokens, Floats]) -> tupl
     Then how far they may lie beyond (...): 0 but where a curve is below the loss from its first point on: -1 if it is
     the baseline's, so that the factor may be less, 1 if the arm's. Last, the arm's final loss minus the baseline's.
     """
-    (ones_at, ones), (others_at, others) = ((smoother(tokens).at, heights(tokens, all_)) for tokens, all_ in (base, arm))
+    (ones_at, ones), (others_at, others) = (
+        (smoother(tokens).at, heights(tokens, all_)) for tokens, all_ in (base, arm)
+    )
     worse = np.maximum(ones[..., -1], others[..., -1])
     one, other = reaches(ones_at, ones, worse), reaches(others_at, others, worse)
     beyond = np.where(other == others_at[0], 1.0, 0.0) - (one == ones_at[0])
