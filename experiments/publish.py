@@ -6,7 +6,8 @@ compares the runs as the program does today and writes `results.csv` (a row an a
 the README between the `results` markers. `... speed SWEEP` writes the speeds by precision, `... gpt2 SWEEP` the
 residual stream of GPT-2, `... until NAME SWEEP` the same study run until it was answered, `... bench` the
 tables of what `gpt2exp-bench --out` and `throughput/roofline.py` wrote into `throughput/bench/`, `... keys` the table
-of keys in `conf/README.md`. `claims.py` rewrites the table of claims. No figure in these pages is typed by hand.
+of keys in `conf/README.md`, `... findings` what all records say together: `findings.csv` and a table of this folder's
+page. `claims.py` rewrites the table of claims. No figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.compare import figures, inference, report
+from gpt2exp.compare import figures, index, inference, report
 from gpt2exp.compare.comparison import Comparison, Distance, Row, compare, read
+from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.stopping import compared
 from gpt2exp.schema import leaves, options
 from gpt2exp.section import show
@@ -75,7 +77,7 @@ def results(name: str, comparison: Comparison) -> str:
 
 def losses(comparison: Comparison) -> list[str]:
     """The table of the loss without its footnotes: a page's sentences give the reasons."""
-    table = report.effects(comparison, ["loss, nats"])
+    table = report.effects(comparison, ["loss, nats", "compute, ratio", "steps, ratio"])
     if "" not in table:
         return table
     return [re.sub(r" \\\[\d+\\\]", "", line) for line in table[: table.index("")]]
@@ -108,6 +110,15 @@ def publish_gpt2(sweep: Path) -> None:
         lines.append(f"- residual_scaling={scaling}: the stream grows {spread(growth, '.2f')} times (n={len(growth)})")
     lines += ["", provenance(stem.with_suffix(".json"))]
     replace_block(HERE / "residual_scaling" / "README.md", "gpt2", "\n".join(lines))
+
+
+def publish_findings() -> None:
+    """The table and the CSV of what the records say of the loss, as `gpt2exp-compare --index` makes them of sweeps."""
+    names = (name for name in FIGURES if (HERE / name / "runs.json").is_file())
+    each = ((recorded(name), HERE / name / "README.md") for name in names)
+    found = [one for comparison, page in each for one in index.findings(comparison.as_dict(), page)]
+    (HERE / "findings.csv").write_text(index.as_csv(found, HERE))
+    replace_block(HERE / "README.md", "findings", "\n".join(index.table(found, HERE)))
 
 
 def publish_until(name: str, sweep: Path) -> None:
@@ -144,7 +155,7 @@ def write_record(comparison: Comparison, stem: Path) -> None:
         "commands": typed,
         "facts": dict(report.facts(done)),
         "distances": [asdict(item) for item in comparison.distances],
-        "trends": {f"{effect.key}={effect.arm}": effect.trend for effect in comparison.axes if effect.trend},
+        "curves": {_arms(effect): of for effect in comparison.axes if (of := from_curves(effect))},
         "inference": sorted({effect.inference for effect in comparison.axes}),
         "shared": shared,
     }
@@ -190,10 +201,24 @@ def recorded(name: str) -> Comparison:
         raise ValueError(f"{name}: it was looked at more than once, so publish it from its sweeps")
     comparison = compare([_row(run, HERE / name, told["shared"]) for run in runs_of(name)])
     comparison.distances = [Distance(**item) for item in told["distances"]]
+    old = {arms: {"trend": trend} for arms, trend in told.get("trends", {}).items()}
     for effect in comparison.axes:
         if effect.metric == comparison.metric:
-            effect.trend = told["trends"].get(f"{effect.key}={effect.arm}")
+            for name, value in told.get("curves", old).get(_arms(effect), {}).items():
+                setattr(effect, name, value)
     return comparison
+
+
+def _arms(effect: Effect) -> str:
+    return f"{effect.key}={effect.arm}" + f" at {effect.budget}" * bool(effect.budget)
+
+
+def from_curves(effect: Effect) -> dict[str, Any]:
+    """What an effect has of the steps' metrics, which a record does not keep."""
+    names = [
+        item.name for item in fields(Effect) if item.name.startswith(("trend", "steps_f", "compute_", "multiplier"))
+    ]
+    return {name: getattr(effect, name) for name in names if getattr(effect, name)}
 
 
 def _row(run: Run, folder: Path, shared: Mapping[str, Any]) -> Row:
@@ -412,6 +437,8 @@ def main(argv: list[str]) -> None:
         publish_bench()
     elif argv[:1] == ["keys"]:
         replace_block(HERE.parent / "conf" / "README.md", "keys", key_tables())
+    elif argv[:1] == ["findings"]:
+        publish_findings()
     elif argv[0] == "until":
         publish_until(argv[1], Path(argv[2]))
     elif argv[0] in ("speed", "gpt2"):
