@@ -32,9 +32,9 @@ Row = dict[str, str]
 class Noise:
     """How the losses of a run leave its curve: standard deviations in nats unless said otherwise.
 
-    `shared`: of a step, by its batch, the same in all runs of a sweep (data.order=sequential); `batch`: the same in both
-    arms of a seed (shuffled); `own`: of each run. Each lasts: neighbouring points correlate by `lasts`. `seed`: of a
-    whole run, the same in both arms; `clock`: by how much of itself a run is ahead or behind.
+    `shared`: of a step, by its batch, the same in all runs of a sweep (data.order=sequential); `batch`: the same in
+    both arms of a seed (shuffled); `own`: of each run. Each lasts: neighbouring points correlate by `lasts`. `seed`: of
+    a whole run, the same in both arms; `clock`: by how much of itself a run is ahead or behind.
     """
 
     name: str
@@ -88,7 +88,7 @@ def runs(rng: np.random.Generator, noise: Noise, sweeps: int, seeds: int, factor
 
 
 def multiplier(rng: np.random.Generator, noise: Noise, sweeps: int, seeds: int, factor: float) -> Iterator[list[bool]]:
-    """Of sweeps: whether the curves can be read, whether the interval holds the factor, and whether one over seeds does."""
+    """Of sweeps: whether the curves can be read; whether the interval, and one over seeds alone, holds the factor."""
     base, arm = runs(rng, noise, sweeps, seeds, factor)
     factors, beyond, _ = log_factors((noise.points, base), (noise.points, arm))
     errors, truth = shared_error(factors), math.log(factor)
