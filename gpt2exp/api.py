@@ -97,8 +97,7 @@ class Runs:
     """Runs and what they recorded."""
 
     folders: list[Path]
-    rows: list[comparison.Row]
-    """The summaries; of a run that left none, its state."""
+    rows: list[comparison.Row]  # the summaries; of a run that left none, its state
 
     def table(self) -> list[dict[str, Any]]:
         """A flat row a run: name, state, error, folder, seed, each key that varies among the runs, and its figures.

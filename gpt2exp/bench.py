@@ -34,11 +34,8 @@ if TYPE_CHECKING:
     import torch
 
 
-UNTIMED = 2
-"""First steps of a process that are left out."""
-
+UNTIMED = 2  # first steps of a process that are left out
 PEAK = "peak_rss_mib"
-
 COMPARED = {"ms_median": "step time", "process_seconds": "whole process", PEAK: "peak memory"}
 """The figures of a process whose ratios are taken."""
 

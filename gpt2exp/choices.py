@@ -43,7 +43,6 @@ LEADING: dict[str, tuple[str, ...]] = {
 """By section what the code is called with first, in this order; its other parameters are keys of the section."""
 
 PLAIN = (int, float, bool, str)
-
 CHECKED = {"int", "float", "bool", "str", "list", "dict", "class", "None", "NoneType", "Optional", "typing"}
 """The words of an annotation that OmegaConf can check."""
 
@@ -52,30 +51,21 @@ class Outside:
     """What the class of such a section has beside its fields."""
 
     __slots__ = ()
-    code: ClassVar[Callable[..., Any]]
-    """The class or function."""
-    first: ClassVar[str]
-    """The name of its first parameter; empty if it has none."""
-    arguments: ClassVar[tuple[str, ...]]
-    """Fields that it is called with, by name."""
-    tuples: ClassVar[tuple[str, ...]]
-    """Those of them that are tuples there and lists here."""
-    needed: ClassVar[frozenset[str]]
-    """Those of them that have no default."""
+    code: ClassVar[Callable[..., Any]]  # the class or function
+    first: ClassVar[str]  # the name of its first parameter; empty if it has none
+    arguments: ClassVar[tuple[str, ...]]  # fields that it is called with, by name
+    tuples: ClassVar[tuple[str, ...]]  # those of them that are tuples there and lists here
+    needed: ClassVar[frozenset[str]]  # those of them that have no default
 
 
 class Refused(BadRequest):
     """Code that may not run here, or is not what a configuration recorded."""
 
 
-_folders: list[Path] = []
-"""Where modules are looked for, and from where they may come."""
-_trusting = False
-"""Whether a module may come from where a configuration says that it was."""
-_loaded: dict[str, tuple[Path, str]] = {}
-"""By name the modules that were loaded here: file and sha256."""
-_added: set[str] = set()
-"""Folders that were put on `sys.path` here."""
+_folders: list[Path] = []  # where modules are looked for, and from where they may come
+_trusting = False  # whether a module may come from where a configuration says that it was
+_loaded: dict[str, tuple[Path, str]] = {}  # by name the modules that were loaded here: file and sha256
+_added: set[str] = set()  # folders that were put on `sys.path` here
 
 
 def allow(*folders: Path | str | None) -> None:

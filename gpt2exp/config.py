@@ -32,12 +32,9 @@ class InitScheme(StrEnum):
 class PrecisionName(StrEnum):
     """How matrix products are computed: a row a precision, its columns in the order of `__new__`'s arguments."""
 
-    weights: str
-    """The type of weights, gradients and moments."""
-    autocast: str | None
-    """What the forward pass is cast to, by PyTorch's automatic mixed precision."""
-    matmul: str
-    """The argument of `torch.set_float32_matmul_precision`."""
+    weights: str  # the type of weights, gradients and moments
+    autocast: str | None  # what the forward pass is cast to, by PyTorch's automatic mixed precision
+    matmul: str  # the argument of `torch.set_float32_matmul_precision`
 
     fp32 = "fp32", "float32", None, "highest"  # IEEE single precision
     tf32 = "tf32", "float32", None, "high"  # operands cropped to 10 mantissa bits, products accumulated in fp32
@@ -66,26 +63,12 @@ class Distributed(StrEnum):
 
 
 Fallback = StrEnum("Fallback", "emulate error")
-
-
 Rounding = StrEnum("Rounding", "truncate nearest")
-
-
 DataName = StrEnum("DataName", "tinyshakespeare gutenberg text hub")
-
-
 DataOrder = StrEnum("DataOrder", "sequential shuffled")
-
-
 DeviceName = StrEnum("DeviceName", "auto cpu cuda mps")
-
-
 Schedule = StrEnum("Schedule", "constant cosine")
-
-
 Better = StrEnum("Better", "lower higher")
-
-
 WandbMode = StrEnum("WandbMode", "auto online offline disabled")
 
 

@@ -23,8 +23,7 @@ from gpt2exp.section import BadRequest, require
 if TYPE_CHECKING:
     from torch import Tensor
 
-WORDS = END_OF_TEXT + 1
-"""What GPT-2's tokenizer knows; `<|endoftext|>` is the last."""
+WORDS = END_OF_TEXT + 1  # what GPT-2's tokenizer knows; `<|endoftext|>` is the last
 
 
 def write(run: Path, out: Path) -> int:

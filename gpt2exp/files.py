@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 10
-"""Seconds to wait for a server's answer."""
+TIMEOUT = 10  # seconds to wait for a server's answer
 
 
 def beside(path: Path) -> Path:

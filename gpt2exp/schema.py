@@ -193,8 +193,7 @@ def is_housekeeping(key: str) -> bool:
     return key.endswith(f".{SOURCE}") or any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
 
 
-MOVED = {"model.pad_vocab": "train.pad_vocab"}
-"""Where a key is today that earlier versions had elsewhere."""
+MOVED = {"model.pad_vocab": "train.pad_vocab"}  # where a key is today that earlier versions had elsewhere
 
 
 def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -58,12 +58,8 @@ def home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where the user is not known
 
 
-AUTO = "auto"
-"""What the program is to choose for itself."""
-
-
-SWITCH = (AUTO, True, False)
-"""Choices of a switch that may be left to the program."""
+AUTO = "auto"  # what the program is to choose for itself
+SWITCH = (AUTO, True, False)  # choices of a switch that may be left to the program
 
 
 def option(
@@ -125,8 +121,7 @@ class Section:
     def agree(self) -> None:
         """Raise `BadRequest` unless the values go together."""
 
-    inside: ClassVar[str] = ""
-    """The section around it, with a dot."""
+    inside: ClassVar[str] = ""  # the section around it, with a dot
 
     @classmethod
     def key(cls, name: str) -> str:
@@ -137,8 +132,6 @@ class Section:
 
 
 Chosen = TypeVar("Chosen", bound=Section)
-
-
 CHOICES: dict[str, dict[str, type[Section]]] = {}
 """By section, such as `optimizer` or `model.mlp`: its classes by the name of the choice, the default first."""
 

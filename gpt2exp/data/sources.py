@@ -38,23 +38,12 @@ from gpt2exp.schema import explain, plain
 from gpt2exp.section import SOURCE, BadRequest, first_line, require, show
 
 Pieces: TypeAlias = "Iterator[str | npt.NDArray[np.uint16] | None]"
-
-Advance: TypeAlias = Callable[[int], None]
-"""Called with the number of further bytes of input that have been read."""
-
+Advance: TypeAlias = Callable[[int], None]  # called with the number of further bytes of input that have been read
 Stream: TypeAlias = "io.BufferedReader[Any] | gzip.GzipFile"
-
-BLOCK = 2**20
-"""Bytes, or characters, read at a time: about the length of a piece."""
-
-ROWS = 256
-"""Rows of a Parquet file that are Python objects at a time."""
-
-PATIENCE = 3
-"""Seconds of reading after which a bar appears."""
-
+BLOCK = 2**20  # bytes, or characters, read at a time: about the length of a piece
+ROWS = 256  # rows of a Parquet file that are Python objects at a time
+PATIENCE = 3  # seconds of reading after which a bar appears
 EXTRA = "pip install 'gpt2exp[datasets]'"
-
 ROWS_OF_JSON = (".jsonl", ".ndjson", ".json")
 
 NOT_TEXT: tuple[tuple[bytes, str, str], ...] = (
@@ -96,17 +85,13 @@ class Text:
     """A text that may not have been read yet."""
 
     name: str
-    key: str
-    """Names its tokens in the cache: a hash of the place, or of the Hub's commit, and of what is chosen of it."""
-    size: int | None
-    """Bytes that reading it will count, where known."""
-    read: Callable[[Advance], Pieces]
-    """Its documents."""
+    key: str  # names its tokens in the cache: a hash of the place, or of the Hub's commit, and of what is chosen of it
+    size: int | None  # bytes that reading it will count, where known
+    read: Callable[[Advance], Pieces]  # its documents
     sha256: Callable[[], str]
     """For the record, to be called after reading: the hash of a plain text's bytes; for rows also of the field, subset,
     split and limit; for a dataset of its commit and these."""
-    revision: str | None = None
-    """The commit on the Hub."""
+    revision: str | None = None  # the commit on the Hub
 
 
 def find(config: DataConfig) -> Text:
@@ -221,14 +206,11 @@ class File:
     """A file of documents as it was found."""
 
     path: Path
-    name: str
-    """Relative to the folder that was named."""
-    named: str
-    """`data.path` as typed."""
+    name: str  # relative to the folder that was named
+    named: str  # `data.path` as typed
     size: int
     mtime_ns: int
-    sha256: str | None = None
-    """Of its bytes, once all of them have been read through `_Hashed`."""
+    sha256: str | None = None  # of its bytes, once all of them have been read through `_Hashed`
 
     @property
     def has_fields(self) -> bool:

@@ -36,20 +36,13 @@ if TYPE_CHECKING:
     import tiktoken
 
 
-END_OF_TEXT = 50256
-"""The id placed between documents."""
-
-MARK = "<|endoftext|>"
-"""Its name. Where a text itself contains this, it is tokenised as ordinary letters."""
-
-FORMAT = "gpt2-npy"
-"""Part of a folder's name: the tokenizer and the version of the folder's contents."""
-
+END_OF_TEXT = 50256  # the id placed between documents
+MARK = "<|endoftext|>"  # its name; where a text itself contains this, it is tokenised as ordinary letters
+FORMAT = "gpt2-npy"  # part of a folder's name: the tokenizer and the version of the folder's contents
 BIGRAM_TOKENS = 10_000_000
 """The longest text whose pairs of tokens are counted, which takes about 30 bytes a token: 0.3 GB here."""
 
 Tokens: TypeAlias = npt.NDArray[np.uint16]
-
 log = logging.getLogger(__name__)
 
 
@@ -59,19 +52,15 @@ class TokenFile:
 
     folder: Path
     name: str
-    sha256: str
-    """Of the text; see `sources.Text`."""
+    sha256: str  # of the text; see `sources.Text`
     tokens: int
     distinct_tokens: int
     max_token: int
-    unigram_entropy: float
-    """In nats: the loss of guessing each token by its frequency."""
+    unigram_entropy: float  # in nats: the loss of guessing each token by its frequency
     bigram_entropy: float | None
     """Of a token given the one before, in nats; None where the text is longer than `BIGRAM_TOKENS`."""
-    tokens_sha256: str
-    """Of the tokens as little-endian uint16."""
-    revision: str | None = None
-    """The commit, of a dataset on the Hub."""
+    tokens_sha256: str  # of the tokens as little-endian uint16
+    revision: str | None = None  # the commit, of a dataset on the Hub
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -115,9 +104,7 @@ class TokenFile:
 
 
 TOKENS, COUNTS, FACTS = "tokens.npy", "counts.npy", "facts.json"
-
-IDS = 2**16
-"""Ids that a uint16 can name."""
+IDS = 2**16  # ids that a uint16 can name
 
 
 def prepare(config: DataConfig) -> TokenFile:
@@ -302,9 +289,7 @@ def encoded(pieces: Pieces) -> Iterator[Tokens]:
 
 
 END = np.array([END_OF_TEXT], dtype="<u2")
-
 WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-
 LONG = 100_000
 """Characters of white space in a row that tiktoken's regular expression can match; a million overflow its stack."""
 

@@ -20,8 +20,7 @@ from gpt2exp.model.loss import HeadLoss, loss_alone
 class Linear(nn.Linear):
     """`nn.Linear` without PyTorch's own draw: `initialise` sets every weight, and no global random state moves."""
 
-    residual = False
-    """Writes into the residual stream, so that its std is scaled down with depth."""
+    residual = False  # writes into the residual stream, so that its std is scaled down with depth
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
@@ -167,8 +166,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # one tensor, used twice; both gradients add
 
-        self.loss_rows = 1024
-        """Rows of logits that stand at a time while the loss is computed."""
+        self.loss_rows = 1024  # rows of logits that stand at a time while the loss is computed
         self._padded: Tensor | None = None
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:

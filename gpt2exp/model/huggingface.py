@@ -30,12 +30,10 @@ if TYPE_CHECKING:
 
 
 CONFIG = "config.json"
-
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """The files of weights, the preferred one first; `NAME.index.json` lists shards."""
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
-
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Names, by their ends, of the matrices that Hugging Face keeps as (in, out)."""
 
@@ -45,8 +43,7 @@ WRAPPERS = re.compile(
 )
 """Prefixes that wrappers add: DDP, torch.compile, FSDP, activation checkpoints, Fabric, Lightning, PEFT."""
 
-MASKS = (".attn.bias", ".attn.masked_bias")
-"""Constants that older files hold beside the weights."""
+MASKS = (".attn.bias", ".attn.masked_bias")  # constants that older files hold beside the weights
 
 KEYS = {
     "n_layer": "n_layer",
@@ -120,8 +117,7 @@ def from_hf(config: Mapping[str, Any], said: str = CONFIG) -> ModelConfig:
 class Weights:
     """A folder with weights."""
 
-    said: str
-    """How the request named it, for errors: `init.path=FOLDER`."""
+    said: str  # how the request named it, for errors: `init.path=FOLDER`
     folder: Path
     config: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()

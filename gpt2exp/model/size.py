@@ -17,10 +17,8 @@ from gpt2exp.section import BadRequest, first_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BLOCK = {"attention": 1, "mlp": 1, "norm": 2}
-"""The slots of a block, and how many modules each fills."""
+BLOCK = {"attention": 1, "mlp": 1, "norm": 2}  # the slots of a block, and how many modules each fills
 SLOTS = (*BLOCK, "position")
-
 _known: dict[tuple[Any, ...], int] = {}
 
 

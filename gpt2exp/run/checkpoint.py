@@ -32,11 +32,8 @@ from gpt2exp.schema import parse, stored
 from gpt2exp.section import BadRequest, first_line, show
 from gpt2exp.training import hardware
 
-SPARE = 2**20
-"""Bytes left free on the disk: a checkpoint that filled it would leave no room for the metrics."""
-
+SPARE = 2**20  # bytes left free on the disk: a checkpoint that filled it would leave no room for the metrics
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
-
 log = logging.getLogger("gpt2exp")
 
 
@@ -193,8 +190,7 @@ class Saver:
     def __init__(self, run: Path, config: CheckpointConfig, from_step: int, *, background: bool) -> None:
         """`from_step`: steps already done; checkpoints of later steps are deleted, since these are trained again."""
         self.run, self.keep, self.background = run, config.keep, background
-        self.last = from_step
-        """Steps done at the newest checkpoint."""
+        self.last = from_step  # steps done at the newest checkpoint
         self._thread: threading.Thread | None = None
         self._failed = False
         beyond = [folder for step, folder in saved(run).items() if step > from_step]

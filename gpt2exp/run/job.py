@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("gpt2exp")
-
-BEGAN = time.monotonic()
-"""When this process began, nearly: the start-up time of the first job counts from here."""
+BEGAN = time.monotonic()  # when this process began, nearly: the start-up time of the first job counts from here
 
 
 def run(folder: Path, began: float = BEGAN) -> Summary:
@@ -74,11 +72,9 @@ class Session:
     mirror: tracking.Mirror
     view: terminal.View
     stop: process.Stop
-    saved: checkpoint.Checkpoint | None
-    """The checkpoint that the run resumes from."""
+    saved: checkpoint.Checkpoint | None  # the checkpoint that the run resumes from
     saver: checkpoint.Saver | None = None
-    peak: int = 0
-    """Peak memory in bytes, the largest of any rank."""
+    peak: int = 0  # peak memory in bytes, the largest of any rank
 
     def keep(self, metrics: dict[str, Any], peak: int) -> None:
         """Record and show a step's metrics, and mirror them where due; `peak`: the field, so far."""

@@ -25,9 +25,7 @@ from gpt2exp.data.assets import FULL, AssetError
 from gpt2exp.run import terminal
 from gpt2exp.section import BadRequest
 
-LOCK = ".lock"
-"""Held by the process at work on a folder; the system lets go of it however that process ends."""
-
+LOCK = ".lock"  # held by the process at work on a folder; the system lets go of it however that process ends
 log = logging.getLogger("gpt2exp")
 
 
@@ -140,8 +138,7 @@ def requeued_by() -> list[int]:
     return [number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))]
 
 
-_guest = False
-"""Whether this process is another program's, such as a notebook's."""
+_guest = False  # whether this process is another program's, such as a notebook's
 
 
 @contextlib.contextmanager
@@ -160,10 +157,8 @@ class Stop:
     """Whether a signal asked for an end."""
 
     asked: KeyboardInterrupt | None = None
-    waiting: bool = False
-    """The block looks at `asked` by itself; until it says so, a signal raises."""
-    warned: bool = False
-    """The process may be killed at any moment: it must save now."""
+    waiting: bool = False  # the block looks at `asked` by itself; until it says so, a signal raises
+    warned: bool = False  # the process may be killed at any moment: it must save now
 
 
 @contextlib.contextmanager

@@ -70,11 +70,8 @@ def environment_overrides() -> dict[str, str]:
     return {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ}
 
 
-SWEEP = "sweep.json"
-"""In a sweep's folder: `Sweep`."""
-
-CHECKPOINTS = "checkpoints"
-"""In a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)."""
+SWEEP = "sweep.json"  # in a sweep's folder: `Sweep`
+CHECKPOINTS = "checkpoints"  # in a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
@@ -362,16 +359,11 @@ def row(folder: Path, above: Path) -> Summary:
 class Sweep:
     """What a sweep's folder knows of it: `sweep.json`."""
 
-    argv: list[str]
-    """The command line that asks for all of it."""
-    jobs: list[list[str]]
-    """The overrides of each job; where a sweeper makes up the jobs, what they have in common."""
-    folders: list[str] | None = None
-    """The jobs' folders by number; None where a sweeper makes up the jobs."""
-    cwd: str = "."
-    """Where relative paths start."""
-    launched: float = 0.0
-    """When its newest launch began, in seconds since 1970."""
+    argv: list[str]  # the command line that asks for all of it
+    jobs: list[list[str]]  # the overrides of each job; where a sweeper makes up the jobs, what they have in common
+    folders: list[str] | None = None  # the jobs' folders by number; None where a sweeper makes up the jobs
+    cwd: str = "."  # where relative paths start
+    launched: float = 0.0  # when its newest launch began, in seconds since 1970
     looks: list[int] = field(default_factory=list)
     """Numbers of seeds at which it looks, as decided before its first run; empty where it runs all its jobs."""
     rule: dict[str, Any] = field(default_factory=dict)

@@ -22,11 +22,8 @@ from gpt2exp.run import terminal
 from gpt2exp.run.metrics import METRICS, Summary, from_outside
 from gpt2exp.section import first_line
 
-INIT_TIMEOUT = 15
-"""Seconds to wait for the server before going offline."""
-NO_ROOM = 2**16
-"""Free bytes below which wandb's own writes, in blocks of 32 KiB, cannot be relied on."""
-
+INIT_TIMEOUT = 15  # seconds to wait for the server before going offline
+NO_ROOM = 2**16  # free bytes below which wandb's own writes, in blocks of 32 KiB, cannot be relied on
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """What WANDB_MODE may be, and its meaning."""
 

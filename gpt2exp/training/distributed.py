@@ -25,11 +25,8 @@ TIMEOUT = timedelta(hours=6)
 connections and by torchrun."""
 
 T = TypeVar("T")
-
 _alone = False
-
-_sent = False
-"""Whether rank 0 has broadcast the task."""
+_sent = False  # whether rank 0 has broadcast the task
 
 
 def rank() -> int:

@@ -114,9 +114,7 @@ def pads_vocabulary(choice: bool | str, device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
-LARGE = 32 * 2**20
-"""Where memory is short, freed blocks of this many bytes and more are returned to the system."""
-
+LARGE = 32 * 2**20  # where memory is short, freed blocks of this many bytes and more are returned to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # mallopt(3)
 
 

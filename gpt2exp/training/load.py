@@ -21,11 +21,8 @@ SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 DISTURBED = 0.05
 """A step is disturbed if its threads waited longer for a core, all together, than this share of its duration."""
 
-HELD = 0.2
-"""From this share on another program holds a core for good, and spinning does more harm than good."""
-
-TOO_MANY = 0.5
-"""Above this share of disturbed steps a run's speed is the machine's load and not the run's."""
+HELD = 0.2  # from this share on another program holds a core for good, and spinning does more harm than good
+TOO_MANY = 0.5  # above this share of disturbed steps a run's speed is the machine's load and not the run's
 
 
 def waited() -> float | None:

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16)
-"""What choices are tried on."""
-
+TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16)  # what choices are tried on
 _tried: set[str] = set()
 
 

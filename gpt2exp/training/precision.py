@@ -29,8 +29,7 @@ class Precision:
     """What a run asked for and got."""
 
     requested: str
-    effective: str
-    """fp64, fp32, tf32, fp16 or bf16, by the measured error of a matrix product."""
+    effective: str  # fp64, fp32, tf32, fp16 or bf16, by the measured error of a matrix product
     emulated: bool
     matmul_relative_error: float
     attention_relative_error: float

@@ -29,12 +29,9 @@ if TYPE_CHECKING:
 class Hardware:
     """What a memory estimate depends on beside the configuration."""
 
-    kind: str
-    """cpu, cuda or mps."""
-    unfused_attention: bool = False
-    """Attention keeps its scores and probabilities: under emulated TF32."""
-    free: int | None = None
-    """Bytes that a process of the run may take in all; None where that is not known."""
+    kind: str  # cpu, cuda or mps
+    unfused_attention: bool = False  # attention keeps its scores and probabilities: under emulated TF32
+    free: int | None = None  # bytes that a process of the run may take in all; None where that is not known
 
     @classmethod
     def of(cls, device: torch.device, got: Precision) -> Hardware:
@@ -80,14 +77,12 @@ def settled(config: RunConfig, device: torch.device, here: Hardware, source: tok
 class Ready:
     """A configuration on this machine, its text tokenised and its precision set."""
 
-    config: RunConfig
-    """With every `auto` settled."""
+    config: RunConfig  # with every `auto` settled
     device: torch.device
     got: Precision
     source: tokens.TokenFile
     here: Hardware
-    need: int
-    """Estimated peak memory in bytes."""
+    need: int  # estimated peak memory in bytes
 
 
 @contextlib.contextmanager

@@ -103,8 +103,7 @@ class Trainer:
             for block in model.transformer.h:  # alike, so one compilation serves all: PyTorch's regional recipe
                 block.compile()
         self.sharded = dist.is_sharded(config.distributed)
-        self.module = dist.wrap(model, config.distributed, batches.device)
-        """`model`, or DDP around it."""
+        self.module = dist.wrap(model, config.distributed, batches.device)  # `model`, or DDP around it
         self.schedule, self.metric = config.schedule, config.metric
         own = isinstance(config.optimizer, Outside)
         self.optimizers = outside.optimizer(config.optimizer, model) if own else config.optimizer.build(model)
@@ -114,13 +113,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.steps_done = 0
         self._unclipped: Tensor | None = None
-        self.step_seconds: list[float] = []
-        """Duration of every step done, the first ones included."""
+        self.step_seconds: list[float] = []  # duration of every step done, the first ones included
         self.step_waits: list[float | None] = []
         """Seconds that the threads waited for a core in each (`load.waited`); None where that is not known."""
         self._spinning = load.spinning(torch.get_num_threads() if self.device.type == "cpu" else 1)
-        self.began_at = [0]
-        """Steps at which the run (re)started; the warm-up steps after each are not timed."""
+        self.began_at = [0]  # steps at which the run (re)started; the warm-up steps after each are not timed
 
     @property
     def device(self) -> torch.device:
@@ -323,8 +320,7 @@ class Trainer:
 class ByHand(Trainer):
     """A trainer outside a run: each call sets the precision and resets it, so that several can take turns."""
 
-    precision: Callable[[], contextlib.AbstractContextManager[object]]
-    """Sets the precision inside a block."""
+    precision: Callable[[], contextlib.AbstractContextManager[object]]  # sets the precision inside a block
     _set = False
 
     @contextlib.contextmanager
