@@ -194,8 +194,7 @@ class DataConfig(Section):
 
     name: DataName = option(DataName.tinyshakespeare, "where the text comes from; chosen by data=NAME")
     path: str | None = option(
-        None,
-        "data=text: a file (UTF-8 text, JSONL, Parquet) or a folder of them; data=hub: OWNER/NAME, or a folder",
+        None, "data=text: a file (UTF-8 text, JSONL, Parquet) or a folder of them; data=hub: OWNER/NAME, or a folder"
     )
     field: str = option("text", "the field of a row (JSONL, Parquet, data=hub) that holds a document")
     subset: str | None = option(None, "data=hub: the dataset's configuration, where it has several")
@@ -271,11 +270,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool | str = option(
         AUTO, "compute a block's activations again in backward; auto: where the run fits only so", choices=SWITCH
     )
-    log_every: int = option(
-        1,
-        "steps between printed lines and wandb points; metrics.jsonl has every step",
-        at_least=1,
-    )
+    log_every: int = option(1, "steps between printed lines and wandb points; metrics.jsonl has every step", at_least=1)
     eval_every: int = option(
         0, "steps between validations; 0: only after the last; needs data.val_fraction", at_least=0
     )

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from support import COMPARE, PROGRAM, SMALL, at_step, finish, losses, read, run, start
 
+import gpt2exp
 from gpt2exp import choices, export, sample, schema
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
@@ -327,6 +328,20 @@ def test_a_sweep_in_workers_ends_in_verdicts(tmp_path: Path) -> None:
     mixed = run(folder, "swept", "other", "--out", "both", program=COMPARE)
     assert mixed.returncode == 2
     assert "optimizer._target_=my_choices.Signs: its code was changed between the runs" in mixed.stderr
+
+
+def test_a_run_from_python_takes_them(mine: Path) -> None:
+    """As the command: the same losses, and overrides that name the choice, so that the run can be gone on with."""
+    words = [*SMALL, QUIET, "train.steps=3", "optimizer=signs", "optimizer.decay=0.5", "init=half"]
+    summary = gpt2exp.run(gpt2exp.compose("--config-dir", str(mine), *words), "by-hand")
+    assert summary["error"] is None
+    assert {"optimizer=signs", "optimizer.decay=0.5", "init=half", "train.steps=3"} <= set(summary["overrides"])
+    assert not [text for text in summary["overrides"] if "_=" in text or text.startswith("optimizer.name")]
+    assert launch.command(["--config-dir", str(mine), *words, "hydra.run.dir=typed"]) == 0
+    assert losses(Path("by-hand")) == losses(Path("typed"))
+    again = ["--config-dir", str(mine), "resume=by-hand", "train.steps=4"]
+    assert launch.command(again) == 0
+    assert len(losses(Path("by-hand"))) == 4
 
 
 def test_samples_and_exports_run_no_code_unasked(
