@@ -333,6 +333,7 @@ def test_a_sweep_in_workers_ends_in_verdicts(tmp_path: Path) -> None:
 def test_a_run_from_python_takes_them(mine: Path) -> None:
     """As the command: the same losses, and overrides that name the choice, so that the run can be gone on with."""
     words = [*SMALL, QUIET, "train.steps=3", "optimizer=signs", "optimizer.decay=0.5", "init=half"]
+    words.append("checkpoint.save_last=true")
     summary = gpt2exp.run(gpt2exp.compose("--config-dir", str(mine), *words), "by-hand")
     assert summary["error"] is None
     assert {"optimizer=signs", "optimizer.decay=0.5", "init=half", "train.steps=3"} <= set(summary["overrides"])
