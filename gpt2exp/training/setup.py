@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -120,7 +121,7 @@ def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = Fa
     from gpt2exp.data.batches import Windows
     from gpt2exp.model.gpt import GPT
     from gpt2exp.training import hardware, precision
-    from gpt2exp.training.trainer import ByHand, Trainer
+    from gpt2exp.training.trainer import Trainer
 
     config, device, got, source = ready.config, ready.device, ready.got, ready.source
     share = distributed.rank(), distributed.world_size()
@@ -131,10 +132,8 @@ def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = Fa
     origin = start(gpt, config, saved)
     windows = Windows(source.map(), config.train, config.data, config.seed, device, share)
     seen = torch.from_numpy(source.seen()).to(device)
-    made = (ByHand if by_hand else Trainer)(gpt, windows, config, seen=seen, autocast=got.autocast)
-    if isinstance(made, ByHand):
-        made.precision = lambda: precision.again(config.precision, got)
-    return made, origin
+    computing = functools.partial(precision.again, config.precision, got) if by_hand else contextlib.nullcontext
+    return Trainer(gpt, windows, config, seen=seen, autocast=got.autocast, computing=computing), origin
 
 
 def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:

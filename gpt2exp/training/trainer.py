@@ -87,14 +87,17 @@ class Trainer:
         *,
         seen: Tensor | None = None,
         autocast: torch.dtype | None = None,
+        computing: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        """`seen` (S,): ids that occur in the data, for `loss_unseen`.
+        """Of `config` it reads `train`, `optimizer`, `schedule`, `metric` and `distributed`.
 
-        `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
-        (Micikevicius et al. 2018). Of `config` it reads `train`, `optimizer`, `schedule`, `metric` and `distributed`.
+        `seen` (S,): ids that occur in the data, for `loss_unseen`. `autocast`: the type that the forward pass is cast
+        to; with float16 the loss is scaled so that small gradients survive (Micikevicius et al. 2018). `computing`: a
+        block in which every step, validation and measure computes: it sets the precision of a trainer outside a run.
         """
         self.model, self.batches, self.seen = model, batches, seen
         self.config, self.optimizer_config, self.autocast = config.train, config.optimizer, autocast
+        self.computing = computing
         # DDP and FSDP exchange the gradients that autograd reports, and it does not see this one
         model.transformer.gradient_in_place = model.config.tie_weights and dist.world_size() == 1
         model.transformer.recompute = config.train.activation_checkpointing is True
@@ -132,28 +135,29 @@ class Trainer:
         that of this one's rows. The gradient stays in `.grad` until the next step.
         """
         config = self.config
-        self._zero_grad()
-        losses = []
-        for micro in range(config.grad_accum_steps):
-            x, y = self.batches.train(self.steps_done * config.grad_accum_steps + micro)
-            with dist.gradient_sync(self.module, micro == config.grad_accum_steps - 1):
-                with precision.cast(self.device, self.autocast):
-                    loss = self.module(x, y) / config.grad_accum_steps
-                self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        if self.optimizer_config.grad_clip > 0:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
-            self._unclipped = dist.full_tensor(norm)
-        for optimizer in self.optimizers:
-            for group, share in zip(optimizer.param_groups, self._shares[optimizer], strict=True):
-                group["lr"] = self.learning_rate * share
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        self.steps_done += 1
-        if self.device.type == "cuda":  # its kernels are queued, not done: the next batch can travel meanwhile
-            self.batches.prefetch(self.steps_done * config.grad_accum_steps)
+        with self.computing():
+            self._zero_grad()
+            losses = []
+            for micro in range(config.grad_accum_steps):
+                x, y = self.batches.train(self.steps_done * config.grad_accum_steps + micro)
+                with dist.gradient_sync(self.module, micro == config.grad_accum_steps - 1):
+                    with precision.cast(self.device, self.autocast):
+                        loss = self.module(x, y) / config.grad_accum_steps
+                    self.scaler.scale(loss).backward()
+                losses.append(loss.detach())
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            if self.optimizer_config.grad_clip > 0:
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
+                self._unclipped = dist.full_tensor(norm)
+            for optimizer in self.optimizers:
+                for group, share in zip(optimizer.param_groups, self._shares[optimizer], strict=True):
+                    group["lr"] = self.learning_rate * share
+                self.scaler.step(optimizer)
+            self.scaler.update()
+            self.steps_done += 1
+            if self.device.type == "cuda":  # its kernels are queued, not done: the next batch can travel meanwhile
+                self.batches.prefetch(self.steps_done * config.grad_accum_steps)
         return torch.stack(losses).sum()
 
     def _zero_grad(self) -> None:
@@ -220,7 +224,7 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean loss in nats over every validation window."""
         total, count = 0.0, 0
-        with torch.no_grad(), precision.cast(self.device, self.autocast):
+        with self.computing(), torch.no_grad(), precision.cast(self.device, self.autocast):
             for x, y in self.batches.validation():
                 loss = self.model(x, y)  # also of no rows at all, since a sharded model needs every process
                 if len(y):
@@ -247,7 +251,7 @@ class Trainer:
             measure = last or due or number % config.measure_every == 0
             metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
             if measure:
-                metrics |= self._before(thorough=number == 0 or last or due)
+                metrics |= self._measure_before_step(thorough=number == 0 or last or due)
             loss, seconds, waits = self.timed_step()
             metrics |= {
                 "loss": float(dist.all_mean(loss)),
@@ -273,14 +277,14 @@ class Trainer:
             self.step_waits.append(waits)
             yield metrics
 
-    def _before(self, *, thorough: bool) -> dict[str, Any]:
+    def _measure_before_step(self, *, thorough: bool) -> dict[str, Any]:
         """What is measured on the next step's first micro-batch before the step, off the clock."""
         measured: dict[str, Any] = {}
         if self.seen is None and not isinstance(self.metric, Outside):
             return measured
         self._zero_grad()  # of the step before: its memory is needed here
         x, y = self.batches.train(self.steps_done * self.config.grad_accum_steps)
-        with precision.cast(self.device, self.autocast):
+        with self.computing(), precision.cast(self.device, self.autocast):
             if self.seen is not None:
                 measured["loss_unseen"] = loss_unseen(self.model, x, self.seen)
                 if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
@@ -315,42 +319,3 @@ class Trainer:
             "timed_steps": len(kept),
             "speed_disturbed": disturbed,
         }
-
-
-class ByHand(Trainer):
-    """A trainer outside a run: each call sets the precision and resets it, so that several can take turns."""
-
-    precision: Callable[[], contextlib.AbstractContextManager[object]]  # sets the precision inside a block
-    _set = False
-
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        if self._set:  # `fit` steps and evaluates inside a block of its own, off the clock
-            yield
-            return
-        self._set = True
-        try:
-            with self.precision():
-                yield
-        finally:
-            self._set = False
-
-    def step(self) -> Tensor:
-        """As `Trainer.step`."""
-        with self._computing():
-            return super().step()
-
-    def evaluate(self) -> float:
-        """As `Trainer.evaluate`."""
-        with self._computing():
-            return super().evaluate()
-
-    def fit(self) -> Iterator[dict[str, Any]]:
-        """As `Trainer.fit`; between two steps the precision is the caller's."""
-        steps = super().fit()
-        while True:
-            with self._computing():
-                metrics = next(steps, None)
-            if metrics is None:
-                return
-            yield metrics
