@@ -40,13 +40,9 @@ class AdamW(OptimizerConfig):
     """Fused AdamW (Loshchilov and Hutter 2019) with PyTorch's defaults, as the tutorial's 50 steps."""
 
     name: str = option("adamw", "chosen by optimizer=NAME")
-    betas: list[float] = option(
-        [0.9, 0.999], "decay of the running mean and square of the gradient", at_least=0, below=1
-    )
+    betas: list[float] = option([0.9, 0.999], "decay of the gradient's running mean and square", at_least=0, below=1)
     eps: float = option(1e-8, "added to the denominator", above=0)
-    weight_decay: float = option(
-        0.01, "decoupled decay of matrices and embeddings; biases and LayerNorms do not decay", at_least=0
-    )
+    weight_decay: float = option(0.01, "decoupled decay of matrices and embeddings alone", at_least=0)
     moments: ClassVar[int] = 2
 
     def agree(self) -> None:
@@ -70,9 +66,7 @@ class SGD(OptimizerConfig):
     name: str = option("sgd", "chosen by optimizer=NAME")
     momentum: float = option(0.9, "decay of the running sum of gradients; 0: none", at_least=0, below=1)
     nesterov: bool = option(False, "look one momentum step ahead (Nesterov 1983)")
-    weight_decay: float = option(
-        0.0, "added to the gradient of matrices and embeddings, times the weight; others do not decay", at_least=0
-    )
+    weight_decay: float = option(0.0, "decay of matrices and embeddings alone, added to their gradient", at_least=0)
     moments: ClassVar[int] = 1
 
     def agree(self) -> None:
