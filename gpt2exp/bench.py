@@ -106,11 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def asked_for(overrides: Sequence[str]) -> RunConfig:
-    """The configuration of a command line, its text tokenised.
-
-    Raises:
-        BadRequest: it is no configuration, or more than one.
-    """
+    """The configuration of a command line, its text tokenised; `BadRequest` if it is none, or several."""
     request = make(arguments([as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")

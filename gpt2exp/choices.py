@@ -92,11 +92,7 @@ def found_in(config: Mapping[str, Any], place: str = "") -> dict[str, Mapping[st
 
 
 def describe(section: str, values: Mapping[str, Any], name: str) -> dict[str, str]:
-    """What a section composed from a file `name`.yaml is to have beside its keys: name, source and its sha256.
-
-    Raises:
-        BadRequest: the section cannot come from outside, or its module is in none of the folders allowed.
-    """
+    """Name, source and sha256 of a section composed from `name`.yaml; `BadRequest` if its module is not there."""
     target = str(values[TARGET])
     if _is_ours(section, target, name):
         return {"name": name, SOURCE: "", SHA256: ""}
@@ -109,11 +105,9 @@ def describe(section: str, values: Mapping[str, Any], name: str) -> dict[str, st
 
 
 def admit(config: Mapping[str, Any]) -> None:
-    """Load the code that a plain configuration names, and make the classes of its sections known to `config.parse`.
+    """Load the code that a plain configuration names, and make its sections' classes known to `schema.parse`.
 
-    Raises:
-        Refused: the code may not run here, or is not what was recorded.
-        BadRequest: the module cannot be loaded, has no such class or function, or its signature does not fit.
+    Raises `Refused` for code that may not run here or was changed, `BadRequest` for code that does not fit its section.
     """
     for section, values in found_in(config).items():
         target, known = str(values[TARGET]), str(values.get(SHA256))
@@ -149,11 +143,7 @@ def call(section: Any, *leading: Any) -> Any:
 
 
 def _is_ours(section: str, target: str, name: object) -> bool:
-    """Whether a choice's file in the package itself names this code; if not, it must be in one module of the user's.
-
-    Raises:
-        BadRequest: the section cannot come from outside, or the target is no MODULE.NAME.
-    """
+    """Whether the package's own file of this choice names this code; `BadRequest` where no choice may name it."""
     key, (module, _, attribute) = f"{section}.{TARGET}={target}", target.rpartition(".")
     if section not in LEADING:
         raise BadRequest(f"{key}: no choice from outside can be made here; it can be of {', '.join(LEADING)}")
@@ -224,11 +214,7 @@ def _is_installed(name: str, path: Path) -> bool:
 
 
 def _section(section: str, target: str, code: Any) -> type[Section]:
-    """The section's class for a choice: the fields that it has anyway, and the parameters of `code`.
-
-    Raises:
-        BadRequest: `code` cannot be called as this section's choices are.
-    """
+    """The section's class for a choice: its usual fields, and `code`'s parameters; `BadRequest` if these do not fit."""
     base = kind_of(section)
     parameters = _parameters(f"{section}.{TARGET}={target}", code, LEADING[section])
     hints = _hints(code)

@@ -30,13 +30,8 @@ def write(run: Path, out: Path) -> int:
     """Export a run to `out`, a new or empty folder, and return the steps behind its weights.
 
     Weights are float32 whatever the precision, as transformers' GPT-2 is trained. Rows that pad the vocabulary are left
-    out: no text has those ids.
-
-    Raises:
-        BadRequest: `run` is no run with a whole checkpoint, its vocabulary is smaller than the tokenizer's, it is no
-            model of transformers' (`architecture`), or `out` holds something.
-        AssetError: the tokenizer's files could not be fetched.
-        OSError: `out` cannot be written; what lay there before is as it was.
+    out: no text has those ids. Raises `BadRequest` if the run, its model or `out` do not fit, `AssetError` if the
+    tokenizer's files cannot be fetched, OSError if `out` cannot be written: what lay there is then as it was.
     """
     record.check_run(run)
     _check(run, out)
@@ -96,11 +91,7 @@ def _theirs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    """`config.json`: what transformers' GPT2Config needs to build this model, without dropout.
-
-    Raises:
-        BadRequest: transformers' GPT-2 cannot be this model.
-    """
+    """`config.json`: the keys from which transformers builds this model, without dropout; `BadRequest` as `to_hf`."""
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],

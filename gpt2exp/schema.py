@@ -119,11 +119,7 @@ def check_key(key: str, value: object) -> None:
 
 
 def parse(plain: Any) -> RunConfig:
-    """A composed configuration, as plain dicts or an OmegaConf node, as a checked `RunConfig`.
-
-    Raises:
-        BadRequest: an unknown key, a wrong type, a value out of range or at odds with another.
-    """
+    """A plain or composed configuration as a checked `RunConfig`; `BadRequest` for a wrong key, type or value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

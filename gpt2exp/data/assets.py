@@ -93,11 +93,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def fetch(asset: Asset) -> Path:
-    """The local path of `asset`, downloaded at the first call and verified at every one.
-
-    Raises:
-        AssetError: no source has it, or the cache cannot be written.
-    """
+    """The local path of `asset`, verified, and downloaded at the first call; `AssetError` if no source has it."""
     folder = cache_folder() / "assets"
     pooch.get_logger().setLevel(logging.WARNING)
     with writing(folder):

@@ -95,12 +95,7 @@ class Text:
 
 
 def find(config: DataConfig) -> Text:
-    """The text of a data section.
-
-    Raises:
-        BadRequest: there is no such text, or it cannot be read.
-        AssetError: the Hub cannot be reached.
-    """
+    """The text of a data section; `BadRequest` if it is not there, `AssetError` if the Hub cannot be reached."""
     path, limit = Path(str(config.path)), {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
     rows: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split}
     if isinstance(config, choices.Outside):
@@ -330,11 +325,7 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def in_file(file: File, field: str, advance: Advance) -> Pieces:
-    """The documents of a file, by its ending: a row's `field` for JSON lines and Parquet, else the whole file.
-
-    Raises:
-        BadRequest: it is not of the form that its ending says, or cannot be read; the text names line or row.
-    """
+    """The documents of a file, by its ending; `BadRequest` if it is not of that form, with the line or row."""
     try:
         if file.ends(".parquet"):
             yield from _parquet(file, field, advance)
@@ -363,11 +354,7 @@ def in_file(file: File, field: str, advance: Advance) -> Pieces:
 
 
 def in_row(row: object, field: str, where: str) -> Pieces:
-    """The document in a row's `field`.
-
-    Raises:
-        BadRequest: there is no such field, or no text in it; `where` says in which row of what.
-    """
+    """The document in a row's `field`; `BadRequest` if there is no text. `where`: which row of what."""
     yield None
     if not isinstance(row, Mapping) or field not in row:
         names = [str(name) for name in row] if isinstance(row, Mapping) else []

@@ -69,11 +69,7 @@ class TokenFile:
         return {name: getattr(self, name) for name in names if name != "revision" or self.revision}
 
     def map(self) -> Tokens:
-        """The tokens, (tokens,), memory-mapped read-only.
-
-        Raises:
-            OSError, ValueError: the file is gone, or not what was written.
-        """
+        """The tokens, (tokens,), memory-mapped read-only; OSError or ValueError if the file is not what was written."""
         found: Tokens = np.load(self.folder / TOKENS, mmap_mode="r", allow_pickle=False)
         return found
 
@@ -110,9 +106,7 @@ IDS = 2**16  # ids that a uint16 can name
 def prepare(config: DataConfig) -> TokenFile:
     """The tokens of a data section, tokenised unless the cache has them.
 
-    Raises:
-        BadRequest: `data.path` cannot be read, is not of the form its name says, or holds less than two tokens.
-        assets.AssetError: the text or the BPE files could not be fetched, or the cache cannot be written.
+    Raises `BadRequest` for a text that cannot be read or is too short, `AssetError` for one that cannot be fetched.
     """
     text = sources.find(config)
     return _cached(text) or _made(text, config)

@@ -69,11 +69,7 @@ GPT2: dict[str, tuple[Any, ...]] = {
 
 
 def to_hf(model: ModelConfig) -> dict[str, Any]:
-    """The keys of `config.json` that make transformers build `model`.
-
-    Raises:
-        BadRequest: a key or slot of `model` that has none there is not at its default.
-    """
+    """The keys of `config.json` that build `model`; `BadRequest` if it has what they cannot say."""
     default = type(model)()
     for name in (item.name for item in fields(model) if item.name not in KEYS):
         value, usual, key = getattr(model, name), getattr(default, name), f"model.{name}"
@@ -87,11 +83,7 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
 
 
 def from_hf(config: Mapping[str, Any], said: str = CONFIG) -> ModelConfig:
-    """The model that a `config.json` describes; `said` names its place in errors.
-
-    Raises:
-        BadRequest: it is another architecture, or no whole numbers.
-    """
+    """The model that a `config.json` describes, at a place called `said`; `BadRequest` if it is no GPT-2."""
     kind = config.get("model_type", "gpt2")
     if kind != "gpt2":
         raise BadRequest(f"{said}: its {CONFIG} says model_type={kind}; name weights of GPT-2")
@@ -178,11 +170,7 @@ class Weights:
 
 
 def find(path: str, key: str = "init.path=") -> Weights:
-    """The weights in a folder, or of a hub id; `key` is what `path` was typed after.
-
-    Raises:
-        BadRequest: there are none, something is missing or cannot be read, or the hub has no such id or no answer.
-    """
+    """The weights in a folder, or of a hub id, typed after `key`; `BadRequest` if there are none, or not whole."""
     found = Weights(f"{key}{path}", Path(path).expanduser())
     if found.folder.is_dir():
         return found.complete()
@@ -230,12 +218,9 @@ def _of_hub(asked: Weights, name: str) -> Weights:
 
 
 def check(found: Weights, model: ModelConfig) -> None:
-    """Check from `config.json` and the names and shapes in the files that the weights are `model`'s.
+    """Raise `BadRequest` unless the weights are `model`'s by `config.json` and the names and shapes in the files.
 
     A pickle, or a head beside tied weights, is read whole for that.
-
-    Raises:
-        BadRequest: they are of another architecture or size, a file is damaged, or the head differs from `wte`.
     """
     _check_config(found, model)
     if found.pickled:
@@ -316,11 +301,7 @@ def _ours(name: str) -> str:
 
 
 def _renamed(found: Weights, names: Iterable[str]) -> dict[str, str]:
-    """Names in a file by ours.
-
-    Raises:
-        BadRequest: two of them are the same tensor's, one of them wrapped.
-    """
+    """Names in a file by ours; `BadRequest` if two of them are the same tensor's, one of them wrapped."""
     renamed: dict[str, str] = {}
     for name in names:
         if (other := renamed.setdefault(_ours(name), name)) != name:
@@ -332,13 +313,9 @@ def _renamed(found: Weights, names: Iterable[str]) -> dict[str, str]:
 
 
 def read(found: Weights, model: ModelConfig) -> dict[str, Tensor]:
-    """The parameters of `model` by name, on the CPU, transposed to our layout and in the files' own types.
+    """The parameters of `model` by name, on the CPU, in our layout and the files' own types; `BadRequest` as `check`.
 
-    Tied, the head is left out, once it is seen to equal `wte`; untied, one that the files leave out is `wte` again.
-
-    Raises:
-        BadRequest: a file is damaged, or is a pickle of more than tensors; a name or shape is not the model's; the head
-            differs from `wte` and `model.tie_weights` is true.
+    Tied, the head is left out once it is seen to equal `wte`; untied, one that the files leave out is `wte` again.
     """
     tensors: dict[str, Tensor] = {}
     for file in found.files:
@@ -382,11 +359,7 @@ def transposed(name: str, tensor: Tensor) -> Tensor:
 
 
 def load(gpt: GPT, config: InitConfig) -> dict[str, Any]:
-    """Load the weights at `init.path` into `gpt`; returns where they came from, for the record.
-
-    Raises:
-        BadRequest: as `find` and `read`.
-    """
+    """Load the weights at `init.path` into `gpt`; returns where they came from. `BadRequest` as `find` and `read`."""
     from gpt2exp.model import init
 
     found = find(str(config.path))

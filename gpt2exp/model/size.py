@@ -23,11 +23,7 @@ _known: dict[tuple[Any, ...], int] = {}
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameter counts by part; `total` counts a tied tensor once, `without_tying` as two.
-
-    Raises:
-        BadRequest: the class in a slot cannot be made.
-    """
+    """Parameter counts by part, `total` with a tied tensor once; `BadRequest` if a slot's class cannot be made."""
     own = {slot: _once(_held, model, slot) for slot in SLOTS}
     head = model.vocab_size * model.n_embd
     blocks = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
@@ -41,11 +37,8 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
 
     Three times the forward pass's, which PyTorch counts. For GPT-2 that is the published figure (Chowdhery et al. 2022,
     PaLM, appendix B): six per weight of a product, and 12·n_layer·n_embd·seq_len for attention's two products, the
-    causal half not discounted. The embedding look-ups cost nothing; the head counts whether tied or not. Not in it, as
-    in the published one: what norms, GELU, softmax and rotations cost, and what is computed again in backward.
-
-    Raises:
-        BadRequest: the class in a slot cannot be made or called, or gives another shape.
+    causal half not discounted. Left out, as there: norms, GELU, softmax, rotations, and what is computed again in
+    backward. Raises `BadRequest` if a slot's class cannot be made or called, or gives another shape.
     """
     own = {slot: _once(_forward, model, slot, seq_len) for slot in SLOTS}
     layers = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
@@ -67,11 +60,10 @@ def gpt2_slots(model: ModelConfig) -> ModelConfig:
 
 
 def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
-    """Try what is in the slots. GPT-2's own needs no trial, and PyTorch is not imported for it.
+    """Try what is in the slots, if that is not GPT-2's own (for which PyTorch is not imported).
 
-    Raises:
-        BadRequest: a class cannot be made or called, gives another shape, has a parameter that no rule starts, a
-            buffer that no checkpoint would keep, or drops at random, in which a resumed run would differ.
+    Raises `BadRequest` for a class that cannot be made or called, gives another shape, has a parameter that no rule
+    starts, a buffer that no checkpoint would keep, or drops at random, in which a resumed run would differ.
     """
     key = (check, repr(model), repr(init), seq_len)
     if model == gpt2_slots(model) or key in _known:

@@ -54,11 +54,7 @@ class Checkpoint:
         return int(self.state["step"])
 
     def model(self, said: str) -> ModelConfig:
-        """The model whose weights these are; `said` names the run in errors.
-
-        Raises:
-            BadRequest: the model has a key that this version does not know, or code from outside that may not run here.
-        """
+        """The model whose weights these are; `BadRequest` if it cannot be built here, with `said`, the run."""
         today, unknown = stored(self.state["config"])
         if odd := [key for key in unknown if key.startswith("model.")]:
             why = f"its model has {odd[0]}={show(unknown[odd[0]])}, which this version does not know"
@@ -91,11 +87,7 @@ def newest(run: Path, *, at_most: int | None = None) -> Checkpoint | None:
 
 
 def of_run(run: Path) -> tuple[ModelConfig, Checkpoint]:
-    """The model of a run (`record.check_run`) and its newest whole checkpoint.
-
-    Raises:
-        BadRequest: every checkpoint is damaged, or this version cannot build the model.
-    """
+    """The model of a run (`record.check_run`) and its newest whole checkpoint; `BadRequest` if none is whole."""
     found = newest(run)
     if found is None:
         raise BadRequest(f"{run}: every checkpoint of it is damaged; copy the folder again, or name another run")
@@ -103,11 +95,7 @@ def of_run(run: Path) -> tuple[ModelConfig, Checkpoint]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in a `step_N` folder, every byte of it checked.
-
-    Raises:
-        Damaged: a file is missing, cannot be read, or is not what was written.
-    """
+    """The checkpoint in a `step_N` folder; `Damaged` if one of its bytes is not what was written."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         hashes = state.pop("sha256")

@@ -190,11 +190,7 @@ def _describe(session: Session, ready: setup.Ready) -> None:
 
 
 def _check_memory(ready: setup.Ready) -> None:
-    """Fail now: later the system would kill the whole sweep for one job's memory.
-
-    Raises:
-        MemoryError: the estimate is a tenth above what is free; the text names a batch that fits.
-    """
+    """Raise `MemoryError` if the estimate is a tenth above what is free: the system would kill the whole sweep."""
     need, free = ready.need, ready.here.free
     if free is None or need <= 1.1 * free:
         return

@@ -31,11 +31,7 @@ log = logging.getLogger("gpt2exp")
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock a run or sweep folder inside the block, so that no other process works on it.
-
-    Raises:
-        BadRequest: another process holds the lock, or it cannot be written.
-    """
+    """Lock a run or sweep folder inside the block; `BadRequest` if another process holds it, or it is read-only."""
     lock = FileLock(folder / LOCK, timeout=1)  # `at_work` may hold it for a moment
     try:
         lock.acquire()

@@ -190,11 +190,7 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def written(folder: Path) -> dict[str, Any]:
-    """A run's configuration as its `.hydra` has it, by dotted key, interpolations as they stand.
-
-    Raises:
-        BadRequest: it cannot be read.
-    """
+    """A run's configuration by dotted key, interpolations as in its `.hydra`; `BadRequest` if it cannot be read."""
     return leaves(_yaml(folder, "config.yaml", dict))
 
 
@@ -211,11 +207,7 @@ def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
 
 
 def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there.
-
-    Raises:
-        BadRequest: as `asked`.
-    """
+    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there."""
     today, unknown, overrides = _asked(folder)
     outside = choices.found_in(today)
     for section in outside:
@@ -260,11 +252,7 @@ def run_around(folder: Path) -> Path | None:
 
 
 def check_run(folder: Path) -> None:
-    """Refuse a folder that is not a run's with a checkpoint, and name the one that was probably meant.
-
-    Raises:
-        BadRequest: it is not there, is a sweep's, a checkpoint's or another one, or the run saved nothing.
-    """
+    """Raise `BadRequest` for a folder that is no run's with a checkpoint, and name the one that was probably meant."""
     such = "name a run's folder, such as runs/DAY/TIME-ID"
     if not folder.is_dir():
         raise BadRequest(f"{folder}: no such folder; {such}")

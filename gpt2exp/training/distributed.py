@@ -93,11 +93,7 @@ def check(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Let the processes communicate inside the block: by NCCL between GPUs, by gloo between CPUs.
-
-    Raises:
-        BadRequest: they do not find each other.
-    """
+    """Let the processes communicate inside the block: GPUs by NCCL, CPUs by gloo; `BadRequest` if they do not meet."""
     if world_size() == 1:
         yield
         return
@@ -226,11 +222,7 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def broadcast_like(value: Tensor | None, like: Tensor) -> Tensor:
-    """Broadcast rank 0's tensor to every rank, on the device of `like` and sharded as it is.
-
-    Raises:
-        ValueError: rank 0 has none.
-    """
+    """Rank 0's tensor on every rank, on `like`'s device and sharded as it is; `ValueError` if rank 0 has none."""
     import torch
 
     if value is None and is_main():

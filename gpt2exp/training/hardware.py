@@ -47,13 +47,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def resolve_device(name: DeviceName) -> torch.device:
-    """The device to compute on; of several processes on a machine each has a GPU of its own.
+    """The device to compute on, one GPU for each process of a machine; `BadRequest` if it is not there.
 
-    PyTorch's threads are as many as this process may use cores, unless the user said how many: PyTorch itself knows
-    nothing of a container's quota.
-
-    Raises:
-        BadRequest: it was named and is not there, or there are fewer GPUs than processes.
+    PyTorch's threads are set to the cores of this process, unless the user set them: it does not know container quotas.
     """
     if torch.get_num_threads() > machine.cores() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(machine.cores())

@@ -126,12 +126,9 @@ def group_numbers(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str,
 
 
 def restore(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Give the optimizers what `state` returned on rank 0.
+    """Give the optimizers what `state` returned on rank 0; `BadRequest` if these tensors are not theirs.
 
     Each tensor is removed from `tensors`, so that there are no two copies of all; on other ranks it may be empty.
-
-    Raises:
-        BadRequest: a tensor is missing, is none of the optimizers', or has another shape or type.
     """
     import torch
 

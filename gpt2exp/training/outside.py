@@ -23,13 +23,10 @@ _tried: set[str] = set()
 
 
 def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """PyTorch optimizers that together step every parameter of `model` once.
+    """PyTorch optimizers that together step every parameter of `model` once; `ValueError` if the code gives others.
 
     The code is called with the model if its first parameter is called `model`. Else with the parameters: an optimizer's
     class that has `weight_decay` with `optimizers.decay_groups`, any other code with a list.
-
-    Raises:
-        ValueError: what it returned is no optimizer, or does not step every parameter once.
     """
     import torch
 
@@ -49,11 +46,7 @@ def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Opt
 
 
 def rate(config: ScheduleConfig, step: int, steps: int) -> float:
-    """What a schedule multiplies `optimizer.lr` with at a step (from 0) of `steps`.
-
-    Raises:
-        ValueError: it is no finite number of 0 or more.
-    """
+    """What a schedule multiplies `optimizer.lr` with at a step (from 0) of `steps`; `ValueError` unless 0 or more."""
     factor = float(choices.call(config, step, steps))
     if not (math.isfinite(factor) and factor >= 0):
         raise ValueError(f"it returned {factor} for step {step} of {steps}, where 0 or more must be")
@@ -61,11 +54,7 @@ def rate(config: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def measure(config: MetricConfig, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """The metric of a batch, two tensors (B, T), by its name; of several processes the mean over them.
-
-    Raises:
-        ValueError: it is no finite number.
-    """
+    """The metric of a batch, two tensors (B, T), by its name: the mean of all ranks; `ValueError` if not finite."""
     import torch
 
     with torch.no_grad():
@@ -76,11 +65,7 @@ def measure(config: MetricConfig, model: nn.Module, batch: tuple[Tensor, Tensor]
 
 
 def try_out(config: RunConfig) -> None:
-    """Call the code of every choice from outside but the slots' (`model.size` tries those), once in this process.
-
-    Raises:
-        BadRequest: it raised something, or returned what is no such thing; the text names the choice.
-    """
+    """Try each choice from outside, but the slots (`model.size` does), once a process; `BadRequest` names the one."""
     trials = {"optimizer": _optimizer, "schedule": _schedule, "init": _init, "metric": _metric}
     for section, trial in trials.items():
         choice = getattr(config, section)

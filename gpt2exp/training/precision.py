@@ -55,11 +55,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision]:
-    """Compute as `config` says inside the block, and as before after it, whatever happens.
-
-    Raises:
-        BadRequest: `tf32` on hardware without it under `precision.fallback=error`, or `fp64` on MPS.
-    """
+    """Compute as `config` says inside the block, and then as before; `BadRequest` where this hardware cannot."""
     with _matmul(config.name.matmul):
         if device.type == "mps" and config.name.weights == "float64":
             raise BadRequest(f"precision={config.name}: Apple's GPUs have no double precision; add train.device=cpu")

@@ -88,11 +88,7 @@ class Ready:
 
 @contextlib.contextmanager
 def ready(config: RunConfig, source: tokens.TokenFile | None = None) -> Iterator[Ready]:
-    """A block in which the step of `config` can be built and run; `source`: its tokens, if they are at hand.
-
-    Raises:
-        BadRequest, AssetError: as `tokens.prepare` and `precision.applied`.
-    """
+    """A block in which the step of `config` can be built and run. `source`: its tokens, if they are at hand."""
     from gpt2exp.training import hardware, precision
 
     device = hardware.resolve_device(config.train.device)
@@ -137,11 +133,9 @@ def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = Fa
 
 
 def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:
-    """Give the model its first weights, or a checkpoint's; where they came from and how they are tied, for the record.
+    """Give the model its first weights, or a checkpoint's; returns where they came from, for the record.
 
-    Raises:
-        BadRequest: `init.path` holds no weights of this model, or the checkpoint's are of another.
-        InitError: the weights are not what the configuration says.
+    Raises `BadRequest` for weights of another model, `InitError` if they are not what the configuration says.
     """
     from gpt2exp.model.init import check_init, check_tying, initialise, load_weights
 

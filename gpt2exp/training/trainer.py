@@ -208,11 +208,7 @@ class Trainer:
         return weights, tensors, numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Restore optimizers, scaler and step from rank 0's `state`; the caller loads the weights.
-
-        Raises:
-            BadRequest: the tensors are not those of this model's optimizers.
-        """
+        """Restore all but the weights from rank 0's `state`; `BadRequest` if the tensors are another optimizer's."""
         numbers, kept = dist.broadcast((numbers, bool(tensors)))
         if kept or not self.scaler.is_enabled():  # a run whose scaled steps all overflowed has no moments yet
             optimizers.restore(self.model, self.optimizers, tensors)
