@@ -164,7 +164,7 @@ def tf32_speed(stages: Stages) -> tuple[str, int, str]:
 def tf32_speed_said() -> str:
     alone = {"gpu": "A100", "model": "gpt2", "gpus": "1"}
     full, short = (
-        next(row for row in runs_of("scaling", "predictions") if {**alone, "precision": name}.items() <= row.items())
+        next(row for row in runs_of("scaling/predictions") if {**alone, "precision": name}.items() <= row.items())
         for name in ("fp32", "tf32")
     )
     ratio = float(full["step_ms"]) / float(short["step_ms"])
@@ -180,7 +180,7 @@ def memory(stages: Stages) -> tuple[str, int, str]:
 def memory_said() -> str:
     config = RunConfig(train=TrainConfig(batch_size=16, seq_len=1024))
     need = setup.memory(config, setup.Hardware("cuda"))
-    (same,) = (row for row in runs_of("scaling", "checks") if (row["series"], row["unit"]) == ("tutorial", "GB"))
+    (same,) = (row for row in runs_of("scaling/checks") if (row["series"], row["unit"]) == ("tutorial", "GB"))
     predicted = f"predicted {float(same['predicted']):.0f} GB as the tutorial computes it"
     return f"not run; {predicted}, estimated {need / 1e9:.0f} GB with fused attention"
 
