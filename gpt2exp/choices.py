@@ -52,7 +52,6 @@ class Outside:
 
     __slots__ = ()
     code: ClassVar[Callable[..., Any]]  # the class or function
-    first: ClassVar[str]  # the name of its first parameter; empty if it has none
     arguments: ClassVar[tuple[str, ...]]  # fields that it is called with, by name
     tuples: ClassVar[tuple[str, ...]]  # those of them that are tuples there and lists here
     needed: ClassVar[frozenset[str]]  # those of them that have no default
@@ -227,7 +226,6 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
             fields[parameter.name] = parameter.name, kind, option(default, f"argument of {target}")
     namespace: dict[str, Any] = {
         "code": staticmethod(code),
-        "first": next(iter(inspect.signature(code).parameters), ""),
         "arguments": tuple(item.name for item in parameters),
         "tuples": tuple(
             item.name

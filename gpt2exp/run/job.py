@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +174,7 @@ def _describe(session: Session, ready: setup.Ready) -> None:
     session.files.facts |= {
         "parameters": size.parameters(config.model),
         "flops_per_token": size.flops_per_token(config.model, config.train.seq_len),
-        "precision": ready.got.as_dict(),
+        "precision": asdict(ready.got),
         "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
         "device": f"{device.type}: {hardware.device_name(device)}",
         "processes": world_size,

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp import choices
@@ -30,7 +30,8 @@ def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Opt
     """
     import torch
 
-    first, code = config.first, config.code  # type: ignore[attr-defined]
+    code = config.code  # type: ignore[attr-defined]
+    first = next(iter(inspect.signature(code).parameters), "")
     given: Any = model if first == "model" else list(model.parameters())
     if inspect.isclass(code) and hasattr(config, "weight_decay"):
         given = optimizers.decay_groups(model, config.weight_decay)
@@ -66,7 +67,12 @@ def measure(config: MetricConfig, model: nn.Module, batch: tuple[Tensor, Tensor]
 
 def try_out(config: RunConfig) -> None:
     """Try each choice from outside, but the slots (`model.size` does), once a process; `BadRequest` names the one."""
-    trials = {"optimizer": _optimizer, "schedule": _schedule, "init": _init, "metric": _metric}
+    trials: dict[str, Callable[[RunConfig], object]] = {
+        "optimizer": _optimizer,
+        "schedule": _schedule,
+        "init": lambda config: _tiny(config.init, config.seed),
+        "metric": _metric,
+    }
     for section, trial in trials.items():
         choice = getattr(config, section)
         said = repr((choice, config.train.steps))
@@ -91,12 +97,12 @@ def _naming(choice: str) -> Iterator[None]:
         raise BadRequest(f"{choice}: {why}; mend its code or its keys") from error
 
 
-def _tiny() -> Any:
+def _tiny(init: InitConfig | None = None, seed: int = 0) -> Any:
     from gpt2exp.model.gpt import GPT
     from gpt2exp.model.init import initialise
 
     model = GPT(TINY)
-    initialise(model, InitConfig(), seed=0)
+    initialise(model, init or InitConfig(), seed)
     return model
 
 
@@ -115,12 +121,6 @@ def _optimizer(config: RunConfig) -> None:
 def _schedule(config: RunConfig) -> None:
     for step in {0, config.train.steps // 2, config.train.steps - 1}:
         rate(config.schedule, step, config.train.steps)
-
-
-def _init(config: RunConfig) -> None:
-    from gpt2exp.model.init import initialise
-
-    initialise(_tiny(), config.init, config.seed)
 
 
 def _metric(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,10 +43,6 @@ class Precision:
     def autocast(self) -> torch.dtype | None:
         """The type that the forward pass is cast to, None without a cast (PyTorch's automatic mixed precision)."""
         return _dtype(PrecisionName[self.requested].autocast)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the record."""
-        return asdict(self)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

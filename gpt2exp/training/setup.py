@@ -34,16 +34,6 @@ class Hardware:
     unfused_attention: bool = False  # attention keeps its scores and probabilities: under emulated TF32
     free: int | None = None  # bytes that a process of the run may take in all; None where that is not known
 
-    @classmethod
-    def of(cls, device: torch.device, got: Precision) -> Hardware:
-        """Of this machine as it stands, with Python and PyTorch loaded."""
-        from gpt2exp.training import hardware
-
-        free = hardware.free_memory(device)
-        if free is not None and device.type != "cuda":
-            free = free // distributed.local_world_size() + PROCESS_BYTES
-        return cls(device.type, got.emulated, free)
-
 
 def smallest(config: RunConfig) -> RunConfig:
     """With a batch of one sequence where the batch is left open."""
@@ -62,16 +52,6 @@ def check_weights(init: InitConfig, model: ModelConfig) -> None:
     """Raise `BadRequest` if `init` names weights that are not there, or not this model's."""
     if init.scheme is InitScheme.pretrained:
         huggingface.check(huggingface.find(str(init.path)), model)
-
-
-def settled(config: RunConfig, device: torch.device, here: Hardware, source: tokens.TokenFile) -> tuple[RunConfig, int]:
-    """`config` with every `auto` of its `train` decided, and its estimated peak memory in bytes."""
-    from gpt2exp.training import hardware
-
-    training = source.tokens - tokens.held_out(source.tokens, config.data.val_fraction)
-    config = fit(config, here, (training - 1) // config.train.seq_len)
-    config = replace(config, train=hardware.settle(config.train, device))
-    return config, memory(config, here)
 
 
 @dataclass(frozen=True)
@@ -94,9 +74,14 @@ def ready(config: RunConfig, source: tokens.TokenFile | None = None) -> Iterator
     device = hardware.resolve_device(config.train.device)
     source = source or tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        here = Hardware.of(device, got)
-        config, need = settled(config, device, here, source)
-        yield Ready(config, device, got, source, here, need)
+        free = hardware.free_memory(device)
+        if free is not None and device.type != "cuda":
+            free = free // distributed.local_world_size() + PROCESS_BYTES  # Python and PyTorch are loaded already
+        here = Hardware(device.type, got.emulated, free)
+        training = source.tokens - tokens.held_out(source.tokens, config.data.val_fraction)
+        config = fit(config, here, (training - 1) // config.train.seq_len)
+        config = replace(config, train=hardware.settle(config.train, device))
+        yield Ready(config, device, got, source, here, memory(config, here))
 
 
 def keep_memory(config: RunConfig, device: torch.device) -> None:
@@ -120,12 +105,12 @@ def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = Fa
     from gpt2exp.training.trainer import Trainer
 
     config, device, got, source = ready.config, ready.device, ready.got, ready.source
-    share = distributed.rank(), distributed.world_size()
     with torch.device(device):
         gpt = GPT(config.model).to(got.weights)
     if hardware.pads_vocabulary(config.train.pad_vocab, device) and not distributed.is_sharded(config.distributed):
         gpt.pad_vocabulary()
     origin = start(gpt, config, saved)
+    share = distributed.rank(), distributed.world_size()
     windows = Windows(source.map(), config.train, config.data, config.seed, device, share)
     seen = torch.from_numpy(source.seen()).to(device)
     computing = functools.partial(precision.again, config.precision, got) if by_hand else contextlib.nullcontext

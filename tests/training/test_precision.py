@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,7 @@ class TestApplied:
             assert torch.get_float32_matmul_precision() == "highest"
         assert (got.requested, got.effective, got.emulated) == ("fp32", "fp32", False)
         assert got.matmul_relative_error < 1e-6 > got.attention_relative_error
-        assert json.loads(json.dumps(got.as_dict(), allow_nan=False)) == got.as_dict()
+        assert json.loads(json.dumps(asdict(got), allow_nan=False)) == asdict(got)
 
     @pytest.mark.parametrize("rounding", Rounding)
     def test_tf32_is_emulated_where_there_is_none(self, rounding: Rounding) -> None:
