@@ -47,9 +47,8 @@ class HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         """`x` (N, C), `weight` (V, C), `targets` (N,) to a scalar, `rows` of the N at a time.
 
-        The products are computed in `dtype`, the softmax in at least fp32. `padded` (P, C): the memory that `weight`
-        is the beginning of, with rows of zeros after it, for products of a size the hardware likes; the logits of
-        those rows take no part.
+        The products are computed in `dtype`, the softmax in at least fp32. `padded` (P, C): the buffer whose first rows
+        are `weight` and whose others are zeros, of a size at which products are faster.
         """
         with torch.autocast(x.device.type, enabled=False):
             words, count = len(weight), len(x)
