@@ -13,6 +13,7 @@ said `--trust`, and in a process that another of ours started for the run. No to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.machinery
 import inspect
@@ -68,7 +69,7 @@ _added: set[str] = set()  # folders that were put on `sys.path` here
 
 
 def allow(*folders: Path | str | None) -> None:
-    """Code in these folders may run in this process, and in no others that were allowed before."""
+    """Let code in these folders run in this process, instead of the folders allowed before."""
     _folders[:] = [Path(folder).absolute() for folder in folders if folder is not None]
 
 
@@ -119,7 +120,7 @@ def admit(config: Mapping[str, Any]) -> None:
 
 
 def about(config: Section, place: str = "") -> dict[str, str]:
-    """The choices from outside in a configuration by dotted key: each its name, and the first line of its docstring."""
+    """Each choice from outside in a configuration, by dotted key: its name, and the first line of its docstring."""
     found: dict[str, str] = {}
     for item in fields(config):
         inside = getattr(config, item.name)
@@ -182,7 +183,7 @@ def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
 
 
 def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType:
-    """The module that a file's text is; run from the text that was hashed, never from a compiled file beside it."""
+    """Import a module from the text that was hashed, never from a compiled file beside it."""
     name = path.stem
     if _loaded.get(name) == (path, sha256):
         return sys.modules[name]
@@ -216,7 +217,9 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
     """The section's class for a choice: its usual fields, and `code`'s parameters; `BadRequest` if these do not fit."""
     base = kind_of(section)
     parameters = _parameters(f"{section}.{TARGET}={target}", code, LEADING[section])
-    hints = _hints(code)
+    hints: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # an annotation may name what exists for a type checker alone
+        hints = typing.get_type_hints(code.__init__ if inspect.isclass(code) else code)
     fields: dict[str, tuple[str, Any, Any]] = {}
     for parameter in parameters:
         if parameter.name not in base.__dataclass_fields__:
@@ -262,14 +265,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or type(value) in PLAIN
-
-
-def _hints(code: Any) -> dict[str, Any]:
-    """The annotations by name; none where one names what exists for a type checker alone."""
-    try:
-        return typing.get_type_hints(code.__init__ if inspect.isclass(code) else code)
-    except Exception:
-        return {}
 
 
 def _kind(parameter: inspect.Parameter, hint: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What can be asked: one typed section per room of the package, each checking its own values.
+"""What can be asked: a typed section for each part of the package, which checks its own values.
 
 Hydra composes `conf/` onto these dataclasses; `gpt2exp.schema.parse` turns the result into a plain `RunConfig`.
 Everything downstream receives its own section and reads attributes. No torch.
@@ -98,7 +98,7 @@ class AttentionConfig(SlotConfig):
 @choice_of("model.mlp")
 @dataclass(kw_only=True, slots=True)
 class MLPConfig(SlotConfig):
-    """What treats each token alone, in each block."""
+    """What transforms each token by itself, in each block."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:MLP"
 
@@ -227,7 +227,7 @@ class DataConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig(Section):
-    """How long and in what pieces."""
+    """How long to train, in which batches, on which device."""
 
     batch_size: int | str = option(
         4, "sequences in a micro-batch; auto: as many as fit, a power of two, 24 or 48", at_least=1, choices=(AUTO,)
@@ -304,7 +304,7 @@ class OptimizerConfig(Section):
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
     schedule_steps: int | None = option(None, "cosine: steps until min_lr is reached; null: train.steps", at_least=1)
     moments: ClassVar[int] = 2
-    """Numbers kept for each weight beside it and its gradient; where nobody knows, as many as AdamW's."""
+    """Numbers kept for each weight beside it and its gradient; of code from outside, whose number nobody knows, 2."""
 
     def agree(self) -> None:
         if self.schedule != Schedule.cosine:
@@ -400,7 +400,7 @@ class SweepConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig(Section):
-    """One run, whole."""
+    """The configuration of one run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gpt2exp import choices
 from gpt2exp.config import ModelConfig
@@ -19,9 +19,6 @@ from gpt2exp.model import huggingface, size
 from gpt2exp.run import process, record, terminal
 from gpt2exp.schema import group_of, is_housekeeping
 from gpt2exp.section import BadRequest, require
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WORDS = END_OF_TEXT + 1  # what GPT-2's tokenizer knows; `<|endoftext|>` is the last
 
@@ -54,7 +51,12 @@ def write(run: Path, out: Path) -> int:
     part, weights = beside(out.absolute()), huggingface.WEIGHTS[0]
     try:
         part.mkdir(parents=True)
-        save_file(_theirs(saved.weights()), part / weights, metadata={"format": "pt"})
+        cut = {huggingface.WTE: WORDS, huggingface.HEAD: WORDS}
+        theirs = {
+            name: huggingface.transposed(name, tensor[: cut.get(name)]).float().contiguous()
+            for name, tensor in saved.weights().items()
+        }
+        save_file(theirs, part / weights, metadata={"format": "pt"})
         for name, value in described.items():
             write_json(part / name, value)
         for name, source in copied.items():
@@ -79,15 +81,6 @@ def _check(run: Path, out: Path) -> None:
     for section, values in choices.found_in({"model": record.described(run)[0]["model"]}).items():
         group = group_of(section)  # its code need not be run to know
         require(False, group, values["name"], "Hugging Face's GPT-2 has no such choice", f"it takes {group}=gpt2")
-
-
-def _theirs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters in Hugging Face's layout."""
-    cut = {huggingface.WTE: WORDS, huggingface.HEAD: WORDS}
-    return {
-        name: huggingface.transposed(name, tensor[: cut.get(name)]).float().contiguous()
-        for name, tensor in weights.items()
-    }
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a file is written whole, beside its place and then moved there, so that no reader sees half of it; its hash."""
+"""Writing a file so that no reader sees half of it: to a temporary beside it, then moved into place. Hashes."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         terminal.terminal().print(table(result["roofline"]))
         return bench.print_result(result, args.bench)
 
-    return process.carry_out("roofline.py", measure, bench.failure)
+    return process.carry_out("roofline.py", measure)
 
 
 def verified(ours: Sequence[float], plain: Sequence[float]) -> Result:

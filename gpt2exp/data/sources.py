@@ -115,10 +115,8 @@ def find(config: DataConfig) -> Text:
         known = _with(commit, {**rows, "path": config.path, **limit})
         return Text(str(path), known, None, lambda advance: _streamed(config, commit, advance), lambda: known, commit)
     found = _files(path)
-    place = {
-        "path": str(path.expanduser().absolute()),
-        "files": [(item.name, item.size, item.mtime_ns) for item in found],
-    }
+    seen = [(item.name, item.size, item.mtime_ns) for item in found]
+    place = {"path": str(path.expanduser().absolute()), "files": seen}
     fields = [item.has_fields for item in found]
     chosen = ({"field": config.field, "of": fields} if any(fields) else {}) | limit
     size: int | None = sum(item.size for item in found)

@@ -239,14 +239,14 @@ def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> 
 
 def _how_to_part(count: int, config: DataConfig) -> str:
     """The note on a text that contains `MARK`, with a command that splits a single plain file into JSON lines."""
-    note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it parts no documents"
+    note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it separates no documents"
     path = Path(str(config.path)).expanduser()
     if not path.is_file() or path.suffix not in ("", ".txt", ".md"):
-        return f"{note}; to part them, make each a row, or a file, of its own"
+        return f"{note}; to separate them, make each a row, or a file, of its own"
     parts = f"sys.stdin.read().split('{MARK}')"
     code = f"import json, sys; [print(json.dumps({{'text': part}})) for part in {parts} if part]"
     place = shlex.quote(f"{path.with_suffix('')}.jsonl")
-    return f'{note}; to part them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
+    return f'{note}; to separate them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
 
 
 def _write_header(file: BinaryIO, tokens: int) -> None:

@@ -106,8 +106,8 @@ def _look_up(weight: Tensor, idx: Tensor) -> Tensor:
     """Rows `idx` of a tied embedding, whose backward adds the rows' gradient straight into `weight.grad`.
 
     Autograd would fill a dense gradient of all V rows for the look-up and add it to the head's: at small batches a
-    fifth of a CPU step. The head is the last layer, so its gradient is in `weight.grad` long before this one runs;
-    were it not, the addition would only come first. Invisible to `torch.autograd.grad` and to hooks on `weight`.
+    fifth of a CPU step. The head is the last layer, so its gradient is in `weight.grad` long before this one runs; in
+    the other order the sum would be the same. Invisible to `torch.autograd.grad` and to hooks on `weight`.
     """
     rows = F.embedding(idx, weight.detach())
     if torch.is_grad_enabled():
@@ -188,7 +188,7 @@ class GPT(nn.Module):
         return HeadLoss.apply(x, weight, targets, self.loss_rows, dtype, padded)  # type: ignore[no-any-return, no-untyped-call]
 
     def pad_vocabulary(self, multiple: int = 64) -> None:
-        """Let the head's weight go on in memory, zeros up to a multiple of rows, for products of a rounder size.
+        """Store the head's weight in a buffer padded with zero rows, of a size at which products are faster.
 
         The parameter itself keeps its V rows: nothing that counts, saves, draws or optimises it sees the padding.
         Call it when the model is on its device in its type.

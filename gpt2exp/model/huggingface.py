@@ -119,11 +119,6 @@ class Weights:
         """Whether the files are PyTorch's, not safetensors."""
         return self.files[0].suffix == ".bin"
 
-    @property
-    def sha256(self) -> str:
-        """Of the file, or of the shards' hashes in order."""
-        return joint([sha256(file) for file in self.files])
-
     def refused(self, text: str) -> BadRequest:
         """What is wrong with it, and what to do."""
         return BadRequest(f"{self.said}: {text}")
@@ -141,7 +136,11 @@ class Weights:
                 return replace(found, files=(self.folder / name,))
             index = f"{name}.index.json"
             if (self.folder / index).is_file():
-                files = [self.folder / shard for shard in self._shards(index)]
+                known = self._json(index).get("weight_map")
+                names = sorted({str(shard) for shard in known.values()}) if isinstance(known, dict) else []
+                if not names or any(Path(shard).name != shard for shard in names):  # it lies beside its index
+                    raise self.refused(f"its {index} names no shards; copy or download it again")
+                files = [self.folder / shard for shard in names]
                 if missing := [file.name for file in files if not file.is_file()]:
                     raise self.refused(f"{missing[0]} is missing, of {len(files)} in {index}; put it there")
                 return replace(found, files=tuple(files))
@@ -157,13 +156,6 @@ class Weights:
         except (OSError, ValueError, RecursionError) as error:
             raise self.refused(f"its {name} cannot be read; copy or download it again") from error
         return found
-
-    def _shards(self, index: str) -> list[str]:
-        found = self._json(index).get("weight_map")
-        names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
-        if not names or any(Path(name).name != name for name in names):  # a shard lies beside its index, nowhere else
-            raise self.refused(f"its {index} names no shards; copy or download it again")
-        return names
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -294,17 +286,13 @@ def _check_shapes(found: Weights, shapes: Mapping[str, Sequence[int]], model: Mo
             raise found.refused(f"{why}; copy or download both again")
 
 
-def _ours(name: str) -> str:
-    """Our name for a name in a file: without wrappers' prefixes, with `transformer.`."""
-    name = WRAPPERS.sub("", name)
-    return name if name.startswith("transformer.") or name == HEAD else f"transformer.{name}"
-
-
 def _renamed(found: Weights, names: Iterable[str]) -> dict[str, str]:
     """Names in a file by ours; `BadRequest` if two of them are the same tensor's, one of them wrapped."""
     renamed: dict[str, str] = {}
     for name in names:
-        if (other := renamed.setdefault(_ours(name), name)) != name:
+        bare = WRAPPERS.sub("", name)
+        ours = bare if bare.startswith("transformer.") or bare == HEAD else f"transformer.{bare}"
+        if (other := renamed.setdefault(ours, name)) != name:
             raise found.refused(f"holds both {other} and {name}; save the weights of one model")
     return renamed
 
@@ -365,4 +353,8 @@ def load(gpt: GPT, config: InitConfig) -> dict[str, Any]:
     found = find(str(config.path))
     _check_config(found, gpt.config)
     init.load_weights(gpt, read(found, gpt.config))
-    return {"source": config.path, "files": [file.name for file in found.files], "sha256": found.sha256}
+    return {
+        "source": config.path,
+        "files": [file.name for file in found.files],
+        "sha256": joint([sha256(file) for file in found.files]),
+    }

@@ -100,14 +100,13 @@ def read(folder: Path) -> Checkpoint:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         hashes = state.pop("sha256")
         found = {name: sha256(folder / name) for name in (WEIGHTS, TRAINING)} | {STATE: _sha256_of(state)}
-        if wrong := [name for name in found if found[name] != hashes[name]]:
-            raise Damaged(f"{wrong[0]} is not what was written")
-    except Damaged:
-        raise
+        wrong = [name for name in found if found[name] != hashes[name]]
     except OSError as error:
         raise Damaged(f"{Path(error.filename or folder).name}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{STATE} cannot be read") from error
+    if wrong:
+        raise Damaged(f"{wrong[0]} is not what was written")
     return Checkpoint(folder, state)
 
 
@@ -154,10 +153,6 @@ def _bytes(*parts: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for part in parts for tensor in part.values())
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
 def _sync(path: Path) -> None:
     """Flush a file, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -195,7 +190,11 @@ class Saver:
         size = _bytes(weights, training)
         free = hardware.free_memory(torch.device("cpu")) or 0
         if self.background and free > 2 * size:
-            self._thread = threading.Thread(target=self._write, args=(_copies(weights), _copies(training), state))
+            weights, training = (
+                {name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()}
+                for part in (weights, training)
+            )
+            self._thread = threading.Thread(target=self._write, args=(weights, training, state))
             self._thread.start()
         else:
             self._write(weights, training, state)

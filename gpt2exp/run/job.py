@@ -38,11 +38,7 @@ def run(folder: Path, began: float = BEGAN) -> Summary:
     """Train as `folder`/.hydra says and return the summary. A failure is recorded, not raised.
 
     The run resumes from the newest whole checkpoint in the folder, if there is one. The caller holds the folder's lock
-    (`process.held`).
-
-    Raises:
-        KeyboardInterrupt: a signal stopped the run; it was recorded as interrupted, or as done if it was by then.
-        OSError: the record cannot be written.
+    (`process.held`). Raises KeyboardInterrupt after a signal stopped it, OSError if the record cannot be written.
     """
     config, _, overrides = record.asked(folder)
     with process.deferred() as stop, _session(folder, config, overrides, began, stop) as session:
@@ -104,9 +100,8 @@ def _session(
     record.write_status(folder, "running", record.read_status(folder)["step"])
     saved, parts, metrics = None, [], []
     facts: dict[str, Any] = {"overrides": overrides, "config": plain(config), "seed": config.seed}
-    name = config.wandb.name or ",".join(overrides) or "defaults"
-    about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
-    about["config"] = facts["config"]
+    name, group = config.wandb.name or ",".join(overrides) or "defaults", config.wandb.group or (sweep and sweep.name)
+    about = {"name": name[:128], "group": group, "tags": config.wandb.tags, "config": facts["config"]}
     if record.saved(folder):  # a new run does not wait for torch here
         from gpt2exp.run import checkpoint
 
@@ -130,8 +125,10 @@ def _train(session: Session, config: RunConfig) -> None:
     files = session.files
     hardware.reset_peak_memory(hardware.resolve_device(config.train.device))
     source = tokens.prepare(config.data)
-    if session.saved is not None:
-        config = _as_before(config, source, session.saved)
+    if session.saved is not None:  # as the run's first part settled it
+        check_same_text(config, source, session.saved.state["data"]["sha256"])
+        settled = {key: value for key, value in session.saved.state["settled"].items() if key in setup.SETTLED}
+        config = replace(config, train=replace(config.train, tokens_per_step=None, **settled))
     with setup.ready(config, source) as ready:
         setup.keep_memory(ready.config, ready.device)
         setup.check_text(ready.config, source)
@@ -147,13 +144,6 @@ def _train(session: Session, config: RunConfig) -> None:
             if files.metrics:
                 files.measured |= {**trainer.timing(), "peak_memory_bytes": session.peak}
         files.measured["mfu"] = _mfu(ready.config, ready.device, ready.got, files.measured["tokens_per_second"])
-
-
-def _as_before(config: RunConfig, source: tokens.TokenFile, saved: checkpoint.Checkpoint) -> RunConfig:
-    """The configuration with what the run's first part settled; `BadRequest` if the text is another."""
-    check_same_text(config, source, saved.state["data"]["sha256"])
-    settled = {key: value for key, value in saved.state["settled"].items() if key in setup.SETTLED}
-    return replace(config, train=replace(config.train, tokens_per_step=None, **settled))
 
 
 def check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
@@ -192,11 +182,13 @@ def _describe(session: Session, ready: setup.Ready) -> None:
 def _check_memory(ready: setup.Ready) -> None:
     """Raise `MemoryError` if the estimate is a tenth above what is free: the system would kill the whole sweep."""
     need, free = ready.need, ready.here.free
-    if free is None or need <= 1.1 * free:
-        return
-    batch = setup.fitting_batch(ready.config, ready.here)
-    hint = f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
-    raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
+    if free is not None and need > 1.1 * free:
+        hint = _smaller(setup.fitting_batch(ready.config, ready.here))
+        raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
+
+
+def _smaller(batch: int | str | None) -> str:
+    return f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
 
 
 def _built(session: Session, ready: setup.Ready) -> Trainer:
@@ -310,8 +302,7 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
     if distributed.is_peer_lost(problem):
         return "failed", f"one of the run's {distributed.world_size()} processes ended, or can no longer be reached"
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
-        smaller = AUTO if config.train.batch_size == AUTO else config.train.sequences // 2
-        hint = f"try train.batch_size={smaller}" if smaller else "try a smaller model or a shorter train.seq_len"
+        hint = _smaller(AUTO if config.train.batch_size == AUTO else config.train.sequences // 2)
         return "failed", f"out of memory, where about {(need or 0) / 2**30:.1f} GiB were expected to be enough; {hint}"
     if isinstance(problem, (BadRequest, AssetError, MemoryError)):
         return "failed", line

@@ -223,8 +223,10 @@ def writing(what: str, remedy: str) -> Iterator[None]:
 
 
 def unwritable(error: OSError) -> str:
-    """The line for a full disk or a folder that was taken away."""
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    """The line for a full disk or a folder that was taken away; an error of our own says all itself."""
+    if error.errno is None:
+        return str(error)
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     return f"{what}; make room, or name another folder"
 
 

@@ -43,12 +43,8 @@ def facts() -> dict[str, Any]:
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
-    return {
-        "versions": versions,
-        "git": _git(),
-        "platform": platform.platform(terse=True),
-        "machine": process.machine(),
-    }
+    system, machine = platform.platform(terse=True), process.machine()
+    return {"versions": versions, "git": _git(), "platform": system, "machine": machine}
 
 
 def _git() -> dict[str, Any] | None:
@@ -99,7 +95,8 @@ class Record:
         self.folder, self.facts, self.began, self.metrics = folder, facts, began, list(metrics)
         self.measured: dict[str, Any] = dict.fromkeys(MEASURED)
         """What the run measured of itself so far, `MEASURED` by name."""
-        self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": _now()}
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": started}
         self._opened, self._training_began = time.time(), 0.0
         for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
             left.unlink(missing_ok=True)
@@ -142,9 +139,12 @@ class Record:
         parts = self.parts
         wall = {name: sum(part[name] for part in parts) for name in ("startup", "train")}
         wall["total"] = wall["startup"] + wall["train"]
-        figures = losses(self.metrics, from_outside(self.facts["config"]))
-        summary = {"state": state, "error": error, **self.facts, **figures, **self.measured}
-        summary |= {
+        summary = {
+            "state": state,
+            "error": error,
+            **self.facts,
+            **losses(self.metrics, from_outside(self.facts["config"])),
+            **self.measured,
             "steps": len(self.metrics),
             "tokens": self.metrics[-1]["tokens"] if self.metrics else 0,
             "wall_seconds": {name: round(seconds, 3) for name, seconds in wall.items()},
@@ -155,10 +155,6 @@ class Record:
         write_json(self.folder / "summary.json", summary)
         write_status(self.folder, state, len(self.metrics), error)
         return cast("Summary", summary)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
@@ -197,9 +193,7 @@ def written(folder: Path) -> dict[str, Any]:
 def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
     """What a run was asked, by its `.hydra`: its configuration, what of that is no key today, and its overrides.
 
-    Raises:
-        choices.Refused: the configuration names code that may not run here.
-        BadRequest: it cannot be read, or no run can have that configuration.
+    Raises `BadRequest` if it cannot be read or carried out, `choices.Refused` if it names code that may not run here.
     """
     today, unknown, overrides = _asked(folder)
     choices.admit(today)
@@ -210,8 +204,8 @@ def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there."""
     today, unknown, overrides = _asked(folder)
     outside = choices.found_in(today)
-    for section in outside:
-        put(today, section, {"name": outside[section]["name"]} if section == "schedule" else {})
+    for section, values in outside.items():
+        put(today, section, {"name": values["name"]} if section == "schedule" else {})
     config = plain(parse(today))
     for section, values in outside.items():
         put(config, section, dict(values))
@@ -285,12 +279,7 @@ def _schema() -> TypeAdapter[Summary]:
 
 
 def read_summary(folder: Path) -> Summary:
-    """`summary.json` of a run folder.
-
-    Raises:
-        OSError: there is none.
-        ValueError: it is no summary; the text says why.
-    """
+    """`summary.json` of a run folder; OSError if there is none, ValueError (why) if it is no summary."""
     from pydantic import ValidationError
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -328,7 +317,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def kept_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of the steps from the first to the first that is missing."""
+    """The metrics of steps 0, 1, 2, ... up to the first that is missing."""
     rows = enumerate(read_metrics(folder))
     return [row for number, row in itertools.takewhile(lambda pair: pair[0] == pair[1].get("step"), rows)]
 

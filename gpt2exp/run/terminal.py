@@ -22,7 +22,7 @@ from rich.text import Text
 
 from gpt2exp import choices
 from gpt2exp.config import InitScheme, RunConfig, TrainConfig
-from gpt2exp.run.metrics import COLUMNS, METRICS, Metric, Summary, from_outside, judged, shown
+from gpt2exp.run.metrics import COLUMNS, METRICS, Summary, from_outside, judged, shown
 from gpt2exp.schema import plain
 from gpt2exp.section import SOURCE, typed
 from gpt2exp.training import distributed, load
@@ -108,6 +108,7 @@ class View:
         self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_interactive)
         self._task = self._bar.add_task("training", total=config.train.steps, visible=False)
         self._consoles = [self._log] if progress else [self.console, self._log]
+        self._metrics = (*METRICS, *from_outside(plain(config)))
 
     def __enter__(self) -> View:
         log.addHandler(self._handler)
@@ -179,7 +180,9 @@ class View:
         """Count a step; print its line if one is due."""
         self._bar.update(self._task, completed=metrics["step"] + 1, visible=True)
         if due(metrics, self.config.train):
-            self._print(step_line(metrics, from_outside(plain(self.config))), *self._consoles)
+            # the tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured
+            measured = (row for row in self._metrics if row.step and row.key in metrics)
+            self._print(" | ".join(row.step.format(metrics[row.key]) for row in measured), *self._consoles)
 
     def close(self, summary: Summary, folder: Path, sync: Path | None) -> None:
         """How it went; `sync`: wandb's folder to upload, if it was offline."""
@@ -234,12 +237,6 @@ def to_go_on(folder: Path, *configs: RunConfig) -> str:
     folders = sorted({str(Path(source).parent) for source in sources} - {str(Path.cwd())})
     flags = ["--config-dir", *folders] if len(folders) == 1 else ["--trust"] if folders else []
     return f"{distributed.program()} {pasted(*flags, typed('resume', place(folder)))}"
-
-
-def step_line(metrics: dict[str, Any], more: Sequence[Metric] = ()) -> str:
-    """The tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured, and `more`."""
-    shown = (row for row in (*METRICS, *more) if row.step and row.key in metrics)
-    return " | ".join(row.step.format(metrics[row.key]) for row in shown)
 
 
 def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str, str]:

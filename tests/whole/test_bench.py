@@ -5,6 +5,7 @@ script of the throughput finding adds the machine's limits to that. No time is a
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from support import SMALL
 from gpt2exp import bench
 from gpt2exp.section import BadRequest
 
+THROUGHPUT = Path(__file__).parents[2] / "experiments" / "throughput"
 TINY = [*SMALL, "train.seq_len=16", "wandb.mode=disabled"]
 ONCE = [*TINY, "--pairs", "1", "--steps", "3", "--peer-command"]
 
@@ -32,13 +34,12 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     peer = """python -c 'print("noise"); print("{\\"ms_median\\": 5, \\"first_ms\\": 6, \\"peak_rss_mib\\": 7}")'"""
     args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "2", "--steps", "4"]
-    args += ["--beside", "2"]
     done = run(*args, "--out", "found/bench.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert json.loads((folder / "found" / "bench.json").read_text()) == found
     assert sorted(path.name for path in folder.iterdir()) == ["found"]  # a bench is no run: nothing else is written
-    for text in ("step time", "whole process", "peak memory", "2 at once: a step"):
+    for text in ("step time", "whole process", "peak memory"):
         assert text in done.stdout
     return found
 
@@ -48,8 +49,7 @@ def with_roof(result: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     """The same with the machine's limits, added by the script."""
     file = tmp_path_factory.mktemp("roof") / "bench.json"
     file.write_text(json.dumps(result))
-    script = Path(__file__).parents[2] / "experiments" / "throughput" / "roofline.py"
-    line = [sys.executable, str(script), *TINY, "--steps", "4", "--verify", "--bench", str(file)]
+    line = [sys.executable, str(THROUGHPUT / "roofline.py"), *TINY, "--steps", "4", "--verify", "--bench", str(file)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=file.parent, check=False)
     assert done.returncode == 0, done.stderr
     for text in ("matrix products alone", "of it", "losses of 4 steps are off the plain path's by at most"):
@@ -77,11 +77,18 @@ def test_ratios_are_taken_pair_by_pair(result: dict[str, Any]) -> None:
             assert found["median"] == pytest.approx(sum(pairs) / 2)
 
 
-def test_two_at_once_are_timed_beside_one_alone(result: dict[str, Any]) -> None:
-    beside, alone = result["beside"], [row["gpt2exp"]["ms_median"] for row in result["rounds"]]
-    assert (beside["processes"], [len(found) for found in beside["ms_medians"]]) == (2, [2, 2])
-    ratios = [max(found) / one for found, one in zip(beside["ms_medians"], alone, strict=True)]
-    assert beside["ratio"] == {"median": sum(ratios) / 2, "min": min(ratios), "max": max(ratios), "n": 2}
+def test_two_at_once_are_timed_beside_one_alone(tmp_path: Path) -> None:
+    line = [sys.executable, str(THROUGHPUT / "beside.py"), "2", *TINY, "--pairs", "1", "--steps", "3"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 at once: a step takes" in done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
+    (alone,), (several,) = found["alone"], found["ms_medians"]
+    assert (found["processes"], len(several)) == (2, 2)
+    assert found["ratio"]["median"] == max(several) / alone
+    line[2] = "1"
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr[:14]) == (2, "beside.py: 1 -")
 
 
 def test_processes_at_once_begin_together(tmp_path: Path) -> None:
@@ -94,10 +101,11 @@ print("built", flush=True)
 sys.stdin.readline()
 print(json.dumps({"ms_median": len(list(here.iterdir()))}))
 """
-    found = bench._at_once([sys.executable, "-c", code, str(tmp_path)], 3)
+    at_once = runpy.run_path(str(THROUGHPUT / "beside.py"))["at_once"]
+    found = at_once([sys.executable, "-c", code, str(tmp_path)], 3)
     assert [row["ms_median"] for row in found] == [3, 3, 3]
     with pytest.raises(bench.ContestantError, match="exit code 1"):
-        bench._at_once(["false"], 2)
+        at_once(["false"], 2)
 
 
 def test_losses_are_held_against_the_plain_path(with_roof: dict[str, Any]) -> None:
@@ -134,7 +142,6 @@ def test_the_floor_is_its_parts(with_roof: dict[str, Any]) -> None:
         (["model.n_layers=3"], 2, "gpt2exp-bench: model.n_layers=3: no such key; did you mean model.n_layer?"),
         (["seed=1,2"], 2, "gpt2exp-bench: seed=1,2: several values make a sweep"),
         (["--steps", "2"], 2, "gpt2exp-bench: --steps 2 --pairs 3: at least 3 steps and one pair"),
-        (["--beside", "1"], 2, "gpt2exp-bench: --beside 1: at least two at once; one is timed anyway"),
         (["experiment=throughput"], 2, "gpt2exp-bench: gpt2exp-bench times one configuration"),
         ([*ONCE, "false"], 1, "gpt2exp-bench: false: exit code 1"),
         (
