@@ -130,7 +130,6 @@ def _train(session: Session, config: RunConfig) -> None:
         settled = {key: value for key, value in session.saved.state["settled"].items() if key in setup.SETTLED}
         config = replace(config, train=replace(config.train, tokens_per_step=None, **settled))
     with setup.ready(config, source) as ready:
-        setup.keep_memory(ready.config, ready.device)
         setup.check_text(ready.config, source)
         _describe(session, ready)
         _check_memory(ready)
@@ -266,7 +265,6 @@ def follow() -> int:
             source = tokens.prepare(config.data)
             check_same_text(config, source, text)
             with setup.ready(config, source) as ready:
-                setup.keep_memory(config, ready.device)
                 trainer, _ = setup.trainer(ready)
                 if goes_on:
                     trainer.restore({}, {})

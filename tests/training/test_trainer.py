@@ -639,8 +639,8 @@ config = RunConfig(
     model=ModelConfig(**shape), train=TrainConfig(**train), precision=PrecisionConfig(name=PrecisionName(name))
 )
 cpu = torch.device("cpu")
-if kept:
-    setup.keep_memory(config, cpu)
+if not kept:
+    hardware.keep_freed_memory = lambda **_: False
 hardware.reset_peak_memory(cpu)
 with setup.ready(config) as ready:
     job, _ = setup.trainer(ready)
