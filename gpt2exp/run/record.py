@@ -93,8 +93,7 @@ class Record:
         `metrics`, `parts`: of a run that resumes, the steps it resumes from and its earlier parts.
         """
         self.folder, self.facts, self.began, self.metrics = folder, facts, began, list(metrics)
-        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)
-        """What the run measured of itself so far, `MEASURED` by name."""
+        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)  # of itself, so far
         started = datetime.now(UTC).isoformat(timespec="seconds")
         self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": started}
         self._opened, self._training_began = time.time(), 0.0
@@ -341,10 +340,8 @@ class Sweep:
     folders: list[str] | None = None  # the jobs' folders by number; None where a sweeper makes up the jobs
     cwd: str = "."  # where relative paths start
     launched: float = 0.0  # when its newest launch began, in seconds since 1970
-    looks: list[int] = field(default_factory=list)
-    """Numbers of seeds at which it looks, as decided before its first run; empty where it runs all its jobs."""
-    rule: dict[str, Any] = field(default_factory=dict)
-    """What else was decided then: its `axes`, `margin`, `max_seeds` and `max_hours`."""
+    looks: list[int] = field(default_factory=list)  # numbers of seeds at which it looks; empty where it runs all jobs
+    rule: dict[str, Any] = field(default_factory=dict)  # by what it ends: `axes`, `margin`, `max_seeds`, `max_hours`
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:

@@ -145,11 +145,8 @@ PROCESS_BYTES = _process_bytes()
 """Resident memory of Python with PyTorch and wandb loaded: counted on a CPU, where the process is what fills up.
 PyTorch built for CUDA, which PyPI gives to Linux, takes twice as much, with or without a GPU."""
 
-SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")
-"""Keys of `train` that a run reports as they came out."""
-
-NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)
-"""Sizes that `train.batch_size=auto` tries, largest first."""
+SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")  # settled by a run
+NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)  # for batch_size=auto, largest first
 
 
 def memory(config: RunConfig, here: Hardware) -> int:

@@ -120,8 +120,7 @@ class Trainer:
         self.steps_done = 0
         self._unclipped: Tensor | None = None
         self.step_seconds: list[float] = []  # duration of every step done, the first ones included
-        self.step_waits: list[float | None] = []
-        """Seconds that the threads waited for a core in each (`load.waited`); None where that is not known."""
+        self.step_waits: list[float | None] = []  # seconds its threads waited for a core (`load.waited`), if known
         self._spinning = load.spinning(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.began_at = [0]  # steps at which the run (re)started; the warm-up steps after each are not timed
 
