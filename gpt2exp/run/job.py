@@ -172,7 +172,6 @@ def _describe(session: Session, ready: setup.Ready) -> None:
         "estimated_memory_bytes": ready.need,
         "outside": choices.about(config),
         "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
-        "environment": record.environment_overrides(),
         **record.facts(),
     }
     session.view.header(session.files.facts, session.files.folder, config)

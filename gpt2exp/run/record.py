@@ -37,14 +37,21 @@ if TYPE_CHECKING:
 
 
 def facts() -> dict[str, Any]:
-    """Versions and source revision: an allow-list, so that nothing else of the environment is recorded."""
+    """Versions, revision and variables: an allow-list, so that nothing else of the environment is recorded."""
     import torch
 
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
-    system, machine = platform.platform(terse=True), process.machine()
-    return {"versions": versions, "git": _git(), "platform": system, "machine": machine}
+    # what changes the arithmetic or the speed, and no key shows
+    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {
+        "environment": {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ},
+        "versions": versions,
+        "git": _git(),
+        "platform": platform.platform(terse=True),
+        "machine": process.machine(),
+    }
 
 
 def _git() -> dict[str, Any] | None:
@@ -58,12 +65,6 @@ def _git() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
-
-
-def environment_overrides() -> dict[str, str]:
-    """Environment variables that change the arithmetic or the speed and that no key shows, where set."""
-    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    return {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ}
 
 
 SWEEP = "sweep.json"  # in a sweep's folder: `Sweep`

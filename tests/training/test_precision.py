@@ -363,7 +363,7 @@ class TestRuntime:
         assert facts["versions"].keys() == expected
         assert facts["versions"]["torch"] == torch.__version__
         assert facts["git"] is None or facts["git"].keys() == {"commit", "dirty"}
-        overrides = record.environment_overrides()
+        overrides = record.facts()["environment"]
         assert (overrides["OMP_NUM_THREADS"], overrides["GOMP_SPINCOUNT"]) == ("3", "1000")
         assert "NVIDIA_TF32_OVERRIDE" not in overrides
         recorded = json.dumps([facts, overrides])
