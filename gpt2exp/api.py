@@ -59,7 +59,6 @@ def trainer(config: RunConfig) -> Trainer:
 
     setup.check_weights(config.init, config.model)
     with setup.ready(config) as ready:
-        setup.keep_memory(ready.config, ready.device)
         setup.check_text(ready.config, ready.source)
         return setup.trainer(ready, by_hand=True)[0]
 

@@ -191,7 +191,6 @@ def _ratios(rounds: Sequence[Mapping[str, Result]], peer: str) -> dict[str, dict
 def ours(config: RunConfig, args: argparse.Namespace, begin: Callable[[], object] = lambda: None) -> Result:
     """Step times of the trainer that a run of `config` builds; `begin` is called once it is built."""
     with setup.ready(config) as ready:
-        setup.keep_memory(ready.config, ready.device)
         trainer, _origin = setup.trainer(ready)
         begin()
         done = [trainer.timed_step() for _ in range(args.steps)]

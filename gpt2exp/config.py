@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 
 from gpt2exp.section import AUTO, SWITCH, Section, choice_of, chosen, home, option, require, typed
 
-LOSS_ROWS = 1024
-"""`train.loss_chunk=auto`: 512 rows at a time cost 4 % of the head's time at GPT-2's size, 256 cost 10 %."""
+LOSS_ROWS = 1024  # `train.loss_chunk=auto`; 512 cost 4 % of the head's time at GPT-2's size, 256 cost 10 %
 
 
 class InitScheme(StrEnum):
@@ -78,8 +77,7 @@ class SlotConfig(Section):
 
     name: str = option("gpt2", "chosen by model/SLOT=NAME")
     inside: ClassVar[str] = "model."
-    target: ClassVar[str]
-    """The module's class, as `package.module:Class`; called with the model's config and the keys beside `name`."""
+    target: ClassVar[str]  # `package.module:Class`, called with the model's config and the keys but `name`
 
     def build(self, model: ModelConfig) -> Any:
         """The module, a new one at each call."""
@@ -303,8 +301,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
     schedule_steps: int | None = option(None, "cosine: steps until min_lr is reached; null: train.steps", at_least=1)
-    moments: ClassVar[int] = 2
-    """Numbers kept for each weight beside it and its gradient; of code from outside, whose number nobody knows, 2."""
+    moments: ClassVar[int] = 2  # numbers kept for each weight beside it and its gradient; of code from outside a guess
 
     def agree(self) -> None:
         if self.schedule != Schedule.cosine:

@@ -82,8 +82,7 @@ def option(
     return field(default=default, metadata=facts)
 
 
-BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
-"""`option`'s limits, each with what a value has to be to it."""
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}  # how a value compares to each limit
 
 
 def check(section: Section) -> None:
@@ -155,12 +154,10 @@ def chosen(section: str, name: object = None) -> type[Any]:
     return choices[str(name)] if name is not None else next(iter(choices.values()))
 
 
-OUTSIDE: dict[tuple[str, str, str], type[Any]] = {}
-"""The classes of choices from outside whose code may run in this process, by section, `_target_` and `_sha256_`."""
+OUTSIDE: dict[tuple[str, str, str], type[Any]] = {}  # by section, `_target_`, `_sha256_`: classes of admitted code
 
 
-TARGET, SOURCE, SHA256 = "_target_", "_source_", "_sha256_"
-"""Keys of a choice from outside (`gpt2exp.choices`): MODULE.NAME, the file it was found in, and that file's hash."""
+TARGET, SOURCE, SHA256 = "_target_", "_source_", "_sha256_"  # of code from outside: MODULE.NAME, its file, its hash
 
 
 def class_of(section: str, values: Mapping[str, Any]) -> type[Any]:

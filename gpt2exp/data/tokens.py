@@ -39,9 +39,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = 50256  # the id placed between documents
 MARK = "<|endoftext|>"  # its name; where a text itself contains this, it is tokenised as ordinary letters
 FORMAT = "gpt2-npy"  # part of a folder's name: the tokenizer and the version of the folder's contents
-BIGRAM_TOKENS = 10_000_000
-"""The longest text whose pairs of tokens are counted, which takes about 30 bytes a token: 0.3 GB here."""
-
+BIGRAM_TOKENS = 10_000_000  # the longest text whose pairs of tokens are counted, in 0.3 GB: 30 bytes a token
 Tokens: TypeAlias = npt.NDArray[np.uint16]
 log = logging.getLogger(__name__)
 
@@ -57,8 +55,7 @@ class TokenFile:
     distinct_tokens: int
     max_token: int
     unigram_entropy: float  # in nats: the loss of guessing each token by its frequency
-    bigram_entropy: float | None
-    """Of a token given the one before, in nats; None where the text is longer than `BIGRAM_TOKENS`."""
+    bigram_entropy: float | None  # of a token given the one before, in nats; None beyond `BIGRAM_TOKENS`
     tokens_sha256: str  # of the tokens as little-endian uint16
     revision: str | None = None  # the commit, of a dataset on the Hub
 
@@ -284,9 +281,7 @@ def encoded(pieces: Pieces) -> Iterator[Tokens]:
 
 END = np.array([END_OF_TEXT], dtype="<u2")
 WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-LONG = 100_000
-"""Characters of white space in a row that tiktoken's regular expression can match; a million overflow its stack."""
-
+LONG = 100_000  # characters of white space in a row that tiktoken can match; a million overflow its stack
 _LONG_RUN = re.compile(rf"{WHITE}{{{LONG},}}(?:\Z|(?={WHITE}))")
 
 

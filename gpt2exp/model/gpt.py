@@ -130,11 +130,8 @@ class Transformer(nn.Module):
         self.wpe = config.position.build(config)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = config.norm.build(config)
-        self.gradient_in_place = False
-        """See `_look_up`: for a caller that trains by `loss.backward()` alone and ties the weights."""
-        self.recompute = False
-        """Keep only what enters a block and compute the rest again in backward (Chen et al. 2016): of a block's
-        17 numbers per token and channel, 1 stays."""
+        self.gradient_in_place = False  # see `_look_up`: for tied weights trained by `loss.backward()` alone
+        self.recompute = False  # keep only a block's input and compute the rest again in backward (Chen et al. 2016)
 
     def forward(self, idx: Tensor) -> Tensor:
         """Tokens (B, T) to what the head reads, (B, T, C)."""

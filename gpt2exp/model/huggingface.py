@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 
 CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""The files of weights, the preferred one first; `NAME.index.json` lists shards."""
-
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the preferred file first; `NAME.index.json` lists its shards
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Names, by their ends, of the matrices that Hugging Face keeps as (in, out)."""
@@ -55,8 +53,7 @@ KEYS = {
 }
 """Our keys of `model` and Hugging Face's of `config.json`; the defaults are the same (GPT2Config's)."""
 
-SHAPE = [key for key in KEYS if key != "tie_weights"]
-"""Keys in which weights and model must agree; tied weights can be loaded untied."""
+SHAPE = [key for key in KEYS if key != "tie_weights"]  # what weights and model must agree in: tied weights load untied
 
 GPT2: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

@@ -130,7 +130,6 @@ def _train(session: Session, config: RunConfig) -> None:
         settled = {key: value for key, value in session.saved.state["settled"].items() if key in setup.SETTLED}
         config = replace(config, train=replace(config.train, tokens_per_step=None, **settled))
     with setup.ready(config, source) as ready:
-        setup.keep_memory(ready.config, ready.device)
         setup.check_text(ready.config, source)
         _describe(session, ready)
         _check_memory(ready)
@@ -173,7 +172,6 @@ def _describe(session: Session, ready: setup.Ready) -> None:
         "estimated_memory_bytes": ready.need,
         "outside": choices.about(config),
         "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
-        "environment": record.environment_overrides(),
         **record.facts(),
     }
     session.view.header(session.files.facts, session.files.folder, config)
@@ -266,7 +264,6 @@ def follow() -> int:
             source = tokens.prepare(config.data)
             check_same_text(config, source, text)
             with setup.ready(config, source) as ready:
-                setup.keep_memory(config, ready.device)
                 trainer, _ = setup.trainer(ready)
                 if goes_on:
                     trainer.restore({}, {})

@@ -67,8 +67,7 @@ COLUMNS = [row for of in ("loss", "speed", "memory") for row in METRICS if row.c
 """Those that tables of runs show, in their order."""
 
 BY_KEY = {metric.key: metric for metric in METRICS}
-MEASURED = tuple(metric.key for metric in METRICS if metric.measured)
-"""The summary's fields about speed and memory, null until measured."""
+MEASURED = tuple(metric.key for metric in METRICS if metric.measured)  # about speed and memory, null until measured
 
 
 def from_outside(config: Mapping[str, Any]) -> tuple[Metric, ...]:

@@ -37,14 +37,21 @@ if TYPE_CHECKING:
 
 
 def facts() -> dict[str, Any]:
-    """Versions and source revision: an allow-list, so that nothing else of the environment is recorded."""
+    """Versions, revision and variables: an allow-list, so that nothing else of the environment is recorded."""
     import torch
 
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
-    system, machine = platform.platform(terse=True), process.machine()
-    return {"versions": versions, "git": _git(), "platform": system, "machine": machine}
+    # what changes the arithmetic or the speed, and no key shows
+    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {
+        "environment": {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ},
+        "versions": versions,
+        "git": _git(),
+        "platform": platform.platform(terse=True),
+        "machine": process.machine(),
+    }
 
 
 def _git() -> dict[str, Any] | None:
@@ -58,12 +65,6 @@ def _git() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
-
-
-def environment_overrides() -> dict[str, str]:
-    """Environment variables that change the arithmetic or the speed and that no key shows, where set."""
-    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    return {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ}
 
 
 SWEEP = "sweep.json"  # in a sweep's folder: `Sweep`
@@ -93,8 +94,7 @@ class Record:
         `metrics`, `parts`: of a run that resumes, the steps it resumes from and its earlier parts.
         """
         self.folder, self.facts, self.began, self.metrics = folder, facts, began, list(metrics)
-        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)
-        """What the run measured of itself so far, `MEASURED` by name."""
+        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)  # of itself, so far
         started = datetime.now(UTC).isoformat(timespec="seconds")
         self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": started}
         self._opened, self._training_began = time.time(), 0.0
@@ -341,10 +341,8 @@ class Sweep:
     folders: list[str] | None = None  # the jobs' folders by number; None where a sweeper makes up the jobs
     cwd: str = "."  # where relative paths start
     launched: float = 0.0  # when its newest launch began, in seconds since 1970
-    looks: list[int] = field(default_factory=list)
-    """Numbers of seeds at which it looks, as decided before its first run; empty where it runs all its jobs."""
-    rule: dict[str, Any] = field(default_factory=dict)
-    """What else was decided then: its `axes`, `margin`, `max_seeds` and `max_hours`."""
+    looks: list[int] = field(default_factory=list)  # numbers of seeds at which it looks; empty where it runs all jobs
+    rule: dict[str, Any] = field(default_factory=dict)  # by what it ends: `axes`, `margin`, `max_seeds`, `max_hours`
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:

@@ -210,8 +210,7 @@ def short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second", "waited_ms"}
-"""The figures that every step has; all others are measured at some of them."""
+STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second", "waited_ms"}  # figures that every step has
 
 
 def due(metrics: dict[str, Any], train: TrainConfig) -> bool:

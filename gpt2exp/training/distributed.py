@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-TIMEOUT = timedelta(hours=6)
-"""For a collective: rank 0 may tokenise a large text meanwhile. A process that dies is noticed at once, by its closed
-connections and by torchrun."""
-
+TIMEOUT = timedelta(hours=6)  # of a collective, while rank 0 may tokenise; a process that died is noticed at once
 T = TypeVar("T")
 _alone = False
 _sent = False  # whether rank 0 has broadcast the task

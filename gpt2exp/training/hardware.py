@@ -88,8 +88,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-WORTH_COMPILING = 1000
-"""Steps from which `train.compile=auto` compiles on CUDA: a guess, not measured; on the CPU nothing was won."""
+WORTH_COMPILING = 1000  # steps from which `train.compile=auto` compiles on CUDA: a guess, not measured
 
 
 def settle(train: TrainConfig, device: torch.device) -> TrainConfig:

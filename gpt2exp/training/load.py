@@ -15,12 +15,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""Environment variables that say how long OpenMP's threads spin; a user who sets one is left alone."""
-
-DISTURBED = 0.05
-"""A step is disturbed if its threads waited longer for a core, all together, than this share of its duration."""
-
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # say how long OpenMP's threads spin; what a user sets stays
+DISTURBED = 0.05  # a step is disturbed if its threads waited for a core for more than this share of it
 HELD = 0.2  # from this share on another program holds a core for good, and spinning does more harm than good
 TOO_MANY = 0.5  # above this share of disturbed steps a run's speed is the machine's load and not the run's
 

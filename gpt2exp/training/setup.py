@@ -84,14 +84,6 @@ def ready(config: RunConfig, source: tokens.TokenFile | None = None) -> Iterator
         yield Ready(config, device, got, source, here, memory(config, here))
 
 
-def keep_memory(config: RunConfig, device: torch.device) -> None:
-    """Have freed memory kept for the next step where that helps: on a CPU, and within what a tight run may take."""
-    from gpt2exp.training import hardware
-
-    if device.type == "cpu":
-        hardware.keep_freed_memory(tight=config.train.activation_checkpointing is True)
-
-
 def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = False) -> tuple[Trainer, dict[str, Any]]:
     """The trainer, with first weights or a checkpoint's, and where they came from (`start`).
 
@@ -105,6 +97,8 @@ def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = Fa
     from gpt2exp.training.trainer import Trainer
 
     config, device, got, source = ready.config, ready.device, ready.got, ready.source
+    if device.type == "cpu":
+        hardware.keep_freed_memory(tight=config.train.activation_checkpointing is True)
     with torch.device(device):
         gpt = GPT(config.model).to(got.weights)
     if hardware.pads_vocabulary(config.train.pad_vocab, device) and not distributed.is_sharded(config.distributed):
@@ -151,11 +145,8 @@ PROCESS_BYTES = _process_bytes()
 """Resident memory of Python with PyTorch and wandb loaded: counted on a CPU, where the process is what fills up.
 PyTorch built for CUDA, which PyPI gives to Linux, takes twice as much, with or without a GPU."""
 
-SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")
-"""Keys of `train` that a run reports as they came out."""
-
-NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)
-"""Sizes that `train.batch_size=auto` tries, largest first."""
+SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")  # settled by a run
+NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)  # for batch_size=auto, largest first
 
 
 def memory(config: RunConfig, here: Hardware) -> int:

@@ -69,11 +69,14 @@ def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | li
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient is no longer a finite number; `step` says at which step."""
+    """The loss or the gradient is no longer a finite number."""
 
-    def __init__(self, step: int, what: str, value: float) -> None:
-        super().__init__(f"{what} became {value} at step {step}")
-        self.step = step
+
+def finite(value: float, what: str, step: int) -> float:
+    """The value itself; `Diverged` if it is infinite or not a number."""
+    if math.isfinite(value):
+        return value
+    raise Diverged(f"{what} became {value} at step {step}")
 
 
 class Trainer:
@@ -117,8 +120,7 @@ class Trainer:
         self.steps_done = 0
         self._unclipped: Tensor | None = None
         self.step_seconds: list[float] = []  # duration of every step done, the first ones included
-        self.step_waits: list[float | None] = []
-        """Seconds that the threads waited for a core in each (`load.waited`); None where that is not known."""
+        self.step_waits: list[float | None] = []  # seconds its threads waited for a core (`load.waited`), if known
         self._spinning = load.spinning(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.began_at = [0]  # steps at which the run (re)started; the warm-up steps after each are not timed
 
@@ -250,25 +252,20 @@ class Trainer:
                 metrics |= self._measure_before_step(thorough=number == 0 or last or due)
             loss, seconds, waits = self.timed_step()
             metrics |= {
-                "loss": float(dist.all_mean(loss)),
+                "loss": finite(float(dist.all_mean(loss)), "loss", number),
                 "tokens": self.steps_done * config.step_tokens,
                 "step_ms": seconds * 1e3,
                 "tokens_per_second": config.step_tokens / seconds,
             }
             if waits is not None:
                 metrics["waited_ms"] = waits * 1e3
-            if not math.isfinite(metrics["loss"]):
-                raise Diverged(number, "loss", metrics["loss"])
             if measure:
                 norm = grad_norm(self.model) if self._unclipped is None else float(self._unclipped)
-                if math.isfinite(norm):
-                    metrics["grad_norm"] = norm
-                elif not self.scaler.is_enabled():  # a scaled step that overflows is skipped, and the scale lowered
-                    raise Diverged(number, "grad_norm", norm)
+                # a scaled step that overflows is skipped, and the scale lowered
+                if math.isfinite(norm) or not self.scaler.is_enabled():
+                    metrics["grad_norm"] = finite(norm, "grad_norm", number)
             if len(self.batches.held_out) and (last or due):
-                metrics["val_loss"] = self.evaluate()
-                if not math.isfinite(metrics["val_loss"]):  # the update just made broke the model
-                    raise Diverged(number, "val_loss", metrics["val_loss"])
+                metrics["val_loss"] = finite(self.evaluate(), "val_loss", number)
             self.step_seconds.append(seconds)
             self.step_waits.append(waits)
             yield metrics

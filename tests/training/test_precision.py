@@ -358,15 +358,15 @@ class TestRuntime:
         monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
         monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
         facts = record.facts()
-        assert facts.keys() == {"versions", "git", "platform", "machine"}
+        assert facts.keys() == {"environment", "versions", "git", "platform", "machine"}
         expected = {"python", "gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb"}
         assert facts["versions"].keys() == expected
         assert facts["versions"]["torch"] == torch.__version__
         assert facts["git"] is None or facts["git"].keys() == {"commit", "dirty"}
-        overrides = record.environment_overrides()
+        overrides = facts["environment"]
         assert (overrides["OMP_NUM_THREADS"], overrides["GOMP_SPINCOUNT"]) == ("3", "1000")
         assert "NVIDIA_TF32_OVERRIDE" not in overrides
-        recorded = json.dumps([facts, overrides])
+        recorded = json.dumps(facts)
         for private in ("secret", "somebody", os.environ["PATH"], str(Path.cwd()), platform.node()):
             assert private not in recorded
 
