@@ -206,7 +206,7 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
                 shutil.rmtree(folder.rename(beside(folder)), ignore_errors=True)
             part.rename(folder)
     if marks:
-        log.warning("%s: %s", text.name, _how_to_part(marks, config))
+        log.warning("%s: %s", text.name, _how_to_split(marks, config))
     return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)  # type: ignore[arg-type]
 
 
@@ -234,7 +234,7 @@ def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> 
     return counts, digest.hexdigest(), marks
 
 
-def _how_to_part(count: int, config: DataConfig) -> str:
+def _how_to_split(count: int, config: DataConfig) -> str:
     """The note on a text that contains `MARK`, with a command that splits a single plain file into JSON lines."""
     note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it separates no documents"
     path = Path(str(config.path)).expanduser()

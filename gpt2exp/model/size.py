@@ -24,7 +24,7 @@ _known: dict[tuple[Any, ...], int] = {}
 
 def parameters(model: ModelConfig) -> dict[str, int]:
     """Parameter counts by part, `total` with a tied tensor once; `BadRequest` if a slot's class cannot be made."""
-    own = {slot: _once(_held, model, slot) for slot in SLOTS}
+    own = {slot: _counted(_count_parameters, model, slot) for slot in SLOTS}
     head = model.vocab_size * model.n_embd
     blocks = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
     parts = {"wte": head, "wpe": own["position"], "blocks": blocks, "ln_f": own["norm"]}
@@ -40,7 +40,7 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     causal half not discounted. Left out, as there: norms, GELU, softmax, rotations, and what is computed again in
     backward. Raises `BadRequest` if a slot's class cannot be made or called, or gives another shape.
     """
-    own = {slot: _once(_forward, model, slot, seq_len) for slot in SLOTS}
+    own = {slot: _counted(_count_flops, model, slot, seq_len) for slot in SLOTS}
     layers = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
     return 3 * ((layers + own["norm"] + own["position"]) // seq_len + 2 * model.vocab_size * model.n_embd)
 
@@ -49,7 +49,9 @@ def kept_beyond_gpt2(model: ModelConfig, seq_len: int) -> int:
     """How many more numbers a block keeps for backward than one with GPT-2's own slots, per token."""
     usual = gpt2_slots(model)
     filled = [slot for slot in BLOCK if getattr(model, slot) != getattr(usual, slot)]
-    more = (_once(_kept, model, slot, seq_len) - _once(_kept, usual, slot, seq_len) for slot in filled)
+    more = (
+        _counted(_count_saved, model, slot, seq_len) - _counted(_count_saved, usual, slot, seq_len) for slot in filled
+    )
     return sum(BLOCK[slot] * numbers for slot, numbers in zip(filled, more, strict=True)) // seq_len
 
 
@@ -88,7 +90,7 @@ def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
     _known[key] = 0
 
 
-def _once(count: Callable[..., int], model: ModelConfig, slot: str, *length: int) -> int:
+def _counted(count: Callable[..., int], model: ModelConfig, slot: str, *length: int) -> int:
     """A count of a slot, made once for a configuration; whatever its class raises names the slot."""
     key = (count, repr(model), slot, *length)
     if key not in _known:
@@ -103,7 +105,7 @@ def _once(count: Callable[..., int], model: ModelConfig, slot: str, *length: int
     return _known[key]
 
 
-def _made(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor]:
+def _on_meta(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor]:
     """A slot's module and a sequence for it, on the meta device."""
     import torch
 
@@ -112,17 +114,17 @@ def _made(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor
         return module.to("meta"), torch.empty(1, length, model.n_embd)  # also what its class made elsewhere
 
 
-def _held(model: ModelConfig, slot: str) -> int:
+def _count_parameters(model: ModelConfig, slot: str) -> int:
     """Numbers in the parameters of a slot's module."""
-    return sum(parameter.numel() for parameter in _made(model, slot, 1)[0].parameters())
+    return sum(parameter.numel() for parameter in _on_meta(model, slot, 1)[0].parameters())
 
 
-def _forward(model: ModelConfig, slot: str, length: int) -> int:
+def _count_flops(model: ModelConfig, slot: str, length: int) -> int:
     """Floating-point operations of the products in a slot's forward pass over a sequence."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    module, x = _made(model, slot, length)
+    module, x = _on_meta(model, slot, length)
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         y = module(x)
     if (shape := getattr(y, "shape", None)) != x.shape:
@@ -131,7 +133,7 @@ def _forward(model: ModelConfig, slot: str, length: int) -> int:
     return int(counter.get_total_flops())
 
 
-def _kept(model: ModelConfig, slot: str, length: int) -> int:
+def _count_saved(model: ModelConfig, slot: str, length: int) -> int:
     """Numbers that a slot's forward pass over a sequence leaves for backward, its parameters and tables aside."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -47,7 +47,7 @@ def grad_norm(model: nn.Module) -> float:
     return math.hypot(*(norm(dist.full_tensor(p.grad)) for p in model.parameters() if p.grad is not None))
 
 
-def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | list[float]]:
+def stream_and_embedding_gradients(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | list[float]]:
     """The residual stream and the token embedding's two gradients on one batch, by one pass through the model.
 
     `residual_rms`: root mean square of the stream as embedded and after each block, n_layer + 1 numbers.
@@ -281,7 +281,7 @@ class Trainer:
             if self.seen is not None:
                 measured["loss_unseen"] = loss_unseen(self.model, x, self.seen)
                 if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
-                    measured |= first_look(self.model, x, y)
+                    measured |= stream_and_embedding_gradients(self.model, x, y)
             if isinstance(self.metric, Outside):
                 measured |= outside.measure(self.metric, self.model, (x, y))
         return measured

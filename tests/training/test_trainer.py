@@ -256,7 +256,7 @@ def test_the_embeddings_two_gradients_are_an_untied_models(tie: bool) -> None:
     idx = torch.randint(40, (4, 17), generator=torch.Generator().manual_seed(0))  # tokens that repeat
     x, y = idx[:, :-1], idx[:, 1:]
     gpt.transformer.gradient_in_place = tie
-    got = trainers.first_look(gpt, x, y)
+    got = trainers.stream_and_embedding_gradients(gpt, x, y)
     assert all(parameter.grad is None for parameter in gpt.parameters())  # the training's gradient is left alone
     apart(x, y).backward()
     for key, weight in (("wte_grad_lookup", apart.transformer.wte.weight), ("wte_grad_head", apart.lm_head.weight)):
