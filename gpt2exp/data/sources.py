@@ -140,24 +140,22 @@ def find(config: DataConfig) -> Text:
 def _by_code(config: Any) -> Pieces:
     """The documents that code from outside yields: texts, or token ids."""
     said = f"data={config.name}"
-    for document in _guarded(said, config):
-        yield None
-        if isinstance(document, str):
-            yield document
-            continue
-        try:
-            ids = np.asarray(document)
-        except ValueError:
-            ids = np.asarray(None)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
-            why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
-            raise BadRequest(f"{said}: {why}; yield str, or lists of int")
-        yield ids.astype("<u2")
-
-
-def _guarded(said: str, config: Any) -> Iterator[Any]:
     try:
-        yield from choices.call(config)
+        for document in choices.call(config):
+            yield None
+            if isinstance(document, str):
+                yield document
+                continue
+            try:
+                ids = np.asarray(document)
+            except ValueError:
+                ids = np.asarray(None)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
+                why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
+                raise BadRequest(f"{said}: {why}; yield str, or lists of int")
+            yield ids.astype("<u2")
+    except BadRequest:
+        raise
     except Exception as error:
         why = f"its code raised {type(error).__name__}: {first_line(error)}"
         raise BadRequest(f"{said}: {why}; mend its code or its keys") from error
@@ -485,16 +483,14 @@ def _streamed(config: DataConfig, commit: str | None, advance: Advance) -> Piece
         raise BadRequest(f"data.{key}={show(value)}: {explain(error)}; name one that {config.path} has") from error
     except Exception as error:
         raise assets.AssetError(f"data.path={config.path}: cannot be loaded ({first_line(error)})") from error
-    stream = enumerate(rows, 1)
     number = 0
-    while True:
-        try:
-            number, row = next(stream, (number, None))
-        except Exception as error:
-            why = f"broke off after row {number} ({first_line(error)})"
-            raise assets.AssetError(f"data.path={config.path}: {why}; start it again") from error
-        if row is None:
-            return
-        for piece in in_row(row, config.field, f"{config.path} row {number}"):
-            advance(len(piece or ""))
-            yield piece
+    try:
+        for number, row in enumerate(rows, 1):
+            for piece in in_row(row, config.field, f"{config.path} row {number}"):
+                advance(len(piece or ""))
+                yield piece
+    except BadRequest:
+        raise
+    except Exception as error:
+        why = f"broke off after row {number} ({first_line(error)})"
+        raise assets.AssetError(f"data.path={config.path}: {why}; start it again") from error
