@@ -401,6 +401,12 @@ def runs_of(study: str) -> list[Run]:
         return list(csv.DictReader(file))
 
 
+def facts(study: str, run: Run) -> dict[str, Any]:
+    """What a record holds of a run by dotted key: what all its runs share, and its own."""
+    told = json.loads(Record(study).stem.with_suffix(".json").read_text())
+    return told["shared"] | {key: json.loads(text) for key, text in run.items() if "." in key and text}
+
+
 def effect(study: str, key: str, arm: str, metric: str) -> Run:
     """One row of a study's results."""
     with Record(study).results.open(newline="") as file:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from publish import HERE, Record, Run, runs_of
+from publish import HERE, facts, runs_of
 
 from gpt2exp.schema import is_housekeeping
 
@@ -44,12 +44,6 @@ def studies() -> list[str]:
 def header(path: Path) -> list[str]:
     """The names of a table's columns."""
     return path.read_text(encoding="utf-8").partition("\n")[0].split(",")
-
-
-def facts(study: str, run: Run) -> dict[str, Any]:
-    """What a record holds of a run by dotted key: what all its runs share, and its own."""
-    told = json.loads(Record(study).stem.with_suffix(".json").read_text())
-    return told["shared"] | {key: json.loads(text) for key, text in run.items() if "." in key and text}
 
 
 def again(known: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from gpt2exp.compare import multiplier
 from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_change, paired
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
-from gpt2exp.compare.rows import Grid, Group, Row, axes_of, figures, of_today, read
+from gpt2exp.compare.rows import Grid, Group, Row, axes_of, compared, figures, of_today, read
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
 from gpt2exp.schema import flatten
 from gpt2exp.section import SOURCE, BadRequest
@@ -127,9 +128,13 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
     BY_KEY.update(own)
     effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, _contended(known), stated)
+    speeds = {(effect.key, effect.arm): effect for effect in effects if effect.metric == SPEED.key}
     for effect in effects:
-        if effect.metric == loss.key and effect.differences:
+        if effect.metric == loss.key and effect.differences and effect.verdict != "not_comparable":
             _trend(effect, grid, before)
+            multiplier.measure(effect, speeds.get((effect.key, effect.arm)), grid, before)
+    unknown = {effect.multiplier_reason: None for effect in effects if effect.steps_factor is None}
+    notes += [f"no compute multiplier: {reason}" for reason in unknown if reason]
     return Comparison(
         runs=rows,
         axes=effects,
@@ -240,7 +245,7 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
         grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
     )
     _estimate(effect, figures(groups, metric, declared=bool(before.schedule)), metric, before)
-    if obstacle := _obstacle(key, metric, groups, contended):
+    if obstacle := _obstacle(key, metric, groups, contended) or (metric is MEMORY and _by_order(effect, groups)):
         effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
     return effect
 
@@ -375,6 +380,25 @@ def _contended(rows: Sequence[Row]) -> set[str]:
                 found |= {longest[2], span[2]}
             longest = max(longest, span, key=lambda one: one[1])
     return found
+
+
+def _by_order(effect: Effect, pairs: Sequence[Group]) -> str:
+    """Why the memory cannot be compared where one process ran several of the runs; empty if it can.
+
+    What an earlier job leaves in the process adds to a later one's peak: by how much shows in runs that are equal but
+    for their seed. No smaller difference between the arms is one.
+    """
+    runs = {row["folder"]: row for pair in pairs for row in pair.runs}.values()
+    processes = [(row.get("machine"), row["pid"]) for row in runs if row.get("pid")]
+    alike: dict[tuple[int, tuple[str, ...]], list[float]] = defaultdict(list)
+    for pair in pairs:
+        for place, row in enumerate(pair.runs):
+            alike[place, pair.where].append(compared(row, MEMORY))
+    most = max(max(peaks) - min(peaks) for peaks in alike.values())
+    if len({*processes}) == len(processes) or abs(effect.mean_difference or 0.0) > most:
+        return ""
+    apart = f"runs that differ in the seed alone are up to {most / MEMORY.scale:,.0f} {MEMORY.unit} apart"
+    return f"one process ran several jobs, and {apart}, more than the arms; sweep.isolate=true measures each by itself"
 
 
 def _distances(grid: Grid) -> list[Distance]:

@@ -54,6 +54,11 @@ METHOD = (
     "seeds named would settle it in four of five studies whose differences go on like these; perhaps: by the upper "
     "80 % limit of their standard deviation. They count further looks, but no correction by Holm. not comparable: the "
     "reason says why.",
+    "compute is the factor on the baseline's steps at which its own curve reaches the arm's final loss, times the "
+    "ratio of speeds: above 1 the arm is worth that many times the baseline's compute. steps leaves the speed out. The "
+    "curve is the validation loss where it was measured along the run, else the smoothed training loss. An arm that "
+    "ends lower than the baseline ever gets has no such factor, only a bound of 1; for it the number says how much "
+    "sooner it reaches the baseline's final loss.",
     "r is the correlation of the two arms over seeds. saved says how many more seeds each arm would need if the arms "
     "shared none; below 0, pairing lost.",
 )
@@ -82,7 +87,9 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     from rich.text import Text
 
     if comparison.axes and not comparison.searched:
-        _show_table(words.effects_table(comparison), console, f"compared in {BY_KEY[comparison.metric].name}")
+        heading = f"compared in {BY_KEY[comparison.metric].name}"
+        heading += f"; {words.WORTH}" * any(words.worth(effect)[0] for effect in comparison.axes)
+        _show_table(words.effects_table(comparison), console, heading)
     for verdict, text in words.sentences(comparison):
         mark = Text(f"{SIGNS[verdict]} ", style=COLOURS.get(verdict, "dim"))
         console.print(mark + Text(text), soft_wrap=True)
@@ -130,16 +137,19 @@ def finite(value: Any) -> Any:
 
 
 def records(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
-    """The effects as column names and rows of exact values: of `ci95` and `parameters` two columns each."""
-    single = [item.name for item in fields(Effect) if item.name not in ("ci95", "parameters")]
+    """The effects as column names and rows of exact values: of each interval and `parameters` two columns."""
+    ends = [item.name for item in fields(Effect) if item.name.endswith("ci95")]
+    single = [item.name for item in fields(Effect) if item.name not in (*ends, "parameters")]
     rows = []
     for effect in comparison.axes:
         row = finite(asdict(effect))
         row["differences"] = json.dumps(row["differences"])
         values = [row[name] for name in single]
-        values += [*(row["ci95"] or (None, None)), *(row["parameters"].get(side) for side in ("baseline", "arm"))]
+        values += itertools.chain(*(row[name] or (None, None) for name in ends))
+        values += [row["parameters"].get(side) for side in ("baseline", "arm")]
         rows.append([printable(value) if isinstance(value, str) else value for value in values])
-    return [*single, "ci95_low", "ci95_high", "baseline_parameters", "arm_parameters"], rows
+    bounds = [f"{name}_{side}" for name in ends for side in ("low", "high")]
+    return [*single, *bounds, "baseline_parameters", "arm_parameters"], rows
 
 
 def table(comparison: Comparison) -> str:
@@ -219,8 +229,8 @@ def escaped(text: str) -> str:
 
 
 def verdict_text(verdict: str) -> str:
-    """A verdict with its sign; the page colours it by the sign."""
-    return f"**{SIGNS[verdict]} {name_of(verdict)}**"
+    """A verdict with its sign, by which the page colours it; empty in a row that has none."""
+    return "" if verdict == words.UNJUDGED else f"**{SIGNS[verdict]} {name_of(verdict)}**"
 
 
 def _md_table(shown: Table) -> list[str]:
@@ -250,7 +260,8 @@ def effects(comparison: Comparison, metrics: Sequence[str] = ()) -> list[str]:
         for *cells, verdict, reason in shown.rows
     ]
     notes = [f"- \\[{number + 1}\\] {escaped(reason)}" for number, reason in enumerate(reasons)]
-    return [*_md_table(Table(shown.columns[:-1], rows)), "", *notes]
+    said = [f"{words.WORTH[0].upper()}{words.WORTH[1:]}.", ""] * any(row[-2] == words.UNJUDGED for row in shown.rows)
+    return [*_md_table(Table(shown.columns[:-1], rows)), "", *said, *notes]
 
 
 def reproduce(comparison: Comparison) -> list[str]:

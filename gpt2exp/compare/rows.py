@@ -32,6 +32,8 @@ class Row(Summary, total=False):
     folder: str
     gone: dict[str, Any]
     """Keys of its configuration that this version does not know."""
+    pid: int | None
+    """The process that ran it, or its last part."""
 
 
 Settings = dict[str, str]
@@ -58,7 +60,7 @@ def read(folders: Sequence[Path]) -> list[Row]:
 
 
 def _row(run: Path, above: Path) -> Row:
-    row = cast("Row", {**record.row(run, above), "folder": str(run)})
+    row = cast("Row", {**record.row(run, above), "folder": str(run), "pid": record.read_status(run).get("pid")})
     if "config" in row:
         return row
     if row["state"] == "done" or (run / "summary.json").exists():

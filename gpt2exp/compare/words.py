@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable
@@ -15,6 +16,11 @@ from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
+
+UNJUDGED = "unjudged"
+"""In place of a verdict, in a row that has none of its own."""
+WORTH = "compute, or steps alone: above 1 the arm is worth that many times the baseline's"
+"""How to read such a row."""
 
 
 class Column(NamedTuple):
@@ -93,6 +99,21 @@ def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, st
     return text, " to ".join(bounds)
 
 
+def worth(loss: Effect) -> tuple[str, str, str]:
+    """What an arm is worth in the baseline's compute, or steps alone: which, how many times, the 95 % interval."""
+    of, factor, interval = "compute", loss.compute_multiplier, loss.compute_multiplier_ci95
+    if factor is None:
+        of, factor, interval = "steps", loss.steps_factor, loss.steps_factor_ci95
+    if factor is None:
+        return "", "", ""
+    low, high = interval or (None, None)
+    resolution = max(0.01, min((high - low) / 2 if low is not None and high is not None else factor / 10, 0.5))
+    text, *ends = (spell(value or 0.0, resolution) for value in (factor, low, high))
+    if interval is None or None not in (low, high):
+        return of, text, " to ".join(ends) if interval else ""
+    return of, "–", f"below {ends[1]}" if high is not None else f"above {ends[0]}" if low is not None else "unknown"
+
+
 def subject(key: str, arm: str) -> str:
     """`key=arm`."""
     return f"{printable(key)}={printable(arm)}"
@@ -158,10 +179,23 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     else:
         where = "above" if (loss.mean_difference or 0) > 0 else "below"
         text = f"{name} ended {size} nats {where} {base} ({reason}){costs}"
-    text += _trend(loss, margin)
+    if loss.pair_correlation is not None and loss.pair_correlation < 0 and loss.verdict != "not_comparable":
+        text += "; the two arms go against each other over the seeds (r below 0): unpaired runs would do better"
+    text += _worth(loss) + _trend(loss, margin)
     if loss.dropped_pairs:
         text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
     return f"{text}."
+
+
+def _worth(loss: Effect) -> str:
+    """What the arm is worth, as a clause."""
+    of, factor, interval = worth(loss)
+    if not of:
+        return ""
+    if factor == "–":
+        return f"; worth {interval} times the baseline's {of}"
+    at = " at the baseline's final loss" if float(factor) > 1 else ""
+    return f"; worth {factor} times the baseline's {of}{at}" + (f" (95 % interval {interval})" if interval else "")
 
 
 def _trend(loss: Effect, margin: float | None) -> str:
@@ -281,11 +315,16 @@ def summary(comparison: Comparison) -> str:
 
 
 def effects_table(comparison: Comparison) -> Table:
-    """A row an axis, arm and metric; the verdict and its reason last."""
+    """A row an axis, arm and metric, then what the arm is worth; the verdict and its reason last."""
     numeric = ("n", "difference", "p", "seed std", "r", "saved")
     names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "r", "saved", "verdict")
     # in a search a value tried once differs from another by chance
-    rows = [_effect_row(effect) for effect in comparison.axes if not comparison.searched]
+    effects = [] if comparison.searched else comparison.axes
+    rows = list[list[str]]()
+    for _, of_arm in itertools.groupby(effects, key=lambda effect: (effect.key, effect.arm)):
+        each = list(of_arm)
+        rows += map(_effect_row, each)
+        rows += [_worth_row(effect) for effect in each if worth(effect)[0]]
     return Table([Column(name, name in numeric) for name in (*names, "reason")], rows)
 
 
@@ -305,6 +344,12 @@ def _effect_row(effect: Effect) -> list[str]:
         effect.verdict or "",
         printable(effect.reason),
     ]
+
+
+def _worth_row(loss: Effect) -> list[str]:
+    of, factor, interval = worth(loss)
+    first, empty = _effect_row(loss), [""] * 4
+    return [*first[:2], f"{of}, ratio", first[3], factor, interval, *empty, UNJUDGED, printable(loss.multiplier_reason)]
 
 
 def reasons_of(effects: Table) -> list[str]:
@@ -337,4 +382,4 @@ def runs_table(comparison: Comparison) -> Table:
 
 def name_of(verdict: str) -> str:
     """A verdict as people read it."""
-    return verdict.replace("_", " ") or "no verdict"
+    return "" if verdict == UNJUDGED else verdict.replace("_", " ") or "no verdict"
