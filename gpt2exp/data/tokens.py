@@ -144,7 +144,7 @@ def _cached(text: Text) -> TokenFile | None:
 
 
 def _made(text: Text, config: DataConfig) -> TokenFile:
-    """Tokenise a text, or wait for the process that already does."""
+    """The tokens of a text that the cache lacks: tokenise it, or wait for the process that already does."""
     folder = _folder(text)
     with assets.writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,7 @@ _LONG_RUN = re.compile(rf"{WHITE}{{{LONG},}}(?:\Z|(?={WHITE}))")
 
 
 def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
-    """The tokens of a text, (tokens,); a control token's name in it is letters.
+    """The tokens of a text, (tokens,); the name of a control token in it is tokenised as letters.
 
     A long run of white space would overflow the stack of tiktoken's regular expression, so its byte pairs are merged
     directly: the whole run at the text's end, else all but its last character, as the expression does.

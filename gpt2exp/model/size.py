@@ -100,7 +100,7 @@ def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
 
 
 def _by_slot(model: ModelConfig, known: dict[str, int], count: Callable[..., int], *length: int) -> dict[str, int]:
-    """A count of each slot: of GPT-2's own what is known of it, or 0, of another what its module says."""
+    """A count for each slot: `known` (else 0) where it holds GPT-2's own module, else `count` of its module."""
     usual = gpt2_slots(model)
     return {
         slot: known.get(slot, 0)
@@ -154,7 +154,7 @@ def _count_flops(model: ModelConfig, slot: str, length: int) -> int:
 
 
 def _count_saved(model: ModelConfig, slot: str, length: int) -> int:
-    """Numbers that a slot's forward pass over a sequence leaves for backward, its parameters and tables aside."""
+    """Numbers that a slot's forward pass saves for backward, without its parameters and tables."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -148,7 +148,7 @@ def _train(session: Session, config: RunConfig) -> None:
 
 
 def check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
-    """Raise `BadRequest` if a run began with a text of another sha256 than `source`; None: not known."""
+    """Raise `BadRequest` if the run began with another text: `before`, its sha256, if known."""
     if before not in (None, source.sha256):
         why = "not the text that the run began with"
         raise BadRequest(f"data.path={config.data.path}: {why}; put that text back, or name where it lies now")
@@ -290,7 +290,7 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:
-    """The state and the one line that an exception leaves; `need`: the bytes that the run was estimated to take."""
+    """The state and the one line for an exception; `need`: the estimated bytes of memory."""
     import torch
 
     from gpt2exp.training.trainer import Diverged
@@ -311,5 +311,5 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
 
 
 def _for_wandb(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what wandb already has as the run's config, and what a summary there cannot show."""
+    """The values without what wandb has already as the run's config, and what its summary cannot show."""
     return {key: value for key, value in values.items() if key not in ("config", "overrides", "started")}

@@ -85,7 +85,7 @@ def try_out(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def _naming(choice: str) -> Iterator[None]:
-    """Name the choice in whatever its code raises, and leave PyTorch's random state as it was."""
+    """Name the choice in whatever its code raises, and restore PyTorch's random state."""
     import torch
 
     try:
@@ -107,7 +107,7 @@ def _tiny(init: InitConfig | None = None, seed: int = 0) -> Any:
 
 
 def _optimizer(config: RunConfig) -> None:
-    """A step, and the state kept and given back as a checkpoint does."""
+    """Make a step, then save and restore the state as a checkpoint does."""
     model = _tiny()
     built = optimizer(config.optimizer, model)
     model.transformer.gradient_in_place = False
