@@ -49,7 +49,7 @@ CHECKED = {"int", "float", "bool", "str", "list", "dict", "class", "None", "None
 
 
 class Outside:
-    """What the class of such a section has beside its fields."""
+    """Marks the class of a section from outside, and says how its code is called."""
 
     __slots__ = ()
     code: ClassVar[Callable[..., Any]]  # the class or function
@@ -207,7 +207,7 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
 
 
 def _is_installed(name: str, path: Path) -> bool:
-    """Whether another module of that name is found without the folders that choices came from."""
+    """Whether a module of that name is found elsewhere than in the folders of choices."""
     places = [place for place in sys.path if place and place not in {*_added, *map(str, _folders)}]
     found = importlib.machinery.PathFinder.find_spec(name, places)
     return name in (*sys.builtin_module_names, "gpt2exp") or (found is not None and found.origin != str(path))

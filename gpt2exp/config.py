@@ -73,7 +73,7 @@ WandbMode = StrEnum("WandbMode", "auto online offline disabled")
 
 @dataclass(kw_only=True, slots=True)
 class SlotConfig(Section):
-    """A part of the model that is a choice: a module of (B, T, C) to (B, T, C), and the keys that it is made with."""
+    """A choice of one part of the model: a module of (B, T, C) to (B, T, C), and its keys."""
 
     name: str = option("gpt2", "chosen by model/SLOT=NAME")
     inside: ClassVar[str] = "model."
@@ -104,7 +104,7 @@ class MLPConfig(SlotConfig):
 @choice_of("model.norm")
 @dataclass(kw_only=True, slots=True)
 class NormConfig(SlotConfig):
-    """What stands before attention, MLP and head."""
+    """What normalises before attention, MLP and head."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:LayerNorm"
 
@@ -112,7 +112,7 @@ class NormConfig(SlotConfig):
 @choice_of("model.position")
 @dataclass(kw_only=True, slots=True)
 class PositionConfig(SlotConfig):
-    """What tells the embedded tokens where they stand."""
+    """What adds its position to each embedded token."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:Positions"
 
@@ -218,7 +218,7 @@ class DataConfig(Section):
 
     @property
     def text(self) -> tuple[Any, ...]:
-        """What decides which tokens there are: alike in jobs that share a text."""
+        """What decides which tokens there are; equal in jobs that share a text."""
         order = ("val_fraction", "order")
         return tuple(repr(getattr(self, name)) for name in self.__dataclass_fields__ if name not in order)
 

@@ -124,7 +124,7 @@ class Section:
 
     @classmethod
     def key(cls, name: str) -> str:
-        """The dotted key of a field: `ModelConfig`'s n_layer is `model.n_layer`; a choice has its section's."""
+        """The dotted key of a field, such as `model.n_layer`; for a choice that of its section."""
         named = next(base.__name__ for base in cls.__mro__ if base.__name__.endswith("Config"))
         section = named.removesuffix("Config").lower()
         return name if section == "run" else f"{cls.inside}{section}.{name}"

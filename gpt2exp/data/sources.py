@@ -100,11 +100,11 @@ def find(config: DataConfig) -> Text:
     rows: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split}
     if isinstance(config, choices.Outside):
         own = {key: value for key, value in plain(config).items() if key not in (SOURCE, "val_fraction", "order")}
-        known = _with("", own)
+        known = _hash_with("", own)
         return Text(str(config.name), known, None, lambda _: _by_code(config), lambda: known)
     if config.name in assets.TEXTS:
         asset = assets.TEXTS[config.name]  # its hash is known, so that with a warm cache the text is not read
-        known = _with(asset.sha256, limit)
+        known = _hash_with(asset.sha256, limit)
 
         def fetched(advance: Advance) -> Pieces:
             return in_file(_file(assets.fetch(asset), asset.name, asset.name), config.field, advance)
@@ -112,7 +112,7 @@ def find(config: DataConfig) -> Text:
         return Text(config.name.value, known, None, fetched, lambda: known)
     if config.name is DataName.hub and not path.expanduser().exists():
         commit = _commit(config)
-        known = _with(commit, {**rows, "path": config.path, **limit})
+        known = _hash_with(commit, {**rows, "path": config.path, **limit})
         return Text(str(path), known, None, lambda advance: _streamed(config, commit, advance), lambda: known, commit)
     found = _files(path)
     seen = [(item.name, item.size, item.mtime_ns) for item in found]
@@ -131,39 +131,37 @@ def find(config: DataConfig) -> Text:
         return itertools.chain.from_iterable(in_file(item, config.field, advance) for item in found)
 
     def sha256() -> str:
-        return _with(files.joint([item.digest() for item in found]), chosen)
+        return _hash_with(files.joint([item.digest() for item in found]), chosen)
 
-    key = _with(hashlib.sha256(json.dumps(place).encode()).hexdigest(), {"name": config.name.value, **chosen})
+    key = _hash_with(hashlib.sha256(json.dumps(place).encode()).hexdigest(), {"name": config.name.value, **chosen})
     return Text(path.name, key, size, read, sha256)
 
 
 def _by_code(config: Any) -> Pieces:
     """The documents that code from outside yields: texts, or token ids."""
     said = f"data={config.name}"
-    for document in _guarded(said, config):
-        yield None
-        if isinstance(document, str):
-            yield document
-            continue
-        try:
-            ids = np.asarray(document)
-        except ValueError:
-            ids = np.asarray(None)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
-            why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
-            raise BadRequest(f"{said}: {why}; yield str, or lists of int")
-        yield ids.astype("<u2")
-
-
-def _guarded(said: str, config: Any) -> Iterator[Any]:
     try:
-        yield from choices.call(config)
+        for document in choices.call(config):
+            yield None
+            if isinstance(document, str):
+                yield document
+                continue
+            try:
+                ids = np.asarray(document)
+            except ValueError:
+                ids = np.asarray(None)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
+                why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
+                raise BadRequest(f"{said}: {why}; yield str, or lists of int")
+            yield ids.astype("<u2")
+    except BadRequest:
+        raise
     except Exception as error:
         why = f"its code raised {type(error).__name__}: {first_line(error)}"
         raise BadRequest(f"{said}: {why}; mend its code or its keys") from error
 
 
-def _with(sha256: str, chosen: Mapping[str, Any]) -> str:
+def _hash_with(sha256: str, chosen: Mapping[str, Any]) -> str:
     """`sha256` where nothing is chosen, else a hash of both."""
     if not chosen:
         return sha256
@@ -485,16 +483,14 @@ def _streamed(config: DataConfig, commit: str | None, advance: Advance) -> Piece
         raise BadRequest(f"data.{key}={show(value)}: {explain(error)}; name one that {config.path} has") from error
     except Exception as error:
         raise assets.AssetError(f"data.path={config.path}: cannot be loaded ({first_line(error)})") from error
-    stream = enumerate(rows, 1)
     number = 0
-    while True:
-        try:
-            number, row = next(stream, (number, None))
-        except Exception as error:
-            why = f"broke off after row {number} ({first_line(error)})"
-            raise assets.AssetError(f"data.path={config.path}: {why}; start it again") from error
-        if row is None:
-            return
-        for piece in in_row(row, config.field, f"{config.path} row {number}"):
-            advance(len(piece or ""))
-            yield piece
+    try:
+        for number, row in enumerate(rows, 1):
+            for piece in in_row(row, config.field, f"{config.path} row {number}"):
+                advance(len(piece or ""))
+                yield piece
+    except BadRequest:
+        raise
+    except Exception as error:
+        why = f"broke off after row {number} ({first_line(error)})"
+        raise assets.AssetError(f"data.path={config.path}: {why}; start it again") from error

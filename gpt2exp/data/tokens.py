@@ -144,7 +144,7 @@ def _cached(text: Text) -> TokenFile | None:
 
 
 def _made(text: Text, config: DataConfig) -> TokenFile:
-    """Tokenise a text, or wait for the process that already does."""
+    """The tokens of a text that the cache lacks: tokenise it, or wait for the process that already does."""
     folder = _folder(text)
     with assets.writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
                 shutil.rmtree(folder.rename(beside(folder)), ignore_errors=True)
             part.rename(folder)
     if marks:
-        log.warning("%s: %s", text.name, _how_to_part(marks, config))
+        log.warning("%s: %s", text.name, _how_to_split(marks, config))
     return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)  # type: ignore[arg-type]
 
 
@@ -234,7 +234,7 @@ def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> 
     return counts, digest.hexdigest(), marks
 
 
-def _how_to_part(count: int, config: DataConfig) -> str:
+def _how_to_split(count: int, config: DataConfig) -> str:
     """The note on a text that contains `MARK`, with a command that splits a single plain file into JSON lines."""
     note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it separates no documents"
     path = Path(str(config.path)).expanduser()
@@ -286,7 +286,7 @@ _LONG_RUN = re.compile(rf"{WHITE}{{{LONG},}}(?:\Z|(?={WHITE}))")
 
 
 def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
-    """The tokens of a text, (tokens,); a control token's name in it is letters.
+    """The tokens of a text, (tokens,); the name of a control token in it is tokenised as letters.
 
     A long run of white space would overflow the stack of tiktoken's regular expression, so its byte pairs are merged
     directly: the whole run at the text's end, else all but its last character, as the expression does.

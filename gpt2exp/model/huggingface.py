@@ -117,16 +117,16 @@ class Weights:
         return self.files[0].suffix == ".bin"
 
     def refused(self, text: str) -> BadRequest:
-        """What is wrong with it, and what to do."""
+        """The error that says what is wrong with it, and what to do."""
         return BadRequest(f"{self.said}: {text}")
 
     def damaged(self, file: Path, error: Exception) -> BadRequest:
-        """What a library said about one of its files."""
+        """The error for a file that a library could not read."""
         why = f"{file.name} is damaged or holds no weights ({first_line(error)[:120]})"
         return self.refused(f"{why}; copy or download it again")
 
     def complete(self) -> Weights:
-        """The same with `config` read and `files` found; raises `BadRequest` if one is missing or cannot be read."""
+        """The same with `config` read and `files` found; `BadRequest` if one is missing or cannot be read."""
         found = replace(self, config=self._json(CONFIG))
         for name in WEIGHTS:
             if (self.folder / name).is_file():
@@ -339,7 +339,7 @@ def _load(found: Weights, file: Path) -> dict[str, Tensor]:
 
 
 def transposed(name: str, tensor: Tensor) -> Tensor:
-    """A tensor by our name from our layout into Hugging Face's, or back: both are the same transpose."""
+    """A tensor of ours in Hugging Face's layout, or back: both are the same transpose."""
     return tensor.T if name.endswith(CONV1D) else tensor
 
 

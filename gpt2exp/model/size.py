@@ -31,7 +31,7 @@ def parameters(model: ModelConfig) -> dict[str, int]:
         "norm": width + shift,
         "position": model.block_size * width,
     }
-    own = _by_slot(model, known, _held)
+    own = _by_slot(model, known, _count_parameters)
     head = model.vocab_size * model.n_embd
     blocks = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
     parts = {"wte": head, "wpe": own["position"], "blocks": blocks, "ln_f": own["norm"]}
@@ -49,7 +49,7 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """
     width = model.n_embd
     known = {"attention": 8 * seq_len * width**2 + 4 * seq_len**2 * width, "mlp": 16 * seq_len * width**2}
-    own = _by_slot(model, known, _forward, seq_len)
+    own = _by_slot(model, known, _count_flops, seq_len)
     layers = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
     return 3 * ((layers + own["norm"] + own["position"]) // seq_len + 2 * model.vocab_size * model.n_embd)
 
@@ -58,7 +58,9 @@ def kept_beyond_gpt2(model: ModelConfig, seq_len: int) -> int:
     """How many more numbers a block keeps for backward than one with GPT-2's own slots, per token."""
     usual = gpt2_slots(model)
     filled = [slot for slot in BLOCK if getattr(model, slot) != getattr(usual, slot)]
-    more = (_once(_kept, model, slot, seq_len) - _once(_kept, usual, slot, seq_len) for slot in filled)
+    more = (
+        _counted(_count_saved, model, slot, seq_len) - _counted(_count_saved, usual, slot, seq_len) for slot in filled
+    )
     return sum(BLOCK[slot] * numbers for slot, numbers in zip(filled, more, strict=True)) // seq_len
 
 
@@ -98,15 +100,17 @@ def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
 
 
 def _by_slot(model: ModelConfig, known: dict[str, int], count: Callable[..., int], *length: int) -> dict[str, int]:
-    """A count of each slot: of GPT-2's own what is known of it, or 0, of another what its module says."""
+    """A count for each slot: `known` (else 0) where it holds GPT-2's own module, else `count` of its module."""
     usual = gpt2_slots(model)
     return {
-        slot: known.get(slot, 0) if getattr(model, slot) == getattr(usual, slot) else _once(count, model, slot, *length)
+        slot: known.get(slot, 0)
+        if getattr(model, slot) == getattr(usual, slot)
+        else _counted(count, model, slot, *length)
         for slot in SLOTS
     }
 
 
-def _once(count: Callable[..., int], model: ModelConfig, slot: str, *length: int) -> int:
+def _counted(count: Callable[..., int], model: ModelConfig, slot: str, *length: int) -> int:
     """A count of a slot, made once for a configuration; whatever its class raises names the slot."""
     key = (count, repr(model), slot, *length)
     if key not in _known:
@@ -121,7 +125,7 @@ def _once(count: Callable[..., int], model: ModelConfig, slot: str, *length: int
     return _known[key]
 
 
-def _made(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor]:
+def _on_meta(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor]:
     """A slot's module and a sequence for it, on the meta device."""
     import torch
 
@@ -130,17 +134,17 @@ def _made(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor
         return module.to("meta"), torch.empty(1, length, model.n_embd)  # also what its class made elsewhere
 
 
-def _held(model: ModelConfig, slot: str) -> int:
+def _count_parameters(model: ModelConfig, slot: str) -> int:
     """Numbers in the parameters of a slot's module."""
-    return sum(parameter.numel() for parameter in _made(model, slot, 1)[0].parameters())
+    return sum(parameter.numel() for parameter in _on_meta(model, slot, 1)[0].parameters())
 
 
-def _forward(model: ModelConfig, slot: str, length: int) -> int:
+def _count_flops(model: ModelConfig, slot: str, length: int) -> int:
     """Floating-point operations of the products in a slot's forward pass over a sequence."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    module, x = _made(model, slot, length)
+    module, x = _on_meta(model, slot, length)
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         y = module(x)
     if (shape := getattr(y, "shape", None)) != x.shape:
@@ -149,8 +153,8 @@ def _forward(model: ModelConfig, slot: str, length: int) -> int:
     return int(counter.get_total_flops())
 
 
-def _kept(model: ModelConfig, slot: str, length: int) -> int:
-    """Numbers that a slot's forward pass over a sequence leaves for backward, its parameters and tables aside."""
+def _count_saved(model: ModelConfig, slot: str, length: int) -> int:
+    """Numbers that a slot's forward pass saves for backward, without its parameters and tables."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -145,7 +145,7 @@ def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tenso
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint, its name first: a kill half-way leaves no half of one."""
+    """Delete a checkpoint, renaming it first: a process killed half-way leaves no half of one."""
     shutil.rmtree(folder.rename(beside(folder)))
 
 

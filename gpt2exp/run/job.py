@@ -42,7 +42,7 @@ def run(folder: Path, began: float = BEGAN) -> Summary:
     """
     config, _, overrides = record.asked(folder)
     with process.deferred() as stop, _session(folder, config, overrides, began, stop) as session:
-        files = session.files
+        run_record = session.run_record
         try:
             _train(session, config)
             state, error = "done", None
@@ -50,10 +50,10 @@ def run(folder: Path, began: float = BEGAN) -> Summary:
             stop.asked = stop.asked or interrupt
             state, error = "interrupted", "stopped by a signal"
         except Exception as problem:
-            state, error = _classify(problem, config, files.facts.get("estimated_memory_bytes"))
+            state, error = _classify(problem, config, run_record.facts.get("estimated_memory_bytes"))
             log.error("%s", error, exc_info=True)
         stop.waiting = True
-        summary = files.finish(state, error)
+        summary = run_record.finish(state, error)
         session.view.close(summary, folder, session.mirror.finish(_for_wandb(summary), failed=state != "done"))
     if stop.asked is not None:
         raise stop.asked
@@ -64,7 +64,7 @@ def run(folder: Path, began: float = BEGAN) -> Summary:
 class Session:
     """What rank 0 keeps while a run trains: its record, its lines, wandb, its checkpoints."""
 
-    files: record.Record
+    run_record: record.Record
     mirror: tracking.Mirror
     view: terminal.View
     stop: process.Stop
@@ -75,7 +75,7 @@ class Session:
     def keep(self, metrics: dict[str, Any], peak: int) -> None:
         """Record and show a step's metrics, and mirror them where due; `peak`: the field, so far."""
         self.peak = max(self.peak, peak)
-        self.files.step(metrics)
+        self.run_record.step(metrics)
         self.view.step(metrics)
         if terminal.due(metrics, self.view.config.train):
             self.mirror.log(metrics)
@@ -83,10 +83,10 @@ class Session:
     def save(self, weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
         """Write a checkpoint of `Trainer.state`."""
         assert self.saver is not None
-        self.files.sync()
+        self.run_record.sync()
         kept = ("config", "init", "settled", "versions", "data", "precision", "device", "threads", "machine")
-        state = {**numbers, **{key: self.files.facts[key] for key in kept}}
-        self.saver.save(weights, tensors, state | {"parts": self.files.parts, "peak_memory_bytes": self.peak})
+        state = {**numbers, **{key: self.run_record.facts[key] for key in kept}}
+        self.saver.save(weights, tensors, state | {"parts": self.run_record.parts, "peak_memory_bytes": self.peak})
 
 
 @contextlib.contextmanager
@@ -112,17 +112,17 @@ def _session(
         origin = parts[0]["wandb"]
         about["notes"] = f"goes on at step {saved.step} from {origin}"
         about["config"] = facts["config"] | {"goes_on_from": origin, "goes_on_at_step": saved.step}
-    files = record.Record(folder, facts, began=began, metrics=metrics if saved else (), parts=parts)
+    run_record = record.Record(folder, facts, began=began, metrics=metrics if saved else (), parts=parts)
     mirror = tracking.Mirror(config.wandb, folder, about, own=again or sweep is not None)
     with terminal.View(folder, config, overrides, record.progress(sweep, folder) if sweep else None) as view:
-        yield Session(files, mirror, view, stop, saved)
+        yield Session(run_record, mirror, view, stop, saved)
 
 
 def _train(session: Session, config: RunConfig) -> None:
     """Settle what the configuration leaves open, build the trainer, train to the end."""
     from gpt2exp.training import hardware
 
-    files = session.files
+    run_record = session.run_record
     hardware.reset_peak_memory(hardware.resolve_device(config.train.device))
     source = tokens.prepare(config.data)
     if session.saved is not None:  # as the run's first part settled it
@@ -134,19 +134,21 @@ def _train(session: Session, config: RunConfig) -> None:
         _describe(session, ready)
         _check_memory(ready)
         distributed.broadcast((plain(ready.config), source.sha256, session.saved is not None, Path.cwd()))
-        trainer = _built(session, ready)
+        trainer = _build(session, ready)
         assert session.saver is not None
         try:
-            _steps(trainer, ready.config, session.stop, session)
+            _train_steps(trainer, ready.config, session.stop, session)
         finally:  # also of a run that diverged or was stopped
             session.saver.wait()
-            if files.metrics:
-                files.measured |= {**trainer.timing(), "peak_memory_bytes": session.peak}
-        files.measured["mfu"] = _mfu(ready.config, ready.device, ready.got, files.measured["tokens_per_second"])
+            if run_record.metrics:
+                run_record.measured |= {**trainer.timing(), "peak_memory_bytes": session.peak}
+        run_record.measured["mfu"] = _mfu(
+            ready.config, ready.device, ready.got, run_record.measured["tokens_per_second"]
+        )
 
 
 def check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
-    """Raise `BadRequest` if a run began with a text of another sha256 than `source`; None: not known."""
+    """Raise `BadRequest` if the run began with another text: `before`, its sha256, if known."""
     if before not in (None, source.sha256):
         why = "not the text that the run began with"
         raise BadRequest(f"data.path={config.data.path}: {why}; put that text back, or name where it lies now")
@@ -160,7 +162,7 @@ def _describe(session: Session, ready: setup.Ready) -> None:
 
     config, device, source, world_size = ready.config, ready.device, ready.source, distributed.world_size()
     held_out = tokens.held_out(source.tokens, config.data.val_fraction)
-    session.files.facts |= {
+    session.run_record.facts |= {
         "parameters": size.parameters(config.model),
         "flops_per_token": size.flops_per_token(config.model, config.train.seq_len),
         "precision": asdict(ready.got),
@@ -174,7 +176,7 @@ def _describe(session: Session, ready: setup.Ready) -> None:
         "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
         **record.facts(),
     }
-    session.view.header(session.files.facts, session.files.folder, config)
+    session.view.header(session.run_record.facts, session.run_record.folder, config)
 
 
 def _check_memory(ready: setup.Ready) -> None:
@@ -189,21 +191,21 @@ def _smaller(batch: int | str | None) -> str:
     return f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
 
 
-def _built(session: Session, ready: setup.Ready) -> Trainer:
+def _build(session: Session, ready: setup.Ready) -> Trainer:
     """The trainer at its first step, or where the checkpoint left it; from here on a signal waits for a step's end."""
     from gpt2exp.run import checkpoint
 
-    files, saved, view = session.files, session.saved, session.view
-    trainer, files.facts["init"] = setup.trainer(ready, saved)
-    view.rows({"weights  ": terminal.origin_line(files.facts["init"]), "wandb    ": session.mirror.ready()})
-    session.mirror.describe({"facts": _for_wandb(files.facts)})
-    here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
+    run_record, saved, view = session.run_record, session.saved, session.view
+    trainer, run_record.facts["init"] = setup.trainer(ready, saved)
+    view.rows({"weights  ": terminal.origin_line(run_record.facts["init"]), "wandb    ": session.mirror.ready()})
+    session.mirror.describe({"facts": _for_wandb(run_record.facts)})
+    here = {key: run_record.facts[key] for key in ("device", "processes", "threads", "machine")}
     if saved is not None:
         _restore(session, trainer, saved, here)
         view.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {ready.config.train.steps} steps done"})
     from_step, background = saved.step if saved else 0, ready.device.type != "cpu"
-    session.saver = checkpoint.Saver(files.folder, ready.config.checkpoint, from_step, background=background)
-    files.training_begins(**here, wandb=session.mirror.link())
+    session.saver = checkpoint.Saver(run_record.folder, ready.config.checkpoint, from_step, background=background)
+    run_record.training_begins(**here, wandb=session.mirror.link())
     session.stop.waiting = True
     return trainer
 
@@ -216,15 +218,15 @@ def _restore(session: Session, trainer: Trainer, saved: checkpoint.Checkpoint, h
     hardware.reset_peak_memory(trainer.device)  # reading the file is no part of training
     session.peak = saved.state["peak_memory_bytes"]
     if all(part.get(key, 1) == here[key] for part in saved.state["parts"] for key in here):
-        steps = session.files.metrics
+        steps = session.run_record.metrics
         trainer.step_seconds = [step["step_ms"] / 1e3 for step in steps]
         trainer.step_waits = [step["waited_ms"] / 1e3 if "waited_ms" in step else None for step in steps]
-        trainer.began_at = [part["from_step"] for part in session.files.parts]
+        trainer.began_at = [part["from_step"] for part in session.run_record.parts]
     else:
         log.warning("other hardware or threads than before: the speed is that of the steps from here on")
 
 
-def _steps(trainer: Trainer, config: RunConfig, stop: process.Stop, session: Session | None = None) -> None:
+def _train_steps(trainer: Trainer, config: RunConfig, stop: process.Stop, session: Session | None = None) -> None:
     """Train to the end, or until a signal has reached one rank; every rank stops at the same step.
 
     `session`: rank 0's, which alone writes.
@@ -267,7 +269,7 @@ def follow() -> int:
                 trainer, _ = setup.trainer(ready)
                 if goes_on:
                     trainer.restore({}, {})
-                _steps(trainer, config, stop)
+                _train_steps(trainer, config, stop)
         except KeyboardInterrupt as interrupt:
             return process.code(stop.asked or interrupt)
         except Exception as problem:
@@ -288,7 +290,7 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:
-    """The state and the one line that an exception leaves; `need`: the bytes that the run was estimated to take."""
+    """The state and the one line for an exception; `need`: the estimated bytes of memory."""
     import torch
 
     from gpt2exp.training.trainer import Diverged
@@ -309,5 +311,5 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
 
 
 def _for_wandb(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what wandb already has as the run's config, and what a summary there cannot show."""
+    """The values without what wandb has already as the run's config, and what its summary cannot show."""
     return {key: value for key, value in values.items() if key not in ("config", "overrides", "started")}

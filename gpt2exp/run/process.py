@@ -75,7 +75,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Preempted(KeyboardInterrupt):
-    """The launcher's signal to a job that it will requeue; `args[0]` is the signal."""
+    """The launcher's signal that it will requeue this job; `args[0]` is the signal."""
 
 
 def code(interrupt: KeyboardInterrupt) -> int:
@@ -88,7 +88,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
-    """These signal handlers inside the block; in a thread, where Python allows none to be set, those there are."""
+    """Set these signal handlers inside the block; in a thread, where Python allows none, change nothing."""
     before: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -128,7 +128,7 @@ def heralded(herald: Callable[[], object]) -> Iterator[None]:
 
 
 def requeued_by() -> list[int]:
-    """The signals on which submitit requeues the job that this process is; none in other processes."""
+    """The signals on which submitit requeues this process's job; none if it runs none."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return []
     return [number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))]
@@ -202,7 +202,7 @@ def parser(program: str, description: str, example: str) -> argparse.ArgumentPar
 
 
 def strict(made: argparse.ArgumentParser, program: str) -> argparse.ArgumentParser:
-    """The same parser, its errors made `BadRequest`."""
+    """The parser, its errors turned into `BadRequest`."""
 
     def error(message: str) -> NoReturn:
         raise BadRequest(f"{message}; {program} --help shows what can be typed")
@@ -223,7 +223,7 @@ def writing(what: str, remedy: str) -> Iterator[None]:
 
 
 def unwritable(error: OSError) -> str:
-    """The line for a full disk or a folder that was taken away; an error of our own says all itself."""
+    """The line for a full disk or a folder that was taken away; errors without a number say it themselves."""
     if error.errno is None:
         return str(error)
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)

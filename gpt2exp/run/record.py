@@ -107,7 +107,7 @@ class Record:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def training_begins(self, **facts: Any) -> None:
-        """Everything before this moment is start-up; `facts` are recorded of this part."""
+        """End the start-up here; `facts` are recorded of this part."""
         self._training_began = time.monotonic()
         self._part |= facts
 
@@ -323,7 +323,7 @@ def kept_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def row(folder: Path, above: Path) -> Summary:
-    """A run's summary, or where it left none that can be read its status, under its `name` as seen from `above`."""
+    """A run's summary or, where it left none, its status; `name` is its folder as seen from `above`."""
     name = str(folder.relative_to(above)) if folder != above else folder.name
     try:
         return {**read_summary(folder), "name": name}
@@ -373,7 +373,7 @@ def sweep_of(folder: Path) -> Path | None:
 
 
 def progress(folder: Path, job: Path) -> str:
-    """`job 3 of 8, about 40 s left`: a job's place in its sweep, and the time left at the pace so far."""
+    """`job 3 of 8, about 40 s left`: a job's place in its sweep, and the time left at the pace of this launch."""
     sweep, others = Sweep.read(folder), [other for other in runs_below(folder) if other != job]
     if sweep is None or not sweep.folders:
         return f"job {len(others) + 1}"

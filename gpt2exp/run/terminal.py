@@ -141,7 +141,7 @@ class View:
         self._file.flush()
 
     def header(self, facts: dict[str, Any], folder: Path, config: RunConfig) -> None:
-        """What is about to run: `config`, with what it left open settled."""
+        """Show what is about to run: `config`, every `auto` settled."""
         model, train = config.model, config.train
         parameters, precision, data = facts["parameters"], facts["precision"], facts["data"]
         emulated = " (emulated: its speed is not a hardware speed)" if precision["emulated"] else ""
@@ -185,7 +185,7 @@ class View:
             self._print(" | ".join(row.step.format(metrics[row.key]) for row in measured), *self._consoles)
 
     def close(self, summary: Summary, folder: Path, sync: Path | None) -> None:
-        """How it went; `sync`: wandb's folder to upload, if it was offline."""
+        """Show how it went, what to type next, and wandb's folder to upload (`sync`) if it was offline."""
         self._bar.stop()
         self.rows(closing_rows(summary, self.config, folder))
         if self.progress:
@@ -308,7 +308,7 @@ def closing_line(summary: Summary) -> str:
 
 
 def runs_table(rows: Iterable[Summary], title: str) -> Table:
-    """The runs of a sweep, a row each."""
+    """The table of a sweep's runs, a row each."""
     cells = []
     for row in rows:
         got = row.get("precision")
@@ -319,7 +319,7 @@ def runs_table(rows: Iterable[Summary], title: str) -> Table:
 
 
 def table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
-    """Rows of the same columns, figures to the right."""
+    """A table of rows that have the same columns; figures stand on the right."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(rows[0] if rows else ()):
         words = number == 0 or column in ("state", "precision", "figure")

@@ -55,7 +55,7 @@ log = logging.getLogger("gpt2exp")
 
 
 def defaults() -> dict[str, Any]:
-    """The section's defaults that the environment gives, by key."""
+    """The defaults of the section's keys that the environment gives."""
     found: dict[str, Any] = {}
     for key, names in KEYS.items():
         if value := next(filter(None, map(os.environ.get, names)), None):
@@ -220,7 +220,7 @@ def _init(run: dict[str, Any], mode: Any) -> Any:
 
 @contextlib.contextmanager
 def _no_identity() -> Iterator[None]:
-    """Inside the block wandb.init starts a new run, of no wandb sweep, whatever the environment says."""
+    """Inside the block wandb.init starts a new run, whatever run or wandb sweep the environment names."""
     import wandb
 
     # in a wandb sweep, wandb.init ignores these as arguments
@@ -244,7 +244,7 @@ def _why(error: Exception) -> str:
 
 
 def offline(sweep: Path, rows: Iterable[Summary], comparison: Path | None) -> list[str]:
-    """What is to be uploaded of a sweep's runs and of its comparison, as words for a shell."""
+    """What is to be uploaded of a sweep's runs and its comparison, quoted for a shell."""
     place = shlex.quote(terminal.place(sweep.absolute()))
     found = [f"{place}/{few}" for few in ("*/wandb/offline-run-*", "wandb/offline-run-*") if any(sweep.glob(few))]
     for row in rows:

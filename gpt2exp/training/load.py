@@ -68,9 +68,9 @@ class Spinning:
         self.brief(self._openmp is not None)
 
     def after_step(self, share: float | None) -> None:
-        """Decide for the next step; `share`: seconds that threads waited for a core in the last, over its duration.
+        """Decide for the next step by the last one's seconds of waiting for a core over its duration, `share`.
 
-        None: not known, and so as OpenMP has it.
+        None, not known, lets threads spin as OpenMP has it.
         """
         if self._openmp is not None:
             self.brief(share is not None and share > (DISTURBED if self._end else HELD))

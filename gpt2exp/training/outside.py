@@ -39,7 +39,7 @@ def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Opt
     built = list(made) if isinstance(made, (list, tuple)) else [made]
     if odd := [type(one).__name__ for one in built if not isinstance(one, torch.optim.Optimizer)]:
         raise ValueError(f"it returned {odd[0]}, where a torch.optim.Optimizer, or a list of them, must be")
-    stepped = [id(parameter) for group in optimizers.groups(built) for parameter in group["params"]]
+    stepped = [id(parameter) for one in built for group in one.param_groups for parameter in group["params"]]
     for name, parameter in model.named_parameters():
         if (times := stepped.count(id(parameter))) != 1:
             raise ValueError(f"it gave {name} to {times} optimizers, where each parameter must have one")
@@ -85,7 +85,7 @@ def try_out(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def _naming(choice: str) -> Iterator[None]:
-    """Name the choice in whatever its code raises, and leave PyTorch's random state as it was."""
+    """Name the choice in whatever its code raises, and restore PyTorch's random state."""
     import torch
 
     try:
@@ -107,7 +107,9 @@ def _tiny(init: InitConfig | None = None, seed: int = 0) -> Any:
 
 
 def _optimizer(config: RunConfig) -> None:
-    """A step, and the state kept and given back as a checkpoint does."""
+    """Make a step, then save and restore the state as a checkpoint does."""
+    from gpt2exp.training import optimizer_state
+
     model = _tiny()
     built = optimizer(config.optimizer, model)
     model.transformer.gradient_in_place = False
@@ -115,7 +117,7 @@ def _optimizer(config: RunConfig) -> None:
         parameter.grad = parameter.detach().clone()
     for one in built:
         one.step()
-    optimizers.restore(model, built, copy.deepcopy(optimizers.state(model, built)))
+    optimizer_state.restore(model, built, copy.deepcopy(optimizer_state.state(model, built)))
 
 
 def _schedule(config: RunConfig) -> None:

@@ -76,7 +76,7 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
 
 @contextlib.contextmanager
 def again(config: PrecisionConfig, got: Precision) -> Iterator[None]:
-    """Compute inside the block as in an earlier one of `applied`, which found `got`; nothing is measured."""
+    """Compute inside the block as `applied` did when it found `got`; nothing is measured again."""
     with _matmul(config.name.matmul), _emulated(config.rounding) if got.emulated else contextlib.nullcontext():
         yield
 

@@ -36,7 +36,7 @@ class Hardware:
 
 
 def smallest(config: RunConfig) -> RunConfig:
-    """With a batch of one sequence where the batch is left open."""
+    """The configuration with a batch of one sequence, if the batch is left open."""
     return replace(config, train=replace(config.train, batch_size=1)) if config.train.batch_size == AUTO else config
 
 

@@ -14,58 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2exp.choices import Outside
 from gpt2exp.config import RunConfig
 from gpt2exp.data.batches import Windows
 from gpt2exp.model.gpt import GPT
-from gpt2exp.model.init import norm
 from gpt2exp.training import distributed as dist
-from gpt2exp.training import hardware, load, optimizers, outside, precision
-
-
-def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
-    """The part of the loss that tokens cost which never occur in the data, in nats per token.
-
-    The loss of a target y splits into -log p(y | seen) - log p(seen): choosing among the tokens that occur, and
-    choosing one of them at all. This is the mean of the second over the positions of `idx` (B, T); `seen` (S,) are the
-    ids that occur. Forgetting the others can lower the loss by this much and no more.
-    """
-    shares = []
-    with torch.no_grad():
-        for rows in torch.split(idx, max(1, 256 // idx.size(1))):  # in parts: never the memory of the step itself
-            logits = model(rows)
-            logits = logits.float() if logits.dtype.itemsize == 2 else logits
-            shares.append(logits.logsumexp(-1) - logits[..., seen].logsumexp(-1))
-        return float(dist.all_mean(torch.cat(shares).mean()))
-
-
-def grad_norm(model: nn.Module) -> float:
-    """Euclidean norm of the whole gradient as it stands."""
-    return math.hypot(*(norm(dist.full_tensor(p.grad)) for p in model.parameters() if p.grad is not None))
-
-
-def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | list[float]]:
-    """The residual stream and the token embedding's two gradients on one batch, by one pass through the model.
-
-    `residual_rms`: root mean square of the stream as embedded and after each block, n_layer + 1 numbers.
-    `wte_grad_lookup`, `wte_grad_head`: norms of the gradients that the embedding gets as look-up table and as head.
-    Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use steers it. Of several
-    processes each gives its rows of the batch.
-    """
-    transformer = model.transformer
-    rows = F.embedding(idx, transformer.wte.weight.detach()).requires_grad_()
-    head = model.lm_head.weight.detach().requires_grad_()
-    rms = []
-    for x in transformer.stream(idx, rows):
-        rms.append(float(dist.all_mean(x.detach().float().square().mean()).sqrt()))
-    loss = model.loss(transformer.ln_f(x), head, targets)
-    by_row, by_head = torch.autograd.grad(loss, [rows, head])
-    by_token = torch.zeros_like(by_head).index_add_(0, idx.reshape(-1), by_row.flatten(0, 1))  # its positions add up
-    lookup, head_use = (norm(dist.all_mean(gradient)) for gradient in (by_token, by_head))
-    return {"residual_rms": rms, "wte_grad_lookup": lookup, "wte_grad_head": head_use}
+from gpt2exp.training import hardware, load, measures, optimizer_state, optimizers, outside, precision
 
 
 class Diverged(RuntimeError):
@@ -199,13 +155,13 @@ class Trainer:
         rank 0's answer is the run's, whatever the number of processes.
         """
         weights = dist.gather(dict(self.model.named_parameters()))
-        tensors = dist.gather(optimizers.state(self.model, self.optimizers))
+        tensors = dist.gather(optimizer_state.state(self.model, self.optimizers))
         scaler = self.scaler.state_dict()
         numbers: dict[str, Any] = {
             "step": self.steps_done,
             "micro_batches": self.steps_done * self.config.grad_accum_steps,
         }
-        numbers["groups"] = optimizers.group_numbers(self.optimizers)
+        numbers["groups"] = optimizer_state.group_numbers(self.optimizers)
         numbers["scaler"] = {key: scaler[key] for key in ("scale", "_growth_tracker") if key in scaler}
         return weights, tensors, numbers
 
@@ -213,8 +169,8 @@ class Trainer:
         """Restore all but the weights from rank 0's `state`; `BadRequest` if the tensors are another optimizer's."""
         numbers, kept = dist.broadcast((numbers, bool(tensors)))
         if kept or not self.scaler.is_enabled():  # a run whose scaled steps all overflowed has no moments yet
-            optimizers.restore(self.model, self.optimizers, tensors)
-        for group, known in zip(optimizers.groups(self.optimizers), numbers.get("groups", []), strict=False):
+            optimizer_state.restore(self.model, self.optimizers, tensors)
+        for group, known in zip(optimizer_state.groups(self.optimizers), numbers.get("groups", []), strict=False):
             group.update(known)
         self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
         self.steps_done = numbers["step"]
@@ -260,7 +216,7 @@ class Trainer:
             if waits is not None:
                 metrics["waited_ms"] = waits * 1e3
             if measure:
-                norm = grad_norm(self.model) if self._unclipped is None else float(self._unclipped)
+                norm = measures.grad_norm(self.model) if self._unclipped is None else float(self._unclipped)
                 # a scaled step that overflows is skipped, and the scale lowered
                 if math.isfinite(norm) or not self.scaler.is_enabled():
                     metrics["grad_norm"] = finite(norm, "grad_norm", number)
@@ -279,9 +235,9 @@ class Trainer:
         x, y = self.batches.train(self.steps_done * self.config.grad_accum_steps)
         with self.computing(), precision.cast(self.device, self.autocast):
             if self.seen is not None:
-                measured["loss_unseen"] = loss_unseen(self.model, x, self.seen)
+                measured["loss_unseen"] = measures.loss_unseen(self.model, x, self.seen)
                 if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
-                    measured |= first_look(self.model, x, y)
+                    measured |= measures.stream_and_embedding_gradients(self.model, x, y)
             if isinstance(self.metric, Outside):
                 measured |= outside.measure(self.metric, self.model, (x, y))
         return measured
