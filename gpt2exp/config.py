@@ -373,6 +373,9 @@ class SweepConfig(Section):
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
     margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
+    over: str | None = option(
+        None, "a budget as an axis, such as train.steps=50,100,200: each arm has a verdict within each budget"
+    )
     until: str | None = option(
         None, "answered: run seeds 1, 2, 3, ... until every axis has its verdict; null: all jobs", choices=("answered",)
     )
@@ -388,6 +391,11 @@ class SweepConfig(Section):
             require(self.until is not None or value == usual, f"sweep.{name}", value, why, "add sweep.until=answered")
         most, why = self.looks.stop - 1, f"fewer than sweep.min_seeds={self.min_seeds}"
         require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
+
+    @property
+    def budget(self) -> str:
+        """The key of `over`; empty without."""
+        return (self.over or "").partition("=")[0].strip()
 
     @property
     def looks(self) -> range:

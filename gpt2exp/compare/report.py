@@ -93,7 +93,8 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     for verdict, text in words.sentences(comparison):
         mark = Text(f"{SIGNS[verdict]} ", style=COLOURS.get(verdict, "dim"))
         console.print(mark + Text(text), soft_wrap=True)
-    said = [(f"interaction: {text}", "") for text in words.interactions(comparison)]
+    said = [(f"budget: {text}", "") for text in words.changes(comparison)]
+    said += [(f"interaction: {text}", "") for text in words.interactions(comparison)]
     said += [(words.distance_sentence(item), "") for item in comparison.distances]
     said += [(f"{name}: {fate}", "red") for name, fate in words.failures(comparison) if failed]
     said += [(f"note: {printable(note)}", "dim") for note in comparison.notes]
@@ -243,6 +244,7 @@ def _md_table(shown: Table) -> list[str]:
 def verdicts(comparison: Comparison) -> list[str]:
     """What was found, a line of Markdown each."""
     text = [f"- {verdict_text(verdict)} {escaped(said)}" for verdict, said in words.sentences(comparison)]
+    text += [f"- **⇢ budget** {escaped(said)}" for said in words.changes(comparison)]
     text += [f"- **× interaction** {escaped(said)}" for said in words.interactions(comparison)]
     text += [f"- **↔ from fp64** {escaped(words.distance_sentence(item))}" for item in comparison.distances]
     return text + [f"- note: {escaped(printable(note))}" for note in comparison.notes]

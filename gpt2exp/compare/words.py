@@ -146,9 +146,9 @@ def sentences(comparison: Comparison) -> list[Sentence]:
     if comparison.searched or not comparison.axes:
         text = _least(comparison) if comparison.searched else _seeds_only(comparison)
         return [Sentence("", text)] if text else []
-    by_arm: dict[tuple[str, str], dict[str, Effect]] = {}
+    by_arm: dict[tuple[str, str, str], dict[str, Effect]] = {}
     for effect in comparison.axes:
-        by_arm.setdefault((effect.key, effect.arm), {})[effect.metric] = effect
+        by_arm.setdefault((effect.key, effect.arm, effect.budget), {})[effect.metric] = effect
     losses = [(effects, effects[comparison.metric]) for effects in by_arm.values()]
     return [
         Sentence(loss.verdict or "", _sentence(loss, "".join(_costs(effects, loss)), comparison.margin))
@@ -184,7 +184,7 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     text += _worth(loss) + _trend(loss, margin)
     if loss.dropped_pairs:
         text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
-    return f"{text}."
+    return f"at {printable(loss.budget)} {text}." if loss.budget else f"{text}."
 
 
 def _worth(loss: Effect) -> str:
@@ -261,14 +261,40 @@ def _least(comparison: Comparison) -> str:
 
 
 def interactions(comparison: Comparison) -> Iterable[str]:
-    """A sentence for each large one: what an axis does to the effect of another."""
+    """A sentence for each large one: what an axis does to the effect of another; a budget's are `changes`."""
     for item in comparison.interactions:
-        if item.large and item.p_value is not None:
+        if item.large and item.p_value is not None and comparison.over not in item.keys:
             (one, other), base = _subjects(item), printable(comparison.swept[item.keys[1]][0])
-            how = f"{amounts(item, sign=False)[0]} nats {'higher' if item.mean_difference > 0 else 'lower'}"
-            sure = f"95 % interval {amounts(item)[1]}, n={counted(item.n_seeds, 'seed')}"
-            text = f"under {other} the effect of {one} on the loss is {how} than under {base}"
-            yield f"{text} ({sure}, p{probability(item.p_value)}, uncorrected)."
+            yield f"under {other} the effect of {one} on the loss is {_how(item)} than under {base} ({_sure(item)})."
+
+
+def changes(comparison: Comparison) -> Iterable[str]:
+    """A sentence an arm: whether the difference that it makes changes from the least budget to the largest."""
+    for item in comparison.interactions:
+        if comparison.over not in item.keys or item.ci95 is None:
+            continue
+        at = item.keys.index(comparison.over)
+        (first, *_, last), (low, high) = comparison.swept[comparison.over], item.ci95
+        if item.arms[at] != last:
+            continue
+        within = comparison.margin is not None and -comparison.margin <= low and high <= comparison.margin
+        text = f"from {comparison.over}={first} to {last} the effect of {_subjects(item)[1 - at]} on the loss"
+        if within:
+            text += f" holds within ±{comparison.margin:g} nats"
+        elif low <= 0 <= high:
+            text += f" may or may not change: a difference of {amounts(item)[0]} nats"
+        else:
+            text += f" changes: at {last} it is {_how(item)} than at {first}"
+        yield f"{text} ({_sure(item)})."
+
+
+def _how(item: Interaction) -> str:
+    return f"{amounts(item, sign=False)[0]} nats {'higher' if item.mean_difference > 0 else 'lower'}"
+
+
+def _sure(item: Interaction) -> str:
+    p = probability(1.0 if item.p_value is None else item.p_value)
+    return f"95 % interval {amounts(item)[1]}, n={counted(item.n_seeds, 'seed')}, p{p}, uncorrected"
 
 
 def _subjects(item: Interaction) -> list[str]:
@@ -321,7 +347,7 @@ def effects_table(comparison: Comparison) -> Table:
     # in a search a value tried once differs from another by chance
     effects = [] if comparison.searched else comparison.axes
     rows = list[list[str]]()
-    for _, of_arm in itertools.groupby(effects, key=lambda effect: (effect.key, effect.arm)):
+    for _, of_arm in itertools.groupby(effects, key=lambda effect: (effect.key, effect.arm, effect.budget)):
         each = list(of_arm)
         rows += map(_effect_row, each)
         rows += [_worth_row(effect) for effect in each if worth(effect)[0]]
@@ -333,7 +359,7 @@ def _effect_row(effect: Effect) -> list[str]:
     beyond = "" if effect.ci95 is None else f">{LARGEST - effect.n_seeds:,}"
     return [
         printable(effect.key),
-        f"{printable(effect.arm)} against {printable(effect.baseline)}",
+        f"{printable(effect.arm)} against {printable(effect.baseline)}" + f", {effect.budget}" * bool(effect.budget),
         f"{metric.compared}, {'ratio' if metric.ratio else metric.unit}",
         str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
         *amounts(effect),
