@@ -99,10 +99,16 @@ def results(study: str, comparison: Comparison) -> str:
     record = Record(study)
     pictures = [path for kind in sorted(FIGURES.get(study, ())) if (path := record.beside(f"{kind}.png")).is_file()]
     table = report.effects(comparison, METRICS[study]) if study in METRICS else losses(comparison)
+    leads = (
+        Record(f"{study}/gpt2").stem.with_suffix(".csv").is_file()
+    )  # then the small model's sentences would repeat it
+    told = report.verdicts(comparison)
+    if record.block == "until":
+        told, table = [line for line in told if not line.startswith("- note: ")], []
     parts = [
-        report.verdicts(comparison),
+        [] if leads else told,
         table,
-        [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
+        [] if leads else [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
         [provenance(record.stem.with_suffix(".json"))],
         *([extra(runs_of(study))] for extra in EXTRAS.get(study, [])),
     ]
