@@ -6,7 +6,8 @@ runs share: commands, versions, configuration), of a part `PART.csv` and `PART.j
 sweeps from the record that is there, compares the runs as the program does today and writes `results.csv` (a row an
 axis, arm and metric) and the part of the README between the markers `results` or `PART`. `... bench` writes the tables
 of what `gpt2exp-bench --out` and `throughput/roofline.py` wrote into `throughput/bench/`, `... keys` the table of keys
-in `conf/README.md`. `claims.py` rewrites the table of claims. No figure in these pages is typed by hand.
+in `conf/README.md`, `... findings` what all records say together: `findings.csv` and a table of this folder's page.
+`claims.py` rewrites the table of claims. No figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.compare import figures, inference, report
+from gpt2exp.compare import figures, index, inference, report
 from gpt2exp.compare.comparison import Comparison, Distance, Row, compare, read
+from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.stopping import compared
 from gpt2exp.schema import leaves, options
 from gpt2exp.section import show
@@ -117,7 +119,7 @@ def results(study: str, comparison: Comparison) -> str:
 
 def losses(comparison: Comparison) -> list[str]:
     """The table of the loss without its footnotes: a page's sentences give the reasons."""
-    table = report.effects(comparison, ["loss, nats"])
+    table = report.effects(comparison, ["loss, nats", "compute, ratio", "steps, ratio"])
     if "" not in table:
         return table
     return [re.sub(r" \\\[\d+\\\]", "", line) for line in table[: table.index("")]]
@@ -129,6 +131,15 @@ def draw(record: Record, comparison: Comparison) -> None:
         number, kind = drawing.name.split("-", 1)[0], drawing.name.rsplit("-", 1)[-1]
         if kind in FIGURES.get(record.study, ()) and number == "1":
             record.beside(f"{kind}.png").write_bytes(drawing.png)
+
+
+def publish_findings() -> None:
+    """The table and the CSV of what the records say of the loss, as `gpt2exp-compare --index` makes them of sweeps."""
+    records = [Record(study) for study in FIGURES]
+    known = [record for record in records if record.stem.with_suffix(".json").is_file()]
+    found = [one for record in known for one in index.findings(recorded(record.study).as_dict(), record.page)]
+    (HERE / "findings.csv").write_text(index.as_csv(found, HERE))
+    replace_block(HERE / "README.md", "findings", "\n".join(index.table(found, HERE)))
 
 
 # --- the record of a finding -----------------------------------------------------------------------------------------
@@ -152,7 +163,7 @@ def write_record(comparison: Comparison, stem: Path) -> None:
         "commands": typed,
         "facts": dict(report.facts(done)),
         "distances": [asdict(item) for item in comparison.distances],
-        "trends": {f"{effect.key}={effect.arm}": effect.trend for effect in comparison.axes if effect.trend},
+        "curves": {_arms(effect): of for effect in comparison.axes if (of := from_curves(effect))},
         "inference": sorted({effect.inference for effect in comparison.axes}),
         "shared": shared,
     }
@@ -199,10 +210,24 @@ def recorded(study: str) -> Comparison:
         raise ValueError(f"{study}: it was looked at more than once, so publish it from its sweeps")
     comparison = compare([_row(run, stem.parent, told["shared"]) for run in runs_of(study)])
     comparison.distances = [Distance(**item) for item in told["distances"]]
+    old = {arms: {"trend": trend} for arms, trend in told.get("trends", {}).items()}
     for effect in comparison.axes:
         if effect.metric == comparison.metric:
-            effect.trend = told["trends"].get(f"{effect.key}={effect.arm}")
+            for name, value in told.get("curves", old).get(_arms(effect), {}).items():
+                setattr(effect, name, value)
     return comparison
+
+
+def _arms(effect: Effect) -> str:
+    return f"{effect.key}={effect.arm}" + f" at {effect.budget}" * bool(effect.budget)
+
+
+def from_curves(effect: Effect) -> dict[str, Any]:
+    """What an effect has of the steps' metrics, which a record does not keep."""
+    names = [
+        item.name for item in fields(Effect) if item.name.startswith(("trend", "steps_f", "compute_", "multiplier"))
+    ]
+    return {name: getattr(effect, name) for name in names if getattr(effect, name)}
 
 
 def _row(run: Run, folder: Path, shared: Mapping[str, Any]) -> Row:
@@ -442,6 +467,8 @@ def main(argv: list[str]) -> None:
         publish_bench()
     elif argv[:1] == ["keys"]:
         replace_block(HERE.parent / "conf" / "README.md", "keys", key_tables())
+    elif argv[:1] == ["findings"]:
+        publish_findings()
     else:
         publish(argv[0], [Path(text) for text in argv[1:]])
 

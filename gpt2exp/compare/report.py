@@ -229,12 +229,17 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def address(place: Path, out: Path) -> str:
+    """Of a file or folder, relative to the page's folder `out`, as Markdown and HTML take it."""
+    return quote(os.fsencode(Path(os.path.relpath(place, out.resolve())).as_posix()), safe="/=,+@~")
+
+
 def verdict_text(verdict: str) -> str:
     """A verdict with its sign, by which the page colours it; empty in a row that has none."""
     return "" if verdict == words.UNJUDGED else f"**{SIGNS[verdict]} {name_of(verdict)}**"
 
 
-def _md_table(shown: Table) -> list[str]:
+def md_table(shown: Table) -> list[str]:
     """The table's lines; the cells are Markdown already."""
     head = [escaped(column.name) for column in shown.columns]
     rule = ["--:" if column.number else "---" for column in shown.columns]
@@ -263,7 +268,7 @@ def effects(comparison: Comparison, metrics: Sequence[str] = ()) -> list[str]:
     ]
     notes = [f"- \\[{number + 1}\\] {escaped(reason)}" for number, reason in enumerate(reasons)]
     said = [f"{words.WORTH[0].upper()}{words.WORTH[1:]}.", ""] * any(row[-2] == words.UNJUDGED for row in shown.rows)
-    return [*_md_table(Table(shown.columns[:-1], rows)), "", *said, *notes]
+    return [*md_table(Table(shown.columns[:-1], rows)), "", *said, *notes]
 
 
 def reproduce(comparison: Comparison) -> list[str]:
@@ -279,12 +284,10 @@ def _runs(comparison: Comparison, out: Path) -> list[str]:
     """The table of runs, each linked to its folder by an address relative to `out`."""
     runs = words.runs_table(comparison)
     for row, cells in zip(comparison.runs, runs.rows, strict=True):
-        relative = Path(os.path.relpath(row["folder"], out.resolve())).as_posix()
         name, state, *others = cells
-        address = quote(os.fsencode(relative), safe="/=,+@~")
         state = state if state == "done" else f"**{state}**"
-        cells[:] = [f"[{escaped(name)}]({address}/)", state, *map(escaped, others)]
-    return _md_table(runs)
+        cells[:] = [f"[{escaped(name)}]({address(Path(row['folder']), out)}/)", state, *map(escaped, others)]
+    return md_table(runs)
 
 
 def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
@@ -302,15 +305,15 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
     if comparison.interactions:
         table = words.interactions_table(comparison)
         table.rows = [[*map(escaped, cells)] for cells in table.rows]
-        text += ["", "## Interactions", "", INTERACTIONS, "", *_md_table(table)]
+        text += ["", "## Interactions", "", INTERACTIONS, "", *md_table(table)]
     text += ["", "## Runs", "", *_runs(comparison, out)]
     text += ["", "## Reproduce", "", *reproduce(comparison)]
     text += ["", "## How to read this", "", *(f"{paragraph}\n" for paragraph in METHOD)]
     return "\n".join(text).rstrip() + "\n"
 
 
-def page(text: str, comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
-    """`report.html`: the Markdown `text` as one page that needs nothing else, the figures inside it."""
+def page(text: str, title: str, out: Path, sections: Sequence[Section] = ()) -> str:
+    """The Markdown `text` of a file in `out` as one HTML page that needs nothing else, the figures inside it."""
     import jinja2
     from markdown_it import MarkdownIt
     from markupsafe import Markup
@@ -331,7 +334,7 @@ def page(text: str, comparison: Comparison, out: Path, sections: Sequence[Sectio
     source = resources.files("gpt2exp.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     return template.render(
-        title=words.title(comparison),
+        title=title,
         folder=printable(terminal.short(out.absolute())),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         body=Markup(reader.renderer.render(tokens, reader.options, {})),  # html=False: user text is escaped in it

@@ -115,9 +115,8 @@ def test_without_a_comparable_speed_the_steps_stand_alone(tmp_path: Path, facts:
     assert (found.compute_multiplier, found.compute_multiplier_ci95) == (None, None)
     assert "of the steps alone, since the speed is not compared" in found.multiplier_reason
     comparison = comparisons.compare(rows)
-    assert (
-        "worth 0.804 times the baseline's steps (95 % interval 0.744 to 0.869)" in words.sentences(comparison)[0].text
-    )
+    said = words.sentences(comparison)[0].text
+    assert "worth 0.804 times the baseline's steps (95 % interval 0.744 to 0.869)" in said
     assert "| steps, ratio | 3 | 0.804 |" in "\n".join(report.effects(comparison))
 
 
