@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,8 @@ def publish_findings() -> None:
     """The table and the CSV of what the records say of the loss, as `gpt2exp-compare --index` makes them of sweeps."""
     records = [Record(study) for study in FIGURES]
     known = [record for record in records if record.stem.with_suffix(".json").is_file()]
-    found = [one for record in known for one in index.findings(recorded(record.study).as_dict(), record.page)]
+    each = ((record, index.findings(recorded(record.study).as_dict(), record.page)) for record in known)
+    found = [replace(one, question=record.study) for record, arms in each for one in arms]
     (HERE / "findings.csv").write_text(index.as_csv(found, HERE))
     replace_block(HERE / "README.md", "findings", "\n".join(index.table(found, HERE)))
 

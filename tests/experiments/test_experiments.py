@@ -63,7 +63,8 @@ def test_a_sweep_becomes_a_finding(
     monkeypatch.chdir(tmp_path)
     publish = importlib.import_module("publish")
     monkeypatch.setattr(publish, "HERE", tmp_path)
-    words = [*SMALL, "wandb.mode=disabled", "train.steps=20", "data.val_fraction=0.01", "hydra.sweep.dir=sweep"]
+    words = [*SMALL, "wandb.mode=disabled", "train.steps=10", "train.batch_size=1", "train.seq_len=16"]
+    words += ["data.val_fraction=0.001", "hydra.sweep.dir=sweep"]
     assert launch.command(["-m", "init.std=0.02,0.04", "seed=1,2", *words]) == 0
     page = tmp_path / "init_std" / "README.md"
     page.parent.mkdir()
