@@ -4,7 +4,6 @@ have composed alone: its configuration, and what its `.hydra` holds.
 
 from __future__ import annotations
 
-import itertools
 import random
 from pathlib import Path
 
