@@ -84,7 +84,8 @@ def smoother(tokens: Tokens) -> Smoother:
 
 def heights(tokens: Tokens, losses: Floats) -> Floats:
     """Losses (..., tokens) at the corners of their curves (..., 1 + PARTS, corners)."""
-    return np.einsum("pct,...t->...pc", smoother(tokens).makes, losses, optimize=True)
+    found: Floats = np.einsum("pct,...t->...pc", smoother(tokens).makes, losses, optimize=True)
+    return found
 
 
 def readable(tokens: Tokens, losses: Floats) -> np.ndarray:
