@@ -6,14 +6,16 @@ Everything downstream receives its own section and reads attributes. No torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import pkgutil
 import shlex
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from typing import Any, ClassVar
 
-from gpt2exp.section import AUTO, SWITCH, Section, choice_of, chosen, home, option, require, typed
+from gpt2exp.section import AUTO, SWITCH, Section, choice_of, chosen, default_of, home, option, require, typed
 
 LOSS_ROWS = 1024
 """`train.loss_chunk=auto`: 512 rows at a time cost 4 % of the head's time at GPT-2's size, 256 cost 10 %."""
@@ -440,19 +442,58 @@ class SweepConfig(Section):
         None, "of sweep.until: hours after launch at which no seed is begun any more", above=0
     )
     prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
+    tune: str | None = option(
+        None, "KEY=A,B,C: each arm is compared at its own best value of this key, found first on sweep.tune_seeds"
+    )
+    tune_seeds: Any = option(
+        [101, 102], "of sweep.tune: the seeds, none of them compared; a number: so many from 101 on", at_least=0
+    )
 
     def agree(self) -> None:
-        for name in ("min_seeds", "max_seeds", "max_hours"):
-            value, usual = getattr(self, name), self.__dataclass_fields__[name].default
-            why = "has no meaning without sweep.until"
-            require(self.until is not None or value == usual, f"sweep.{name}", value, why, "add sweep.until=answered")
+        needs = dict.fromkeys(("min_seeds", "max_seeds", "max_hours"), ("until", "answered"))
+        for name, (other, example) in {**needs, "tune_seeds": ("tune", "optimizer.lr=1e-4,1e-3")}.items():
+            value, usual = getattr(self, name), default_of(self.__dataclass_fields__[name])
+            why, remedy = f"has no meaning without sweep.{other}", f"add sweep.{other}={example}"
+            require(getattr(self, other) is not None or value == usual, f"sweep.{name}", value, why, remedy)
+        if self.tune is not None:
+            self._check_tune(self.tune)
         most, why = self.looks.stop - 1, f"fewer than sweep.min_seeds={self.min_seeds}"
         require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
+
+    def _check_tune(self, tune: str) -> None:
+        key, values = tuned(tune)
+        remedy = f'try sweep.tune="{key or "optimizer.lr"}=1e-4,3e-4,1e-3"'
+        numbers = [number for number in map(_number, values) if number is not None]
+        ok = bool(key) and len(numbers) == len(values)
+        require(ok, "sweep.tune", tune, "must be a key and numbers to try, KEY=A,B,C", remedy)
+        require(len({*numbers}) > 1, "sweep.tune", tune, "a key is tuned over two values or more", remedy)
+        require(len({*numbers}) == len(numbers), "sweep.tune", tune, "it names a value twice", "leave one of them out")
+        seeds = trial_seeds(self.tune_seeds)
+        ok = len(seeds) > 0 and all(type(seed) is int for seed in seeds) and len({*seeds}) == len(seeds)
+        why = "must be different seeds, or a number of them"
+        require(ok, "sweep.tune_seeds", self.tune_seeds, why, "try sweep.tune_seeds=101,102")
 
     @property
     def looks(self) -> range:
         """Numbers of seeds at which a sweep that runs until it is answered looks."""
         return range(self.min_seeds, (self.max_seeds or 30) + 1)
+
+
+def tuned(tune: str | None) -> tuple[str, list[str]]:
+    """The key that `sweep.tune` names, and its values as typed; none where it is null."""
+    key, _, values = (tune or "").partition("=")
+    return key.strip(), [value.strip() for value in values.split(",") if value.strip()]
+
+
+def trial_seeds(told: Any) -> list[int]:
+    """The seeds of `sweep.tune_seeds`, which may be a number of them."""
+    return list(told) if isinstance(told, (list, tuple)) else list(range(101, 101 + int(told or 0)))
+
+
+def _number(text: str) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(text) if math.isfinite(float(text)) else None
+    return None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -32,6 +32,8 @@ class Row(Summary, total=False):
     folder: str
     gone: dict[str, Any]
     """Keys of its configuration that this version does not know."""
+    tuned: str
+    """The key of which it has its arm's best value, which is no axis."""
 
 
 Settings = dict[str, str]
@@ -83,7 +85,8 @@ def of_today(row: Row) -> Row:
 
 def _flat(row: Row) -> Settings:
     """A run's configuration by dotted key, values as shown, without housekeeping; keys of other versions with it."""
-    return {key: show(value) for key, value in (flatten(row["config"]) | flatten(row.get("gone", {}))).items()}
+    of = flatten(row["config"]) | flatten(row.get("gone", {}))
+    return {key: show(value) for key, value in of.items() if key != row.get("tuned")}
 
 
 def _typed(row: Row, flat: Settings) -> Settings:
@@ -91,7 +94,9 @@ def _typed(row: Row, flat: Settings) -> Settings:
     settings: Settings = {}
     for text in row.get("overrides", []):
         key, _, value = text.lstrip("+").partition("=")
-        if not (is_housekeeping(key) or key == "experiment" or key.startswith(("hydra.", "hydra/"))):
+        if not (
+            is_housekeeping(key) or key in ("experiment", row.get("tuned")) or key.startswith(("hydra.", "hydra/"))
+        ):
             key = key if key in flat else MOVED.get(key, key)
             settings[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
     return settings
@@ -194,9 +199,7 @@ class Grid:
         self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
         planned: set[tuple[int, tuple[str, ...]]] = set()
         for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
-            flat = _flat(row)
-            told = _typed(row, flat)
-            cell = row["config"]["seed"], tuple(_arm(key, flat, told) for key in axes)
+            cell = row["config"]["seed"], self.arms_of(row)
             planned.add(cell)
             if row["state"] == "done":
                 self.cells[cell] = row
@@ -205,6 +208,12 @@ class Grid:
             planned, key=lambda cell: (cell[0], [rank[arm] for rank, arm in zip(ranks, cell[1], strict=True)])
         )
         self.seeds = sorted({seed for seed, _ in self.cells})
+
+    def arms_of(self, row: Row) -> tuple[str, ...]:
+        """A run's arm of each axis."""
+        flat = _flat(row)
+        told = _typed(row, flat)
+        return tuple(_arm(key, flat, told) for key in self.axes)
 
     def of(self, seeds: set[int]) -> Grid:
         """Its part of these seeds."""
