@@ -75,7 +75,7 @@ class Curve:
         if edge <= 0 or inner <= 0:
             return "" if edge <= 0 else f"the optimum may lie beyond {self.best}: add {2 * edge:g}"
         further = float(f"{(more := edge * edge / inner):.0e}")
-        further = further if abs(math.log(further / inner)) > abs(math.log(edge / inner)) else more
+        further = further if abs(math.log(further / inner)) > abs(math.log(edge / inner)) else float(f"{more:.1e}")
         return f"the optimum may lie beyond {self.best}: add {_short(further)}"
 
     @property
@@ -103,7 +103,7 @@ class Curve:
 
 def _short(value: float) -> str:
     """A number as people type it: 3e-3, 0.3, 30."""
-    return f"{value:.2g}" if 0.01 <= value < 1e4 else np.format_float_scientific(value, trim="-", exp_digits=1)
+    return f"{value:g}" if 0.01 <= value < 1e4 else np.format_float_scientific(value, trim="-", exp_digits=1)
 
 
 def final(row: Summary) -> float | str:

@@ -1,5 +1,5 @@
-"""`sweep.tune`: each arm is tuned on seeds of its own, then compared at its own best value, whatever happens on the way:
-stopped, failed, diverged, resumed with more arms, run by workers, or ended as soon as it is answered.
+"""`sweep.tune`: each arm is tuned on seeds of its own, then compared at its own best value, whatever happens on the
+way: stopped, failed, diverged, resumed with more arms, run by workers, or ended as soon as it is answered.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def test_a_dry_run(tmp_path: Path) -> None:
         (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1,-1"], "optimizer.lr=-1"),
         (["-m", "optimizer=adamw,sgd", "optimizer.lr=1,2", TUNE], "leave out optimizer.lr=1,2"),
         (["-m", "optimizer=adamw,sgd", "optimizer.lr=0.5", TUNE], "leave out optimizer.lr=0.5"),
-        (["-m", "optimizer=adamw,sgd", "seed=100,101", TUNE], "101 would be compared too; try sweep.tune_seeds=102,103"),
+        (["-m", "optimizer=adamw,sgd", "seed=100,101", TUNE], "101 would be compared too; try sweep.tune_seeds=102,"),
         (["-m", "optimizer=adamw,sgd", TUNE, "sweep.tune_seeds=1,1"], "must be different seeds, or a number of them"),
         (["-m", "seed=1,2", TUNE], "nothing varies but the seed; add what to compare"),
         (["optimizer=sgd", TUNE], "one run has no arms to compare; add -m, and what to compare"),
