@@ -122,6 +122,15 @@ class MLPConfig(SlotConfig):
     target: ClassVar[str] = "gpt2exp.model.gpt:MLP"
 
 
+@choice_of("model.mlp")
+@dataclass(kw_only=True, slots=True)
+class ExactGELU(MLPConfig):
+    """GPT-2's with GELU itself, of which the tanh form is an approximation."""
+
+    name: str = option("exact_gelu", "chosen by model/mlp=exact_gelu")
+    target: ClassVar[str] = "gpt2exp.model.gpt:ExactGELU"
+
+
 @choice_of("model.norm")
 @dataclass(kw_only=True, slots=True)
 class NormConfig(SlotConfig):
