@@ -120,12 +120,13 @@ def _tuning(comparison: Comparison) -> Section:
 
 def _values(ax: Axes, curves: Sequence[Curve]) -> str | None:
     """A line an arm through its mean losses, a dot a tuning seed, a diamond where it is compared."""
-    handles, every = [], sorted({float(value) for curve in curves for value in curve.losses})
+    handles, every = [], dict[float, str]()
     for place, curve in enumerate(curves):
         turn, colour = divmod(place, len(COLOURS))
         look = {"color": COLOURS[colour], "linestyle": DASHES[turn % len(DASHES)]}
         known = {value: [n for n in losses if not isinstance(n, str)] for value, losses in curve.losses.items()}
         means = {float(value): statistics.fmean(found) for value, found in known.items() if found}
+        every |= {float(value): value for value, found in known.items() if found}
         (line,) = ax.plot(sorted(means), [means[at] for at in sorted(means)], linewidth=1.6, **look)
         handles.append((curve.arm, line))
         for value, found in known.items():
@@ -133,11 +134,11 @@ def _values(ax: Axes, curves: Sequence[Curve]) -> str | None:
         if curve.best is not None and float(curve.best) in means:
             best = float(curve.best)
             ax.plot(best, means[best], "D", color=COLOURS[colour], markersize=7, markeredgecolor="black")
-    if not any(line.get_xdata().size for _, line in handles):
+    if not every:
         return None
-    if every[0] > 0:
+    if min(every) > 0:
         ax.set_xscale("log")
-    ax.set_xticks(every, [f"{value:g}" for value in every])
+    ax.set_xticks(list(every), list(every.values()))
     ax.xaxis.set_minor_formatter(NullFormatter())
     _label(ax, curves[0].key, "loss at the end, nats a token", handles)
     gone = sorted(

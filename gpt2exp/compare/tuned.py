@@ -68,10 +68,12 @@ class Curve:
 
         The value keeps the distance of its neighbours, to one digit. A zero has nothing below it.
         """
-        tried = sorted((value for value in self.losses if self.mean(value) is not None), key=float)
-        if self.best not in (tried[:1] + tried[-1:]) or len(tried) < 2:
+        order = sorted(self.losses, key=float)
+        tried = [value for value in order if self.mean(value) is not None]
+        if self.best not in (tried[:1] + tried[-1:]) or len(order) < 2:
             return ""
-        edge, inner = (float(value) for value in (tried[:2] if self.best == tried[0] else tried[:-3:-1]))
+        inside = order if self.best == tried[0] else order[::-1]
+        edge, inner = float(self.best), float(inside[(inside.index(self.best) + 1) % len(order)])
         if edge <= 0 or inner <= 0:
             return "" if edge <= 0 else f"the optimum may lie beyond {self.best}: add {2 * edge:g}"
         further = float(f"{(more := edge * edge / inner):.0e}")
@@ -97,7 +99,7 @@ class Curve:
         elif self.left:
             text += f"{self.left} tuning runs have not ended, so that it is not compared yet"
         else:
-            text += f"no value of {self.key} has a loss, so that it is not compared: add others"
+            text += f"no value of {self.key} has a loss, so that it is not compared: start a sweep with others"
         return text + (f"; {', '.join(self.failed)} left out, since a run failed there" if self.failed else "")
 
 

@@ -298,7 +298,7 @@ def _tuned(
     first = next(iter(known.tuning.arms[0].runs))
     # a job whose arm has no value yet is composed with one
     listed = {name: texts if key in map(_key, texts) else [*texts, f"{key}={first}"] for name, texts in listed.items()}
-    jobs = list(map(tuning.bare, _jobs(composer, master, folder, listed, runs, axes, kept, key)))
+    jobs = _jobs(composer, master, folder, listed, runs, axes, kept, key)
     tuning.check(jobs, multirun=True, basic=True)
     tried = {
         name: [*now, *arm.overrides, f"{key}={value}", f"seed={seed}"]
@@ -360,6 +360,7 @@ def _jobs(
         if (identity := schema.identity(job.config)) not in known:
             known.add(identity)
             jobs.append(job)
+    jobs = list(map(tuning.bare, jobs)) if key else jobs
     place = next(iter(listed)).rpartition("/")[0]
     return request.named(jobs, _free(folder / place, listed), f"{place}/" if place else "")
 

@@ -119,7 +119,7 @@ def announced(tuning: record.Tuning, trials: int, jobs: int) -> str:
 def settle(sweep: Path, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
     """Choose the value of every arm whose tuning runs have ended, and record it in `sweep.json`.
 
-    Returns the jobs of the arms that have one, each at that value, and a line an arm.
+    Returns the jobs of the arms that have one, each at that value, and a line for each arm that had none before.
     """
     known = record.Sweep.read(sweep)
     assert known is not None
@@ -129,8 +129,9 @@ def settle(sweep: Path, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
     for arm, name in zip(arms, names([tuple(arm.overrides) for arm in arms]), strict=True):
         finals = {value: [final(record.row(sweep / run, sweep)) for run in runs] for value, runs in arm.runs.items()}
         curve = Curve(key, name, finals, arm.best)
-        curve.best = arm.best = arm.best or curve.choose()
-        said.append(f"tuned {curve.said()}" if arm.best else f"not tuned: {curve.said()}")
+        if not curve.best:
+            curve.best = arm.best = curve.choose()
+            said.append(f"tuned {curve.said()}" if arm.best else f"not tuned: {curve.said()}")
     best = {tuple(arm.overrides): arm.best for arm in arms if arm.best}
     settled = [_at(job, key, value) for job in jobs if (value := best.get(arm_of(job.overrides, key)))]
     told = {job.folder: list(job.overrides) for job in settled}

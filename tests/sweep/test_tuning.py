@@ -144,6 +144,7 @@ def test_resumed_with_more(tmp_path: Path) -> None:
     code, out, err = here(tmp_path, f"resume={sweep}", "seed=1,2")
     assert code == 0, out + err
     assert (len(run_folders(sweep / "tuning")), len(compared(sweep))) == (8, 4)
+    assert list(compared(sweep))[2:] == ["002_init=gpt2,seed=2", "003_init=openai,seed=2"]
     code, out, err = here(tmp_path, f"resume={sweep}", "init=xavier")
     assert code == 0, out + err
     assert (len(run_folders(sweep / "tuning")), len(compared(sweep))) == (12, 6)
