@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2exp.config import trial_seeds, tuned
+from gpt2exp.config import tuned
 from gpt2exp.run.metrics import Summary, judged, number_of
 from gpt2exp.run.terminal import printable
 from gpt2exp.schema import at, is_housekeeping
@@ -130,7 +130,7 @@ def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     trials: list[Row] = []
     others: list[Row] = []
     for row in rows:
-        tries = key_of(row) and row["config"]["seed"] in trial_seeds(at(row["config"], "sweep.tune_seeds"))
+        tries = key_of(row) and row["config"]["seed"] in at(row["config"], "sweep.tune_seeds")
         (trials if tries else others).append(row)
     keys = {key_of(row) for row in others if "config" in row}
     if len(keys) == 1 and (key := keys.pop()):

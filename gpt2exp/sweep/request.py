@@ -119,7 +119,8 @@ class Request:
         if not self.looks:
             return {}
         settings = self.jobs[-1].config.sweep
-        axes = {key: values for key, values in arms(self.jobs).items() if len(values) > 1 and key != "seed"}
+        axes = {key: values for key, values in arms(self.jobs).items() if len(values) > 1}
+        axes = {key: values for key, values in axes.items() if key not in ("seed", settings.budget)}
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
 
@@ -154,8 +155,6 @@ LOGGING = ("hydra.verbose", "hydra/job_logging")
 """Hydra's settings that have an effect in the workers of a launcher alone."""
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
 PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
-SPECS = ("sweep.tune",)
-"""Keys whose text has commas of its own."""
 ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
 
 
@@ -167,12 +166,15 @@ def as_meant(text: str) -> str:
     """
     key, _, value = text.partition("=")
     bare = key.lstrip("+")
+    if bare in ("sweep.over", "sweep.tune") and "=" in value and value[0] not in "'\"":
+        return f"{key}={quoted(value)}"
+    if bare == "sweep.tune_seeds" and re.fullmatch(r"[\d, ]+", value):
+        seeds = value if "," in value else ",".join(map(str, range(101, 101 + int(value))))
+        return f"{key}=[{seeds}]"
     if not value or "${" in value or value[0] in "'\"" or bare not in (*OUTPUT, *keys()):
         return text
     parser = OverridesParser.create()
-    if bare == "sweep.tune_seeds" and re.fullmatch(r"[\d ]+(,[\d ]+)+", value):
-        return f"{key}=[{value}]"
-    if bare in (*OUTPUT, *SPECS) or (bare in PLACES and value != "null" and os.path.exists(home(value))):  # noqa: PTH110
+    if bare in OUTPUT or (bare in PLACES and value != "null" and os.path.exists(home(value))):  # noqa: PTH110
         with contextlib.suppress(HydraException):
             read = parser.parse_override(text)
             if not read.is_sweep_override() and read.value() == value:
@@ -314,6 +316,8 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
     if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
         found = axes([*read(composer, preset(master)), *typed])
+        if master.sweep.over is not None:
+            found |= budgets(composer, master.sweep.over, found)
         if master.sweep.until is not None:  # a study's seeds are replaced
             found.pop("seed", None)
             end = parse({"sweep": as_plain(master.sweep)}).sweep.looks.stop
@@ -325,6 +329,9 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
         alone = identified(composer.compose(constant) if multirun else master)
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
         jobs = [Job(tuple(texts), checked(alone), own, settings)]
+    if not basic and (over := jobs[0].config.sweep.over):
+        why, remedy = "a sweep by the basic sweeper alone has budgets", "add -m, and what to compare within each"
+        require(False, "sweep.over", over, why, remedy)
     looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
     tuning.check(jobs, multirun=multirun, basic=bool(basic))
     trials = named(tuning.trials(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")
@@ -419,6 +426,26 @@ def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
         each = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
         found[key] = [f"{key}={value}" for value in each]
     return found
+
+
+def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The axis that `sweep.over` adds to the others, as `axes`.
+
+    Raises:
+        BadRequest: it is no list of numbers for a key that counts, is there already, or nothing else varies.
+    """
+    again = "try sweep.over=train.steps=50,100,200"
+    require("=" in over, "sweep.over", over, "must be KEY=A,B", again)
+    ((key, texts),) = axes(read(composer, [over])).items()
+    counts = not is_housekeeping(key) and key != "seed" and {int, float} & {*kinds(key)} if key in keys() else False
+    require(bool(counts), "sweep.over", over, f"{key} is no number that makes a run larger", again)
+    require(len({*texts}) > 1, "sweep.over", over, "one value is no axis", again)
+    require(key not in others, "sweep.over", over, f"{key} is given twice", f"leave out {key}=...")
+    several = [name for name, each in others.items() if len(each) > 1 and name != "seed"]
+    require(
+        bool(several), "sweep.over", over, "nothing else varies", "add what to compare: model.tie_weights=true,false"
+    )
+    return {key: sorted(texts, key=lambda text: float(text.partition("=")[2]))}
 
 
 def named(jobs: Sequence[Job], first: int = 0, place: str = "") -> list[Job]:

@@ -237,7 +237,8 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     for device in {job.config.train.device for job in jobs}:
         engines.check(master.hydra.launcher, device)
     hydra = [*(text for text in flags.overrides if is_hydra(text)), *settings]
-    told = [f"{key}={','.join(each)}" for key, each in request.arms(jobs).items() if key != "seed" or not known.looks]
+    skip = (jobs[0].config.sweep.budget, *["seed"] * bool(known.looks))
+    told = [f"{key}={','.join(each)}" for key, each in request.arms(jobs).items() if key not in skip]
     argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *told, *hydra]
     where, notes = began_in if began_in.is_dir() else None, tuple(_gone_note(gone))
     looks = tuple(known.looks)
@@ -247,7 +248,8 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
     """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
-    fixed = ["sweep.until", "sweep.min_seeds", "sweep.tune", "sweep.tune_seeds", *["sweep.margin"] * bool(known.looks)]
+    fixed = ["sweep.until", "sweep.over", "sweep.min_seeds", "sweep.tune", "sweep.tune_seeds"]
+    fixed += ["sweep.margin"] * bool(known.looks)
     fixed += [known.tuning.key] if known.tuning else []
     for override in typed:
         key = override.key_or_group

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gpt2exp.compare.tuned import Curve, arm_of, final, names
-from gpt2exp.config import SweepConfig, trial_seeds, tuned
+from gpt2exp.config import SweepConfig, tuned
 from gpt2exp.run import record
 from gpt2exp.schema import check_key, is_housekeeping, parse, put
 from gpt2exp.section import BadRequest, show
@@ -53,7 +53,7 @@ def check(jobs: Sequence[Job], *, multirun: bool, basic: bool) -> None:
     if not sweeps:
         return
     what, sweep = "add what to compare, such as optimizer=adamw,sgd", sweeps[0]
-    key, seeds = tuned(sweep.tune)[0], trial_seeds(sweep.tune_seeds)
+    key, seeds = tuned(sweep.tune)[0], sweep.tune_seeds
     refuse(not multirun, sweep, f"one run has no arms to compare; add -m, and {what.removeprefix('add ')}")
     asked = {(job.config.sweep.tune, str(job.config.sweep.tune_seeds)) for job in jobs}
     refuse(not basic or len(asked) > 1, sweep, "it takes the basic sweeper and one rule for all jobs; name one of each")
@@ -86,7 +86,7 @@ def trials(composer: Composer, master: Any, jobs: Sequence[Job], known: Sequence
     before = {arm_of(job.overrides, key) for job in known}
     arms = dict.fromkeys(arm for job in jobs if (arm := arm_of(job.overrides, key)) not in before)
     kept = [text for text in jobs[0].overrides if is_housekeeping(text.lstrip("+").partition("=")[0])]
-    seeds = trial_seeds(asked.tune_seeds)
+    seeds = asked.tune_seeds
     each = ([*kept, *arm, f"{key}={value}", f"seed={seed}"] for arm in arms for value in values for seed in seeds)
     return [*known, *composer.jobs(master, each)]
 
@@ -97,7 +97,7 @@ def recorded(jobs: Sequence[Job], known: record.Tuning | None = None) -> record.
         return None
     key, values = tuned(jobs[0].config.sweep.tune)
     chosen = {tuple(arm.overrides): arm.best for arm in known.arms} if known else {}
-    found = record.Tuning(key, trial_seeds(jobs[0].config.sweep.tune_seeds), [])
+    found = record.Tuning(key, jobs[0].config.sweep.tune_seeds, [])
     arms: dict[tuple[str, ...], record.Tuned] = {}
     for job in jobs:
         arm = arm_of(job.overrides, key)

@@ -225,16 +225,16 @@ def test_a_dry_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "why"),
     [
-        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1e-3"], "a key is tuned over two values or more"),
-        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1e-3,0.001,1"], "it names a value twice"),
-        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=low,high"], "must be a key and numbers to try"),
+        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1e-3"], "must be a key and two different numbers or more"),
+        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1e-3,0.001,1"], "must be a key and two different numbers or more"),
+        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=low,high"], "must be a key and two different numbers or more"),
         (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.rate=1,2"], "optimizer.rate=1: no such key"),
         (["-m", "optimizer=adamw,sgd", "sweep.tune=train.log_every=1,2"], "changes no result; tune another key"),
         (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1,-1"], "optimizer.lr=-1"),
         (["-m", "optimizer=adamw,sgd", "optimizer.lr=1,2", TUNE], "leave out optimizer.lr=1,2"),
         (["-m", "optimizer=adamw,sgd", "optimizer.lr=0.5", TUNE], "leave out optimizer.lr=0.5"),
         (["-m", "optimizer=adamw,sgd", "seed=100,101", TUNE], "101 would be compared too; try sweep.tune_seeds=102,"),
-        (["-m", "optimizer=adamw,sgd", TUNE, "sweep.tune_seeds=1,1"], "must be different seeds, or a number of them"),
+        (["-m", "optimizer=adamw,sgd", TUNE, "sweep.tune_seeds=1,1"], "must be different seeds"),
         (["-m", "seed=1,2", TUNE], "nothing varies but the seed; add what to compare"),
         (["optimizer=sgd", TUNE], "one run has no arms to compare; add -m, and what to compare"),
         (["-m", "hydra/sweeper=lr_search", "init=gpt2", TUNE], "it takes the basic sweeper"),
@@ -250,7 +250,7 @@ def test_bad_requests(typed: list[str], why: str, tmp_path: Path) -> None:
 
 
 def test_seeds_as_a_number_or_a_list() -> None:
-    for typed, seeds in (("3", [101, 102, 103]), ("7,9", [7, 9]), ("[7]", [7])):
+    for typed, seeds in (("3", [101, 102, 103]), ("7,9", [7, 9]), ("[7]", [7]), ("1", [101])):
         asked = request.make(arguments([*map(request.as_meant, [*ASKED, f"sweep.tune_seeds={typed}"])]))
         assert sorted({job.config.seed for job in asked.trials}) == seeds
         assert [job.config.seed for job in asked.jobs] == [1, 2, 1, 2]
