@@ -209,7 +209,9 @@ def measure(effect: Effect, speed: Effect | None, grid: Grid, before: History) -
 
 def _curve(grid: Grid, group: Group, place: int, key: str) -> tuple[Tokens, Floats]:
     """The losses of a run and the tokens trained on by then; of a step done twice, the last."""
-    points = {float(line["tokens"]): line[key] for line in grid.metrics(group.runs[place]) if key in line}
+    points = {
+        float(line["tokens"]): line[key] for line in grid.metrics(group.runs[place]) if key in line and line["tokens"]
+    }
     tokens = tuple(sorted(points))
     return tokens, np.array([points[at] for at in tokens], float)
 
