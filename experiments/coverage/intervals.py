@@ -126,7 +126,7 @@ def simulate(sweeps: int = SWEEPS, seed: int = 17) -> list[Row]:
     figures = [("steps' factor", multiplier, noise) for noise in NOISES]
     figures += [("trend over the last half", trend, noise) for noise in NOISES[2:]]
     figures += [("change with budget", change, Noise("final loss of runs of 50 and 200 steps", ()))]
-    rows = []
+    rows = list[Row]()
     for (name, figure, noise), seeds, factor in itertools.product(figures, SEEDS, FACTORS):
         rng = np.random.default_rng([seed, seeds, round(100 * factor), len(rows)])
         batches = [min(BATCH, sweeps - done) for done in range(0, sweeps, BATCH)]

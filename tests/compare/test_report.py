@@ -284,10 +284,11 @@ class TestFiles:
         with (folder / "comparison.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         for said, row in zip(known["axes"], rows, strict=True):
-            low, high = said.pop("ci95") or (None, None)
+            for name in [name for name in said if name.endswith("ci95")]:
+                low, high = said.pop(name) or (None, None)
+                said |= {f"{name}_low": low, f"{name}_high": high}
             parameters = said.pop("parameters")
             assert json.loads(row.pop("differences")) == said.pop("differences")
-            said |= {"ci95_low": low, "ci95_high": high}
             said |= {f"{side}_parameters": parameters[side] for side in parameters}
             assert row == {key: "" if value is None else str(value) for key, value in said.items()}
         comparison = compare.compare(compare.read([folder]))
@@ -298,7 +299,7 @@ class TestFiles:
         assert [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table] == [
             [
                 *(cell.replace("<", "&lt;") for cell in cells),
-                report.verdict_text(verdict) + (f" \\[{reasons.index(reason)}\\]" if reason else ""),
+                (report.verdict_text(verdict) + (f" \\[{reasons.index(reason)}\\]" if reason else "")).strip(),
             ]
             for *cells, verdict, reason in shown.rows
         ]
