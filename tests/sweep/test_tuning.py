@@ -21,6 +21,7 @@ from gpt2exp.sweep.composing import arguments
 TINY = [*SMALL, "train.steps=3", "train.batch_size=1", "train.seq_len=8", "wandb.mode=disabled"]
 VALUES = ("1e-3", "1e-2", "1e9")
 TUNE = f"sweep.tune=optimizer.lr={','.join(VALUES)}"
+TWO = "must be a key and two different numbers or more"
 ASKED = ["-m", "optimizer=adamw,sgd", "seed=1,2", TUNE, *TINY]
 
 
@@ -225,15 +226,15 @@ def test_a_dry_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "why"),
     [
-        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1e-3"], "must be a key and two different numbers or more"),
-        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1e-3,0.001,1"], "must be a key and two different numbers or more"),
-        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=low,high"], "must be a key and two different numbers or more"),
+        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1e-3"], TWO),
+        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1e-3,0.001,1"], TWO),
+        (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=low,high"], TWO),
         (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.rate=1,2"], "optimizer.rate=1: no such key"),
         (["-m", "optimizer=adamw,sgd", "sweep.tune=train.log_every=1,2"], "changes no result; tune another key"),
         (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1,-1"], "optimizer.lr=-1"),
         (["-m", "optimizer=adamw,sgd", "optimizer.lr=1,2", TUNE], "leave out optimizer.lr=1,2"),
         (["-m", "optimizer=adamw,sgd", "optimizer.lr=0.5", TUNE], "leave out optimizer.lr=0.5"),
-        (["-m", "optimizer=adamw,sgd", "seed=100,101", TUNE], "101 would be compared too; try sweep.tune_seeds=102,"),
+        (["-m", "optimizer=adamw,sgd", "seed=100,101", TUNE], "101 would be compared too; try sweep.tune_seeds=103,"),
         (["-m", "optimizer=adamw,sgd", TUNE, "sweep.tune_seeds=1,1"], "must be different seeds"),
         (["-m", "seed=1,2", TUNE], "nothing varies but the seed; add what to compare"),
         (["optimizer=sgd", TUNE], "one run has no arms to compare; add -m, and what to compare"),
