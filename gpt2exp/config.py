@@ -421,6 +421,11 @@ class SweepConfig(Section):
         require(ok, "sweep.tune_seeds", self.tune_seeds, "must be different seeds", "try sweep.tune_seeds=101,102")
 
     @property
+    def budget(self) -> str:
+        """The key of `over`; empty without."""
+        return (self.over or "").partition("=")[0].strip()
+
+    @property
     def looks(self) -> range:
         """Numbers of seeds at which a sweep that runs until it is answered looks."""
         return range(self.min_seeds, (self.max_seeds or 30) + 1)

@@ -26,6 +26,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid
 from gpt2exp.compare.curves import Arm, Axis, Replicates, by_seed
+from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import declared, open_ended, reach
 from gpt2exp.compare.report import Drawing, Section, tuning_heading
 from gpt2exp.compare.tuned import Curve
@@ -59,7 +60,8 @@ def draw(comparison: Comparison) -> list[Section]:
     done = [row for row in comparison.runs if row["state"] == "done"]
     if not done:
         return []
-    grid = Grid([row for row in comparison.runs if "config" in row], comparison.swept)
+    whole = Grid([row for row in comparison.runs if "config" in row], comparison.swept)
+    grid = whole.within(whole.budgets[-1])  # what is drawn step by step is drawn of the largest budget
     per_step = {row["tokens"] / row["steps"] for row in done if row["steps"]}
     clock = "step" if len(per_step) == 1 else "tokens"
     sections = [_tuning(comparison)] if comparison.tuning else []
@@ -88,10 +90,17 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
         ("memory", "Peak memory", arms, functools.partial(_bars, metric=MEMORY)),
         ("unseen", "What unused tokens cost", 0, _unseen),
     ]
+    if axis.key is not None and axis.key == axis.grid.over:
+        kinds = [("budgets", "Difference by budget", 0, _budgets)]
     for kind, title, rows, painter in kinds:  # `rows`: inches of a figure that grows with them
         heading = title if axis.key is None else f"{shorten(axis.key, 30)}: {title[0].lower()}{title[1:]}"
-        paint = functools.partial(painter, axis=axis)
+        heading += f" ({shorten(axis.grid.budget, 30)})" * (kind != "budgets" and bool(axis.grid.budget))
+        paint = functools.partial(_painted, painter, axis)
         yield from _drawn(f"{stem}-{kind}", title, heading, min(0.75 + rows, 14.0) if rows else SIZE[1], paint)
+
+
+def _painted(painter: Draw, axis: Axis, ax: Axes) -> str | None:
+    return painter(ax, axis)
 
 
 def _drawn(
@@ -361,6 +370,32 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
         text += ", so wider than the table's, which is right at one look"
     if any(one < low or other > high for one, other in widest):
         text += "; the first intervals are wider than the picture"
+    return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
+
+
+def _budgets(ax: Axes, axis: Axis) -> str | None:
+    """The mean difference of each arm within each budget, with its interval."""
+    comparison, handles, margin = axis.comparison, [], axis.comparison.margin
+    by_arm: dict[tuple[str, str], list[Effect]] = defaultdict(list)
+    for effect in comparison.axes:
+        if effect.metric == comparison.metric and effect.mean_difference is not None:
+            by_arm[effect.key, effect.arm].append(effect)
+    for place, ((key, arm), each) in enumerate(by_arm.items()):
+        turn, colour = divmod(place, len(COLOURS))
+        x = [float(effect.budget.partition("=")[2]) for effect in each]
+        look: dict[str, Any] = {"color": COLOURS[colour], "linestyle": DASHES[turn % len(DASHES)], "linewidth": 1.4}
+        (line,) = ax.plot(x, [effect.mean_difference or 0.0 for effect in each], marker="o", markersize=4, **look)
+        handles.append((f"{key}={arm}", line))
+        sure = [(at, *effect.ci95) for at, effect in zip(x, each, strict=True) if effect.ci95]
+        if sure:
+            ax.vlines(*zip(*sure, strict=True), **look)
+    if not handles:
+        return None
+    ax.axhline(0, **ZERO)
+    for bound in (-margin, margin) if margin else ():
+        ax.axhline(bound, **REFERENCE)
+    _label(ax, axis.grid.over, "arm minus baseline, nats", handles)
+    text = "Mean difference in the loss at the end of runs of each budget, with its 95 % interval"
     return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
 
 

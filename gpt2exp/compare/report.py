@@ -136,8 +136,8 @@ def _show_table(shown: Table, console: Console, heading: str) -> None:
         table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
     reasons = words.reasons_of(shown)
     for (axis, arms), rows in itertools.groupby(shown.rows, key=lambda row: row[:2]):
-        # three metrics an arm: its axis beside the first, its names beside the second
-        for row, beside in itertools.zip_longest(rows, (axis, f"  {arms}")):
+        # three metrics an arm: its axis beside the first, its names beside the second, its budget beside the third
+        for row, beside in itertools.zip_longest(rows, (axis, *(f"  {part}" for part in arms.split(", ")))):
             if row is None:
                 break
             *cells, verdict = (row[at] for at in named[2:])

@@ -223,6 +223,9 @@ def test_a_dry_run(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+TWO = "must be a key and two different numbers or more"
+
+
 @pytest.mark.parametrize(
     ("typed", "why"),
     [

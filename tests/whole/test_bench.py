@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import runpy
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -26,28 +27,17 @@ ONCE = [*TINY, "--pairs", "1", "--steps", "3", "--peer-command"]
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One round of ours, transformers and a peer's command, each a process of its own, and two of ours at once."""
+    """One round of ours, transformers and a peer's command, each a process of its own."""
     folder, out = tmp_path_factory.mktemp("bench"), io.StringIO()
     peer = """python -c 'print("noise"); print("{\\"ms_median\\": 5, \\"first_ms\\": 6, \\"peak_rss_mib\\": 7}")'"""
-<<<<<<< HEAD
-    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "2", "--steps", "4"]
-    done = run(*args, "--out", "found/bench.json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads((folder / "found" / "bench.json").read_text()) == found
-    assert sorted(path.name for path in folder.iterdir()) == ["found"]  # a bench is no run: nothing else is written
-    for text in ("step time", "whole process", "peak memory"):
-        assert text in done.stdout
-=======
-    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "1", "--steps", "4", "--beside", "2"]
+    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "1", "--steps", "4"]
     with contextlib.chdir(folder), contextlib.redirect_stdout(out):
         assert bench.command([*args, "--out", "found/bench.json"]) == 0
     found: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
     assert json.loads((folder / "found" / "bench.json").read_text()) == found
     assert sorted(path.name for path in folder.iterdir()) == ["found"]  # a bench is no run: nothing else is written
-    for text in ("step time", "whole process", "peak memory", "2 at once: a step"):
+    for text in ("step time", "whole process", "peak memory"):
         assert text in out.getvalue()
->>>>>>> tests2
     return found
 
 
@@ -74,17 +64,18 @@ def test_ours_and_the_peers_are_timed(result: dict[str, Any]) -> None:
     assert row["hf"]["loss_first"] == pytest.approx(row["gpt2exp"]["loss_first"], rel=0.02)  # the same batch
     assert row["peer"]["ms_median"] == 5
     assert {key: of["ms_median"]["n"] for key, of in result["ratios"].items()} == {"hf": 1, "peer": 1}
-    assert [len(found) for found in result["beside"]["ms_medians"]] == [2]
 
 
-<<<<<<< HEAD
-def test_ratios_are_taken_pair_by_pair(result: dict[str, Any]) -> None:
-    for peer in ("hf", "peer"):
-        for key in ("ms_median", "peak_rss_mib"):
-            pairs = [row["gpt2exp"][key] / row[peer][key] for row in result["rounds"]]
-            found = result["ratios"][peer][key]
-            assert (found["min"], found["max"], found["n"]) == (min(pairs), max(pairs), 2)
-            assert found["median"] == pytest.approx(sum(pairs) / 2)
+def test_ratios_are_taken_pair_by_pair(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In turn, ours and the peer's."""
+    times = iter([2, 4, 9, 3])
+    same = {"first_ms": 1, "peak_rss_mib": 1, "process_seconds": 1}
+    monkeypatch.setattr(bench, "timed", lambda _: {"ms_median": next(times), **same})
+    assert bench.command([*TINY, "--peer", "hf", "--pairs", "2", "--steps", "4"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["gpt2exp"]["ms_median"], row["hf"]["ms_median"]) for row in found["rounds"]] == [(2, 4), (9, 3)]
+    assert found["ratios"]["hf"]["ms_median"] == {"median": 1.75, "min": 0.5, "max": 3, "n": 2}
+    assert found["ratios"]["hf"]["peak_rss_mib"] == {"median": 1, "min": 1, "max": 1, "n": 2}
 
 
 def test_two_at_once_are_timed_beside_one_alone(tmp_path: Path) -> None:
@@ -99,20 +90,6 @@ def test_two_at_once_are_timed_beside_one_alone(tmp_path: Path) -> None:
     line[2] = "1"
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr[:14]) == (2, "beside.py: 1 -")
-=======
-def test_ratios_are_taken_pair_by_pair(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In turn, ours and the peer's; several at once beside the one of the same round."""
-    times, together = iter([2, 4, 9, 3]), iter([[3, 4], [27, 18]])
-    same = {"first_ms": 1, "peak_rss_mib": 1, "process_seconds": 1}
-    monkeypatch.setattr(bench, "timed", lambda _: {"ms_median": next(times), **same})
-    monkeypatch.setattr(bench, "_at_once", lambda *_: [{"ms_median": ms} for ms in next(together)])
-    assert bench.command([*TINY, "--peer", "hf", "--pairs", "2", "--steps", "4", "--beside", "2"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(row["gpt2exp"]["ms_median"], row["hf"]["ms_median"]) for row in found["rounds"]] == [(2, 4), (9, 3)]
-    assert found["ratios"]["hf"]["ms_median"] == {"median": 1.75, "min": 0.5, "max": 3, "n": 2}
-    assert found["ratios"]["hf"]["peak_rss_mib"] == {"median": 1, "min": 1, "max": 1, "n": 2}
-    assert found["beside"]["ratio"] == {"median": 2.5, "min": 2, "max": 3, "n": 2}
->>>>>>> tests2
 
 
 def test_processes_at_once_begin_together(tmp_path: Path) -> None:
@@ -140,8 +117,7 @@ def test_losses_are_held_against_the_plain_path(with_roof: dict[str, Any]) -> No
 
 def test_the_floor_is_its_parts(with_roof: dict[str, Any]) -> None:
     result, roof = with_roof, with_roof["roofline"]
-    step = sorted(row["gpt2exp"]["ms_median"] for row in result["rounds"])
-    assert roof["step_ms"] == pytest.approx(sum(step) / 2)
+    assert roof["step_ms"] == pytest.approx(statistics.median(row["gpt2exp"]["ms_median"] for row in result["rounds"]))
     assert roof["floor_ms"] == pytest.approx(roof["matmul_ms"] + roof["adamw_ms"])
     assert roof["fraction"] == pytest.approx(roof["floor_ms"] / roof["step_ms"])
     assert {product["layer"] for product in roof["products"]} == {
