@@ -424,10 +424,19 @@ class WandbConfig(Section):
             require(1 <= len(tag) <= 64, "wandb.tags", self.tags, why, "try wandb.tags=[short,words]")
 
 
+TOGETHER = " + "
+"""Joins the keys of an axis that moves together, where a comparison names it."""
+
+
 @dataclass(kw_only=True, slots=True)
 class SweepConfig(Section):
-    """How the jobs of a multirun are treated."""
+    """Which jobs a multirun has, and how they are treated."""
 
+    together: list[str] = option(
+        [],
+        "keys that move together as one axis: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4' has two arms; "
+        "in a file a list, a key an entry",
+    )
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
     margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
@@ -442,6 +451,13 @@ class SweepConfig(Section):
     prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
 
     def agree(self) -> None:
+        moving = [text.partition("=")[0].strip() for text in self.together]
+        for text in self.together:
+            require("=" in text, "sweep.together", text, "must be KEY=A,B", "separate several by a semicolon")
+            twice = moving.count(text.partition("=")[0].strip()) > 1
+            require(not twice, "sweep.together", text, "its key is there twice", "name each key once")
+        why, remedy = "one key has nothing to move with", "add another, or sweep it by itself"
+        require(len(moving) != 1, "sweep.together", self.together, why, remedy)
         for name in ("min_seeds", "max_seeds", "max_hours"):
             value, usual = getattr(self, name), self.__dataclass_fields__[name].default
             why = "has no meaning without sweep.until"

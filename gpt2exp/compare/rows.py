@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gpt2exp.compare.inference import pooled_std
-from gpt2exp.config import RunConfig
+from gpt2exp.config import TOGETHER, RunConfig
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
 from gpt2exp.schema import MOVED, flatten, is_housekeeping, plain, stored
@@ -97,8 +97,16 @@ def _typed(row: Row, flat: Settings) -> Settings:
     return settings
 
 
-def _arm(key: str, flat: Settings, told: Settings) -> str:
-    """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it."""
+def _arm(key: str, flat: Settings, told: Settings, baseline: str = "") -> str:
+    """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it.
+
+    Of keys that move together `n_embd=128 lr=0.0005`, without the values that it shares with the `baseline`.
+    """
+    if len(keys := key.split(TOGETHER)) > 1:
+        names = [re.split("[./]", one)[-1] for one in keys]
+        names = names if len({*names}) == len(names) else keys
+        parts = [f"{name}={_arm(one, flat, told)}" for name, one in zip(names, keys, strict=True)]
+        return " ".join(part for part in parts if part not in baseline.split()) or " ".join(parts)
     section = _section(key)
     chosen = flat.get(f"{section}name") or flat.get(f"{section}scheme")
     return flat.get(key) or told.get(key) or chosen or ("gpt2" if key.startswith("model") else "default")
@@ -147,11 +155,24 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
             f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
             "compare folders whose runs share it"
         )
-    return {
-        key: sorted(dict.fromkeys(of_runs), key=_arm(key, usual, {}).__ne__)  # the default first: False before True
-        for key, of_runs in arms.items()
-        if key not in by_group | following
-    }
+    names = _joined([key for key in arms if key not in by_group | following], rows)
+    found = {}
+    for key in names:
+        of_runs = dict.fromkeys(_arm(key, *of_run) for of_run in zip(flats, told, strict=True))
+        baseline = min(of_runs, key=_arm(key, usual, {}).__ne__)  # the default, else the first: False before True
+        arms_of = (_arm(key, *of_run, baseline) for of_run in zip(flats, told, strict=True))
+        found[key] = list(dict.fromkeys([baseline, *arms_of]))
+    return found
+
+
+def _joined(keys: list[str], rows: Sequence[Row]) -> list[str]:
+    """The axes, where keys that moved together in a run (`sweep.together`) are one."""
+    for texts in dict.fromkeys(tuple(row["config"]["sweep"]["together"]) for row in rows):
+        told = [text.partition("=")[0].strip() for text in texts]
+        if len(moved := [key for key in keys if key in told]) > 1:
+            keys = [key for key in keys if key not in moved[1:]]
+            keys[keys.index(moved[0])] = TOGETHER.join(moved)
+    return keys
 
 
 def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
@@ -196,7 +217,7 @@ class Grid:
         for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
             flat = _flat(row)
             told = _typed(row, flat)
-            cell = row["config"]["seed"], tuple(_arm(key, flat, told) for key in axes)
+            cell = row["config"]["seed"], tuple(_arm(key, flat, told, arms[0]) for key, arms in axes.items())
             planned.add(cell)
             if row["state"] == "done":
                 self.cells[cell] = row

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Grid, Interaction
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST
+from gpt2exp.config import TOGETHER
 from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
@@ -94,8 +95,8 @@ def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, st
 
 
 def subject(key: str, arm: str) -> str:
-    """`key=arm`."""
-    return f"{printable(key)}={printable(arm)}"
+    """`key=arm`; an arm of keys that move together says so itself."""
+    return printable(arm if TOGETHER in key else f"{key}={arm}")
 
 
 def deviation(std: float | None, key: str) -> str:

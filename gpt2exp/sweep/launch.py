@@ -32,7 +32,7 @@ from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, check_same_text, follow, run
 from gpt2exp.run.metrics import TAKEN
-from gpt2exp.schema import plain
+from gpt2exp.schema import is_housekeeping, plain
 from gpt2exp.section import BadRequest, first_line, home, require
 from gpt2exp.sweep import composing, engines, help, resume
 from gpt2exp.sweep.composing import Job
@@ -240,7 +240,8 @@ def _show_dry(to_do: list[Job]) -> None:
         length = job.config.optimizer.schedule_steps
         shape = f"{shape} {length} {job.config.optimizer.name}"
         known[shape] = known.get(shape) or _dry_row(job)
-        rows.append({"run": " ".join(job.overrides) or "defaults", **known[shape]})
+        told = " ".join(text for text in job.overrides if not is_housekeeping(text.partition("=")[0]))
+        rows.append({"run": told or "defaults", **known[shape]})
     terminal.terminal().print(terminal.table(rows))
 
 

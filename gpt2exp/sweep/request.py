@@ -21,7 +21,7 @@ import shutil
 import time
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -39,9 +39,9 @@ from gpt2exp.config import InitConfig, InitScheme
 from gpt2exp.files import beside
 from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
-from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
+from gpt2exp.schema import check_key, group_of, keys, owner, parse
 from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show
-from gpt2exp.sweep import engines
+from gpt2exp.sweep import design, engines
 from gpt2exp.sweep.composing import (
     BASIC_SWEEPER,
     SECTIONS,
@@ -114,7 +114,7 @@ class Request:
         if not self.looks:
             return {}
         settings = self.jobs[-1].config.sweep
-        axes = {key: values for key, values in arms(self.jobs).items() if len(values) > 1 and key != "seed"}
+        axes = {key: values for key, values in design.arms(self.jobs).items() if len(values) > 1 and key != "seed"}
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
 
@@ -132,7 +132,10 @@ def make(args: argparse.Namespace) -> Request:
 LOGGING = ("hydra.verbose", "hydra/job_logging")
 """Hydra's settings that have an effect in the workers of a launcher alone."""
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
+LISTS = {"sweep.together": ";"}
+"""Keys of lists that may be typed as one text, and what separates its parts."""
 PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
+QUOTES = "'\""
 ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
 
 
@@ -144,7 +147,9 @@ def as_meant(text: str) -> str:
     """
     key, _, value = text.partition("=")
     bare = key.lstrip("+")
-    if not value or "${" in value or value[0] in "'\"" or bare not in (*OUTPUT, *keys()):
+    if bare in LISTS and value[:1] != "[":
+        return f"{key}={as_list(value.strip(QUOTES).split(LISTS[bare]))}"
+    if not value or "${" in value or value[0] in QUOTES or bare not in (*OUTPUT, *keys()):
         return text
     parser = OverridesParser.create()
     if bare in OUTPUT or (bare in PLACES and value != "null" and os.path.exists(home(value))):  # noqa: PTH110
@@ -172,6 +177,11 @@ def as_meant(text: str) -> str:
     except HydraException:  # a character that the grammar does not know
         return f"{key}={quoted(value)}" if is_text(expected) and not set(value) & set(",[{") else text
     return f"{key}={value}"
+
+
+def as_list(texts: Iterable[str]) -> str:
+    """Texts as a list in Hydra's grammar."""
+    return f"[{','.join(quoted(text.strip()) for text in texts if text.strip())}]"
 
 
 def read(composer: Composer, texts: Sequence[str]) -> list[Override]:
@@ -293,8 +303,11 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
             found.pop("seed", None)
             end = parse({"sweep": as_plain(master.sweep)}).sweep.looks.stop
             found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
-        jobs = named(list(composer.jobs(master, itertools.product(*found.values()))))
+        single = {key: [(text,) for text in texts] for key, texts in found.items()}
+        plan = single | design.together(moving(composer, master.sweep.together), found)
+        jobs = named(list(composer.jobs(master, design.jobs(plan))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
+        design.check_unused(master.sweep, "it takes the basic sweeper" if multirun else "one run has no arms; add -m")
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = identified(composer.compose(constant) if multirun else master)
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
@@ -393,6 +406,11 @@ def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
     return found
 
 
+def moving(composer: Composer, together: Sequence[str]) -> dict[str, list[str]]:
+    """By key the overrides that `sweep.together` means."""
+    return axes(read(composer, [as_meant(text) for text in together]))
+
+
 def named(jobs: Sequence[Job], first: int = 0) -> list[Job]:
     """The jobs with a folder each: those without are numbered from `first`, and named by what is not alike in all."""
     alike = set.intersection(*(set(job.overrides) for job in jobs))
@@ -402,14 +420,6 @@ def named(jobs: Sequence[Job], first: int = 0) -> list[Job]:
         return numbered(next(free), ",".join(sorted(text for text in job.overrides if text not in alike)))
 
     return [job if job.folder else dataclasses.replace(job, folder=name(job)) for job in jobs]
-
-
-def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
-    """The values of each overridden key over the jobs; of one that changes no result, the last."""
-    found: dict[str, dict[str, None]] = {}
-    for key, value in (text.split("=", 1) for job in jobs for text in job.overrides):
-        found[key] = {value: None} if is_housekeeping(key) else {**found.get(key, {}), value: None}
-    return {key: list(values) for key, values in found.items()}
 
 
 def numbered(number: int, overrides: str) -> str:
