@@ -228,8 +228,11 @@ class DataConfig(Section):
     order: DataOrder = option(
         DataOrder.sequential, "sequential draws no random number; shuffled permutes the windows by seed and epoch"
     )
+    redraw: int = option(0, "of shuffled order: another permutation of the same seed, by number", at_least=0)
 
     def agree(self) -> None:
+        shuffled, why = self.order is DataOrder.shuffled, f"data.order={self.order} draws no permutation"
+        require(shuffled or self.redraw == 0, "data.redraw", self.redraw, why, "add data.order=shuffled")
         require(bool(self.field), "data.field", "''", "must not be empty", "try data.field=text")
         if self.name is not DataName.hub:
             for key, usual in (("subset", None), ("split", "train"), ("revision", None)):
@@ -251,7 +254,7 @@ class DataConfig(Section):
     @property
     def text(self) -> tuple[Any, ...]:
         """What decides which tokens there are: alike in jobs that share a text."""
-        order = ("val_fraction", "order")
+        order = ("val_fraction", "order", "redraw")
         return tuple(repr(getattr(self, name)) for name in self.__dataclass_fields__ if name not in order)
 
 
@@ -424,8 +427,18 @@ class WandbConfig(Section):
             require(1 <= len(tag) <= 64, "wandb.tags", self.tags, why, "try wandb.tags=[short,words]")
 
 
+class Design(StrEnum):
+    """Which combinations of a sweep's arms are run."""
+
+    product = "product"
+    one_at_a_time = "one_at_a_time"
+    leave_one_out = "leave_one_out"
+
+
 TOGETHER = " + "
 """Joins the keys of an axis that moves together, where a comparison names it."""
+CONTROL = "data.redraw"
+"""In what `sweep.control` differs from the baseline."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -436,6 +449,14 @@ class SweepConfig(Section):
         [],
         "keys that move together as one axis: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4' has two arms; "
         "in a file a list, a key an entry",
+    )
+    design: Design = option(
+        Design.product,
+        "product: every combination; one_at_a_time: the baseline, the first value of each axis, and each other value "
+        "alone against it; leave_one_out: the full set, of each axis the last of two values, and each alone put back",
+    )
+    control: bool = option(
+        False, "an A/A check: the baseline once more with another data order, which must come out indistinguishable"
     )
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
@@ -499,6 +520,9 @@ class RunConfig(Section):
         why = "there is no validation data with data.val_fraction=0"
         ok = self.train.eval_every == 0 or self.data.val_fraction > 0
         require(ok, "train.eval_every", self.train.eval_every, why, "add data.val_fraction=0.1")
+        why = "data.order=sequential has no other order that is as good as the first"
+        ok = not self.sweep.control or self.data.order is DataOrder.shuffled
+        require(ok, "sweep.control", True, why, "add data.order=shuffled")
         named, known = self.schedule.name, [*Schedule, *filter(None, [self.schedule.name])]
         chosen = self.optimizer.schedule
         remedy = f"choose one of {', '.join(known)}, or name a file in the folder schedule of --config-dir"

@@ -22,6 +22,7 @@ from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_cha
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
 from gpt2exp.compare.rows import Grid, Group, Row, axes_of, figures, of_today, read
+from gpt2exp.config import CONTROL
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
 from gpt2exp.schema import flatten
 from gpt2exp.section import SOURCE, BadRequest
@@ -212,8 +213,9 @@ def _effects(
     """Each arm against the baseline of its axis in each metric, judged; the margin is of the first metric."""
     each = [(key, arm, metric) for key, arms in grid.axes.items() for arm in arms[1:] for metric in metrics]
     effects = [_effect(grid, key, arm, metric, before, contended) for key, arm, metric in each]
-    for metric in metrics:
-        tested = [effect for effect in effects if effect.metric == metric.key and effect.ci95 is not None]
+    # the control is no question of the study: its p is its own
+    for metric, control in itertools.product(metrics, (False, True)):
+        tested = [one for one in effects if (one.metric, one.control) == (metric.key, control) and one.ci95 is not None]
         for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
             effect.p_holm = adjusted
             judge(effect, lower_is_better=metric.better == "lower", margin=margin if metric is metrics[0] else None)
@@ -226,7 +228,8 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     groups, broken = grid.groups({key: (baseline, arm)})
     if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
         groups = [group for group in groups if not any(map(_emulated, group.runs))] or groups
-    effect = Effect(key, baseline, arm, metric.key, n_pairs=len(groups), dropped_pairs=broken)
+    control = grid.controlled and key == CONTROL
+    effect = Effect(key, baseline, arm, metric.key, control, n_pairs=len(groups), dropped_pairs=broken)
     effect.n_seeds = len({group.seed for group in groups})
     if not groups:
         effect.verdict, effect.reason = "not_comparable", f"no two finished runs differ in {key} alone"

@@ -28,6 +28,7 @@ class Effect:
     baseline: str
     arm: str
     metric: str
+    control: bool = False  # the baseline against itself with another data order (`sweep.control`)
     n_pairs: int = 0
     n_seeds: int = 0
     dropped_pairs: int = 0  # planned, but a failed or missing run broke them

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gpt2exp.compare.inference import pooled_std
-from gpt2exp.config import TOGETHER, RunConfig
+from gpt2exp.config import CONTROL, TOGETHER, Design, RunConfig
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
 from gpt2exp.schema import MOVED, flatten, is_housekeeping, plain, stored
@@ -120,8 +120,10 @@ def _section(group: str) -> str:
 def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
     """The keys whose values vary and that a run was told, with their arms: the default first, else in order of runs.
 
-    A group is one axis, of its choices. It stands for what varies in its section with the choice alone: what was not
-    told by itself, or is null by default, such as `data.path`. A value that follows others is no axis.
+    Where not every combination is run, or with a control, the order is that of runs, since the first is the baseline.
+    A control's axis is the first. A group is one axis, of its choices. It stands for what varies in its section with
+    the choice alone: what was not told by itself, or is null by default, such as `data.path`. A value that follows
+    others is no axis.
 
     Raises:
         BadRequest: the runs also differ in something that was not told.
@@ -156,13 +158,25 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
             "compare folders whose runs share it"
         )
     names = _joined([key for key in arms if key not in by_group | following], rows)
-    found = {}
+    names.sort(key=lambda key: key != CONTROL or not controlled(rows))
+    found, first = {}, selective(rows)
     for key in names:
         of_runs = dict.fromkeys(_arm(key, *of_run) for of_run in zip(flats, told, strict=True))
-        baseline = min(of_runs, key=_arm(key, usual, {}).__ne__)  # the default, else the first: False before True
+        # the default, else the first: False before True; where only some combinations are run, the first's arms
+        baseline = next(iter(of_runs)) if first else min(of_runs, key=_arm(key, usual, {}).__ne__)
         arms_of = (_arm(key, *of_run, baseline) for of_run in zip(flats, told, strict=True))
         found[key] = list(dict.fromkeys([baseline, *arms_of]))
     return found
+
+
+def controlled(rows: Sequence[Row]) -> bool:
+    """Whether the runs have a control: the baseline with another data order."""
+    return any(row["config"]["sweep"]["control"] for row in rows)
+
+
+def selective(rows: Sequence[Row]) -> bool:
+    """Whether some combinations of arms were not to be run."""
+    return controlled(rows) or any(row["config"]["sweep"]["design"] != Design.product for row in rows)
 
 
 def _joined(keys: list[str], rows: Sequence[Row]) -> list[str]:
@@ -211,6 +225,7 @@ class Grid:
 
     def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
         self.axes = axes
+        self.controlled, self.selective = controlled(rows), selective(rows)
         self._metrics: dict[str, list[dict[str, Any]]] = {}
         self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
         planned: set[tuple[int, tuple[str, ...]]] = set()
@@ -243,6 +258,8 @@ class Grid:
     def groups(self, varied: Mapping[str, tuple[str, str]]) -> tuple[list[Group], int]:
         """A group for every seed and setting of the other axes, and how many lack a finished run.
 
+        Where not every combination was to be run, those without a folder for each of their runs were not.
+
         `varied`: by axis, its baseline and an arm.
         """
 
@@ -254,6 +271,13 @@ class Grid:
             for seed, arms in self.planned
             if all(arm in of_axis for arm, of_axis in zip(arms, choices(arms), strict=True))
         )
+        if self.selective:
+            planned = {*self.planned}
+            wheres = {
+                (seed, where): None
+                for seed, where in wheres
+                if planned.issuperset((seed, arms) for arms in itertools.product(*choices(where)))
+            }
         found = []
         for seed, where in wheres:
             cells = [self.cells.get((seed, arms)) for arms in itertools.product(*choices(where))]

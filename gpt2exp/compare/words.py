@@ -146,6 +146,15 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     size, size_interval = amounts(loss, sign=False)
     reason = printable(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {std}".strip(), 1)
     tested = f"n={counted(loss.n_seeds, 'seed')}, p{probability(1.0 if loss.p_holm is None else loss.p_holm)})"
+    if loss.control:
+        if loss.ci95 is None:
+            return f"A/A check: no answer yet ({reason})."
+        failed = loss.verdict in ("better", "worse")
+        text = (
+            f"A/A check {'failed' if failed else 'passed'}: with another data order ({name}) the baseline differs from"
+        )
+        text += f" itself by {difference} nats (95 % interval {interval}, {tested}"
+        return f"{text}; one in twenty fails by chance, else doubt the verdicts below." if failed else f"{text}."
     if loss.verdict in ("better", "worse"):
         text = f"{name} is {loss.verdict} than {base} by {size} nats (95 % interval {size_interval}, {tested}"
         text += f", {reason}{costs}" if reason else costs

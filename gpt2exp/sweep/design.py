@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from omegaconf import DictConfig
 
-from gpt2exp.config import TOGETHER, SweepConfig
+from gpt2exp.config import CONTROL, TOGETHER, Design, SweepConfig
 from gpt2exp.schema import is_housekeeping
 from gpt2exp.section import BadRequest, default_of, show
-from gpt2exp.sweep.composing import Job
+from gpt2exp.sweep.composing import Job, as_plain
 
 Arm = tuple[str, ...]
+RULES = ("together", "design", "control")
+"""Keys of `sweep` that say which jobs there are."""
 
 
 def together(moving: Mapping[str, Sequence[str]], typed: Mapping[str, Sequence[str]]) -> dict[str, list[Arm]]:
@@ -38,21 +40,31 @@ def together(moving: Mapping[str, Sequence[str]], typed: Mapping[str, Sequence[s
     return {TOGETHER.join(moving): list(zip(*moving.values(), strict=True))} if moving else {}
 
 
+def check_single(typed: Mapping[str, Sequence[str]]) -> None:
+    """Refuse several values of what says which jobs there are; `typed`: the overrides of each key."""
+    for key in (f"sweep.{name}" for name in RULES):
+        if len(typed.get(key, ())) > 1:
+            raise BadRequest(f"{', '.join(typed[key])}: it says which jobs there are; name one value of it")
+
+
 def check_unused(sweep: DictConfig, why: str) -> None:
     """Refuse what says which jobs there are, for a request whose jobs are no combinations."""
-    for name in ("together",):
-        if sweep[name] != default_of(SweepConfig.__dataclass_fields__[name]):
-            raise BadRequest(f"sweep.{name}={show(list(sweep[name]))}: {why}")
+    for name in RULES:
+        value, usual = as_plain(sweep)[name], default_of(SweepConfig.__dataclass_fields__[name])
+        if value != usual:
+            raise BadRequest(f"sweep.{name}={show(value)}: {why}")
 
 
 def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
     """The values of each overridden key over the jobs; of one that changes no result, the last.
 
-    The keys that move together are one, and their values overrides.
+    The keys that move together are one, and their values overrides. Without the control's key.
     """
     found: dict[str, dict[str, None]] = {}
     for job in jobs:
         told = dict(text.split("=", 1) for text in job.overrides)
+        if job.config.sweep.control:
+            told.pop(CONTROL, None)
         moved = [key for text in job.config.sweep.together if (key := text.partition("=")[0].strip()) in told]
         if moved:
             told[TOGETHER.join(moved)] = " ".join(f"{key}={told.pop(key)}" for key in moved)
@@ -61,7 +73,48 @@ def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
     return {key: list(values) for key, values in found.items()}
 
 
-def jobs(axes: Mapping[str, Sequence[Arm]]) -> Iterator[list[str]]:
-    """The overrides of each job."""
-    for arms in itertools.product(*axes.values()):
-        yield [*itertools.chain(*arms)]
+def asked(jobs: Sequence[Job]) -> dict[str, str]:
+    """By key, what a command line says that asks for all the jobs."""
+    last = any(job.config.sweep.design is Design.leave_one_out for job in jobs)  # there the baseline is typed last
+    each = {key: values for key, values in arms(jobs).items() if TOGETHER not in key}
+    return {key: f"{key}={','.join(each[key][:: -1 if last and key != 'seed' else 1])}" for key in each}
+
+
+def jobs(axes: Mapping[str, Sequence[Arm]], design: Design, control: Arm | None) -> Iterator[list[str]]:
+    """The overrides of each job; of all designs but the product the baseline's first, at each seed.
+
+    The baseline has the first arm of each axis; of `leave_one_out` the last, and is the full set. `control`: what the
+    baseline is told once more.
+
+    Raises:
+        BadRequest: an axis has more arms than the design can take, or the control's key is one.
+    """
+    if design is Design.leave_one_out:
+        if many := next((key for key, arms in axes.items() if key != "seed" and len(arms) > 2), None):
+            why = f"{many} has {len(axes[many])} values, so that nobody knows which leaves it out"
+            raise BadRequest(f"sweep.design=leave_one_out: {why}; name two, without and with, or try one_at_a_time")
+        axes = {key: arms if key == "seed" else arms[::-1] for key, arms in axes.items()}
+    if control and CONTROL in axes:
+        raise BadRequest(f"{axes[CONTROL][0][0]}: sweep.control=true sets it; leave one of the two out")
+    first = {key: arms[0] for key, arms in axes.items()}
+    others = {key: arms[1:] for key, arms in axes.items() if key != "seed"}
+    if design is not Design.product and not any(others.values()):
+        raise BadRequest(f"sweep.design={design}: nothing varies but the seed; add what to compare")
+    combined = [dict(zip(axes, arms, strict=True)) for arms in itertools.product(*axes.values())]
+    if design is not Design.product:
+        starts = [first | {"seed": seed} for seed in axes["seed"]] if "seed" in axes else [first]
+        combined = [job for at in starts for job in (at, *(at | {key: arm} for key in others for arm in others[key]))]
+    for job in combined:
+        yield [*itertools.chain(*job.values())]
+        if control and all(job[key] == first[key] for key in others):
+            yield [*itertools.chain(*job.values(), control)]
+
+
+def belongs(job: Sequence[str], baseline: Sequence[str], sweep: DictConfig) -> bool:
+    """Whether a job that a sweep may gain is one of its design, by its overrides and the baseline's."""
+    mine, its = (dict(text.split("=", 1) for text in texts) for texts in (job, baseline))
+    moving = {text.partition("=")[0].strip() for text in sweep.together}
+    differ = {key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key)}
+    away = {TOGETHER if key in moving else key for key in differ if key != "seed" and not is_housekeeping(key)}
+    alone = sweep.design != Design.product or (sweep.control and CONTROL in away)
+    return len(away) <= 1 or not alone

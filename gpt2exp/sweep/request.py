@@ -35,7 +35,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2exp.config import InitConfig, InitScheme
+from gpt2exp.config import CONTROL, InitConfig, InitScheme, SweepConfig
 from gpt2exp.files import beside
 from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
@@ -301,11 +301,13 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
         found = axes([*read(composer, preset(master)), *typed])
         if master.sweep.until is not None:  # a study's seeds are replaced
             found.pop("seed", None)
-            end = parse({"sweep": as_plain(master.sweep)}).sweep.looks.stop
+            end = parse({"sweep": as_plain(master.sweep) | {"control": False}}).sweep.looks.stop
             found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
         single = {key: [(text,) for text in texts] for key, texts in found.items()}
         plan = single | design.together(moving(composer, master.sweep.together), found)
-        jobs = named(list(composer.jobs(master, design.jobs(plan))))
+        design.check_single(found)
+        control = (f"{CONTROL}={master.data.redraw + 1}",) if master.sweep.control else None
+        jobs = named(list(composer.jobs(master, design.jobs(plan, master.sweep.design, control))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         design.check_unused(master.sweep, "it takes the basic sweeper" if multirun else "one run has no arms; add -m")
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
@@ -408,6 +410,7 @@ def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
 
 def moving(composer: Composer, together: Sequence[str]) -> dict[str, list[str]]:
     """By key the overrides that `sweep.together` means."""
+    SweepConfig(together=list(together))  # checks that each is KEY=A,B
     return axes(read(composer, [as_meant(text) for text in together]))
 
 

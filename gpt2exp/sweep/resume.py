@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import choices, schema, section
-from gpt2exp.config import TOGETHER, DataName, RunConfig, Schedule
+from gpt2exp.config import DataName, RunConfig, Schedule
 from gpt2exp.run import record, terminal
 from gpt2exp.section import BadRequest, show
 from gpt2exp.sweep import composing, design, engines, request
@@ -239,10 +239,7 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     for device in {job.config.train.device for job in jobs}:
         engines.check(master.hydra.launcher, device)
     hydra = [*(text for text in flags.overrides if is_hydra(text)), *settings]
-    skip = ("seed",) * bool(known.looks)
-    told = [
-        f"{key}={','.join(each)}" for key, each in design.arms(jobs).items() if key not in skip and TOGETHER not in key
-    ]
+    told = [text for key, text in design.asked(jobs).items() if key != "seed" or not known.looks]
     argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *told, *hydra]
     where, notes = began_in if began_in.is_dir() else None, tuple(_gone_note(gone))
     looks = tuple(known.looks)
@@ -276,7 +273,8 @@ def _together(
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
     """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
-    fixed = ("sweep.until", "sweep.min_seeds", *["sweep.margin", "sweep.together"] * bool(known.looks))
+    fixed = ("sweep.until", "sweep.min_seeds", "sweep.design", "sweep.control")
+    fixed += ("sweep.margin", "sweep.together") * bool(known.looks)
     for override in typed:
         key = override.key_or_group
         if key in fixed or not (not known.looks or schema.is_housekeeping(key) or is_hydra(key)):
@@ -330,7 +328,8 @@ def _jobs(
         more = {_key(text): text for text in itertools.chain(*arms)}
         for texts in told.values() if more else ():
             whole = list(({_key(text): text for text in texts} | more).values())
-            new.setdefault(frozenset(whole), whole)
+            if design.belongs(whole, next(iter(told.values())), master.sweep):
+                new.setdefault(frozenset(whole), whole)
     composed = list(composer.jobs(master, [*again.values(), *new.values()]))
     at_place, jobs = dict(zip(again, composed, strict=False)), list[Job]()
     for name in listed:

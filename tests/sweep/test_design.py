@@ -1,5 +1,5 @@
-"""A sweep runs the combinations that its design says, of keys that move together too: the jobs are those of sets written
-here, also until it is answered, gone on with, or from a preset; the comparison pairs them as the design means.
+"""A sweep runs the combinations that its design says, of keys that move together too: the jobs are those of sets
+written here, also until it is answered, gone on with, or from a preset; the comparison pairs them as the design means.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from gpt2exp.run import record
 from gpt2exp.section import BadRequest
 from gpt2exp.sweep import launch, request, resume
 
-TINY = [*SMALL, "train.steps=3", "train.batch_size=1", "train.seq_len=8", "data.max_tokens=3000", "wandb.mode=disabled"]
+TINY = [text for text in SMALL if not text.startswith(("model.n_embd", "model.n_layer"))]
+TINY += ["train.steps=3", "train.batch_size=1", "train.seq_len=8", "data.max_tokens=3000", "wandb.mode=disabled"]
 SIZES = "sweep.together=model.n_embd=16,32;optimizer.lr=1e-3,5e-4"
 Job = tuple[int, tuple[Any, ...]]
 
@@ -52,7 +53,7 @@ class TestTogether:
 
     def test_jobs(self) -> None:
         """Every arm with every value of the other axes and every seed, and no other mixture of the keys."""
-        found = asked("-m", "seed=1,2", "model.n_layer=1,2", SIZES, *TINY[:1], *TINY[2:3], *TINY[4:])
+        found = asked("-m", "seed=1,2", "model.n_layer=1,2", SIZES, *TINY)
         keys = (*self.KEYS, "model.n_layer")
         assert sorted(settings(found, *keys)) == sorted(
             (seed, (*arm, layers)) for seed in (1, 2) for layers in (1, 2) for arm in self.ARMS
@@ -71,10 +72,10 @@ class TestTogether:
         assert settings(asked("-m", typed, *TINY), *self.KEYS) == [(1337, arm) for arm in self.ARMS]
 
     def test_groups_and_ranges(self) -> None:
-        found = asked("-m", "sweep.together=optimizer=adamw,sgd;model.n_layer=range(1,3)", *TINY[:1], *TINY[2:])
+        found = asked("-m", "sweep.together=optimizer=adamw,sgd;model.n_layer=range(1,3)", *TINY)
         assert [(type(job.config.optimizer).__name__, job.config.model.n_layer) for job in found.jobs] == [
-            ("AdamwConfig", 1),
-            ("SgdConfig", 2),
+            ("AdamW", 1),
+            ("SGD", 2),
         ]
 
     @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ class TestTogether:
             (["-m", SIZES, "optimizer.lr=1e-3,1e-4"],
              r"optimizer\.lr=0\.001: optimizer\.lr is in sweep\.together too; name it in one of the two"),
             (["-m", SIZES, "optimizer.lr=1e-3"], r"optimizer\.lr=0\.001: optimizer\.lr is in sweep\.together too"),
-            (["-m", "sweep.together=model.n_embd=16,32"], r"sweep\.together=\[model\.n_embd=16,32\]: one key has nothing"),
+            (["-m", "sweep.together=model.n_embd=16,32"], r"sweep\.together=\[model\.n_embd=16,32\]: one key has"),
             (["-m", "sweep.together=model.n_embd;optimizer.lr=1,2"], r"sweep\.together=model\.n_embd: must be KEY=A,B"),
             (["-m", "sweep.together=model.n_embed=16,32;optimizer.lr=1e-3,5e-4"],
              r"model\.n_embed=16: no such key; did you mean model\.n_embd"),
@@ -100,20 +101,19 @@ class TestTogether:
     )  # fmt: skip
     def test_refused(self, words: list[str], line: str) -> None:
         with pytest.raises(BadRequest, match=f"^{line}"):
-            asked(*words, *TINY[:1], *TINY[2:3], *TINY[4:])
+            asked(*words, *TINY)
 
     @pytest.fixture(scope="class")
-    def swept(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @staticmethod
+    def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
         """A study in a file of the user's own, run."""
         folder = tmp_path_factory.mktemp("together")
         (folder / "mine" / "experiment").mkdir(parents=True)
         text = "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 1,2,3\n"
         text += "sweep:\n  together:\n  - model.n_embd=16,32,16\n  - optimizer.lr=1e-3,5e-4,1e-2\n"
         (folder / "mine" / "experiment" / "sizes.yaml").write_text(text)
-        rest = [text for text in TINY if not text.startswith("model.n_embd")]
-        code, out, err = here(folder, "--config-dir", "mine", "experiment=sizes", *rest)
+        code, _, err = here(folder, "--config-dir", "mine", "experiment=sizes", "model.n_layer=1", *TINY)
         assert (code, err) == (0, "")
-        assert "lr=0.01 against n_embd=16 lr=0.001" in out, "what an arm shares with the baseline is not repeated"
         return the_sweep(folder)
 
     def test_compared(self, swept: Path) -> None:
@@ -176,7 +176,7 @@ class TestTogether:
 
     def test_until_it_is_answered(self, tmp_path: Path) -> None:
         """The rule names the axis; from Python."""
-        words = [SIZES, "sweep.until=answered", "sweep.max_seeds=3", *TINY[:1], *TINY[2:3], *TINY[4:]]
+        words = [SIZES, "sweep.until=answered", "sweep.max_seeds=3", *TINY]
         runs = api.sweep(["model.n_layer=1", *words], tmp_path / "sweep")
         known = record.Sweep.read(tmp_path / "sweep")
         assert known is not None
@@ -191,8 +191,7 @@ class TestTogether:
         assert "until each arm of model.n_embd + optimizer.lr has a verdict" in note
 
     def test_dry(self, tmp_path: Path) -> None:
-        rest = [text for text in TINY if not text.startswith("model.n_embd")]
-        code, out, _ = here(tmp_path, "-m", SIZES, *rest, "dry_run=true")
+        code, out, _ = here(tmp_path, "-m", SIZES, *TINY, "dry_run=true")
         assert code == 0
         assert "model.n_embd=32 optimizer.lr=0.0005" in " ".join(out.split())
         assert "sweep.together" not in out
@@ -225,3 +224,207 @@ class TestTogether:
         assert arms[0] == "n_layer=12 lr=0.0003"
         (arms,) = named("model.n_layer=6,8;optimizer.lr=1e-3,1e-4").values()
         assert arms == ["n_layer=6 lr=0.001", "n_layer=8 lr=0.0001"]
+
+
+CUBE = ["model.n_layer=1,2,3", "model.n_embd=16,32", "optimizer.lr=1e-3,3e-3"]
+KEYS = ("model.n_layer", "model.n_embd", "optimizer.lr")
+BASE = (1, 16, 1e-3)
+SHUFFLED = ["data.order=shuffled", "sweep.control=true"]
+
+
+class TestDesign:
+    """`sweep.design`: a baseline, and one change at a time."""
+
+    STAR = (BASE, (2, 16, 1e-3), (3, 16, 1e-3), (1, 32, 1e-3), (1, 16, 3e-3))
+
+    def test_one_at_a_time(self) -> None:
+        """1 + the sum of (arms - 1) jobs a seed."""
+        found = asked("-m", *CUBE, "seed=1,2,3", "sweep.design=one_at_a_time", *TINY)
+        assert len(found.jobs) == 3 * (1 + 2 + 1 + 1)
+        assert set(settings(found, *KEYS)) == {(seed, arm) for seed in (1, 2, 3) for arm in self.STAR}
+        assert settings(found, *KEYS)[0] == (1, BASE)
+
+    def test_leave_one_out(self) -> None:
+        """The full set is the last of each."""
+        two = ["model.n_layer=1,2", *CUBE[1:]]
+        found = asked("-m", *two, "seed=1,2", "sweep.design=leave_one_out", *TINY)
+        expected = [(2, 32, 3e-3), (1, 32, 3e-3), (2, 16, 3e-3), (2, 32, 1e-3)]
+        assert settings(found, *KEYS) == [(seed, arm) for seed in (1, 2) for arm in expected]
+
+    def test_the_product_stays_as_it_was(self) -> None:
+        found, expected = asked("-m", *CUBE, "seed=1,2", *TINY), []
+        for layers in (1, 2, 3):
+            for width in (16, 32):
+                expected += [(seed, (layers, width, lr)) for lr in (1e-3, 3e-3) for seed in (1, 2)]
+        assert settings(found, *KEYS) == expected
+
+    def test_with_keys_that_move_together(self) -> None:
+        """They are one change."""
+        found = asked("-m", "model.n_layer=1,2", SIZES, "sweep.design=one_at_a_time", *TINY)
+        assert [arm for _, arm in settings(found, *KEYS)] == [BASE, (2, 16, 1e-3), (1, 32, 5e-4)]
+
+    @pytest.mark.parametrize(
+        ("words", "line"),
+        [
+            (["-m", *CUBE, "sweep.design=leave_one_out"],
+             r"sweep\.design=leave_one_out: model\.n_layer has 3 values, so that nobody knows which leaves it out; name two"),
+            (["-m", "seed=1,2", "sweep.design=one_at_a_time"], r"sweep\.design=one_at_a_time: nothing varies but the seed"),
+            (["sweep.design=one_at_a_time"], r"sweep\.design=one_at_a_time: one run has no arms; add -m"),
+            (["-m", *CUBE, "sweep.design=star"], r"sweep\.design=star: no such value; choose one of product, one_at"),
+            (["-m", *CUBE, "sweep.design=product,leave_one_out"], r"sweep\.design=product, sweep\.design=leave_one_out: it"),
+            (["-m", *CUBE, "sweep.control=true"], r"sweep\.control=true: data\.order=sequential has no other order"),
+            (["-m", *CUBE, *SHUFFLED, "data.redraw=1"], r"data\.redraw=1: sweep\.control=true sets it; leave one"),
+            (["data.redraw=1"], r"data\.redraw=1: data\.order=sequential draws no permutation; add data\.order=shuffled"),
+        ],
+    )  # fmt: skip
+    def test_refused(self, words: list[str], line: str) -> None:
+        with pytest.raises(BadRequest, match=f"^{line}"):
+            asked(*words, *TINY)
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Two axes, one at a time, with a control."""
+        folder = tmp_path_factory.mktemp("design")
+        words = ["-m", "seed=1,2,3", "model.n_layer=2,1", "optimizer.lr=3e-3,3e-4", "sweep.design=one_at_a_time"]
+        code, out, err = here(folder, *words, *SHUFFLED, "model.n_embd=16", *TINY)
+        assert (code, err) == (0, "")
+        assert out.index("A/A check") < out.index("model.n_layer=1 is ")
+        return the_sweep(folder)
+
+    def test_compared(self, swept: Path) -> None:
+        """Each arm against the baseline's runs alone; the baseline is the first value, though another is the default."""
+        result = read(swept / "comparison.json")
+        assert result["swept"] == {
+            "data.redraw": ["0", "1"],
+            "model.n_layer": ["2", "1"],
+            "optimizer.lr": ["0.003", "0.0003"],
+        }
+        found: dict[tuple[int, int, float], list[float]] = {}
+        for path in sorted(swept.glob("*/summary.json")):
+            of = read(path)
+            config = of["config"]
+            where = config["data"]["redraw"], config["model"]["n_layer"], config["optimizer"]["lr"]
+            found.setdefault(where, []).append(of["loss_mean_last10"])
+        base = np.array(found[0, 2, 3e-3])
+        arms = {"data.redraw": (1, 2, 3e-3), "model.n_layer": (0, 1, 3e-3), "optimizer.lr": (0, 2, 3e-4)}
+        losses = [row for row in result["axes"] if row["metric"] == "loss_mean_last10"]
+        assert [row["key"] for row in losses] == list(arms), "the control is the first"
+        assert sorted(found) == sorted([(0, 2, 3e-3), *arms.values()])
+        for row in losses:
+            expected = stats.ttest_rel(found[arms[row["key"]]], base)
+            assert row["mean_difference"] == pytest.approx(float(np.mean(np.array(found[arms[row["key"]]]) - base)))
+            assert row["p_value"] == pytest.approx(expected.pvalue)
+            assert (row["n_seeds"], row["n_pairs"], row["dropped_pairs"]) == (3, 3, 0)
+            assert row["control"] == (row["key"] == "data.redraw")
+        control, *others = losses
+        assert control["p_holm"] == control["p_value"], "it takes nothing from the others"
+        smaller, larger = sorted(row["p_value"] for row in others)
+        assert sorted(row["p_holm"] for row in others) == pytest.approx([2 * smaller, max(2 * smaller, larger)])
+        assert result["interactions"] == []
+
+    def test_shown(self, swept: Path) -> None:
+        for page in ("report.md", "report.html"):
+            text = (swept / page).read_text(encoding="utf-8")
+            verdicts = text[text.index("A/A check") :]
+            assert verdicts.index("with another data order (data.redraw=1) the baseline differs from itself by") < 40
+            assert "model.n_layer=1" in verdicts
+
+    def test_the_control_shares_the_weights_and_nothing_of_the_order(self, swept: Path) -> None:
+        """The first loss differs by the batch alone; the permutations are those of numpy, drawn here."""
+        for seed in (1, 2, 3):
+            (one,) = swept.glob(f"*model.n_layer=2,optimizer.lr=0.003,seed={seed}")
+            (other,) = swept.glob(f"*data.redraw=1*seed={seed}")
+            first, second = (read(folder / "summary.json") for folder in sorted((one, other)))
+            assert first["config"]["seed"] == second["config"]["seed"] == seed
+            assert first["loss_first"] != second["loss_first"]
+        before, drawn = (np.random.default_rng([7, 0, *more]).permutation(50).tolist() for more in ([], [1]))
+        assert orders(redraw=0) == before
+        assert orders(redraw=1) == drawn
+        assert before != drawn
+
+    def test_a_pair_that_failed_is_dropped(self, swept: Path, tmp_path: Path) -> None:
+        """Of a design's runs, and none of those that it never had."""
+        import shutil
+
+        from gpt2exp.compare.comparison import compare
+        from gpt2exp.compare.comparison import read as rows_of
+
+        copy = tmp_path / "copy"
+        shutil.copytree(swept, copy)
+        (lost,) = copy.glob("*model.n_layer=1*seed=2")
+        (lost / "summary.json").unlink()
+        (lost / "status.json").write_text('{"state": "failed", "step": 1, "error": "lost"}')
+        rows = {row.key: row for row in compare(rows_of([copy])).axes if row.metric == "loss_mean_last10"}
+        assert {key: (row.n_seeds, row.dropped_pairs) for key, row in rows.items()} == {
+            "data.redraw": (3, 0),
+            "model.n_layer": (2, 1),
+            "optimizer.lr": (3, 0),
+        }
+
+    def test_gone_on_with(self, swept: Path) -> None:
+        """A new seed gets the whole design, a new arm the baseline's settings of the other axes."""
+        more = asked(f"resume={swept}", "seed=4", "model.n_layer=3")
+        keys = ("data.redraw", "model.n_layer", "optimizer.lr")
+        star = ((0, 2, 3e-3), (1, 2, 3e-3), (0, 1, 3e-3), (0, 3, 3e-3), (0, 2, 3e-4))
+        every = {(seed, arm) for seed in (1, 2, 3, 4) for arm in star}
+        assert set(settings(more, *keys)) == every
+        assert len(more.jobs) == len(every) == len(set(more.names))
+        again = asked(*more.argv)
+        assert set(settings(again, *keys)) == every
+        with pytest.raises(BadRequest, match=r"^sweep\.design=product: that was decided before the first run"):
+            asked(f"resume={swept}", "sweep.design=product")
+
+    def test_the_command_of_a_full_set(self, tmp_path: Path) -> None:
+        """Typed again it has the same full set."""
+        words = ["-m", "model.n_layer=1,2", "optimizer.lr=1e-3,3e-3", "sweep.design=leave_one_out", "model.n_embd=16"]
+        assert here(tmp_path, *words, "sweep.fail_fast=true", "seed=1", *TINY)[0] == 0
+        sweep = the_sweep(tmp_path)
+        assert read(sweep / "comparison.json")["swept"] == {
+            "model.n_layer": ["2", "1"],
+            "optimizer.lr": ["0.003", "0.001"],
+        }
+        again = asked(*asked(f"resume={sweep}", "seed=2").argv)
+        assert settings(again, *KEYS)[0] == (1, (2, 16, 3e-3))
+
+    def test_until_it_is_answered(self, tmp_path: Path) -> None:
+        """No seed is run for the control's sake."""
+        words = ["-m", "optimizer.lr=1e-4,1e-1", "sweep.until=answered", "sweep.max_seeds=6", *SHUFFLED]
+        code, out, _ = here(tmp_path, *words, "model.n_layer=1", "model.n_embd=16", *TINY)
+        assert code == 0
+        result = read(the_sweep(tmp_path) / "comparison.json")
+        assert len(result["seeds"]) < 6
+        assert "every arm has its verdict" in out
+        assert {row["key"] for row in result["axes"]} == {"data.redraw", "optimizer.lr"}
+
+
+def orders(redraw: int) -> list[int]:
+    """In which order a text of 50 windows is read in the first epoch, by the first token of each window."""
+    import torch
+
+    from gpt2exp.config import DataConfig, DataOrder, TrainConfig
+    from gpt2exp.data.batches import Windows
+
+    tokens: Any = np.arange(401, dtype=np.uint16)
+    train, data = TrainConfig(batch_size=1, seq_len=8), DataConfig(order=DataOrder.shuffled, redraw=redraw)
+    windows = Windows(tokens, train, data, 7, torch.device("cpu"))
+    return [int(windows.train(number)[0][0, 0]) // 8 for number in range(50)]
+
+
+@pytest.mark.parametrize(("shift", "failed"), [(0.0, False), (0.2, True)])
+def test_what_a_control_says(shift: float, failed: bool) -> None:
+    """It fails if the two orders differ by more than their own scatter."""
+    from gpt2exp.compare import words
+    from gpt2exp.compare.effect import Effect, infer, judge
+
+    differences = [shift + value for value in (0.01, -0.02, 0.015, -0.01, 0.005)]
+    found = infer(differences)
+    effect = Effect("data.redraw", "0", "1", "loss_mean_last10", control=True, n_seeds=5)
+    effect.differences = dict(zip("12345", differences, strict=True))
+    effect.mean_difference, effect.ci95, effect.p_value = found.mean, [found.low, found.high], found.p
+    effect.p_holm = found.p
+    judge(effect, lower_is_better=True, margin=None)
+    said = words._sentence(effect, "", None)
+    assert said.startswith(f"A/A check {'failed' if failed else 'passed'}: with another data order (data.redraw=1) the")
+    assert ("doubt the verdicts" in said) == failed
+    assert "seeds in all" not in said
