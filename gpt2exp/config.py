@@ -438,7 +438,12 @@ class Design(StrEnum):
 TOGETHER = " + "
 """Joins the keys of an axis that moves together, where a comparison names it."""
 CONTROL = "data.redraw"
-"""In what `sweep.control` differs from the baseline."""
+"""In what `sweep.control` differs from the baseline.
+
+The order of the data is real noise. Both permutations of a seed are draws of one kind and the weights are the same, so
+the paired difference is centred at zero. If its interval leaves zero oftener than one time in twenty, the pairs or the
+intervals are at fault. The check cannot see what all runs have in common, and arms, which share the order, scatter less.
+"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -470,6 +475,10 @@ class SweepConfig(Section):
         None, "of sweep.until: hours after launch at which no seed is begun any more", above=0
     )
     prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
+    reuse: list[str] = option(
+        [],
+        "FOLDER,...: runs there count as this sweep's, and are not run, where configuration, text and versions agree",
+    )
 
     def agree(self) -> None:
         moving = [text.partition("=")[0].strip() for text in self.together]

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -127,7 +127,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     before = _history(known, grid, out)
     own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
     BY_KEY.update(own)
-    effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, _contended(known), stated)
+    effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, contended(known), stated)
     for effect in effects:
         if effect.metric == loss.key and effect.differences:
             _trend(effect, grid, before)
@@ -187,6 +187,10 @@ def _margin(known: Sequence[Row]) -> tuple[float | None, list[str]]:
 def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[str]:
     if len(grid.cells) < len(done):
         yield f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts"
+    if places := Counter(str(Path(row["reused"]["from"]).parent) for row in done if row.get("reused")):
+        each = "; ".join(f"{count} from {place}" for place, count in places.items())
+        names = ", ".join(row["name"] for row in done if row.get("reused"))
+        yield f"taken from other sweeps, not run here (sweep.reuse): {each}: {names}"
     if not grid.axes:
         yield "nothing but the seed varies, so there is no axis to compare"
     if gone := sorted({key for row in known for key in row.get("gone", {})} - set(grid.axes)):
@@ -356,8 +360,10 @@ def _arithmetic(row: Row) -> tuple[str, str | None]:
     return precision["effective"], row["config"]["precision"]["rounding"] if precision["emulated"] else None
 
 
-def _contended(rows: Sequence[Row]) -> set[str]:
+def contended(rows: Sequence[Row]) -> set[str]:
     """Folders of runs that overlapped in time with another run on the same machine, finished or not.
+
+    A run that was taken from another sweep says itself whether it did there.
 
     Each part of a run that was stopped and went on counts by itself: for the `span` it has recorded, of older records
     from `started`, kept to the second, for as long as it trained, since what its start-up took before is unknown.
@@ -370,7 +376,7 @@ def _contended(rows: Sequence[Row]) -> set[str]:
                 begin = datetime.fromisoformat(part["started"]).timestamp()
                 begin, end = part.get("span", (begin, begin + part["train"] - 1))
                 spans[part.get("machine", row.get("machine"))].append((begin, end, row["folder"]))
-    found: set[str] = set()
+    found = {row["folder"] for row in rows if row.get("reused", {}).get("shared")}
     for on_machine in spans.values():
         longest = (-math.inf, -math.inf, "")
         for span in sorted(on_machine):

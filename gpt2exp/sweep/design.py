@@ -16,7 +16,7 @@ from gpt2exp.section import BadRequest, default_of, show
 from gpt2exp.sweep.composing import Job, as_plain
 
 Arm = tuple[str, ...]
-RULES = ("together", "design", "control")
+RULES = ("together", "design", "control", "reuse")
 """Keys of `sweep` that say which jobs there are."""
 
 

@@ -132,7 +132,7 @@ def make(args: argparse.Namespace) -> Request:
 LOGGING = ("hydra.verbose", "hydra/job_logging")
 """Hydra's settings that have an effect in the workers of a launcher alone."""
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
-LISTS = {"sweep.together": ";"}
+LISTS = {"sweep.together": ";", "sweep.reuse": ","}
 """Keys of lists that may be typed as one text, and what separates its parts."""
 PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
 QUOTES = "'\""
@@ -148,7 +148,8 @@ def as_meant(text: str) -> str:
     key, _, value = text.partition("=")
     bare = key.lstrip("+")
     if bare in LISTS and value[:1] != "[":
-        return f"{key}={as_list(value.strip(QUOTES).split(LISTS[bare]))}"
+        text = value.strip(QUOTES)
+        return f"{key}={as_list([text] if os.path.exists(home(text)) else text.split(LISTS[bare]))}"  # noqa: PTH110
     if not value or "${" in value or value[0] in QUOTES or bare not in (*OUTPUT, *keys()):
         return text
     parser = OverridesParser.create()
