@@ -442,7 +442,8 @@ CONTROL = "data.redraw"
 
 The order of the data is real noise. Both permutations of a seed are draws of one kind and the weights are the same, so
 the paired difference is centred at zero. If its interval leaves zero oftener than one time in twenty, the pairs or the
-intervals are at fault. The check cannot see what all runs have in common, and arms, which share the order, scatter less.
+intervals are at fault. The check sees nothing that all runs have in common; and arms, which share the order, scatter
+less than it does.
 """
 
 
