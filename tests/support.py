@@ -8,6 +8,7 @@ that process is forked from one that has imported torch and wandb already, which
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -33,7 +34,9 @@ HELD = Path(__file__).parent / "held"
 EARLY = ("LD_", "PYTHON", "OMP_", "GOMP_", "MKL_")
 """Variables that are read before or while Python and torch are loaded."""
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["torch", "torch._dynamo", "wandb", "scipy.stats", "gpt2exp.sweep.launch"])
+FORKING.set_forkserver_preload(
+    ["torch", "torch._dynamo", "wandb", "scipy.stats", "gpt2exp.sweep.launch", "gpt2exp.compare.figures"]
+)
 
 
 def surroundings(home: Path, **env: str) -> dict[str, str]:
@@ -48,6 +51,7 @@ def _forked(
     """What `python -m gpt2exp.train ARGS` does, in a forked process bound to `cores`, if the system binds any."""
     from gpt2exp.train import main
 
+    gc.freeze()  # what the server has loaded is not looked through again
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115

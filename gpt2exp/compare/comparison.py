@@ -18,10 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from gpt2exp.compare import multiplier
 from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_change, paired
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
-from gpt2exp.compare.rows import Grid, Group, Row, axes_of, figures, of_today, read
+from gpt2exp.compare.rows import Grid, Group, Row, axes_of, compared, figures, of_today, read
 from gpt2exp.config import CONTROL
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
 from gpt2exp.schema import flatten
@@ -75,7 +76,8 @@ class Comparison:
 
     `distances` are of each precision from fp64, where that is an arm; `swept` has the arms of each axis, the baseline
     first; `metric` is the loss compared; within `margin` nats a difference in it counts as none. `looks` are the
-    comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`.
+    comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`. `over`
+    is the axis that is a budget, within each of which `axes` has the arms of the others.
     """
 
     runs: list[Row]
@@ -89,6 +91,7 @@ class Comparison:
     notes: list[str]
     margin: float | None = None
     looks: list[dict[str, Any]] = field(default_factory=list)
+    over: str = ""
 
     @property
     def searched(self) -> bool:
@@ -128,9 +131,14 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
     BY_KEY.update(own)
     effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, contended(known), stated)
+    speeds = {(one.key, one.arm, one.budget): one for one in effects if one.metric == SPEED.key}
     for effect in effects:
-        if effect.metric == loss.key and effect.differences:
-            _trend(effect, grid, before)
+        if effect.metric == loss.key and effect.differences and effect.verdict != "not_comparable":
+            part = grid.within(effect.budget)
+            _trend(effect, part, before)
+            multiplier.measure(effect, speeds[effect.key, effect.arm, effect.budget], part, before)
+    unknown = {effect.multiplier_reason: None for effect in effects if effect.steps_factor is None}
+    notes += [f"no compute multiplier: {reason}" for reason in unknown if reason]
     return Comparison(
         runs=rows,
         axes=effects,
@@ -143,6 +151,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         notes=[*_notes(known, done, grid), *notes],
         margin=stated,
         looks=before.looks,
+        over=grid.over,
     )
 
 
@@ -214,9 +223,14 @@ def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[st
 def _effects(
     grid: Grid, metrics: Sequence[Metric], before: History, contended: set[str], margin: float | None
 ) -> list[Effect]:
-    """Each arm against the baseline of its axis in each metric, judged; the margin is of the first metric."""
-    each = [(key, arm, metric) for key, arms in grid.axes.items() for arm in arms[1:] for metric in metrics]
-    effects = [_effect(grid, key, arm, metric, before, contended) for key, arm, metric in each]
+    """Each arm against the baseline of its axis in each metric, judged; the margin is of the first metric.
+
+    Within each budget, where an axis is one: that has no verdict of its own.
+    """
+    parts = [grid.within(budget) for budget in grid.budgets]
+    arms = [(key, arm) for key, arms in grid.axes.items() for arm in arms[1:] if key != grid.over]
+    each = itertools.product(arms, parts, metrics)
+    effects = [_effect(part, key, arm, metric, before, contended) for (key, arm), part, metric in each]
     # the control is no question of the study: its p is its own
     for metric, control in itertools.product(metrics, (False, True)):
         tested = [one for one in effects if (one.metric, one.control) == (metric.key, control) and one.ci95 is not None]
@@ -233,7 +247,7 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
         groups = [group for group in groups if not any(map(_emulated, group.runs))] or groups
     control = grid.controlled and key == CONTROL
-    effect = Effect(key, baseline, arm, metric.key, control, n_pairs=len(groups), dropped_pairs=broken)
+    effect = Effect(key, baseline, arm, metric.key, grid.budget, control, n_pairs=len(groups), dropped_pairs=broken)
     effect.n_seeds = len({group.seed for group in groups})
     if not groups:
         effect.verdict, effect.reason = "not_comparable", f"no two finished runs differ in {key} alone"
@@ -247,7 +261,7 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
         grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
     )
     _estimate(effect, figures(groups, metric, declared=bool(before.schedule)), metric, before)
-    if obstacle := _obstacle(key, metric, groups, contended):
+    if obstacle := _obstacle(key, metric, groups, contended) or (metric is MEMORY and _by_order(effect, groups)):
         effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
     return effect
 
@@ -384,6 +398,25 @@ def contended(rows: Sequence[Row]) -> set[str]:
                 found |= {longest[2], span[2]}
             longest = max(longest, span, key=lambda one: one[1])
     return found
+
+
+def _by_order(effect: Effect, pairs: Sequence[Group]) -> str:
+    """Why the memory cannot be compared where one process ran several of the runs; empty if it can.
+
+    What an earlier job leaves in the process adds to a later one's peak: by how much shows in runs that are equal but
+    for their seed. No smaller difference between the arms is one.
+    """
+    runs = {row["folder"]: row for pair in pairs for row in pair.runs}.values()
+    processes = [(row.get("machine"), row["pid"]) for row in runs if row.get("pid")]
+    alike: dict[tuple[int, tuple[str, ...]], list[float]] = defaultdict(list)
+    for pair in pairs:
+        for place, row in enumerate(pair.runs):
+            alike[place, pair.where].append(compared(row, MEMORY))
+    most = max(max(peaks) - min(peaks) for peaks in alike.values())
+    if len({*processes}) == len(processes) or abs(effect.mean_difference or 0.0) >= most:
+        return ""
+    apart = f"runs that differ in the seed alone are up to {most / MEMORY.scale:,.0f} {MEMORY.unit} apart"
+    return f"one process ran several jobs, and {apart}, more than the arms; sweep.isolate=true measures each by itself"
 
 
 def _distances(grid: Grid) -> list[Distance]:

@@ -46,7 +46,7 @@ class Stand:
             if one.n_needed is not None:
                 more = f", about {(number := one.n_needed - one.n_seeds)} more seed{'s' * (number != 1)}"
             verdict = (one.verdict or one.reason).replace("_", " ")
-            arms = f"{subject(one.key, one.arm)} against {one.baseline}"
+            arms = f"{subject(one.key, one.arm)} against {one.baseline}" + f" at {one.budget}" * bool(one.budget)
             said.append(f"seed {self.seeds} of at most {most}: {arms}: {difference} ({interval}) nats, {verdict}{more}")
         return said + [f"seed {self.seeds} is the last: {self.why}"] * bool(self.why)
 

@@ -37,14 +37,17 @@ if TYPE_CHECKING:
 
 
 def facts() -> dict[str, Any]:
-    """Versions and source revision: an allow-list, so that nothing else of the environment is recorded."""
+    """Versions, revision and variables: an allow-list, so that nothing else of the environment is recorded."""
     import torch
 
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     versions["code"] = _code()
     versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
+    # what changes the arithmetic or the speed, and no key shows
+    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     return {
+        "environment": {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ},
         "versions": versions,
         "git": _git(),
         "platform": platform.platform(terse=True),
@@ -74,17 +77,8 @@ def _git() -> dict[str, Any] | None:
     return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
 
 
-def environment_overrides() -> dict[str, str]:
-    """Environment variables that change the arithmetic or the speed and that no key shows, where set."""
-    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    return {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ}
-
-
-SWEEP = "sweep.json"
-"""In a sweep's folder: `Sweep`."""
-
-CHECKPOINTS = "checkpoints"
-"""In a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)."""
+SWEEP = "sweep.json"  # in a sweep's folder: `Sweep`
+CHECKPOINTS = "checkpoints"  # in a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
@@ -110,9 +104,9 @@ class Record:
         `metrics`, `parts`: of a run that resumes, the steps it resumes from and its earlier parts.
         """
         self.folder, self.facts, self.began, self.metrics = folder, facts, began, list(metrics)
-        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)
-        """What the run measured of itself so far, `MEASURED` by name."""
-        self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": _now()}
+        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)  # of itself, so far
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": started}
         self._opened, self._training_began = time.time(), 0.0
         for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
             left.unlink(missing_ok=True)
@@ -123,7 +117,7 @@ class Record:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def training_begins(self, **facts: Any) -> None:
-        """Everything before this moment is start-up; `facts` are recorded of this part."""
+        """End the start-up here; `facts` are recorded of this part."""
         self._training_began = time.monotonic()
         self._part |= facts
 
@@ -155,9 +149,12 @@ class Record:
         parts = self.parts
         wall = {name: sum(part[name] for part in parts) for name in ("startup", "train")}
         wall["total"] = wall["startup"] + wall["train"]
-        figures = losses(self.metrics, from_outside(self.facts["config"]))
-        summary = {"state": state, "error": error, **self.facts, **figures, **self.measured}
-        summary |= {
+        summary = {
+            "state": state,
+            "error": error,
+            **self.facts,
+            **losses(self.metrics, from_outside(self.facts["config"])),
+            **self.measured,
             "steps": len(self.metrics),
             "tokens": self.metrics[-1]["tokens"] if self.metrics else 0,
             "wall_seconds": {name: round(seconds, 3) for name, seconds in wall.items()},
@@ -168,10 +165,6 @@ class Record:
         write_json(self.folder / "summary.json", summary)
         write_status(self.folder, state, len(self.metrics), error)
         return cast("Summary", summary)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
@@ -203,20 +196,14 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def written(folder: Path) -> dict[str, Any]:
-    """A run's configuration as its `.hydra` has it, by dotted key, interpolations as they stand.
-
-    Raises:
-        BadRequest: it cannot be read.
-    """
+    """A run's configuration by dotted key, interpolations as in its `.hydra`; `BadRequest` if it cannot be read."""
     return leaves(_yaml(folder, "config.yaml", dict))
 
 
 def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
     """What a run was asked, by its `.hydra`: its configuration, what of that is no key today, and its overrides.
 
-    Raises:
-        choices.Refused: the configuration names code that may not run here.
-        BadRequest: it cannot be read, or no run can have that configuration.
+    Raises `BadRequest` if it cannot be read or carried out, `choices.Refused` if it names code that may not run here.
     """
     today, unknown, overrides = _asked(folder)
     choices.admit(today)
@@ -224,15 +211,11 @@ def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
 
 
 def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there.
-
-    Raises:
-        BadRequest: as `asked`.
-    """
+    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there."""
     today, unknown, overrides = _asked(folder)
     outside = choices.found_in(today)
-    for section in outside:
-        put(today, section, {"name": outside[section]["name"]} if section == "schedule" else {})
+    for section, values in outside.items():
+        put(today, section, {"name": values["name"]} if section == "schedule" else {})
     config = plain(parse(today))
     for section, values in outside.items():
         put(config, section, dict(values))
@@ -273,11 +256,7 @@ def run_around(folder: Path) -> Path | None:
 
 
 def check_run(folder: Path) -> None:
-    """Refuse a folder that is not a run's with a checkpoint, and name the one that was probably meant.
-
-    Raises:
-        BadRequest: it is not there, is a sweep's, a checkpoint's or another one, or the run saved nothing.
-    """
+    """Raise `BadRequest` for a folder that is no run's with a checkpoint, and name the one that was probably meant."""
     such = "name a run's folder, such as runs/DAY/TIME-ID"
     if not folder.is_dir():
         raise BadRequest(f"{folder}: no such folder; {such}")
@@ -310,12 +289,7 @@ def _schema() -> TypeAdapter[Summary]:
 
 
 def read_summary(folder: Path) -> Summary:
-    """`summary.json` of a run folder.
-
-    Raises:
-        OSError: there is none.
-        ValueError: it is no summary; the text says why.
-    """
+    """`summary.json` of a run folder; OSError if there is none, ValueError (why) if it is no summary."""
     from pydantic import ValidationError
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -353,13 +327,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def kept_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of the steps from the first to the first that is missing."""
+    """The metrics of steps 0, 1, 2, ... up to the first that is missing."""
     rows = enumerate(read_metrics(folder))
     return [row for number, row in itertools.takewhile(lambda pair: pair[0] == pair[1].get("step"), rows)]
 
 
 def row(folder: Path, above: Path) -> Summary:
-    """A run's summary, or where it left none that can be read its status, under its `name` as seen from `above`."""
+    """A run's summary or, where it left none, its status; `name` is its folder as seen from `above`."""
     name = str(folder.relative_to(above)) if folder != above else folder.name
     try:
         return {**read_summary(folder), "name": name}
@@ -372,20 +346,13 @@ def row(folder: Path, above: Path) -> Summary:
 class Sweep:
     """What a sweep's folder knows of it: `sweep.json`."""
 
-    argv: list[str]
-    """The command line that asks for all of it."""
-    jobs: list[list[str]]
-    """The overrides of each job; where a sweeper makes up the jobs, what they have in common."""
-    folders: list[str] | None = None
-    """The jobs' folders by number; None where a sweeper makes up the jobs."""
-    cwd: str = "."
-    """Where relative paths start."""
-    launched: float = 0.0
-    """When its newest launch began, in seconds since 1970."""
-    looks: list[int] = field(default_factory=list)
-    """Numbers of seeds at which it looks, as decided before its first run; empty where it runs all its jobs."""
-    rule: dict[str, Any] = field(default_factory=dict)
-    """What else was decided then: its `axes`, `margin`, `max_seeds` and `max_hours`."""
+    argv: list[str]  # the command line that asks for all of it
+    jobs: list[list[str]]  # the overrides of each job; where a sweeper makes up the jobs, what they have in common
+    folders: list[str] | None = None  # the jobs' folders by number; None where a sweeper makes up the jobs
+    cwd: str = "."  # where relative paths start
+    launched: float = 0.0  # when its newest launch began, in seconds since 1970
+    looks: list[int] = field(default_factory=list)  # numbers of seeds at which it looks; empty where it runs all jobs
+    rule: dict[str, Any] = field(default_factory=dict)  # by what it ends: `axes`, `margin`, `max_seeds`, `max_hours`
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
@@ -416,7 +383,7 @@ def sweep_of(folder: Path) -> Path | None:
 
 
 def progress(folder: Path, job: Path) -> str:
-    """`job 3 of 8, about 40 s left`: a job's place in its sweep, and the time left at the pace so far."""
+    """`job 3 of 8, about 40 s left`: a job's place in its sweep, and the time left at the pace of this launch."""
     sweep, others = Sweep.read(folder), [other for other in runs_below(folder) if other != job]
     if sweep is None or not sweep.folders:
         return f"job {len(others) + 1}"

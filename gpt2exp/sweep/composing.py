@@ -116,11 +116,10 @@ class Composer:
 
     def offered(self, group: str) -> list[str]:
         """The choices of a group by name; of `experiment` also those a folder below: `weight_tying/gpt2`."""
-        names = [name for name in self.loader.get_group_options(group) if not name.endswith("_schema")]
-        below = self.loader.get_group_options(group, ObjectType.GROUP) if group == "experiment" else []
-        return names + [
-            f"{folder}/{name}" for folder in below for name in self.loader.get_group_options(f"{group}/{folder}")
-        ]
+        options = self.loader.repository.get_group_options  # the loader's own copies all that is registered, each time
+        names = [name for name in options(group) if not name.endswith("_schema")]
+        below = options(group, ObjectType.GROUP) if group == "experiment" else []
+        return names + [f"{folder}/{name}" for folder in below for name in options(f"{group}/{folder}")]
 
     def may_have(self, key: str) -> bool:
         """Whether a key may be one that a choice has by the code that its file names, beside its section's."""
@@ -145,13 +144,13 @@ class Composer:
         """A configuration with the file of the group `schedule` that its `optimizer.schedule` names, if any."""
         composed = load(list(texts))
         named = composed.optimizer.schedule
-        known = [] if "${" in named else self.loader.get_group_options("schedule")
+        known = [] if "${" in named else self.offered("schedule")
         return load([*texts, f"schedule={named}"]) if named in known else composed
 
     def jobs(self, master: DictConfig, jobs: Iterable[Sequence[str]]) -> Iterator[Job]:
         """The jobs of a sweep by their overrides, at most one for a key."""
         read = functools.cache(OverridesParser.create().parse_override)
-        files = {"optimizer.schedule"} if self.loader.get_group_options("schedule") else set[str]()
+        files = {"optimizer.schedule"} if self.offered("schedule") else set[str]()
         simple, bases = set(keys()) - files, dict[tuple[str, ...], _Base]()
         load = functools.partial(self.loader.load_sweep_config, master)
         for texts in jobs:

@@ -40,6 +40,11 @@ def together(moving: Mapping[str, Sequence[str]], typed: Mapping[str, Sequence[s
     return {TOGETHER.join(moving): list(zip(*moving.values(), strict=True))} if moving else {}
 
 
+def _crossed(sweep: DictConfig) -> set[str]:
+    """The keys of which every value has all of the design: the seed, and a budget."""
+    return {"seed", (sweep.over or "").partition("=")[0].strip()}
+
+
 def check_single(typed: Mapping[str, Sequence[str]]) -> None:
     """Refuse several values of what says which jobs there are; `typed`: the overrides of each key."""
     for key in (f"sweep.{name}" for name in RULES):
@@ -75,13 +80,15 @@ def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
 
 def asked(jobs: Sequence[Job]) -> dict[str, str]:
     """By key, what a command line says that asks for all the jobs."""
-    last = any(job.config.sweep.design is Design.leave_one_out for job in jobs)  # there the baseline is typed last
-    each = {key: values for key, values in arms(jobs).items() if TOGETHER not in key}
-    return {key: f"{key}={','.join(each[key][:: -1 if last and key != 'seed' else 1])}" for key in each}
+    sweep = jobs[-1].config.sweep
+    each = {key: values for key, values in arms(jobs).items() if TOGETHER not in key and key != sweep.budget}
+    if sweep.design is Design.leave_one_out:  # there the baseline is typed last
+        each = {key: values if key == "seed" else values[::-1] for key, values in each.items()}
+    return {key: f"{key}={','.join(values)}" for key, values in each.items()}
 
 
-def jobs(axes: Mapping[str, Sequence[Arm]], design: Design, control: Arm | None) -> Iterator[list[str]]:
-    """The overrides of each job; of all designs but the product the baseline's first, at each seed.
+def jobs(axes: Mapping[str, Sequence[Arm]], sweep: DictConfig, control: Arm | None) -> Iterator[list[str]]:
+    """The overrides of each job; of all designs but the product the baseline's first, at each seed and budget.
 
     The baseline has the first arm of each axis; of `leave_one_out` the last, and is the full set. `control`: what the
     baseline is told once more.
@@ -89,21 +96,22 @@ def jobs(axes: Mapping[str, Sequence[Arm]], design: Design, control: Arm | None)
     Raises:
         BadRequest: an axis has more arms than the design can take, or the control's key is one.
     """
+    design, crossed = sweep.design, _crossed(sweep)
     if design is Design.leave_one_out:
-        if many := next((key for key, arms in axes.items() if key != "seed" and len(arms) > 2), None):
+        if many := next((key for key, arms in axes.items() if key not in crossed and len(arms) > 2), None):
             why = f"{many} has {len(axes[many])} values, so that nobody knows which leaves it out"
             raise BadRequest(f"sweep.design=leave_one_out: {why}; name two, without and with, or try one_at_a_time")
-        axes = {key: arms if key == "seed" else arms[::-1] for key, arms in axes.items()}
+        axes = {key: arms if key in crossed else arms[::-1] for key, arms in axes.items()}
     if control and CONTROL in axes:
         raise BadRequest(f"{axes[CONTROL][0][0]}: sweep.control=true sets it; leave one of the two out")
     first = {key: arms[0] for key, arms in axes.items()}
-    others = {key: arms[1:] for key, arms in axes.items() if key != "seed"}
+    others = {key: arms[1:] for key, arms in axes.items() if key not in crossed}
     if design is not Design.product and not any(others.values()):
         raise BadRequest(f"sweep.design={design}: nothing varies but the seed; add what to compare")
-    combined = [dict(zip(axes, arms, strict=True)) for arms in itertools.product(*axes.values())]
+    fixed = {key: arms if key in crossed or design is Design.product else arms[:1] for key, arms in axes.items()}
+    combined = [dict(zip(axes, arms, strict=True)) for arms in itertools.product(*fixed.values())]
     if design is not Design.product:
-        starts = [first | {"seed": seed} for seed in axes["seed"]] if "seed" in axes else [first]
-        combined = [job for at in starts for job in (at, *(at | {key: arm} for key in others for arm in others[key]))]
+        combined = [job for at in combined for job in (at, *(at | {key: arm} for key in others for arm in others[key]))]
     for job in combined:
         yield [*itertools.chain(*job.values())]
         if control and all(job[key] == first[key] for key in others):
@@ -115,6 +123,7 @@ def belongs(job: Sequence[str], baseline: Sequence[str], sweep: DictConfig) -> b
     mine, its = (dict(text.split("=", 1) for text in texts) for texts in (job, baseline))
     moving = {text.partition("=")[0].strip() for text in sweep.together}
     differ = {key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key)}
-    away = {TOGETHER if key in moving else key for key in differ if key != "seed" and not is_housekeeping(key)}
+    differ = {key for key in differ if key not in _crossed(sweep) and not is_housekeeping(key)}
+    away = {TOGETHER if key in moving else key for key in differ}
     alone = sweep.design != Design.product or (sweep.control and CONTROL in away)
     return len(away) <= 1 or not alone

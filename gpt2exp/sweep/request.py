@@ -114,7 +114,8 @@ class Request:
         if not self.looks:
             return {}
         settings = self.jobs[-1].config.sweep
-        axes = {key: values for key, values in design.arms(self.jobs).items() if len(values) > 1 and key != "seed"}
+        axes = {key: values for key, values in design.arms(self.jobs).items() if len(values) > 1}
+        axes = {key: values for key, values in axes.items() if key not in ("seed", settings.budget)}
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
 
@@ -150,6 +151,8 @@ def as_meant(text: str) -> str:
     if bare in LISTS and value[:1] != "[":
         text = value.strip(QUOTES)
         return f"{key}={as_list([text] if os.path.exists(home(text)) else text.split(LISTS[bare]))}"  # noqa: PTH110
+    if bare == "sweep.over" and "=" in value and value[0] not in QUOTES:
+        return f"{key}={quoted(value)}"
     if not value or "${" in value or value[0] in QUOTES or bare not in (*OUTPUT, *keys()):
         return text
     parser = OverridesParser.create()
@@ -300,21 +303,27 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
     if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
         found = axes([*read(composer, preset(master)), *typed])
+        together = moving(composer, master.sweep.together)
+        if master.sweep.over is not None:
+            found |= budgets(composer, master.sweep.over, {**found, **together})
         if master.sweep.until is not None:  # a study's seeds are replaced
             found.pop("seed", None)
             end = parse({"sweep": as_plain(master.sweep) | {"control": False}}).sweep.looks.stop
             found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
         single = {key: [(text,) for text in texts] for key, texts in found.items()}
-        plan = single | design.together(moving(composer, master.sweep.together), found)
+        plan = single | design.together(together, found)
         design.check_single(found)
         control = (f"{CONTROL}={master.data.redraw + 1}",) if master.sweep.control else None
-        jobs = named(list(composer.jobs(master, design.jobs(plan, master.sweep.design, control))))
+        jobs = named(list(composer.jobs(master, design.jobs(plan, master.sweep, control))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         design.check_unused(master.sweep, "it takes the basic sweeper" if multirun else "one run has no arms; add -m")
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = identified(composer.compose(constant) if multirun else master)
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
         jobs = [Job(tuple(texts), checked(alone), own, settings)]
+    if not basic and (over := jobs[0].config.sweep.over):
+        why, remedy = "a sweep by the basic sweeper alone has budgets", "add -m, and what to compare within each"
+        require(False, "sweep.over", over, why, remedy)
     looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
@@ -413,6 +422,26 @@ def moving(composer: Composer, together: Sequence[str]) -> dict[str, list[str]]:
     """By key the overrides that `sweep.together` means."""
     SweepConfig(together=list(together))  # checks that each is KEY=A,B
     return axes(read(composer, [as_meant(text) for text in together]))
+
+
+def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The axis that `sweep.over` adds to the others, as `axes`.
+
+    Raises:
+        BadRequest: it is no list of numbers for a key that counts, is there already, or nothing else varies.
+    """
+    again = "try sweep.over=train.steps=50,100,200"
+    require("=" in over, "sweep.over", over, "must be KEY=A,B", again)
+    ((key, texts),) = axes(read(composer, [over])).items()
+    counts = not is_housekeeping(key) and key != "seed" and {int, float} & {*kinds(key)} if key in keys() else False
+    require(bool(counts), "sweep.over", over, f"{key} is no number that makes a run larger", again)
+    require(len({*texts}) > 1, "sweep.over", over, "one value is no axis", again)
+    require(key not in others, "sweep.over", over, f"{key} is given twice", f"leave out {key}=...")
+    several = [name for name, each in others.items() if len(each) > 1 and name != "seed"]
+    require(
+        bool(several), "sweep.over", over, "nothing else varies", "add what to compare: model.tie_weights=true,false"
+    )
+    return {key: sorted(texts, key=lambda text: float(text.partition("=")[2]))}
 
 
 def named(jobs: Sequence[Job], first: int = 0) -> list[Job]:

@@ -273,7 +273,7 @@ def _together(
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
     """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
-    fixed = ("sweep.until", "sweep.min_seeds", "sweep.design", "sweep.control")
+    fixed = ("sweep.until", "sweep.over", "sweep.min_seeds", "sweep.design", "sweep.control")
     fixed += ("sweep.margin", "sweep.together") * bool(known.looks)
     for override in typed:
         key = override.key_or_group

@@ -38,7 +38,8 @@ from gpt2exp.run import record, terminal
 from gpt2exp.schema import plain
 
 Done = subprocess.CompletedProcess[str]
-SHORT = [*SMALL, "train.steps=6", "data.val_fraction=0.005", "train.eval_every=3", "train.measure_every=3"]
+SHORT = [*SMALL, "train.steps=6", "train.batch_size=1", "train.seq_len=16", "data.val_fraction=0.001"]
+SHORT += ["train.eval_every=3", "train.measure_every=3"]
 HOSTILE = (
     "<script>alert(1)</script>",
     "</style><img src=http://127.0.0.1:9/x.png>",
@@ -54,10 +55,10 @@ FOLDERS = ("a#b?c%20d", "<script>alert(1)<∕script>", "quote\" 'é 🙂", "100%
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
-    """Two arms, three seeds, validation data, wandb offline with tags nobody should use: output and sweep folder."""
+    """Two arms, two seeds, validation data, wandb offline with tags nobody should use: output and sweep folder."""
     folder = tmp_path_factory.mktemp("report") / "here"
     tags = "wandb.tags=['<script>alert(1)</script>','</style>']"
-    done = run(folder, "-m", "init.residual_scaling=true,false", "seed=1,2,3", *SHORT, tags)
+    done = run(folder, "-m", "init.residual_scaling=true,false", "seed=1,2", *SHORT, tags)
     return done, run_folders(folder)[0].parent
 
 
@@ -270,7 +271,7 @@ class TestFiles:
         done, folder = sweep
         assert (done.returncode, done.stderr) == (0, "")
         comparison = compare.compare(compare.read([folder]))
-        assert "6 of 6 runs done" in done.stdout
+        assert "4 of 4 runs done" in done.stdout
         for item in words.sentences(comparison):
             assert item.text in done.stdout.splitlines()[-4:][0] or item.text in done.stdout
         assert f"report: {folder.relative_to(folder.parents[2])}/report.html" in done.stdout
@@ -323,7 +324,7 @@ class TestFiles:
             "| --- | --- | --- | --: | --: | --- | --: | --: | --: | --: | --- |",
             f"| {' | '.join('--:' if column.number else '---' for column in wider.columns)} |",
         ]
-        page = report.page(text, comparison, tmp_path, [])
+        page = report.page(text, words.title(comparison), tmp_path)
         assert page.count("<td>none</td>") == 2
         assert page.count('<td style="text-align:right">7</td>') == 2, "the seeds"
 
@@ -352,7 +353,7 @@ class TestFiles:
         _, folder = sweep
         first = read(run_folders(folder)[0] / "summary.json")
         text = (folder / "report.md").read_text()
-        assert "gpt2exp -m init.residual_scaling=true,false seed=1,2,3 model=nano" in text
+        assert "gpt2exp -m init.residual_scaling=true,false seed=1,2 model=nano" in text
         assert "'wandb.tags=['\"'\"'<script>" in text  # quoted for a shell
         assert first["git"] is None or first["git"]["commit"] in text  # none where the tests run without a checkout
         assert f"torch {first['versions']['torch']}" in text
@@ -550,7 +551,7 @@ class TestEscaping:
         """Through Markdown, as an item and as a cell, to the page."""
         said = f"x{terminal.printable(text)}x"
         lines = [f"- {report.escaped(said)}", "", "| h |", "| --- |", f"| {report.escaped(said)} |"]
-        page = _parsed(report.page("\n".join(lines), _comparison([], {}), Path(), []))
+        page = _parsed(report.page("\n".join(lines), "x", Path()))
         assert page.text.count(said) == 2
 
     def test_links_resolve(self, hostile: Path) -> None:

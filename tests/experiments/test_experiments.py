@@ -20,7 +20,9 @@ from gpt2exp.sweep import launch
 
 ROOT = Path(__file__).parents[2]
 FINDINGS = ROOT / "experiments"
-STUDIES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+PRESETS = ROOT / "conf" / "experiment"
+STUDIES = sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
+"""`NAME`, and `NAME/gpt2` for the same question at GPT-2's own scale."""
 
 
 def block(page: str, name: str) -> str:
@@ -46,20 +48,23 @@ def test_a_page_follows_from_its_record(study: str, monkeypatch: pytest.MonkeyPa
     """By today's rules: who changes a rule publishes the pages again, which needs no sweep and no training."""
     monkeypatch.syspath_prepend(str(FINDINGS))
     publish = importlib.import_module("publish")
-    comparison = publish.recorded(study)
-    assert block((FINDINGS / study / "README.md").read_text(), "results") == publish.results(study, comparison)
-    assert (FINDINGS / study / "results.csv").read_text() == publish.report.table(comparison)
-    assert comparison.margin is None, "none was stated before these runs"
-    assert "indistinguishable" not in {effect.verdict for effect in comparison.axes}
+    comparison, record = publish.recorded(study), publish.Record(study)
+    assert block(record.page.read_text(), record.block) == publish.results(study, comparison)
+    assert record.results.read_text() == publish.report.table(comparison)
+    if comparison.margin is None:
+        assert "indistinguishable" not in {effect.verdict for effect in comparison.axes}
 
 
-def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_becomes_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The page, the tables and the figures, from the comparison itself."""
     monkeypatch.syspath_prepend(str(FINDINGS))
     monkeypatch.chdir(tmp_path)
     publish = importlib.import_module("publish")
     monkeypatch.setattr(publish, "HERE", tmp_path)
-    words = [*SMALL, "wandb.mode=disabled", "train.steps=20", "data.val_fraction=0.01", "hydra.sweep.dir=sweep"]
+    words = [*SMALL, "wandb.mode=disabled", "train.steps=10", "train.batch_size=1", "train.seq_len=16"]
+    words += ["data.val_fraction=0.001", "hydra.sweep.dir=sweep"]
     assert launch.command(["-m", "init.std=0.02,0.04", "seed=1,2", *words]) == 0
     page = tmp_path / "init_std" / "README.md"
     page.parent.mkdir()
@@ -85,17 +90,31 @@ def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (row["state"], len(publish.runs_of("init_std"))) == ("done", 4)
     assert len(publish.having(publish.runs_of("init_std"), "init.std=0.04")) == 2
     assert publish.effect("init_std", "init.std", "0.04", "val_loss")["n_seeds"] == "2"
+    reproduce = importlib.import_module("reproduce")
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "init_std"])
+    capsys.readouterr()
+    assert reproduce.main() == 0, "the same processor"
+    assert capsys.readouterr().out == f"init_std: {row['name']}: equal\n"
+    with monkeypatch.context() as changed:
+        changed.setattr(reproduce, "runs_of", lambda study: [row | {"loss_last": "7.0"}])
+        assert reproduce.main() == 1
     (tmp_path / "precision").mkdir()
     (tmp_path / "precision" / "README.md").write_text("<!-- speed -->\n<!-- /speed -->\n")
-    publish.publish_speed(tmp_path / "sweep")
+    publish.publish("precision/speed", [tmp_path / "sweep"])
     assert "speed, ratio" in (tmp_path / "precision" / "README.md").read_text()
     assert "loss, nats" not in (tmp_path / "precision" / "README.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "precision").iterdir())[1:] == [
+        "speed-results.csv",
+        "speed.csv",
+        "speed.json",
+    ]
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_has_its_finding(study: str) -> None:
-    folder = FINDINGS / study
-    page = (folder / "README.md").read_text()
+def test_a_study_has_its_finding(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    record = importlib.import_module("publish").Record(study)
+    folder, page = record.page.parent, record.page.read_text()
     for heading in ("**Question.**", "**What is said.**", "**Method.**", "## Result", "## Reading", "## Limits"):
         assert heading in page
     assert f"gpt2exp experiment={study}" in page
@@ -104,11 +123,11 @@ def test_a_study_has_its_finding(study: str) -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
     assert pictures
     assert all((folder / picture).stat().st_size > 1000 for picture in pictures)
-    with (folder / "runs.csv").open(newline="") as file:
+    with record.stem.with_suffix(".csv").open(newline="") as file:
         runs = list(csv.DictReader(file))
     assert len({run["seed"] for run in runs}) >= 5
     assert {run["state"] for run in runs} == {"done"}
-    shared = json.loads((folder / "runs.json").read_text())["shared"]
+    shared = json.loads(record.stem.with_suffix(".json").read_text())["shared"]
     assert re.fullmatch("[0-9a-f]{40}", shared["git.commit"])
     assert shared["git.dirty"] is False, "findings come from committed code"
 
@@ -116,12 +135,12 @@ def test_a_study_has_its_finding(study: str) -> None:
 @pytest.mark.parametrize("study", [study for study in STUDIES if study not in ("first_steps", "throughput")])
 def test_a_study_of_the_loss_states_its_margin_and_why(study: str) -> None:
     """Or no later run of it could find arms equal: first_steps has one arm, throughput asks for the speed."""
-    preset = (ROOT / "conf" / "experiment" / f"{study}.yaml").read_text()
+    preset = (PRESETS / f"{study}.yaml").read_text()
     assert re.search(r"^sweep:\n  margin: 0\.\d+ # .{20,}$", preset, re.MULTILINE)
 
 
 def test_every_effect_stands_on_its_page() -> None:
-    for path in FINDINGS.glob("*/results.csv"):
+    for path in FINDINGS.glob("*/*results.csv"):
         page = (path.parent / "README.md").read_text()
         with path.open(newline="") as file:
             for row in csv.DictReader(file):

@@ -18,14 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers  # each class is imported when it is first named
 from safetensors.torch import load_file, save_file
 from support import SMALL, read, run, run_folders, the_run
 from torch import Tensor
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from gpt2exp import export, sample, schema
 from gpt2exp.config import DataConfig, InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.data import tokens
+from gpt2exp.files import sha256
 from gpt2exp.model import huggingface, init, size
 from gpt2exp.model.gpt import GPT
 from gpt2exp.run import checkpoint, record
@@ -37,11 +38,11 @@ QUIET = [*SMALL, "wandb.mode=disabled", "train.steps=2"]
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, tie_weights=True)
 
 
-def theirs(*, tie: bool = True, **other: object) -> GPT2LMHeadModel:
+def theirs(*, tie: bool = True, **other: object) -> transformers.GPT2LMHeadModel:
     """The smallest model as transformers has it, its weights large enough that attention is far from uniform."""
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64, "initializer_range": 0.3, **other}
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**shape, tie_word_embeddings=tie)).eval()
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, tie_word_embeddings=tie)).eval()
     with torch.no_grad():  # no bias at 0, no LayerNorm at 1: each has to be in its place
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -84,7 +85,7 @@ def ids(rows: int = 2, length: int = 48) -> Tensor:
     return torch.randint(50257, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def assert_same(gpt: GPT, hf: GPT2LMHeadModel) -> None:
+def assert_same(gpt: GPT, hf: transformers.GPT2LMHeadModel) -> None:
     """Logits to 1e-5."""
     with torch.no_grad():
         torch.testing.assert_close(gpt(ids()), hf(ids()).logits, atol=1e-5, rtol=1e-5)
@@ -111,9 +112,9 @@ def test_the_table_is_the_same_both_ways() -> None:
     odd = ModelConfig(n_layer=3, n_head=2, n_embd=10, block_size=7, vocab_size=50300, tie_weights=False)
     for model in (ModelConfig(), odd):
         assert huggingface.from_hf(huggingface.to_hf(model)) == model
-        made = GPT2Config(**huggingface.to_hf(model)).to_dict()
+        made = transformers.GPT2Config(**huggingface.to_hf(model)).to_dict()
         assert huggingface.from_hf(made) == model
-    assert huggingface.from_hf({}) == ModelConfig() == huggingface.from_hf(GPT2Config().to_dict())
+    assert huggingface.from_hf({}) == ModelConfig() == huggingface.from_hf(transformers.GPT2Config().to_dict())
     known = {item.name for item in dataclasses.fields(ModelConfig)}
     assert known - huggingface.KEYS.keys() == {"bias", *size.SLOTS}  # refused: test_slots.py
 
@@ -249,9 +250,9 @@ def test_names_and_shapes_of_the_four_sizes(size: str) -> None:
 
     (job,) = request.make(arguments([f"model={size}"])).jobs
     model = job.config.model
-    known = GPT2Config(n_layer=model.n_layer, n_head=model.n_head, n_embd=model.n_embd)
+    known = transformers.GPT2Config(n_layer=model.n_layer, n_head=model.n_head, n_embd=model.n_embd)
     with torch.device("meta"):
-        state = GPT2LMHeadModel(known).state_dict()
+        state = transformers.GPT2LMHeadModel(known).state_dict()
     found = huggingface.Weights("x", Path(), known.to_dict(), ())
     huggingface._check_shapes(found, {name: tensor.shape for name, tensor in state.items()}, model)
     huggingface._check_config(found, model)
@@ -288,7 +289,7 @@ def test_the_first_loss_is_the_one_transformers_computes(
     assert summary["loss_first"] == pytest.approx(expected, abs=1e-5)
     origin = summary["init"]
     assert origin["source"] == str(saved[tie])
-    assert origin["sha256"] == huggingface.find(str(saved[tie])).sha256
+    assert origin["sha256"] == sha256(saved[tie] / "model.safetensors")
     assert origin["tying"] == {"same_pointer": tie, "all_equal": tie}
     how = "one tensor (same data pointer), all elements equal" if tie else "two tensors, their elements differ"
     assert f"lm_head.weight and wte.weight: {how}" in out
@@ -549,7 +550,7 @@ def trained(*words: str) -> Path:
 def test_an_exported_run_is_the_same_model_there(words: tuple[str, ...], tmp_path: Path) -> None:
     place, out = trained(*words), tmp_path / "out"
     assert export.command([str(place), str(out)]) == 0
-    hf, loading = GPT2LMHeadModel.from_pretrained(out, output_loading_info=True)
+    hf, loading = transformers.GPT2LMHeadModel.from_pretrained(out, output_loading_info=True)
     assert not any(loading.values()), loading
     tied = "model.tie_weights=false" not in words
     assert (hf.lm_head.weight.data_ptr() == hf.transformer.wte.weight.data_ptr()) == tied
@@ -572,11 +573,11 @@ def test_the_pipeline_writes_text_and_the_tokenizer_is_gpt2s(tmp_path: Path) -> 
     shutil.copy(__file__, tmp_path / "mine.txt")
     place, out = trained("train.steps=5", "data=text", f"data.path={tmp_path / 'mine.txt'}"), tmp_path / "out"
     assert export.command([str(place), str(out)]) == 0
-    (found,) = pipeline("text-generation", model=str(out))("First", max_new_tokens=8, do_sample=False)
+    (found,) = transformers.pipeline("text-generation", model=str(out))("First", max_new_tokens=8, do_sample=False)
     assert re.fullmatch(r"First.+", found["generated_text"], re.DOTALL)
     words = "Hello world, naïve 日本語 🦜<|endoftext|>  two  spaces\n"
     expected = tokens.gpt2_encoding().encode(words, allowed_special="all")
-    assert AutoTokenizer.from_pretrained(out)(words).input_ids == expected
+    assert transformers.AutoTokenizer.from_pretrained(out)(words).input_ids == expected
     card = (out / "README.md").read_text()
     summary = read(place / "summary.json")
     assert "5 steps, seed 1337, precision fp32" in card

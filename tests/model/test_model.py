@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers  # each class is imported when it is first named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2exp.config import InitConfig, ModelConfig
 from gpt2exp.model.gpt import GPT
@@ -50,10 +50,10 @@ def as_hf(name: str, tensor: Tensor) -> Tensor:
     return tensor.T if name.endswith(CONV1D) else tensor
 
 
-def reference(model: GPT) -> GPT2LMHeadModel:
+def reference(model: GPT) -> transformers.GPT2LMHeadModel:
     """Hugging Face's model holding our weights."""
     ours = model.config
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=ours.vocab_size,
         n_positions=ours.block_size,
         n_embd=ours.n_embd,
@@ -64,7 +64,7 @@ def reference(model: GPT) -> GPT2LMHeadModel:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    hf = GPT2LMHeadModel(config)
+    hf = transformers.GPT2LMHeadModel(config)
     hf.load_state_dict({name: as_hf(name, tensor) for name, tensor in model.state_dict().items()}, strict=True)
     assert (hf.lm_head.weight is hf.transformer.wte.weight) == ours.tie_weights
     return hf

@@ -69,7 +69,7 @@ class TestOfflineFile:
         """The run's folder."""
         here = tmp_path_factory.mktemp("offline") / "here"
         named = ["wandb.group=my group", "wandb.name=my run", "wandb.tags=[red,green]", "wandb.project=my-project"]
-        done = run(here, *SMALL, "train.steps=60", "data.val_fraction=0.01", *named)
+        done = run(here, *SMALL, "train.steps=60", "train.seq_len=8", "data.val_fraction=0.001", *named)
         assert (done.returncode, done.stderr) == (0, "")
         assert "\nwandb      offline\n" in done.stdout
         return the_run(here)

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import COMPARE, PROGRAM, SMALL, at_step, finish, losses, read, run, start
+from support import PROGRAM, SMALL, at_step, finish, losses, read, run, start
 
+import gpt2exp
 from gpt2exp import choices, export, sample, schema
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
@@ -296,37 +297,53 @@ def test_killed_it_goes_on_bit_for_bit_from_elsewhere(tmp_path: Path) -> None:
     assert "my_choices.py is not the code of before" in other.stderr
 
 
-def test_a_sweep_in_workers_ends_in_verdicts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [[], pytest.param(["hydra/launcher=workers"], marks=pytest.mark.slow)])
+def test_a_sweep_ends_in_verdicts(how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The comparison is made again without the code, and tells a changed one."""
     folder = tmp_path / "work"
     write(folder / "mine")
-    asked = ["--config-dir", "mine", *SMALL, "metric=spread", "train.steps=6", "train.batch_size=2", QUIET]
-    axes = ["-m", "optimizer=adamw,signs", "seed=1,2", "hydra/launcher=workers", "hydra.sweep.dir=swept"]
-    done = run(folder, *asked, *axes)
+    asked = ["--config-dir", "mine", *SMALL, "metric=spread", "train.steps=4", "train.batch_size=2", QUIET]
+    done = run(folder, *asked, "-m", "optimizer=adamw,signs", "seed=1,2", "hydra.sweep.dir=swept", *how)
     assert done.returncode == 0, done.stderr
     before = read(folder / "swept" / "comparison.json")
     verdicts = {row["metric"]: row["verdict"] for row in before["axes"]}
     assert verdicts["spread"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert verdicts["loss_mean_last10"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert "spread, logits" in (folder / "swept" / "report.md").read_text()
-    words = ["--trust", f"resume={folder / 'swept'}", "seed=4", "sweep.isolate=true"]
-    gained = run(tmp_path / "else", *words, program=PROGRAM)  # a fork would wait for its workers for ever
-    assert gained.returncode == 0, gained.stderr
-    assert len(read(folder / "swept" / "comparison.json")["seeds"]) == 3
-    before = read(folder / "swept" / "comparison.json")
+    if how:  # by other processes than the sweep's own; a fork would wait for its workers for ever
+        words = ["--trust", f"resume={folder / 'swept'}", "seed=4", "sweep.isolate=true"]
+        gained = run(tmp_path / "else", *words, program=PROGRAM)
+        assert gained.returncode == 0, gained.stderr
+        assert len(read(folder / "swept" / "comparison.json")["seeds"]) == 3
+        return
     code = (folder / "mine" / "my_choices.py").read_text()
     (folder / "mine" / "my_choices.py").write_text("raise SystemExit(9)")
-    again = run(folder, "swept", program=COMPARE)
-    assert again.returncode == 0, again.stderr
+    assert comparing.command([str(folder / "swept")]) == 0
     assert read(folder / "swept" / "comparison.json")["axes"] == before["axes"]
     (folder / "mine" / "my_choices.py").write_text(f"{code}\n# changed\n")
     more = run(folder, "--config-dir", "mine", "resume=swept", "seed=5")
     assert more.returncode == 2
     assert "is not the code of before" in more.stderr
     assert run(folder, *asked, "optimizer=signs", "seed=4", "hydra.run.dir=other").returncode == 0
-    mixed = run(folder, "swept", "other", "--out", "both", program=COMPARE)
-    assert mixed.returncode == 2
-    assert "optimizer._target_=my_choices.Signs: its code was changed between the runs" in mixed.stderr
+    capsys.readouterr()
+    assert comparing.command([str(folder / "swept"), str(folder / "other"), "--out", str(tmp_path / "both")]) == 2
+    said = "optimizer._target_=my_choices.Signs: its code was changed between the runs"
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_from_python_takes_them(mine: Path) -> None:
+    """As the command: the same losses, and overrides that name the choice, so that the run can be gone on with."""
+    words = [*SMALL, QUIET, "train.steps=3", "optimizer=signs", "optimizer.decay=0.5", "init=half"]
+    words.append("checkpoint.save_last=true")
+    summary = gpt2exp.run(gpt2exp.compose("--config-dir", str(mine), *words), "by-hand")
+    assert summary["error"] is None
+    assert {"optimizer=signs", "optimizer.decay=0.5", "init=half", "train.steps=3"} <= set(summary["overrides"])
+    assert not [text for text in summary["overrides"] if "_=" in text or text.startswith("optimizer.name")]
+    assert launch.command(["--config-dir", str(mine), *words, "hydra.run.dir=typed"]) == 0
+    assert losses(Path("by-hand")) == losses(Path("typed"))
+    again = ["--config-dir", str(mine), "resume=by-hand", "train.steps=4"]
+    assert launch.command(again) == 0
+    assert len(losses(Path("by-hand"))) == 4
 
 
 def test_samples_and_exports_run_no_code_unasked(

@@ -263,6 +263,14 @@ class TestDesign:
         found = asked("-m", "model.n_layer=1,2", SIZES, "sweep.design=one_at_a_time", *TINY)
         assert [arm for _, arm in settings(found, *KEYS)] == [BASE, (2, 16, 1e-3), (1, 32, 5e-4)]
 
+    def test_at_each_budget(self) -> None:
+        """A budget is no change: each has the whole design, and its control."""
+        words = ["-m", *CUBE[:2], "sweep.over=train.steps=2,4", "sweep.design=one_at_a_time", *SHUFFLED, "seed=1,2"]
+        rest = [text for text in TINY if not text.startswith("train.steps")]
+        found = settings(asked(*words, *rest), "model.n_layer", "model.n_embd", "data.redraw", "train.steps")
+        star = ((1, 16, 0), (1, 16, 1), (2, 16, 0), (3, 16, 0), (1, 32, 0))
+        assert sorted(found) == sorted((seed, (*arm, steps)) for seed in (1, 2) for arm in star for steps in (2, 4))
+
     @pytest.mark.parametrize(
         ("words", "line"),
         [

@@ -42,7 +42,7 @@ from gpt2exp.training import hardware
 ROOT = Path(__file__).parents[2]
 QUIET = "wandb.mode=disabled"
 AXES = ["optimizer.lr=1e-3,3e-3", "seed=1,2"]
-SHORT = [*SMALL, "train.steps=12", QUIET]
+SHORT = [*SMALL, "train.steps=12", "train.seq_len=8", QUIET]
 
 
 def here(folder: Path, *args: str) -> tuple[int, str, str]:

@@ -118,7 +118,7 @@ def test_a_fixed_sweep_stays_one(tmp_path: Path) -> None:
         resume.make(arguments([f"resume={the_sweep(tmp_path)}", "sweep.until=answered"]))
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 8])
+@pytest.mark.parametrize("stop_at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (1, 5)), 8])
 def test_stopped_and_gone_on_with(
     stop_at: int, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,15 +260,15 @@ class TestOrder:
 
     def test_seeds_are_the_outer_loop(self, tmp_path: Path) -> None:
         """Whatever was typed first; folders keep the numbers of the product."""
-        code, _, _ = here(tmp_path, "-m", "optimizer.lr=1e-3,2e-3,3e-3", "seed=5,3,4", *TINY)
+        code, _, _ = here(tmp_path, "-m", "optimizer.lr=1e-3,2e-3", "seed=5,3", *TINY)
         assert code == 0
         rows = [read(folder / "summary.json") for folder in run_folders(tmp_path)]
         assert [(row["config"]["optimizer"]["lr"], row["seed"]) for row in rows] == [
-            (lr, seed) for lr in (1e-3, 2e-3, 3e-3) for seed in (5, 3, 4)
+            (lr, seed) for lr in (1e-3, 2e-3) for seed in (5, 3)
         ]
         began = sorted(rows, key=lambda row: row["parts"][0]["span"][0])
-        assert [row["seed"] for row in began] == [5, 5, 5, 3, 3, 3, 4, 4, 4]
-        asked = request.make(arguments(["-m", "optimizer.lr=1e-3,2e-3,3e-3", "seed=5,3,4", *TINY]))
+        assert [row["seed"] for row in began] == [5, 5, 3, 3]
+        asked = request.make(arguments(["-m", "optimizer.lr=1e-3,2e-3", "seed=5,3", *TINY]))
         assert [row["overrides"] for row in began] == [list(job.overrides) for job in asked.to_do]
 
     def test_each_arm_is_first_about_as_often(self) -> None:

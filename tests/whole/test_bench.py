@@ -4,7 +4,10 @@ script of the throughput finding adds the machine's limits to that. No time is a
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,30 +19,24 @@ from support import SMALL
 from gpt2exp import bench
 from gpt2exp.section import BadRequest
 
+THROUGHPUT = Path(__file__).parents[2] / "experiments" / "throughput"
 TINY = [*SMALL, "train.seq_len=16", "wandb.mode=disabled"]
 ONCE = [*TINY, "--pairs", "1", "--steps", "3", "--peer-command"]
 
 
-def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gpt2exp.bench", *args], capture_output=True, text=True, cwd=cwd, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two rounds of ours, transformers and a peer's command."""
-    folder = tmp_path_factory.mktemp("bench")
+    """One round of ours, transformers and a peer's command, each a process of its own."""
+    folder, out = tmp_path_factory.mktemp("bench"), io.StringIO()
     peer = """python -c 'print("noise"); print("{\\"ms_median\\": 5, \\"first_ms\\": 6, \\"peak_rss_mib\\": 7}")'"""
-    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "2", "--steps", "4"]
-    args += ["--beside", "2"]
-    done = run(*args, "--out", "found/bench.json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "1", "--steps", "4"]
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out):
+        assert bench.command([*args, "--out", "found/bench.json"]) == 0
+    found: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
     assert json.loads((folder / "found" / "bench.json").read_text()) == found
     assert sorted(path.name for path in folder.iterdir()) == ["found"]  # a bench is no run: nothing else is written
-    for text in ("step time", "whole process", "peak memory", "2 at once: a step"):
-        assert text in done.stdout
+    for text in ("step time", "whole process", "peak memory"):
+        assert text in out.getvalue()
     return found
 
 
@@ -48,8 +45,7 @@ def with_roof(result: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     """The same with the machine's limits, added by the script."""
     file = tmp_path_factory.mktemp("roof") / "bench.json"
     file.write_text(json.dumps(result))
-    script = Path(__file__).parents[2] / "experiments" / "throughput" / "roofline.py"
-    line = [sys.executable, str(script), *TINY, "--steps", "4", "--verify", "--bench", str(file)]
+    line = [sys.executable, str(THROUGHPUT / "roofline.py"), *TINY, "--steps", "4", "--verify", "--bench", str(file)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=file.parent, check=False)
     assert done.returncode == 0, done.stderr
     for text in ("matrix products alone", "of it", "losses of 4 steps are off the plain path's by at most"):
@@ -60,28 +56,39 @@ def with_roof(result: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return found
 
 
-def test_ours_and_the_peers_are_timed_in_turn(result: dict[str, Any]) -> None:
-    assert [list(row) for row in result["rounds"]] == [["gpt2exp", "hf", "peer"]] * 2
-    for row in result["rounds"]:
-        assert row["gpt2exp"]["loss_last"] < row["gpt2exp"]["loss_first"]
-        assert row["hf"]["loss_first"] == pytest.approx(row["gpt2exp"]["loss_first"], rel=0.02)  # the same batch
-        assert row["peer"]["ms_median"] == 5
+def test_ours_and_the_peers_are_timed(result: dict[str, Any]) -> None:
+    (row,) = result["rounds"]
+    assert list(row) == ["gpt2exp", "hf", "peer"]
+    assert row["gpt2exp"]["loss_last"] < row["gpt2exp"]["loss_first"]
+    assert row["hf"]["loss_first"] == pytest.approx(row["gpt2exp"]["loss_first"], rel=0.02)  # the same batch
+    assert row["peer"]["ms_median"] == 5
+    assert {key: of["ms_median"]["n"] for key, of in result["ratios"].items()} == {"hf": 1, "peer": 1}
 
 
-def test_ratios_are_taken_pair_by_pair(result: dict[str, Any]) -> None:
-    for peer in ("hf", "peer"):
-        for key in ("ms_median", "peak_rss_mib"):
-            pairs = [row["gpt2exp"][key] / row[peer][key] for row in result["rounds"]]
-            found = result["ratios"][peer][key]
-            assert (found["min"], found["max"], found["n"]) == (min(pairs), max(pairs), 2)
-            assert found["median"] == pytest.approx(sum(pairs) / 2)
+def test_ratios_are_taken_pair_by_pair(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In turn, ours and the peer's."""
+    times = iter([2, 4, 9, 3])
+    same = {"first_ms": 1, "peak_rss_mib": 1, "process_seconds": 1}
+    monkeypatch.setattr(bench, "timed", lambda _: {"ms_median": next(times), **same})
+    assert bench.command([*TINY, "--peer", "hf", "--pairs", "2", "--steps", "4"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["gpt2exp"]["ms_median"], row["hf"]["ms_median"]) for row in found["rounds"]] == [(2, 4), (9, 3)]
+    assert found["ratios"]["hf"]["ms_median"] == {"median": 1.75, "min": 0.5, "max": 3, "n": 2}
+    assert found["ratios"]["hf"]["peak_rss_mib"] == {"median": 1, "min": 1, "max": 1, "n": 2}
 
 
-def test_two_at_once_are_timed_beside_one_alone(result: dict[str, Any]) -> None:
-    beside, alone = result["beside"], [row["gpt2exp"]["ms_median"] for row in result["rounds"]]
-    assert (beside["processes"], [len(found) for found in beside["ms_medians"]]) == (2, [2, 2])
-    ratios = [max(found) / one for found, one in zip(beside["ms_medians"], alone, strict=True)]
-    assert beside["ratio"] == {"median": sum(ratios) / 2, "min": min(ratios), "max": max(ratios), "n": 2}
+def test_two_at_once_are_timed_beside_one_alone(tmp_path: Path) -> None:
+    line = [sys.executable, str(THROUGHPUT / "beside.py"), "2", *TINY, "--pairs", "1", "--steps", "3"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 at once: a step takes" in done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
+    (alone,), (several,) = found["alone"], found["ms_medians"]
+    assert (found["processes"], len(several)) == (2, 2)
+    assert found["ratio"]["median"] == max(several) / alone
+    line[2] = "1"
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr[:14]) == (2, "beside.py: 1 -")
 
 
 def test_processes_at_once_begin_together(tmp_path: Path) -> None:
@@ -94,10 +101,11 @@ print("built", flush=True)
 sys.stdin.readline()
 print(json.dumps({"ms_median": len(list(here.iterdir()))}))
 """
-    found = bench._at_once([sys.executable, "-c", code, str(tmp_path)], 3)
+    at_once = runpy.run_path(str(THROUGHPUT / "beside.py"))["at_once"]
+    found = at_once([sys.executable, "-c", code, str(tmp_path)], 3)
     assert [row["ms_median"] for row in found] == [3, 3, 3]
     with pytest.raises(bench.ContestantError, match="exit code 1"):
-        bench._at_once(["false"], 2)
+        at_once(["false"], 2)
 
 
 def test_losses_are_held_against_the_plain_path(with_roof: dict[str, Any]) -> None:
@@ -134,7 +142,6 @@ def test_the_floor_is_its_parts(with_roof: dict[str, Any]) -> None:
         (["model.n_layers=3"], 2, "gpt2exp-bench: model.n_layers=3: no such key; did you mean model.n_layer?"),
         (["seed=1,2"], 2, "gpt2exp-bench: seed=1,2: several values make a sweep"),
         (["--steps", "2"], 2, "gpt2exp-bench: --steps 2 --pairs 3: at least 3 steps and one pair"),
-        (["--beside", "1"], 2, "gpt2exp-bench: --beside 1: at least two at once; one is timed anyway"),
         (["experiment=throughput"], 2, "gpt2exp-bench: gpt2exp-bench times one configuration"),
         ([*ONCE, "false"], 1, "gpt2exp-bench: false: exit code 1"),
         (
@@ -150,8 +157,9 @@ def test_the_floor_is_its_parts(with_roof: dict[str, Any]) -> None:
     ],
 )
 def test_what_cannot_be_done_is_one_line(
-    args: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+    args: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bench, "child", lambda *_: ["echo", '{"ms_median": 1}'])  # ours is not what fails
     assert bench.command(args) == code
     err = capsys.readouterr().err
     assert err.startswith(said)

@@ -22,7 +22,14 @@ from gpt2exp.run import record
 
 pytestmark = pytest.mark.slow
 CRASHES = int(os.environ.get("GPT2EXP_CRASHES", "3"))
-ARGS = [*SMALL, "train.steps=60", "checkpoint.every=4", "checkpoint.save_last=true", "data.order=shuffled"]
+ARGS = [
+    *SMALL,
+    "train.steps=60",
+    "train.seq_len=8",
+    "checkpoint.every=4",
+    "checkpoint.save_last=true",
+    "data.order=shuffled",
+]
 AXIS = ["seed=1,2", "wandb.mode=disabled"]
 Process = subprocess.Popen[str]
 

@@ -29,7 +29,7 @@ from gpt2exp.data import assets
 from gpt2exp.run import record
 
 QUIET = "wandb.mode=disabled"
-SHORT = [*SMALL, "train.steps=3", QUIET]
+SHORT = [*SMALL, "train.steps=3", "train.seq_len=8", QUIET]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -60,7 +60,8 @@ class TestDisks:
     def test_output_full(self, tmp_path: Path) -> None:
         """Steps until there is no room: code 1, no traceback, every whole line of the record kept."""
         place, kept = tmp_path / "disk", tmp_path / "kept"
-        more = ["train.steps=5000", "train.log_every=1000", f"hydra.run.dir={place}/run"]
+        more = ["train.steps=5000", "train.batch_size=1", "train.seq_len=8", "train.log_every=1000"]
+        more += [f"hydra.run.dir={place}/run"]
         done = run(tmp_path / "here", *SMALL, *more, QUIET, program=on_disk(place, "size=52k", kept))
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
@@ -76,7 +77,7 @@ class TestDisks:
     @pytest.mark.slow
     def test_output_full_in_an_isolated_sweep(self, tmp_path: Path) -> None:
         place = tmp_path / "disk"
-        more = ["train.steps=5000", "sweep.isolate=true", f"hydra.sweep.dir={place}/sweep"]
+        more = ["train.steps=5000", "train.seq_len=8", "sweep.isolate=true", f"hydra.sweep.dir={place}/sweep"]
         done = run(tmp_path / "here", "-m", "seed=1,2", *SMALL, *more, QUIET, program=on_disk(place, "size=64k"))
         assert done.returncode == 1
         assert "Traceback" not in done.stderr

@@ -13,11 +13,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import support
 from filelock import FileLock
 from safetensors.torch import load_file
 from support import (
     PROGRAM,
-    SMALL,
     OfflineRun,
     at_step,
     finish,
@@ -38,6 +38,7 @@ from gpt2exp.sweep import resume
 from gpt2exp.sweep.composing import arguments
 from gpt2exp.training import load
 
+SMALL = [*support.SMALL, "train.seq_len=8"]
 QUIET = "wandb.mode=disabled"
 STEPS = "train.steps=16"
 LAST = "checkpoint.save_last=true"
@@ -53,7 +54,7 @@ MODES = {
         "optimizer.grad_clip=1.0",
         "model.tie_weights=false",
     ],
-    "fp16": ["precision=fp16", "train.seq_len=16"],
+    "fp16": ["precision=fp16"],
 }
 
 

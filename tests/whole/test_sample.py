@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers  # each class is imported when it is first named
 from support import SMALL, surroundings
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2exp import export, sample
 from gpt2exp.config import InitConfig, ModelConfig
@@ -58,14 +58,18 @@ def test_greedy_is_what_transformers_generates(place: Path, tmp_path: Path) -> N
     prompt = tokens.gpt2_encoding().encode("First Citizen:")
     ours = first(20, sample.load(place), prompt, temperature=0)
     assert len(set(ours)) > 3
-    hf = GPT2LMHeadModel.from_pretrained(out).generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    hf = transformers.GPT2LMHeadModel.from_pretrained(out).generate(
+        torch.tensor([prompt]), max_new_tokens=20, do_sample=False
+    )
     assert hf[0].tolist() == prompt + ours
     assert first(20, sample.load(out), prompt, temperature=0) == ours
 
 
 def test_a_folder_of_transformers_untied(tmp_path: Path) -> None:
-    shape = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=64, tie_word_embeddings=False, initializer_range=0.4)
-    hf = GPT2LMHeadModel(shape)
+    shape = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, n_positions=64, tie_word_embeddings=False, initializer_range=0.4
+    )
+    hf = transformers.GPT2LMHeadModel(shape)
     hf.save_pretrained(tmp_path)
     expected = hf.eval().generate(torch.tensor([[7, 8]]), max_new_tokens=9, do_sample=False, eos_token_id=None)
     assert [7, 8, *first(9, sample.load(tmp_path), [7, 8], temperature=0)] == expected[0].tolist()
