@@ -39,7 +39,7 @@ from gpt2exp.config import CONTROL, InitConfig, InitScheme, SweepConfig
 from gpt2exp.files import beside
 from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
-from gpt2exp.schema import check_key, group_of, keys, owner, parse
+from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
 from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show
 from gpt2exp.sweep import design, engines
 from gpt2exp.sweep.composing import (
