@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import pkgutil
+import re
 import shlex
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from typing import Any, ClassVar
 
-from gpt2exp.section import AUTO, SWITCH, Section, choice_of, chosen, home, option, require, typed
+from gpt2exp.section import AUTO, SWITCH, Section, choice_of, chosen, default_of, home, option, require, typed
 
 LOSS_ROWS = 1024  # `train.loss_chunk=auto`; 512 cost 4 % of the head's time at GPT-2's size, 256 cost 10 %
 
@@ -99,6 +100,15 @@ class MLPConfig(SlotConfig):
     """What transforms each token by itself, in each block."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:MLP"
+
+
+@choice_of("model.mlp")
+@dataclass(kw_only=True, slots=True)
+class ExactGELU(MLPConfig):
+    """GPT-2's with GELU itself, of which the tanh form is an approximation."""
+
+    name: str = option("exact_gelu", "chosen by model/mlp=exact_gelu")
+    target: ClassVar[str] = "gpt2exp.model.gpt:ExactGELU"
 
 
 @choice_of("model.norm")
@@ -423,8 +433,23 @@ class SweepConfig(Section):
         [],
         "FOLDER,...: runs there count as this sweep's, and are not run, where configuration, text and versions agree",
     )
+    tune: str | None = option(
+        None, "KEY=A,B,C: each arm is compared at its own best value of this key, found first on sweep.tune_seeds"
+    )
+    tune_seeds: list[int] = option(
+        [101, 102], "of sweep.tune: the seeds, none of them compared; typed as one number: so many from 101", at_least=0
+    )
 
     def agree(self) -> None:
+        needs = dict.fromkeys(("min_seeds", "max_seeds", "max_hours"), ("until", "answered"))
+        for name, (other, example) in {**needs, "tune_seeds": ("tune", "optimizer.lr=1e-4,1e-3")}.items():
+            value, usual = getattr(self, name), default_of(self.__dataclass_fields__[name])
+            why, remedy = f"has no meaning without sweep.{other}", f"add sweep.{other}={example}"
+            require(getattr(self, other) is not None or value == usual, f"sweep.{name}", value, why, remedy)
+        if self.tune is not None:
+            self._check_tune(self.tune)
+            why = "which value a run has is known only once its arm is tuned"
+            require(not self.reuse, "sweep.reuse", self.reuse, why, "leave out sweep.tune, or sweep.reuse")
         moving = [text.partition("=")[0].strip() for text in self.together]
         for text in self.together:
             require("=" in text, "sweep.together", text, "must be KEY=A,B", "separate several by a semicolon")
@@ -432,12 +457,17 @@ class SweepConfig(Section):
             require(not twice, "sweep.together", text, "its key is there twice", "name each key once")
         why, remedy = "one key has nothing to move with", "add another, or sweep it by itself"
         require(len(moving) != 1, "sweep.together", self.together, why, remedy)
-        for name in ("min_seeds", "max_seeds", "max_hours"):
-            value, usual = getattr(self, name), self.__dataclass_fields__[name].default
-            why = "has no meaning without sweep.until"
-            require(self.until is not None or value == usual, f"sweep.{name}", value, why, "add sweep.until=answered")
         most, why = self.looks.stop - 1, f"fewer than sweep.min_seeds={self.min_seeds}"
         require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
+
+    def _check_tune(self, tune: str) -> None:
+        key, values = tuned(tune)
+        numbers = [float(value) for value in values if re.fullmatch(r"-?[\d.]*\d(e[+-]?\d+)?", value)]
+        ok = bool(key) and len(numbers) == len(values) == len({*numbers}) > 1
+        remedy = f'try sweep.tune="{key or "optimizer.lr"}=1e-4,3e-4,1e-3"'
+        require(ok, "sweep.tune", tune, "must be a key and two different numbers or more, KEY=A,B,C", remedy)
+        ok = len({*self.tune_seeds}) == len(self.tune_seeds) > 0
+        require(ok, "sweep.tune_seeds", self.tune_seeds, "must be different seeds", "try sweep.tune_seeds=101,102")
 
     @property
     def budget(self) -> str:
@@ -448,6 +478,12 @@ class SweepConfig(Section):
     def looks(self) -> range:
         """Numbers of seeds at which a sweep that runs until it is answered looks."""
         return range(self.min_seeds, (self.max_seeds or 30) + 1)
+
+
+def tuned(tune: str | None) -> tuple[str, list[str]]:
+    """The key that `sweep.tune` names, and its values as typed; none where it is null."""
+    key, _, values = (tune or "").partition("=")
+    return key.strip(), [value.strip() for value in values.split(",") if value.strip()]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.compare import multiplier
+from gpt2exp.compare import multiplier, tuned
 from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_change, paired
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
@@ -78,6 +78,7 @@ class Comparison:
     first; `metric` is the loss compared; within `margin` nats a difference in it counts as none. `looks` are the
     comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`. `over`
     is the axis that is a budget, within each of which `axes` has the arms of the others.
+    `tuning` has the curve of each arm that was tuned; `runs` are without the runs that tuned it.
     """
 
     runs: list[Row]
@@ -92,6 +93,7 @@ class Comparison:
     margin: float | None = None
     looks: list[dict[str, Any]] = field(default_factory=list)
     over: str = ""
+    tuning: list[tuned.Curve] = field(default_factory=list)
 
     @property
     def searched(self) -> bool:
@@ -119,7 +121,9 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     Raises:
         BadRequest: nothing to compare, or the runs differ in something unswept.
     """
-    rows = [of_today(row) for row in rows]
+    rows, trials = tuned.apart([of_today(row) for row in rows])
+    if trials and not rows:
+        raise BadRequest("all of these runs tuned an arm (sweep.tune_seeds), and such runs are never compared")
     known = [row for row in rows if "config" in row]
     if not known or all(row["state"] in ("running", "not run", "damaged") for row in rows):
         damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
@@ -139,6 +143,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
             multiplier.measure(effect, speeds[effect.key, effect.arm, effect.budget], part, before)
     unknown = {effect.multiplier_reason: None for effect in effects if effect.steps_factor is None}
     notes += [f"no compute multiplier: {reason}" for reason in unknown if reason]
+    curves = tuned.curves(trials, rows)
     return Comparison(
         runs=rows,
         axes=effects,
@@ -148,10 +153,11 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         swept=grid.axes,
         seeds=grid.seeds,
         metric=loss.key,
-        notes=[*_notes(known, done, grid), *notes],
+        notes=[*_notes(known, done, grid), *notes, *(curve.said() for curve in curves if curve.doubtful)],
         margin=stated,
         looks=before.looks,
         over=grid.over,
+        tuning=curves,
     )
 
 
@@ -161,7 +167,7 @@ def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
     Raises:
         BadRequest: as `compare`.
     """
-    rows = [of_today(row) for row in rows if "config" in row]
+    rows, _ = tuned.apart([of_today(row) for row in rows if "config" in row])
     grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
     before, (margin, _), seeds = _history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
     return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]
@@ -261,6 +267,8 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
         grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
     )
     _estimate(effect, figures(groups, metric, declared=bool(before.schedule)), metric, before)
+    if metric in LOSSES:
+        effect.tuning = tuned.condition(key, baseline, arm, groups, grid.axes)
     if obstacle := _obstacle(key, metric, groups, contended) or (metric is MEMORY and _by_order(effect, groups)):
         effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
     return effect

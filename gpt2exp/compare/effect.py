@@ -53,6 +53,7 @@ class Effect:
     multiplier_reason: str = ""
     verdict: str | None = None
     reason: str = ""
+    tuning: str = ""  # of a loss: at which learning rate, tuned or not, the two arms ran
     n_needed: int | None = None  # of an inconclusive row: seeds in all that would settle it with probability 0.8
     n_needed_at_most: int | None = None  # the same by the upper 80 % limit of the differences' standard deviation
     baseline_mean: float | None = None

@@ -38,9 +38,9 @@ APART = math.log(2) / 3
 """Between corners of a smoothed curve: a third of an octave. A power law of exponent 0.6 leaves its chord by 0.004."""
 DENSE = 8
 """Points in that stretch that are smoothed; where there are fewer, each is a corner."""
-PARTS = 10
+PARTS = 5
 """Into which the smoothed points are dealt: each left out in turn shows what their noise does."""
-KNOWN = 30
+KNOWN = 50
 """Standard errors that a smoothed curve must move in its last octave, or its noise says more than its slope."""
 CURVE = 3
 """Places at which a validation loss must be known to make a curve."""
@@ -52,7 +52,7 @@ Tokens = tuple[float, ...]
 class Smoother(NamedTuple):
     """A curve known at some tokens: `at`, its corners, as logarithms; `makes`, their heights from the losses.
 
-    `makes` has the shape (1 + PARTS, corners, tokens): by all points, then without each part. A part is a tenth of
+    `makes` has the shape (1 + PARTS, corners, tokens): by all points, then without each part. A part is a fifth of
     each stretch between corners, in one piece, since neighbouring steps are not independent. `hats` (tokens, corners)
     are the corners' shares in the curve at each token.
     """

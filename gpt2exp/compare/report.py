@@ -41,6 +41,10 @@ INTERACTIONS = (
     "How much the effect of one axis on the loss changes with another: the difference of their differences, by seed. "
     "p is not corrected. Large: the interval excludes zero and the size exceeds the seed-to-seed std."
 )
+TUNING = (
+    "The loss at the end over the tuning seeds: its mean ± their standard deviation. These runs are not compared. An "
+    "arm is compared at the value with the lowest mean; a run that diverged makes its value the worst."
+)
 METHOD = (
     "A pair is two runs that differ in one axis and share the rest, seed included. Differences at one seed are first "
     "averaged over the other axes, so n counts seeds. Intervals are 95 %, of the paired differences; p values are "
@@ -90,6 +94,10 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
         heading = f"compared in {BY_KEY[comparison.metric].name}"
         heading += f"; {words.WORTH}" * any(words.worth(effect)[0] for effect in comparison.axes)
         _show_table(words.effects_table(comparison), console, heading)
+    if comparison.tuning:
+        shown = words.tuning_table(comparison)
+        cells = [dict(zip((column.name for column in shown.columns), row, strict=True)) for row in shown.rows]
+        console.print(terminal.table(cells, tuning_heading(comparison)), markup=False)
     for verdict, text in words.sentences(comparison):
         mark = Text(f"{SIGNS[verdict]} ", style=COLOURS.get(verdict, "dim"))
         console.print(mark + Text(text), soft_wrap=True)
@@ -101,6 +109,19 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     said += [(f"report: {printable(terminal.short((out / 'report.html').absolute()))}", "")] if out is not None else []
     for text, style in said:
         console.print(Text(text, style=style), soft_wrap=True)
+
+
+def tuning_heading(comparison: Comparison) -> str:
+    """What is above the curves of the arms."""
+    return f"Each arm's own {comparison.tuning[0].key}"
+
+
+def tuning(comparison: Comparison) -> list[str]:
+    """The curve of each arm over the values of the tuned key in Markdown: a table, and a line an arm."""
+    shown = words.tuning_table(comparison)
+    shown.rows = [[*map(escaped, cells)] for cells in shown.rows]
+    lines = [f"- {escaped(curve.said())}" for curve in comparison.tuning]
+    return [TUNING, "", *md_table(shown), "", *lines]
 
 
 def _show_table(shown: Table, console: Console, heading: str) -> None:
@@ -115,8 +136,8 @@ def _show_table(shown: Table, console: Console, heading: str) -> None:
         table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
     reasons = words.reasons_of(shown)
     for (axis, arms), rows in itertools.groupby(shown.rows, key=lambda row: row[:2]):
-        # three metrics an arm: its axis beside the first, its names beside the second
-        for row, beside in itertools.zip_longest(rows, (axis, f"  {arms}")):
+        # three metrics an arm: its axis beside the first, its names beside the second, its budget beside the third
+        for row, beside in itertools.zip_longest(rows, (axis, *(f"  {part}" for part in arms.split(", ")))):
             if row is None:
                 break
             *cells, verdict = (row[at] for at in named[2:])
@@ -298,8 +319,12 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
     if comparison.failed:
         text += ["", "## Not finished", ""]
         text += [f"- **{escaped(name)}** {escaped(fate)}" for name, fate in words.failures(comparison)]
+    if comparison.tuning and not sections:
+        text += ["", f"## {escaped(tuning_heading(comparison))}", "", *tuning(comparison)]
     for section in sections:
         text += ["", f"## {escaped(printable(section.key or 'Figures'))}"]
+        if comparison.tuning and section is sections[0]:
+            text += ["", *tuning(comparison)]
         for item in section.drawings:  # the backslash breaks the line
             text += ["", f"![{item.title}](figures/{item.name}.png)\\", f"*{item.title}.* {escaped(item.caption)}"]
     if comparison.interactions:

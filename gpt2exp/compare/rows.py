@@ -34,6 +34,8 @@ class Row(Summary, total=False):
     """Keys of its configuration that this version does not know."""
     pid: int | None
     """The process that ran it, or its last part."""
+    tuned: str
+    """The key of which it has its arm's best value, which is no axis."""
 
 
 Settings = dict[str, str]
@@ -85,7 +87,8 @@ def of_today(row: Row) -> Row:
 
 def _flat(row: Row) -> Settings:
     """A run's configuration by dotted key, values as shown, without housekeeping; keys of other versions with it."""
-    return {key: show(value) for key, value in (flatten(row["config"]) | flatten(row.get("gone", {}))).items()}
+    of = flatten(row["config"]) | flatten(row.get("gone", {}))
+    return {key: show(value) for key, value in of.items() if key != row.get("tuned")}
 
 
 def _typed(row: Row, flat: Settings) -> Settings:
@@ -93,7 +96,9 @@ def _typed(row: Row, flat: Settings) -> Settings:
     settings: Settings = {}
     for text in row.get("overrides", []):
         key, _, value = text.lstrip("+").partition("=")
-        if not (is_housekeeping(key) or key == "experiment" or key.startswith(("hydra.", "hydra/"))):
+        if not (
+            is_housekeeping(key) or key in ("experiment", row.get("tuned")) or key.startswith(("hydra.", "hydra/"))
+        ):
             key = key if key in flat else MOVED.get(key, key)
             settings[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
     return settings

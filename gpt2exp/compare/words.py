@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Grid, Interaction
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST
+from gpt2exp.compare.tuned import typed
 from gpt2exp.config import TOGETHER
 from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
@@ -150,11 +152,15 @@ def sentences(comparison: Comparison) -> list[Sentence]:
     by_arm: dict[tuple[str, str, str], dict[str, Effect]] = {}
     for effect in comparison.axes:
         by_arm.setdefault((effect.key, effect.arm, effect.budget), {})[effect.metric] = effect
-    losses = [(effects, effects[comparison.metric]) for effects in by_arm.values()]
-    return [
-        Sentence(loss.verdict or "", _sentence(loss, "".join(_costs(effects, loss)), comparison.margin))
-        for effects, loss in losses
-    ]
+    found, said = list[Sentence](), set[tuple[str, str]]()
+    for effects in by_arm.values():
+        loss = effects[comparison.metric]
+        costs = "".join(_costs(effects, loss))
+        if loss.tuning and (loss.key, loss.tuning) not in said:  # once an axis
+            said.add((loss.key, loss.tuning))
+            costs += f", {loss.tuning}"
+        found.append(Sentence(loss.verdict or "", _sentence(loss, costs, comparison.margin)))
+    return found
 
 
 def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
@@ -382,6 +388,26 @@ def _effect_row(effect: Effect) -> list[str]:
     ]
 
 
+def tuning_table(comparison: Comparison) -> Table:
+    """A row an arm: over the tuning seeds its loss at each value, and the value at which it is compared."""
+    values = sorted({value for curve in comparison.tuning for value in curve.losses}, key=float)
+    rows = []
+    for curve in comparison.tuning:
+        cells = [_tuning_cell(curve.losses.get(value, [])) for value in values]
+        rows.append([curve.arm, *cells, curve.best or "–"])
+    return Table([Column("arm"), *(Column(value, True) for value in values), Column("best", True)], rows)
+
+
+def _tuning_cell(losses: Sequence[float | str]) -> str:
+    """The mean loss with its std over seeds, or what kept a run from having one."""
+    states = Counter(loss for loss in losses if isinstance(loss, str))
+    if states or not losses:
+        return ", ".join(f"{printable(state)} ({count} of {len(losses)})" for state, count in states.items()) or "–"
+    known = [float(loss) for loss in losses]
+    std = statistics.stdev(known) if len(known) > 1 else 0.0
+    return spell(statistics.fmean(known), std or 0.005) + (f" ± {spell(std)}" if std else "")
+
+
 def _worth_row(loss: Effect) -> list[str]:
     of, factor, interval = worth(loss)
     first, empty = _effect_row(loss), [""] * 4
@@ -406,13 +432,15 @@ def interactions_table(comparison: Comparison) -> Table:
 def runs_table(comparison: Comparison) -> Table:
     """A row a run, its name first."""
     keys, rows = list(comparison.swept), []
+    tuned = list(dict.fromkeys(row["tuned"] for row in comparison.runs if "tuned" in row))
     for row in comparison.runs:
-        seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", [""] * len(keys))
+        seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", ("",) * len(keys))
+        arms = *arms, *(typed(row, key) if "config" in row else "" for key in tuned)
         cells = [printable(row["name"]), printable(row["state"]), *map(printable, arms), str(seed)]
         cells += [shown(row, metric.key) for metric in COLUMNS]
         rows.append([*cells, f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"])
     numbers = ("seed", *(metric.column for metric in COLUMNS), "seconds")
-    words = ("run", "state", *map(printable, keys))
+    words = ("run", "state", *map(printable, [*keys, *tuned]))
     return Table([Column(name, at >= len(words)) for at, name in enumerate((*words, *numbers))], rows)
 
 

@@ -342,6 +342,32 @@ def row(folder: Path, above: Path) -> Summary:
         return cast("Summary", {"name": name, "steps": status["step"], **status})
 
 
+TUNING = "tuning"  # in a sweep's folder, where the folders of the runs are that tune its arms
+
+
+@dataclass
+class Tuned:
+    """An arm of a sweep that is tuned."""
+
+    overrides: list[str]  # without the tuned key and the seed
+    runs: dict[str, list[str]]  # by value as typed, the folders of its tuning runs: one a tuning seed, in their order
+    best: str | None = None  # the value at which its runs are compared; None until it is chosen
+
+
+@dataclass
+class Tuning:
+    """By which runs each arm of a sweep found its own best value of a key, and which that is."""
+
+    key: str
+    seeds: list[int]
+    arms: list[Tuned]
+
+    @property
+    def folders(self) -> list[str]:
+        """Of all tuning runs."""
+        return [name for arm in self.arms for names in arm.runs.values() for name in names]
+
+
 @dataclass
 class Sweep:
     """What a sweep's folder knows of it: `sweep.json`."""
@@ -353,13 +379,16 @@ class Sweep:
     launched: float = 0.0  # when its newest launch began, in seconds since 1970
     looks: list[int] = field(default_factory=list)  # numbers of seeds at which it looks; empty where it runs all jobs
     rule: dict[str, Any] = field(default_factory=dict)  # by what it ends: `axes`, `margin`, `max_seeds`, `max_hours`
+    tuning: Tuning | None = None  # of a sweep whose arms are tuned first; `jobs` are those that are compared
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
         """The sweep whose folder this is; None if it is none, as with another program's `sweep.json`."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             known = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
             if isinstance(known, dict) and isinstance(known.get("jobs"), list):
+                if tuning := known.get("tuning"):
+                    known["tuning"] = Tuning(**tuning | {"arms": [Tuned(**arm) for arm in tuning["arms"]]})
                 return cls(**{"argv": []} | {key: known[key] for key in cls.__dataclass_fields__ if key in known})
         return None
 
@@ -387,13 +416,18 @@ def progress(folder: Path, job: Path) -> str:
     sweep, others = Sweep.read(folder), [other for other in runs_below(folder) if other != job]
     if sweep is None or not sweep.folders:
         return f"job {len(others) + 1}"
-    place, jobs = str(job.relative_to(folder)), len(sweep.folders)
-    text = f"job {(sweep.folders.index(place) if place in sweep.folders else len(others)) + 1} of {jobs}"
-    ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
-    if sweep.looks:  # how many jobs there will be is not known
+    place, tried = str(job.relative_to(folder)), sweep.tuning.folders if sweep.tuning else []
+    stage = tried if place in tried else sweep.folders
+    text = f"job {(stage.index(place) if place in stage else len(others)) + 1} of {len(stage)}"
+    if stage is tried:
+        text = f"tuning {text}"
+    elif sweep.looks:  # how many jobs there will be is not known
         return text.replace(" of ", " of at most ")
-    if now := sum(status["updated"] > sweep.launched for status in ended):
-        text += f", about {(time.time() - sweep.launched) / now * (jobs - len(ended)):.0f} s left"
+    statuses = {other: read_status(other) for other in others}
+    ended = {other: status for other, status in statuses.items() if status["state"] not in ("running", "not run")}
+    if now := sum(status["updated"] > sweep.launched for status in ended.values()):
+        left = len(stage) - sum(str(other.relative_to(folder)) in stage for other in ended)
+        text += f", about {(time.time() - sweep.launched) / now * left:.0f} s left"
     return text
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from gpt2exp.config import CONTROL, TOGETHER, Design, SweepConfig
 from gpt2exp.schema import is_housekeeping
 from gpt2exp.section import BadRequest, default_of, show
+from gpt2exp.sweep import tuning
 from gpt2exp.sweep.composing import Job, as_plain
 
 Arm = tuple[str, ...]
@@ -41,8 +42,8 @@ def together(moving: Mapping[str, Sequence[str]], typed: Mapping[str, Sequence[s
 
 
 def _crossed(sweep: DictConfig) -> set[str]:
-    """The keys of which every value has all of the design: the seed, and a budget."""
-    return {"seed", (sweep.over or "").partition("=")[0].strip()}
+    """The keys of which every value has all of the design: the seed, a budget, what is tuned for each arm."""
+    return {"seed", *((text or "").partition("=")[0].strip() for text in (sweep.over, sweep.tune))}
 
 
 def check_single(typed: Mapping[str, Sequence[str]]) -> None:
@@ -63,11 +64,11 @@ def check_unused(sweep: DictConfig, why: str) -> None:
 def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
     """The values of each overridden key over the jobs; of one that changes no result, the last.
 
-    The keys that move together are one, and their values overrides. Without the control's key.
+    The keys that move together are one, and their values overrides. Without the control's key and a tuned one.
     """
     found: dict[str, dict[str, None]] = {}
     for job in jobs:
-        told = dict(text.split("=", 1) for text in job.overrides)
+        told = dict(text.split("=", 1) for text in tuning.untold(job))
         if job.config.sweep.control:
             told.pop(CONTROL, None)
         moved = [key for text in job.config.sweep.together if (key := text.partition("=")[0].strip()) in told]

@@ -41,7 +41,7 @@ from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
 from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
 from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show
-from gpt2exp.sweep import design, engines
+from gpt2exp.sweep import design, engines, tuning
 from gpt2exp.sweep.composing import (
     BASIC_SWEEPER,
     SECTIONS,
@@ -76,6 +76,22 @@ class Request:
     """What the user should know before it begins."""
     looks: tuple[int, ...] = ()
     """Numbers of seeds at which a sweep that runs until it is answered looks; empty for any other."""
+    trials: tuple[Job, ...] = ()
+    """The runs that tune each arm before `jobs` are run at its best value; none without `sweep.tune`."""
+    tuned: record.Tuning | None = None
+    """What was chosen by them in an earlier launch."""
+
+    @property
+    def tuning(self) -> record.Tuning | None:
+        """What `sweep.json` says of the trials."""
+        return tuning.recorded(self.trials, self.tuned)
+
+    @property
+    def trials_to_do(self) -> list[Job]:
+        """Of the arms whose value is not chosen yet, in the order in which they run."""
+        arms = self.tuning.arms if self.tuning else []
+        settled = {name for arm in arms if arm.best for names in arm.runs.values() for name in names}
+        return ordered(job for job in self.trials if not job.done and job.folder not in settled)
 
     @property
     def names(self) -> list[str]:
@@ -84,19 +100,8 @@ class Request:
 
     @property
     def to_do(self) -> list[Job]:
-        """The jobs that are not done, in the order in which they run.
-
-        All of a seed before the next seed's. Within a seed the order is drawn by the seed, so that a machine that
-        becomes slower or warmer favours no arm.
-        """
-        seeds = list(dict.fromkeys(job.config.seed for job in self.jobs))
-
-        def place(job: Job) -> tuple[int, str]:
-            arms = sorted(text for text in job.overrides if not text.startswith("seed="))
-            drawn = hashlib.sha256(f"{job.config.seed} {arms}".encode()).hexdigest()
-            return seeds.index(job.config.seed), drawn if len(seeds) > 1 else ""
-
-        return sorted((job for job in self.jobs if not job.done), key=place)
+        """The jobs to be compared that are not done, in the order in which they run."""
+        return ordered(job for job in self.jobs if not job.done)
 
     @property
     def launcher(self) -> DictConfig | None:
@@ -118,6 +123,22 @@ class Request:
         axes = {key: values for key, values in axes.items() if key not in ("seed", settings.budget)}
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
+
+
+def ordered(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs in the order in which they run: all of a seed before the next seed's.
+
+    Within a seed the order is drawn by the seed, so that a machine that becomes slower or warmer favours no arm.
+    """
+    jobs = list(jobs)
+    seeds = list(dict.fromkeys(job.config.seed for job in jobs))
+
+    def place(job: Job) -> tuple[int, str]:
+        arms = sorted(text for text in job.overrides if not text.startswith("seed="))
+        drawn = hashlib.sha256(f"{job.config.seed} {arms}".encode()).hexdigest()
+        return seeds.index(job.config.seed), drawn if len(seeds) > 1 else ""
+
+    return sorted(jobs, key=place)
 
 
 def make(args: argparse.Namespace) -> Request:
@@ -151,8 +172,11 @@ def as_meant(text: str) -> str:
     if bare in LISTS and value[:1] != "[":
         text = value.strip(QUOTES)
         return f"{key}={as_list([text] if os.path.exists(home(text)) else text.split(LISTS[bare]))}"  # noqa: PTH110
-    if bare == "sweep.over" and "=" in value and value[0] not in QUOTES:
+    if bare in ("sweep.over", "sweep.tune") and "=" in value and value[0] not in QUOTES:
         return f"{key}={quoted(value)}"
+    if bare == "sweep.tune_seeds" and re.fullmatch(r"[\d, ]+", value):
+        seeds = value if "," in value else ",".join(map(str, range(101, 101 + int(value))))
+        return f"{key}=[{seeds}]"
     if not value or "${" in value or value[0] in QUOTES or bare not in (*OUTPUT, *keys()):
         return text
     parser = OverridesParser.create()
@@ -303,18 +327,19 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
     if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
         found = axes([*read(composer, preset(master)), *typed])
-        together = moving(composer, master.sweep.together)
+        together, rule = moving(composer, master.sweep.together), as_plain(master.sweep) | {"control": False}
         if master.sweep.over is not None:
             found |= budgets(composer, master.sweep.over, {**found, **together})
         if master.sweep.until is not None:  # a study's seeds are replaced
             found.pop("seed", None)
-            end = parse({"sweep": as_plain(master.sweep) | {"control": False}}).sweep.looks.stop
+            end = parse({"sweep": rule}).sweep.looks.stop
             found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
+        found |= tuning.first(composer, parse({"sweep": rule}).sweep, {**found, **together})
         single = {key: [(text,) for text in texts] for key, texts in found.items()}
         plan = single | design.together(together, found)
         design.check_single(found)
         control = (f"{CONTROL}={master.data.redraw + 1}",) if master.sweep.control else None
-        jobs = named(list(composer.jobs(master, design.jobs(plan, master.sweep, control))))
+        jobs = list(map(tuning.bare, named(list(composer.jobs(master, design.jobs(plan, master.sweep, control))))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         design.check_unused(master.sweep, "it takes the basic sweeper" if multirun else "one run has no arms; add -m")
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
@@ -325,13 +350,15 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
         why, remedy = "a sweep by the basic sweeper alone has budgets", "add -m, and what to compare within each"
         require(False, "sweep.over", over, why, remedy)
     looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
+    tuning.check(jobs, multirun=multirun, basic=bool(basic))
+    trials = named(tuning.trials(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
     for job in jobs:
         size.check(job.config.model, job.config.init, job.config.train.seq_len)
     for device in {job.config.train.device for job in jobs} if multirun else ():
         engines.check(master.hydra.launcher, device)
-    return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks)
+    return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks, trials=tuple(trials))
 
 
 def _looks(jobs: Sequence[Job], typed: Sequence[Override], *, single: bool, until: str | None) -> tuple[int, ...]:
@@ -444,13 +471,16 @@ def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict
     return {key: sorted(texts, key=lambda text: float(text.partition("=")[2]))}
 
 
-def named(jobs: Sequence[Job], first: int = 0) -> list[Job]:
-    """The jobs with a folder each: those without are numbered from `first`, and named by what is not alike in all."""
-    alike = set.intersection(*(set(job.overrides) for job in jobs))
+def named(jobs: Sequence[Job], first: int = 0, place: str = "") -> list[Job]:
+    """The jobs with a folder each: those without are numbered from `first`, and named by what is not alike in all.
+
+    `place`: what the folders lie in, with a slash.
+    """
+    alike = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
     free = itertools.count(first)
 
     def name(job: Job) -> str:
-        return numbered(next(free), ",".join(sorted(text for text in job.overrides if text not in alike)))
+        return place + numbered(next(free), ",".join(sorted(text for text in job.overrides if text not in alike)))
 
     return [job if job.folder else dataclasses.replace(job, folder=name(job)) for job in jobs]
 
@@ -505,10 +535,10 @@ def _write(request: Request, argv: Sequence[str], folder: Path) -> None:
         told = [list(job.overrides) for job in request.jobs]
         where, looks, now = str(request.cwd or Path.cwd()), list(request.looks), time.time()
         known = record.Sweep(list(request.argv or argv), told, request.names or None, where, now, looks, request.rule)
-        known.write(folder)
-    for job in request.jobs:
+        dataclasses.replace(known, tuning=request.tuning).write(folder)
+    for job in request.trials or request.jobs:  # of jobs that are tuned first `settle` makes the folders
         place = folder / job.folder
         # a sweep that ends as soon as it is answered makes a folder as its run begins
-        later = (request.multirun and not job.folder) or (request.looks and not place.exists())
+        later = (request.multirun and not job.folder) or (request.looks and not request.trials and not place.exists())
         if not job.done and not later:
             describe(place, job, request.folder / job.folder)

@@ -18,7 +18,7 @@ from test_compare import TIE, effect, run
 
 from gpt2exp.compare import comparison as comparisons
 from gpt2exp.compare import effect as effects
-from gpt2exp.compare import multiplier, report, words
+from gpt2exp.compare import figures, multiplier, report, words
 from gpt2exp.compare.comparison import Comparison, Row
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import Floats
@@ -165,10 +165,10 @@ def test_one_seed_gives_no_interval(tmp_path: Path) -> None:
 def test_by_the_training_loss_where_there_is_no_validation(tmp_path: Path) -> None:
     """Smoothed by least squares, in which noise that both arms share leaves their difference."""
     rng = np.random.default_rng(1)
-    shared = rng.normal(0, 0.01, len(STEPS))
+    shared = rng.normal(0, 0.005, len(STEPS))
 
     def noisy(times: float) -> Curve:
-        own = rng.normal(0, 0.01, len(STEPS))
+        own = rng.normal(0, 0.005, len(STEPS))
         return lambda steps: law(times)(steps) + (shared + own)[np.asarray(steps, int) - 1]
 
     base, arm = [noisy(1) for _ in range(4)], [noisy(0.8) for _ in range(4)]
@@ -228,12 +228,12 @@ def test_what_a_schedule_hides_is_said(tmp_path: Path) -> None:
 def test_the_shared_error_is_a_jackknife() -> None:
     """By loops; and of factors whose seeds all have the parts' noise in common it is all of that noise."""
     rng = np.random.default_rng(3)
-    factors = rng.normal(0, 1, (4, 11))
+    factors = rng.normal(0, 1, (4, 6))
 
     def variance(values: Floats) -> float:
-        return 0.9 * sum((value - sum(values) / 10) ** 2 for value in values)
+        return 0.8 * sum((value - sum(values) / 5) ** 2 for value in values)
 
-    mean = variance(np.array([factors[:, part].mean() for part in range(1, 11)]))
+    mean = variance(np.array([factors[:, part].mean() for part in range(1, 6)]))
     own = sum(variance(row[1:]) for row in factors) / 4
     assert multiplier.shared_error(factors) == pytest.approx(math.sqrt(max(0, (4 * mean - own) / 3)))
     common = np.tile(factors[0], (4, 1))
@@ -330,6 +330,16 @@ def test_the_trend_has_its_interval(tmp_path: Path) -> None:
     assert "over the last half of the run the difference grows by 0.052 nats (95 % interval 0.042 to" in (
         words.sentences(comparison)[0].text
     )
+
+
+def test_figures_are_of_the_largest_budget_and_one_is_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, str] = {}
+    monkeypatch.setattr(figures.Figure, "suptitle", lambda _, text, **how: drawn.update({text: str(how)}))
+    sections = figures.draw(budgeted(growing))
+    kinds = {section.key: [drawing.name.rsplit("-", 1)[-1] for drawing in section.drawings] for section in sections}
+    assert kinds["train.steps"] == ["budgets"]
+    assert "difference" in kinds[TIE]
+    assert f"{TIE}: difference at the end, seed by seed (train.steps=200)" in drawn
 
 
 def test_an_effect_has_no_budget_without_that_axis() -> None:

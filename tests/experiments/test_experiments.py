@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +197,31 @@ def test_tokenising_is_timed(cold: Path, tmp_path: Path) -> None:
     script = FINDINGS / "throughput" / "tokenise.py"
     done = subprocess.run([sys.executable, script, text, "1"], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"23 tokens, rate over tiktoken's \d+\.\d\d\n", done.stdout)
+
+
+def test_the_table_of_findings_follows_from_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    publish = importlib.import_module("publish")
+    before = [(FINDINGS / name).read_text() for name in ("README.md", "findings.csv")]
+    monkeypatch.setattr(publish, "HERE", tmp_path)
+    for study in publish.FIGURES:
+        shutil.copytree(FINDINGS / study, tmp_path / study, ignore=shutil.ignore_patterns("*.png"))
+    shutil.copy(FINDINGS / "README.md", tmp_path)
+    publish.publish_findings()
+    assert [(tmp_path / name).read_text() for name in ("README.md", "findings.csv")] == before
+
+
+def test_the_intervals_from_curves_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committed simulation is in 93 to 97 %; its page has its figures; and it runs, on fewer sweeps."""
+    monkeypatch.syspath_prepend(str(FINDINGS / "coverage"))
+    sys.modules.pop("simulate", None)
+    simulate = importlib.import_module("simulate")
+    with (FINDINGS / "coverage" / "coverage.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    read = [row for row in rows if float(row["read"]) > 0.05]
+    assert len(read) > 60
+    assert all(0.93 <= float(row["coverage"]) <= 0.97 for row in read)
+    assert all(int(row["sweeps"]) >= 4000 for row in rows)  # known to 0.35 %
+    assert block((FINDINGS / "coverage" / "README.md").read_text(), "table") == simulate.table(rows)
+    again = [row for row in simulate.simulate(sweeps=20) if row["coverage"]]
+    assert 0.93 <= np.mean([float(row["coverage"]) for row in again]) <= 0.97

@@ -137,7 +137,7 @@ class TestOfflineFile:
 def test_what_a_step_measured_always_arrives(tmp_path: Path) -> None:
     """With `log_every` above 1 wandb and the terminal get the same steps: its multiples and those with a measure."""
     often = ["train.steps=24", "train.log_every=10", "train.measure_every=9", "train.eval_every=7"]
-    done = run(tmp_path / "here", *SMALL, *often, "data.val_fraction=0.01")
+    done = run(tmp_path / "here", *SMALL, *often, "train.seq_len=8", "data.val_fraction=0.001")
     assert (done.returncode, done.stderr) == (0, "")
     folder = the_run(tmp_path / "here")
     rows, sent = read(folder / "metrics.jsonl"), OfflineRun(folder)

@@ -33,7 +33,7 @@ AXES: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", [0, 1, 3, 7])  # which have every key among them
 def test_as_composed_alone(number: int, tmp_path: Path) -> None:
     """Several random jobs in one sweep, some keys in all of them: equal to Hydra's own, in memory and on disk."""
     chance = random.Random(number)

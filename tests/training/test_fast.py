@@ -104,14 +104,10 @@ def test_trains_as_the_plain_path(path: str, tie: bool) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize(
-    "extra",
-    [pytest.param({}, marks=pytest.mark.slow), {"activation_checkpointing": True, "pad": True, "loss_chunk": 48}],
-    ids=["alone", "with all else"],
-)
-def test_compiled_blocks_train_as_the_plain_path(extra: dict[str, int | bool]) -> None:
+def test_compiled_blocks_train_as_the_plain_path() -> None:
+    """With all else; alone they do in test_card.py."""
     expected, _ = plain(True)
-    job = fast(True, compile=True, **extra)  # type: ignore[arg-type]
+    job = fast(True, compile=True, **LEVERS)
     try:
         assert [float(job.step()) for _ in range(STEPS)] == pytest.approx(expected, rel=1e-5)
     finally:
