@@ -10,6 +10,7 @@ import dataclasses
 import pkgutil
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from typing import Any, ClassVar
@@ -389,6 +390,13 @@ class Design(StrEnum):
 
 TOGETHER = " + "
 """Joins the keys of an axis that moves together, where a comparison names it."""
+
+
+def moving(together: Iterable[str]) -> list[str]:
+    """The keys of `sweep.together`."""
+    return [text.partition("=")[0].strip() for text in together]
+
+
 CONTROL = "data.redraw"
 """In what `sweep.control` differs from the baseline.
 
@@ -450,13 +458,12 @@ class SweepConfig(Section):
             self._check_tune(self.tune)
             why = "which value a run has is known only once its arm is tuned"
             require(not self.reuse, "sweep.reuse", self.reuse, why, "leave out sweep.tune, or sweep.reuse")
-        moving = [text.partition("=")[0].strip() for text in self.together]
-        for text in self.together:
+        keys = moving(self.together)
+        for key, text in zip(keys, self.together, strict=True):
             require("=" in text, "sweep.together", text, "must be KEY=A,B", "separate several by a semicolon")
-            twice = moving.count(text.partition("=")[0].strip()) > 1
-            require(not twice, "sweep.together", text, "its key is there twice", "name each key once")
+            require(keys.count(key) == 1, "sweep.together", text, "its key is there twice", "name each key once")
         why, remedy = "one key has nothing to move with", "add another, or sweep it by itself"
-        require(len(moving) != 1, "sweep.together", self.together, why, remedy)
+        require(len(keys) != 1, "sweep.together", self.together, why, remedy)
         most, why = self.looks.stop - 1, f"fewer than sweep.min_seeds={self.min_seeds}"
         require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
 

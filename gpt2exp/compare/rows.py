@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gpt2exp.compare.inference import pooled_std
-from gpt2exp.config import CONTROL, TOGETHER, Design, RunConfig
+from gpt2exp.config import CONTROL, TOGETHER, Design, RunConfig, moving
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
 from gpt2exp.schema import MOVED, flatten, is_housekeeping, plain, stored
@@ -189,8 +189,7 @@ def selective(rows: Sequence[Row]) -> bool:
 def _joined(keys: list[str], rows: Sequence[Row]) -> list[str]:
     """The axes, where keys that moved together in a run (`sweep.together`) are one."""
     for texts in dict.fromkeys(tuple(row["config"]["sweep"]["together"]) for row in rows):
-        told = [text.partition("=")[0].strip() for text in texts]
-        if len(moved := [key for key in keys if key in told]) > 1:
+        if len(moved := [key for key in keys if key in moving(texts)]) > 1:
             keys = [key for key in keys if key not in moved[1:]]
             keys[keys.index(moved[0])] = TOGETHER.join(moved)
     return keys

@@ -173,14 +173,13 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     size, size_interval = amounts(loss, sign=False)
     reason = printable(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {std}".strip(), 1)
     tested = f"n={counted(loss.n_seeds, 'seed')}, p{probability(1.0 if loss.p_holm is None else loss.p_holm)})"
+    at = f"at {printable(loss.budget)} " * bool(loss.budget)
+    if loss.control and loss.ci95 is None:
+        return f"A/A check {at}without an answer: {reason}."
     if loss.control:
-        if loss.ci95 is None:
-            return f"A/A check: no answer yet ({reason})."
         failed = loss.verdict in ("better", "worse")
-        text = (
-            f"A/A check {'failed' if failed else 'passed'}: with another data order ({name}) the baseline differs from"
-        )
-        text += f" itself by {difference} nats (95 % interval {interval}, {tested}"
+        text = f"A/A check {at}{'failed' if failed else 'passed'}: with another data order ({name}) the baseline"
+        text += f" differs from itself by {difference} nats (95 % interval {interval}, {tested}"
         return f"{text}; one in twenty fails by chance, else doubt the verdicts below." if failed else f"{text}."
     if loss.verdict in ("better", "worse"):
         text = f"{name} is {loss.verdict} than {base} by {size} nats (95 % interval {size_interval}, {tested}"
@@ -200,7 +199,7 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     text += _worth(loss) + _trend(loss, margin)
     if loss.dropped_pairs:
         text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
-    return f"at {printable(loss.budget)} {text}." if loss.budget else f"{text}."
+    return f"{at}{text}."
 
 
 def _worth(loss: Effect) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from omegaconf import DictConfig
 
-from gpt2exp.config import CONTROL, TOGETHER, Design, SweepConfig
+from gpt2exp.config import CONTROL, TOGETHER, Design, SweepConfig, moving
 from gpt2exp.schema import is_housekeeping
 from gpt2exp.section import BadRequest, default_of, show
 from gpt2exp.sweep import tuning
@@ -21,24 +21,24 @@ RULES = ("together", "design", "control", "reuse")
 """Keys of `sweep` that say which jobs there are."""
 
 
-def together(moving: Mapping[str, Sequence[str]], typed: Mapping[str, Sequence[str]]) -> dict[str, list[Arm]]:
+def together(overrides: Mapping[str, Sequence[str]], typed: Mapping[str, Sequence[str]]) -> dict[str, list[Arm]]:
     """The axis of the keys that move together, if there are any: its first arm has the first override of each.
 
-    `moving`, `typed`: the overrides of those keys, and of the keys typed by themselves.
+    `overrides`, `typed`: the overrides of those keys, and of the keys typed by themselves.
 
     Raises:
         BadRequest: the keys have different numbers of values, or one of them cannot be part of an axis.
     """
-    for key, texts in moving.items():
+    for key, texts in overrides.items():
         if key in typed:
             raise BadRequest(f"{typed[key][0]}: {key} is in sweep.together too; name it in one of the two")
         if key in ("seed", "experiment") or is_housekeeping(key) or key.startswith(("hydra.", "hydra/")):
             raise BadRequest(f"sweep.together: {texts[0]} is no arm to compare; sweep {key} by itself, or leave it out")
-    counts = {key: len(texts) for key, texts in moving.items()}
+    counts = {key: len(texts) for key, texts in overrides.items()}
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{key} has {count}" for key, count in counts.items())
         raise BadRequest(f"sweep.together: {told}; give each key as many values as there are arms")
-    return {TOGETHER.join(moving): list(zip(*moving.values(), strict=True))} if moving else {}
+    return {TOGETHER.join(overrides): list(zip(*overrides.values(), strict=True))} if overrides else {}
 
 
 def _crossed(sweep: DictConfig) -> set[str]:
@@ -71,7 +71,7 @@ def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
         told = dict(text.split("=", 1) for text in tuning.untold(job))
         if job.config.sweep.control:
             told.pop(CONTROL, None)
-        moved = [key for text in job.config.sweep.together if (key := text.partition("=")[0].strip()) in told]
+        moved = [key for key in moving(job.config.sweep.together) if key in told]
         if moved:
             told[TOGETHER.join(moved)] = " ".join(f"{key}={told.pop(key)}" for key in moved)
         for key, value in told.items():
@@ -122,9 +122,9 @@ def jobs(axes: Mapping[str, Sequence[Arm]], sweep: DictConfig, control: Arm | No
 def belongs(job: Sequence[str], baseline: Sequence[str], sweep: DictConfig) -> bool:
     """Whether a job that a sweep may gain is one of its design, by its overrides and the baseline's."""
     mine, its = (dict(text.split("=", 1) for text in texts) for texts in (job, baseline))
-    moving = {text.partition("=")[0].strip() for text in sweep.together}
+    together = moving(sweep.together)
     differ = {key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key)}
     differ = {key for key in differ if key not in _crossed(sweep) and not is_housekeeping(key)}
-    away = {TOGETHER if key in moving else key for key in differ}
+    away = {TOGETHER if key in together else key for key in differ}
     alone = sweep.design != Design.product or (sweep.control and CONTROL in away)
     return len(away) <= 1 or not alone
