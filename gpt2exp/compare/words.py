@@ -339,7 +339,8 @@ def failures(comparison: Comparison) -> list[tuple[str, str]]:
 
 def title(comparison: Comparison) -> str:
     """What was asked."""
-    return " × ".join(map(printable, comparison.swept)) or "One setting, several seeds"
+    checks = {one.key for one in comparison.axes if one.control}
+    return " × ".join(printable(key) for key in comparison.swept if key not in checks) or "One setting, several seeds"
 
 
 def summary(comparison: Comparison) -> str:
