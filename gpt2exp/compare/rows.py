@@ -164,10 +164,10 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
             f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
             "compare folders whose runs share it"
         )
-    names = _joined([key for key in arms if key not in by_group | following], rows)
-    names.sort(key=lambda key: key != CONTROL or not controlled(rows))
-    found, first = {}, selective(rows)
-    for key in names:
+    of_axes = _joined([key for key in arms if key not in by_group | following], rows)
+    of_axes.sort(key=lambda key: key != CONTROL or not controlled(rows))
+    found, first = dict[str, list[str]](), selective(rows)
+    for key in of_axes:
         of_runs = dict.fromkeys(_arm(key, *of_run) for of_run in zip(flats, told, strict=True))
         # the default, else the first: False before True; where only some combinations are run, the first's arms
         baseline = next(iter(of_runs)) if first else min(of_runs, key=_arm(key, usual, {}).__ne__)

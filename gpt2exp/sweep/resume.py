@@ -357,20 +357,8 @@ def _jobs(
     changed = {_key(text): text for text in kept}
     told = {name: list(({_key(text): text for text in texts} | changed).values()) for name, texts in listed.items()}
     again = {name: texts for name, texts in told.items() if kept or name not in runs}
-
-    def untuned(texts: Sequence[str]) -> frozenset[str]:
-        return frozenset(text for text in texts if _key(text) != key)
-
-    new = dict[frozenset[str], list[str]]()
-    for arms in itertools.product(*([(), *arms] for arms in axes.values())):
-        more = {_key(text): text for text in itertools.chain(*arms)}
-        for texts in told.values() if more else ():
-            whole = list(({_key(text): text for text in texts} | more).values())
-            if design.belongs(whole, next(iter(told.values())), master.sweep):
-                new.setdefault(untuned(whole), whole)
-    for texts in told.values():
-        new.pop(untuned(texts), None)
-    composed = list(composer.jobs(master, [*again.values(), *new.values()]))
+    new = _gained(list(told.values()), axes, master.sweep, key)
+    composed = list(composer.jobs(master, [*again.values(), *new]))
     at_place, jobs = dict(zip(again, composed, strict=False)), list[Job]()
     for name in listed:
         job = at_place.get(name)
@@ -391,6 +379,26 @@ def _jobs(
     jobs = list(map(tuning.bare, jobs)) if key else jobs
     place = next(iter(listed)).rpartition("/")[0]
     return request.named(jobs, _free(folder / place, listed), f"{place}/" if place else "")
+
+
+def _gained(
+    told: Sequence[list[str]], axes: Mapping[str, list[design.Arm]], sweep: Any, key: str
+) -> Iterable[list[str]]:
+    """What jobs, by their overrides, become with each value of the axes, where the design of their sweep has it."""
+
+    def untuned(texts: Sequence[str]) -> frozenset[str]:
+        return frozenset(text for text in texts if _key(text) != key)
+
+    new = dict[frozenset[str], list[str]]()
+    for arms in itertools.product(*([(), *arms] for arms in axes.values())):
+        more = {_key(text): text for text in itertools.chain(*arms)}
+        for texts in told if more else ():
+            whole = list(({_key(text): text for text in texts} | more).values())
+            if design.belongs(whole, told[0], sweep):
+                new.setdefault(untuned(whole), whole)
+    for texts in told:
+        new.pop(untuned(texts), None)
+    return new.values()
 
 
 def _free(folder: Path, names: Iterable[str]) -> int:
