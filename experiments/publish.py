@@ -1,12 +1,13 @@
-"""The pages of this folder: `python experiments/publish.py NAME [SWEEP ...]`.
+"""The pages of this folder: `python experiments/publish.py STUDY [SWEEP ...]`.
 
-With sweeps, writes the record of a finding into `experiments/NAME/`: `runs.csv` (a row a run), `runs.json` (what all
-runs share: commands, versions, configuration) and the figures. Then, and without sweeps from the record that is there,
-compares the runs as the program does today and writes `results.csv` (a row an axis, arm and metric) and the part of
-the README between the `results` markers. `... speed SWEEP` writes the speeds by precision, `... gpt2 SWEEP` the
-residual stream of GPT-2, `... until NAME SWEEP` the same study run until it was answered, `... bench` the
-tables of what `gpt2exp-bench --out` and `throughput/roofline.py` wrote into `throughput/bench/`, `... keys` the table
-of keys in `conf/README.md`. `claims.py` rewrites the table of claims. No figure in these pages is typed by hand.
+A study is `NAME`, or `NAME/PART` for another one of the same question: at GPT-2's scale, on another text, run until it
+was answered. With sweeps, writes its record into `experiments/NAME/`: `runs.csv` (a row a run), `runs.json` (what all
+runs share: commands, versions, configuration), of a part `PART.csv` and `PART.json`, and the figures. Then, and without
+sweeps from the record that is there, compares the runs as the program does today and writes `results.csv` (a row an
+axis, arm and metric) and the part of the README between the markers `results` or `PART`. `... bench` writes the tables
+of what `gpt2exp-bench --out` and `throughput/roofline.py` wrote into `throughput/bench/`, `... keys` the table of keys
+in `conf/README.md`, `... findings` what all records say together: `findings.csv` and a table of this folder's page.
+`claims.py` rewrites the table of claims. No figure in these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.compare import figures, inference, report
+from gpt2exp.compare import figures, index, inference, report
 from gpt2exp.compare.comparison import Comparison, Distance, Row, compare, read
+from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.stopping import compared
 from gpt2exp.schema import leaves, options
 from gpt2exp.section import show
@@ -31,15 +33,19 @@ from gpt2exp.section import show
 HERE = Path(__file__).parent
 FIGURES = {
     "precision": ("gap", "difference"),
+    "precision/gpt2": ("gap", "difference"),
     "weight_tying": ("loss", "difference"),
+    "weight_tying/gpt2": ("loss", "difference"),
     "residual_scaling": ("residual", "difference"),
+    "residual_scaling/gpt2": ("residual", "difference"),
     "init_std": ("loss", "intervals"),
+    "init_std/gpt2": ("loss", "intervals"),
     "first_steps": ("loss", "unseen"),
     "throughput": ("speed", "memory"),
 }
-"""Which of the report's figures of the first axis a finding shows."""
-METRICS = {"throughput": ("speed, ratio", "memory, MiB")}
-"""Which metrics the table of a page has; of other pages the loss, with the reasons in the sentences above it."""
+"""Which of the report's figures of the first axis a record's part of the page shows; of other records none."""
+METRICS = {"throughput": ("speed, ratio", "memory, MiB"), "precision/speed": ("speed, ratio",)}
+"""Which metrics the table of a record has; of others the loss, with the reasons in the sentences above it."""
 WHOLE = ("config", "precision", "data", "device", "threads", "processes", "machine", "versions", "git")
 """Fields of a summary that are recorded with all they hold."""
 
@@ -49,78 +55,92 @@ Run = dict[str, str]
 # --- a sweep to a finding --------------------------------------------------------------------------------------------
 
 
-def publish(name: str, sweeps: Sequence[Path]) -> None:
-    """Write a finding's record from its sweeps, if any are named, then its results and its page from the record."""
-    comparison = compared(read(sweeps)) if sweeps else recorded(name)
+def publish(study: str, sweeps: Sequence[Path]) -> None:
+    """Write a study's record from its sweeps, if any are named, then its results and its page from the record."""
+    record = Record(study)
+    comparison = compared(read(sweeps)) if sweeps else recorded(study)
     if sweeps:
-        write_record(comparison, HERE / name / "runs")
-    (HERE / name / "results.csv").write_text(report.table(comparison))
-    draw(name, comparison)
-    replace_block(HERE / name / "README.md", "results", results(name, comparison))
+        write_record(comparison, record.stem)
+    record.results.write_text(report.table(comparison))
+    draw(record, comparison)
+    replace_block(record.page, record.block, results(study, comparison))
 
 
-def results(name: str, comparison: Comparison) -> str:
-    """The part of a finding's page between the markers."""
-    pictures = [path for kind in sorted(FIGURES[name]) if (path := HERE / name / f"{kind}.png").is_file()]
-    table = report.effects(comparison, METRICS[name]) if name in METRICS else losses(comparison)
+@dataclass(frozen=True)
+class Record:
+    """Where a study's record lies: of `NAME` and of `NAME/PART`, another study of the same question."""
+
+    study: str
+
+    @property
+    def page(self) -> Path:
+        return HERE / self.study.partition("/")[0] / "README.md"
+
+    @property
+    def stem(self) -> Path:
+        """The path of `runs.csv` and `runs.json`, or of `PART.csv` and `PART.json`, without the ending."""
+        return self.page.parent / (self.study.partition("/")[2] or "runs")
+
+    @property
+    def block(self) -> str:
+        """The markers of its part of the page."""
+        return self.study.partition("/")[2] or "results"
+
+    @property
+    def results(self) -> Path:
+        return self.beside("results.csv")
+
+    def beside(self, name: str) -> Path:
+        """A file of the results: `NAME`, or `PART-NAME`."""
+        _, _, part = self.study.partition("/")
+        return self.page.parent / (f"{part}-{name}" if part else name)
+
+
+def results(study: str, comparison: Comparison) -> str:
+    """A study's part of the page, between the markers."""
+    record = Record(study)
+    pictures = [path for kind in sorted(FIGURES.get(study, ())) if (path := record.beside(f"{kind}.png")).is_file()]
+    table = report.effects(comparison, METRICS[study]) if study in METRICS else losses(comparison)
+    leads = (
+        Record(f"{study}/gpt2").stem.with_suffix(".csv").is_file()
+    )  # then the small model's sentences would repeat it
+    told = report.verdicts(comparison)
+    if record.block == "until":
+        told, table = [line for line in told if not line.startswith("- note: ")], []
     parts = [
-        report.verdicts(comparison),
+        [] if leads else told,
         table,
-        [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
-        [provenance(HERE / name / "runs.json")],
-        *([extra(runs_of(name))] for extra in EXTRAS.get(name, [])),
+        [] if leads else [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
+        [provenance(record.stem.with_suffix(".json"))],
+        *([extra(runs_of(study))] for extra in EXTRAS.get(study, [])),
     ]
     return "\n\n".join("\n".join(part).strip() for part in parts if part)
 
 
 def losses(comparison: Comparison) -> list[str]:
     """The table of the loss without its footnotes: a page's sentences give the reasons."""
-    table = report.effects(comparison, ["loss, nats"])
+    table = report.effects(comparison, ["loss, nats", "compute, ratio", "steps, ratio"])
     if "" not in table:
         return table
     return [re.sub(r" \\\[\d+\\\]", "", line) for line in table[: table.index("")]]
 
 
-def draw(name: str, comparison: Comparison) -> None:
-    """Replace those of a finding's figures for which the comparison has something."""
+def draw(record: Record, comparison: Comparison) -> None:
+    """Replace those of a study's figures for which the comparison has something."""
     for drawing in (drawing for section in figures.draw(comparison) for drawing in section.drawings):
         number, kind = drawing.name.split("-", 1)[0], drawing.name.rsplit("-", 1)[-1]
-        if kind in FIGURES[name] and number == "1":
-            (HERE / name / f"{kind}.png").write_bytes(drawing.png)
+        if kind in FIGURES.get(record.study, ()) and number == "1":
+            record.beside(f"{kind}.png").write_bytes(drawing.png)
 
 
-def publish_speed(sweep: Path) -> None:
-    """The second sweep of the precision study: speed alone, at the size where it matters."""
-    comparison, stem = compared(read([sweep])), HERE / "precision" / "speed"
-    write_record(comparison, stem)
-    stem.with_suffix(".csv").write_text(report.table(comparison))
-    lines = [*report.effects(comparison, ["speed, ratio"]), provenance(stem.with_suffix(".json"))]
-    replace_block(HERE / "precision" / "README.md", "speed", "\n".join(lines))
-
-
-def publish_gpt2(sweep: Path) -> None:
-    """The second sweep of the residual scaling study: the stream of GPT-2 itself, at init."""
-    write_record(compared(read([sweep])), stem := HERE / "residual_scaling" / "gpt2")
-    lines = []
-    for scaling in ("true", "false"):
-        runs = having(runs_of("residual_scaling", "gpt2"), f"init.residual_scaling={scaling}")
-        growth = [float(run["stream_first_last_block"]) / float(run["stream_first_embedded"]) for run in runs]
-        lines.append(f"- residual_scaling={scaling}: the stream grows {spread(growth, '.2f')} times (n={len(growth)})")
-    lines += ["", provenance(stem.with_suffix(".json"))]
-    replace_block(HERE / "residual_scaling" / "README.md", "gpt2", "\n".join(lines))
-
-
-def publish_until(name: str, sweep: Path) -> None:
-    """The same study with `sweep.until=answered`: where it ended, after how long, and what it said."""
-    comparison, stem = compared(read([sweep])), HERE / name / "until"
-    write_record(comparison, stem)
-    done = [row for row in comparison.runs if row["state"] == "done"]
-    began = [datetime.fromisoformat(row["started"]).timestamp() for row in done]
-    ended = [start + row["wall_seconds"]["total"] for start, row in zip(began, done, strict=True)]
-    minutes = (max(ended) - min(began)) / 60
-    told = f"{len(comparison.seeds)} seeds, {len(done)} runs, {minutes:.0f} minutes:"
-    parts = [told, "", *report.verdicts(comparison), "", *losses(comparison), "", provenance(stem.with_suffix(".json"))]
-    replace_block(HERE / name / "README.md", "until", "\n".join(parts))
+def publish_findings() -> None:
+    """The table and the CSV of what the records say of the loss, as `gpt2exp-compare --index` makes them of sweeps."""
+    records = [Record(study) for study in FIGURES]
+    known = [record for record in records if record.stem.with_suffix(".json").is_file()]
+    each = ((record, index.findings(recorded(record.study).as_dict(), record.page)) for record in known)
+    found = [replace(one, question=record.study) for record, arms in each for one in arms]
+    (HERE / "findings.csv").write_text(index.as_csv(found, HERE))
+    replace_block(HERE / "README.md", "findings", "\n".join(index.table(found, HERE)))
 
 
 # --- the record of a finding -----------------------------------------------------------------------------------------
@@ -144,7 +164,7 @@ def write_record(comparison: Comparison, stem: Path) -> None:
         "commands": typed,
         "facts": dict(report.facts(done)),
         "distances": [asdict(item) for item in comparison.distances],
-        "trends": {f"{effect.key}={effect.arm}": effect.trend for effect in comparison.axes if effect.trend},
+        "curves": {_arms(effect): of for effect in comparison.axes if (of := from_curves(effect))},
         "inference": sorted({effect.inference for effect in comparison.axes}),
         "shared": shared,
     }
@@ -179,21 +199,36 @@ def figures_of(row: Mapping[str, Any]) -> dict[str, Any]:
 USES = ("lookup", "head")
 
 
-def recorded(name: str) -> Comparison:
-    """The comparison of a finding's runs, by today's rules, from its record.
+def recorded(study: str) -> Comparison:
+    """The comparison of a study's runs, by today's rules, from its record.
 
     Raises:
         ValueError: it was looked at more than once; only its sweeps know when.
     """
-    told = json.loads((HERE / name / "runs.json").read_text())
+    stem = Record(study).stem
+    told = json.loads(stem.with_suffix(".json").read_text())
     if {*told["inference"]} - {"fixed"}:
-        raise ValueError(f"{name}: it was looked at more than once, so publish it from its sweeps")
-    comparison = compare([_row(run, HERE / name, told["shared"]) for run in runs_of(name)])
+        raise ValueError(f"{study}: it was looked at more than once, so publish it from its sweeps")
+    comparison = compare([_row(run, stem.parent, told["shared"]) for run in runs_of(study)])
     comparison.distances = [Distance(**item) for item in told["distances"]]
+    old = {arms: {"trend": trend} for arms, trend in told.get("trends", {}).items()}
     for effect in comparison.axes:
         if effect.metric == comparison.metric:
-            effect.trend = told["trends"].get(f"{effect.key}={effect.arm}")
+            for name, value in told.get("curves", old).get(_arms(effect), {}).items():
+                setattr(effect, name, value)
     return comparison
+
+
+def _arms(effect: Effect) -> str:
+    return f"{effect.key}={effect.arm}" + f" at {effect.budget}" * bool(effect.budget)
+
+
+def from_curves(effect: Effect) -> dict[str, Any]:
+    """What an effect has of the steps' metrics, which a record does not keep."""
+    names = [
+        item.name for item in fields(Effect) if item.name.startswith(("trend", "steps_f", "compute_", "multiplier"))
+    ]
+    return {name: getattr(effect, name) for name in names if getattr(effect, name)}
 
 
 def _row(run: Run, folder: Path, shared: Mapping[str, Any]) -> Row:
@@ -327,14 +362,26 @@ def equal_parameters(runs: Sequence[Run]) -> str:
 def stream_table(runs: Sequence[Run]) -> str:
     """The residual stream at init, as embedded and after the last block, by depth and scaling."""
     rows = ["| layers | scaling | stream as embedded | after the last block | growth |", "|--:|---|--:|--:|--:|"]
-    for depth in (4, 12, 48):
+    depths = sorted({int(word.partition("=")[2]) for run in runs for word in run["overrides"].split() if DEPTH in word})
+    for depth in depths:
         for scaling in ("true", "false"):
-            alike = having(runs, f"model.n_layer={depth}", f"init.residual_scaling={scaling}")
+            alike = having(runs, f"{DEPTH}{depth}", f"init.residual_scaling={scaling}")
             first, last = (column(alike, f"stream_first_{where}") for where in ("embedded", "last_block"))
             growth = [b / a for a, b in zip(first, last, strict=True)]
             cells = [spread(first, ".4f"), spread(last, ".4f"), spread(growth, ".2f")]
             rows.append(f"| {depth} | {'on' if scaling == 'true' else 'off'} | {' | '.join(cells)} |")
     return "Before the first step, root mean square of the stream, mean ± std over seeds:\n\n" + "\n".join(rows)
+
+
+DEPTH = "model.n_layer="
+
+
+def duration(runs: Sequence[Run]) -> str:
+    """How many seeds a sweep took that ended when it was answered, and how long."""
+    began = [datetime.fromisoformat(run["started"]).timestamp() for run in runs]
+    ended = [start + float(run["wall_total"]) for start, run in zip(began, runs, strict=True)]
+    seeds = len({run["seed"] for run in runs})
+    return f"It took {seeds} seeds, {len(runs)} runs, {(max(ended) - min(began)) / 60:.0f} minutes."
 
 
 def unused_share(runs: Sequence[Run]) -> str:
@@ -368,7 +415,10 @@ def speed_table(runs: Sequence[Run]) -> str:
 
 EXTRAS: dict[str, list[Callable[[Sequence[Run]], str]]] = {
     "weight_tying": [equal_parameters],
+    "weight_tying/until": [duration],
+    "init_std/until": [duration],
     "residual_scaling": [stream_table],
+    "residual_scaling/gpt2": [stream_table],
     "first_steps": [unused_share],
     "throughput": [speed_table],
 }
@@ -377,15 +427,21 @@ EXTRAS: dict[str, list[Callable[[Sequence[Run]], str]]] = {
 # --- reading a finding -----------------------------------------------------------------------------------------------
 
 
-def runs_of(name: str, table: str = "runs") -> list[Run]:
-    """Rows of a finding's `runs.csv`, or of another of its tables."""
-    with (HERE / name / f"{table}.csv").open(newline="", encoding="utf-8") as file:
+def runs_of(study: str) -> list[Run]:
+    """The rows of a study's record: of `NAME/PART` those of `NAME/PART.csv`."""
+    with Record(study).stem.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def effect(name: str, key: str, arm: str, metric: str) -> Run:
-    """One row of a finding's `results.csv`."""
-    with (HERE / name / "results.csv").open(newline="") as file:
+def facts(study: str, run: Run) -> dict[str, Any]:
+    """What a record holds of a run by dotted key: what all its runs share, and its own."""
+    told = json.loads(Record(study).stem.with_suffix(".json").read_text())
+    return told["shared"] | {key: json.loads(text) for key, text in run.items() if "." in key and text}
+
+
+def effect(study: str, key: str, arm: str, metric: str) -> Run:
+    """One row of a study's results."""
+    with Record(study).results.open(newline="") as file:
         rows = csv.DictReader(file)
         return next(row for row in rows if (row["key"], row["arm"], row["metric"]) == (key, arm, metric))
 
@@ -412,10 +468,8 @@ def main(argv: list[str]) -> None:
         publish_bench()
     elif argv[:1] == ["keys"]:
         replace_block(HERE.parent / "conf" / "README.md", "keys", key_tables())
-    elif argv[0] == "until":
-        publish_until(argv[1], Path(argv[2]))
-    elif argv[0] in ("speed", "gpt2"):
-        (publish_speed if argv[0] == "speed" else publish_gpt2)(Path(argv[1]))
+    elif argv[:1] == ["findings"]:
+        publish_findings()
     else:
         publish(argv[0], [Path(text) for text in argv[1:]])
 

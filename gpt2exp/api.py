@@ -18,19 +18,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp import schema
-from gpt2exp.choices import about
+from omegaconf import OmegaConf
+
+from gpt2exp import choices, schema
 from gpt2exp.compare import comparison, stopping
 from gpt2exp.config import RunConfig
+from gpt2exp.model import size
 from gpt2exp.run import process, record, terminal
 from gpt2exp.run.metrics import METRICS, Summary
 from gpt2exp.schema import plain, stored
-from gpt2exp.section import CHOICES, BadRequest, quoted, show, typed
+from gpt2exp.section import CHOICES, SHA256, SOURCE, TARGET, BadRequest, quoted, show, typed
 from gpt2exp.sweep import launch, resume
+from gpt2exp.sweep.composing import checked
 from gpt2exp.sweep.request import Request, make
 
 if TYPE_CHECKING:
@@ -56,7 +59,6 @@ def trainer(config: RunConfig) -> Trainer:
 
     setup.check_weights(config.init, config.model)
     with setup.ready(config) as ready:
-        setup.keep_memory(ready.config, ready.device)
         setup.check_text(ready.config, ready.source)
         return setup.trainer(ready, by_hand=True)[0]
 
@@ -66,11 +68,11 @@ def run(config: RunConfig, folder: str | Path | None = None) -> Summary:
 
     Its `overrides` are the keys that differ from the defaults. KeyboardInterrupt: a signal stopped it; it is saved.
     """
-    if about(config):
-        raise BadRequest("this configuration has a choice of a --config-dir; give its words to gpt2exp.sweep instead")
-    words = _words(config) + ([typed("hydra.run.dir", str(folder))] if folder is not None else [])
-    request = make(launch.parsed(words)[0])
-    _carry_out(request, words)
+    args, argv = launch.parsed([typed("hydra.run.dir", str(folder))] if folder is not None else [])
+    request, own = make(args), plain(config)
+    job = replace(request.jobs[0], config=checked(OmegaConf.create(own)), own=own, overrides=tuple(_overrides(own)))
+    size.check(config.model, config.init, config.train.seq_len)
+    _carry_out(replace(request, jobs=(job,)), argv)
     return record.row(request.folder, request.folder)
 
 
@@ -97,8 +99,7 @@ class Runs:
     """Runs and what they recorded."""
 
     folders: list[Path]
-    rows: list[comparison.Row]
-    """The summaries; of a run that left none, its state."""
+    rows: list[comparison.Row]  # the summaries; of a run that left none, its state
 
     def table(self) -> list[dict[str, Any]]:
         """A flat row a run: name, state, error, folder, seed, each key that varies among the runs, and its figures.
@@ -129,15 +130,17 @@ class Runs:
         return made
 
 
-def _words(config: RunConfig) -> list[str]:
-    """The overrides that ask for a configuration: its choices, then the keys that differ from what these bring."""
-    asked = plain(config)
-    names = {section: schema.at(asked, f"{section}.name") for section in CHOICES}
-    usual = {section: next(iter(choices)) for section, choices in CHOICES.items()}
-    words = [f"{schema.group_of(section)}={name}" for section, name in names.items() if name != usual[section]]
-    before = schema.leaves(plain(compose(*words)))
-    changed = {key: value for key, value in schema.leaves(asked).items() if before.get(key) != value}
-    return words + [_typed(key, value) for key, value in changed.items()]
+def _overrides(config: dict[str, Any]) -> list[str]:
+    """The overrides that ask for a plain configuration: its choices, then the keys that differ from theirs."""
+    outside = choices.found_in(config)
+    usual = {section: next(iter(known)) for section, known in CHOICES.items()}
+    names = {section: schema.at(config, f"{section}.name") for section in (*usual, *outside)}
+    words = {key: f"{schema.group_of(key)}={name}" for key, name in names.items() if name != usual.get(key)}
+    words.pop("schedule", None)  # optimizer.schedule chooses it
+    before = schema.leaves(plain(compose(*(words[key] for key in words if not outside.get(key, {}).get(SOURCE)))))
+    said = {f"{section}.{name}" for section in names for name in ("name", TARGET, SOURCE, SHA256)}
+    changed = {key: value for key, value in schema.leaves(config).items() if before.get(key) != value}
+    return [*words.values(), *(_typed(key, value) for key, value in changed.items() if key not in said)]
 
 
 def _typed(key: str, value: Any) -> str:

@@ -2,13 +2,12 @@
 
 Every contestant runs in a process of its own, in turn, and ratios are taken pair by pair, so that neither shares memory
 or threads and the machine's drift hits both halves of a pair. Ours is `Trainer.step` on the trainer that a run builds.
-`experiments/throughput/roofline.py` measures the machine's limits with the same parts.
+`experiments/throughput/` measures the machine's limits, and runs beside each other, with the same parts.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import shlex
@@ -34,11 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 
-UNTIMED = 2
-"""First steps of a process that are left out."""
-
+UNTIMED = 2  # first steps of a process that are left out
 PEAK = "peak_rss_mib"
-
 COMPARED = {"ms_median": "step time", "process_seconds": "whole process", PEAK: "peak memory"}
 """The figures of a process whose ratios are taken."""
 
@@ -67,12 +63,7 @@ def command(argv: Sequence[str]) -> int:
         result = CHILDREN[args.child](config, args) if args.child else _bench(config, args, argv)
         print_result(result, args.out)
 
-    return process.carry_out("gpt2exp-bench", bench, failure)
-
-
-def failure(error: OSError) -> str:
-    """The line for an `OSError`."""
-    return str(error) if isinstance(error, ContestantError) else process.unwritable(error)
+    return process.carry_out("gpt2exp-bench", bench)
 
 
 def print_result(result: Result, out: Path | None) -> None:
@@ -100,20 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer-name", metavar="TEXT", default="peer", help="what the tables call that command")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="rounds, ours and the peer in turn (3)")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="steps in each process (12)")
-    parser.add_argument(
-        "--beside", type=int, metavar="N", help="N of ours at once as well: how much longer a step takes"
-    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to a file as well")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     return parser
 
 
 def asked_for(overrides: Sequence[str]) -> RunConfig:
-    """The configuration of a command line, its text tokenised.
-
-    Raises:
-        BadRequest: it is no configuration, or more than one.
-    """
+    """The configuration of a command line, its text tokenised; `BadRequest` if it is none, or several."""
     request = make(arguments([as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
@@ -128,32 +112,19 @@ def asked_for(overrides: Sequence[str]) -> RunConfig:
 def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> Result:
     if args.steps <= UNTIMED or args.pairs < 1:
         raise BadRequest(f"--steps {args.steps} --pairs {args.pairs}: at least {UNTIMED + 1} steps and one pair")
-    if args.beside is not None and args.beside < 2:
-        raise BadRequest(f"--beside {args.beside}: at least two at once; one is timed anyway")
     contestants = {"gpt2exp": child(args.overrides, args.steps, "ours")}
     if args.peer:
         hf = child(args.overrides, args.steps, "hf")
         contestants["hf, compiled" if args.compile else "hf"] = [*hf, *(["--compile"] if args.compile else [])]
     if args.peer_command:
         contestants[args.peer_name] = shlex.split(args.peer_command)
-    rounds, together = [], []
-    for _ in range(args.pairs):
-        rounds.append({name: timed(line) for name, line in contestants.items()})
-        if args.beside:
-            several = _at_once(child(args.overrides, args.steps, "beside"), args.beside)
-            together.append([found["ms_median"] for found in several])
+    rounds = [{name: timed(line) for name, line in contestants.items()} for _ in range(args.pairs)]
     result = facts(config, ["gpt2exp-bench", *argv]) | {"rounds": rounds}
     console = terminal.terminal()
     console.print(terminal.table([_figures(name, [row[name] for row in rounds]) for name in contestants]))
     if len(contestants) > 1:
         result["ratios"] = {name: _ratios(rounds, name) for name in contestants if name != "gpt2exp"}
         console.print(terminal.table(list(_ratio_rows(result["ratios"]))))
-    if args.beside:
-        alone = [row["gpt2exp"]["ms_median"] for row in rounds]
-        longer = _spread([max(found) / one for found, one in zip(together, alone, strict=True)])
-        result["beside"] = {"processes": args.beside, "ms_medians": together, "ratio": longer}
-        spread = f"{longer['min']:.2f} to {longer['max']:.2f}, {args.pairs} pairs"
-        console.print(f"{args.beside} at once: a step takes {longer['median']:.2f} times as long as alone ({spread})")
     return result
 
 
@@ -183,30 +154,10 @@ def timed(line: Sequence[str]) -> Result:
         done = subprocess.run(line, capture_output=True, text=True, check=False)
     except OSError as error:
         raise ContestantError(f"{shlex.join(line)}: {error.strerror}") from error
-    return _said(line, done.returncode, done.stdout, done.stderr) | {"process_seconds": time.perf_counter() - start}
+    return printed(line, done.returncode, done.stdout, done.stderr) | {"process_seconds": time.perf_counter() - start}
 
 
-def _at_once(line: Sequence[str], copies: int) -> list[Result]:
-    """The results of several processes of one command, which all wait for a line before they begin their steps."""
-    pipe = subprocess.PIPE
-    with contextlib.ExitStack() as ended:
-        started = []
-        for _ in range(copies):
-            started.append(subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
-            ended.callback(started[-1].kill)
-        for each in started:
-            assert each.stdout is not None
-            each.stdout.readline()  # it is built
-        for each in started:
-            assert each.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it failed, which its exit code will say
-                each.stdin.write("begin\n")
-                each.stdin.flush()
-        texts = [each.communicate() for each in started]
-        return [_said(line, each.returncode, *of) for each, of in zip(started, texts, strict=True)]
-
-
-def _said(line: Sequence[str], code: int, out: str, err: str) -> Result:
+def printed(line: Sequence[str], code: int, out: str, err: str) -> Result:
     """The JSON on the last line of a command's output."""
     if code != 0:
         last = err.strip().splitlines() or [f"exit code {code}"]
@@ -219,7 +170,8 @@ def _said(line: Sequence[str], code: int, out: str, err: str) -> Result:
         raise ContestantError(f"{shlex.join(line)}: {why}") from error
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median and the range."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
@@ -229,21 +181,18 @@ def _ratios(rounds: Sequence[Mapping[str, Result]], peer: str) -> dict[str, dict
     for key in COMPARED:
         pairs = [row["gpt2exp"][key] / row[peer][key] for row in rounds if row[peer].get(key)]
         if pairs:
-            ratios[key] = _spread(pairs)
+            ratios[key] = spread(pairs)
     return ratios
 
 
 # --- what a process does ---------------------------------------------------------------------------------------------
 
 
-def ours(config: RunConfig, args: argparse.Namespace) -> Result:
-    """Step times of the trainer that a run of `config` builds."""
+def ours(config: RunConfig, args: argparse.Namespace, begin: Callable[[], object] = lambda: None) -> Result:
+    """Step times of the trainer that a run of `config` builds; `begin` is called once it is built."""
     with setup.ready(config) as ready:
-        setup.keep_memory(ready.config, ready.device)
         trainer, _origin = setup.trainer(ready)
-        if args.child == "beside":  # all processes are built before the first begins: `_at_once`
-            print("built", flush=True)
-            sys.stdin.readline()
+        begin()
         done = [trainer.timed_step() for _ in range(args.steps)]
         losses, times = [float(loss) for loss, *_ in done], [seconds * 1e3 for _, seconds, *_ in done]
         return result_of(losses, times, ready.config, ready.device) | {"estimated_mib": ready.need / 2**20}
@@ -323,7 +272,7 @@ def result_of(losses: list[float], times: list[float], config: RunConfig, device
     }
 
 
-CHILDREN = {"ours": ours, "beside": ours, "hf": hf}
+CHILDREN = {"ours": ours, "hf": hf}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -331,7 +280,7 @@ CHILDREN = {"ours": ours, "beside": ours, "hf": hf}
 
 def _figures(name: str, rows: Sequence[Result]) -> dict[str, str]:
     """A contestant's row: the medians of its rounds."""
-    ms = _spread([row["ms_median"] for row in rows])
+    ms = spread([row["ms_median"] for row in rows])
     median = {key: statistics.median(row[key] or 0 for row in rows) for key in ("first_ms", "process_seconds", PEAK)}
     return {
         "": name,

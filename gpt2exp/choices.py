@@ -13,6 +13,7 @@ said `--trust`, and in a process that another of ours started for the run. No to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.machinery
 import inspect
@@ -43,43 +44,32 @@ LEADING: dict[str, tuple[str, ...]] = {
 """By section what the code is called with first, in this order; its other parameters are keys of the section."""
 
 PLAIN = (int, float, bool, str)
-
 CHECKED = {"int", "float", "bool", "str", "list", "dict", "class", "None", "NoneType", "Optional", "typing"}
 """The words of an annotation that OmegaConf can check."""
 
 
 class Outside:
-    """What the class of such a section has beside its fields."""
+    """Marks the class of a section from outside, and says how its code is called."""
 
     __slots__ = ()
-    code: ClassVar[Callable[..., Any]]
-    """The class or function."""
-    first: ClassVar[str]
-    """The name of its first parameter; empty if it has none."""
-    arguments: ClassVar[tuple[str, ...]]
-    """Fields that it is called with, by name."""
-    tuples: ClassVar[tuple[str, ...]]
-    """Those of them that are tuples there and lists here."""
-    needed: ClassVar[frozenset[str]]
-    """Those of them that have no default."""
+    code: ClassVar[Callable[..., Any]]  # the class or function
+    arguments: ClassVar[tuple[str, ...]]  # fields that it is called with, by name
+    tuples: ClassVar[tuple[str, ...]]  # those of them that are tuples there and lists here
+    needed: ClassVar[frozenset[str]]  # those of them that have no default
 
 
 class Refused(BadRequest):
     """Code that may not run here, or is not what a configuration recorded."""
 
 
-_folders: list[Path] = []
-"""Where modules are looked for, and from where they may come."""
-_trusting = False
-"""Whether a module may come from where a configuration says that it was."""
-_loaded: dict[str, tuple[Path, str]] = {}
-"""By name the modules that were loaded here: file and sha256."""
-_added: set[str] = set()
-"""Folders that were put on `sys.path` here."""
+_folders: list[Path] = []  # where modules are looked for, and from where they may come
+_trusting = False  # whether a module may come from where a configuration says that it was
+_loaded: dict[str, tuple[Path, str]] = {}  # by name the modules that were loaded here: file and sha256
+_added: set[str] = set()  # folders that were put on `sys.path` here
 
 
 def allow(*folders: Path | str | None) -> None:
-    """Code in these folders may run in this process, and in no others that were allowed before."""
+    """Let code in these folders run in this process, instead of the folders allowed before."""
     _folders[:] = [Path(folder).absolute() for folder in folders if folder is not None]
 
 
@@ -102,11 +92,7 @@ def found_in(config: Mapping[str, Any], place: str = "") -> dict[str, Mapping[st
 
 
 def describe(section: str, values: Mapping[str, Any], name: str) -> dict[str, str]:
-    """What a section composed from a file `name`.yaml is to have beside its keys: name, source and its sha256.
-
-    Raises:
-        BadRequest: the section cannot come from outside, or its module is in none of the folders allowed.
-    """
+    """Name, source and sha256 of a section composed from `name`.yaml; `BadRequest` if its module is not there."""
     target = str(values[TARGET])
     if _is_ours(section, target, name):
         return {"name": name, SOURCE: "", SHA256: ""}
@@ -119,11 +105,9 @@ def describe(section: str, values: Mapping[str, Any], name: str) -> dict[str, st
 
 
 def admit(config: Mapping[str, Any]) -> None:
-    """Load the code that a plain configuration names, and make the classes of its sections known to `config.parse`.
+    """Load the code that a plain configuration names, and make its sections' classes known to `schema.parse`.
 
-    Raises:
-        Refused: the code may not run here, or is not what was recorded.
-        BadRequest: the module cannot be loaded, has no such class or function, or its signature does not fit.
+    Raises `Refused` for code that may not run here or was changed, `BadRequest` for code that does not fit its section.
     """
     for section, values in found_in(config).items():
         target, known = str(values[TARGET]), str(values.get(SHA256))
@@ -136,7 +120,7 @@ def admit(config: Mapping[str, Any]) -> None:
 
 
 def about(config: Section, place: str = "") -> dict[str, str]:
-    """The choices from outside in a configuration by dotted key: each its name, and the first line of its docstring."""
+    """Each choice from outside in a configuration, by dotted key: its name, and the first line of its docstring."""
     found: dict[str, str] = {}
     for item in fields(config):
         inside = getattr(config, item.name)
@@ -159,11 +143,7 @@ def call(section: Any, *leading: Any) -> Any:
 
 
 def _is_ours(section: str, target: str, name: object) -> bool:
-    """Whether a choice's file in the package itself names this code; if not, it must be in one module of the user's.
-
-    Raises:
-        BadRequest: the section cannot come from outside, or the target is no MODULE.NAME.
-    """
+    """Whether the package's own file of this choice names this code; `BadRequest` where no choice may name it."""
     key, (module, _, attribute) = f"{section}.{TARGET}={target}", target.rpartition(".")
     if section not in LEADING:
         raise BadRequest(f"{key}: no choice from outside can be made here; it can be of {', '.join(LEADING)}")
@@ -203,7 +183,7 @@ def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
 
 
 def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType:
-    """The module that a file's text is; run from the text that was hashed, never from a compiled file beside it."""
+    """Import a module from the text that was hashed, never from a compiled file beside it."""
     name = path.stem
     if _loaded.get(name) == (path, sha256):
         return sys.modules[name]
@@ -227,21 +207,19 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
 
 
 def _is_installed(name: str, path: Path) -> bool:
-    """Whether another module of that name is found without the folders that choices came from."""
+    """Whether a module of that name is found elsewhere than in the folders of choices."""
     places = [place for place in sys.path if place and place not in {*_added, *map(str, _folders)}]
     found = importlib.machinery.PathFinder.find_spec(name, places)
     return name in (*sys.builtin_module_names, "gpt2exp") or (found is not None and found.origin != str(path))
 
 
 def _section(section: str, target: str, code: Any) -> type[Section]:
-    """The section's class for a choice: the fields that it has anyway, and the parameters of `code`.
-
-    Raises:
-        BadRequest: `code` cannot be called as this section's choices are.
-    """
+    """The section's class for a choice: its usual fields, and `code`'s parameters; `BadRequest` if these do not fit."""
     base = kind_of(section)
     parameters = _parameters(f"{section}.{TARGET}={target}", code, LEADING[section])
-    hints = _hints(code)
+    hints: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # an annotation may name what exists for a type checker alone
+        hints = typing.get_type_hints(code.__init__ if inspect.isclass(code) else code)
     fields: dict[str, tuple[str, Any, Any]] = {}
     for parameter in parameters:
         if parameter.name not in base.__dataclass_fields__:
@@ -251,7 +229,6 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
             fields[parameter.name] = parameter.name, kind, option(default, f"argument of {target}")
     namespace: dict[str, Any] = {
         "code": staticmethod(code),
-        "first": next(iter(inspect.signature(code).parameters), ""),
         "arguments": tuple(item.name for item in parameters),
         "tuples": tuple(
             item.name
@@ -288,14 +265,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or type(value) in PLAIN
-
-
-def _hints(code: Any) -> dict[str, Any]:
-    """The annotations by name; none where one names what exists for a type checker alone."""
-    try:
-        return typing.get_type_hints(code.__init__ if inspect.isclass(code) else code)
-    except Exception:
-        return {}
 
 
 def _kind(parameter: inspect.Parameter, hint: Any) -> Any:

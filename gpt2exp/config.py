@@ -1,4 +1,4 @@
-"""What can be asked: one typed section per room of the package, each checking its own values.
+"""What can be asked: a typed section for each part of the package, which checks its own values.
 
 Hydra composes `conf/` onto these dataclasses; `gpt2exp.schema.parse` turns the result into a plain `RunConfig`.
 Everything downstream receives its own section and reads attributes. No torch.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import pkgutil
+import re
 import shlex
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from typing import Any, ClassVar
 
-from gpt2exp.section import AUTO, SWITCH, Section, choice_of, chosen, home, option, require, typed
+from gpt2exp.section import AUTO, SWITCH, Section, choice_of, chosen, default_of, home, option, require, typed
 
-LOSS_ROWS = 1024
-"""`train.loss_chunk=auto`: 512 rows at a time cost 4 % of the head's time at GPT-2's size, 256 cost 10 %."""
+LOSS_ROWS = 1024  # `train.loss_chunk=auto`; 512 cost 4 % of the head's time at GPT-2's size, 256 cost 10 %
 
 
 class InitScheme(StrEnum):
@@ -32,12 +32,9 @@ class InitScheme(StrEnum):
 class PrecisionName(StrEnum):
     """How matrix products are computed: a row a precision, its columns in the order of `__new__`'s arguments."""
 
-    weights: str
-    """The type of weights, gradients and moments."""
-    autocast: str | None
-    """What the forward pass is cast to, by PyTorch's automatic mixed precision."""
-    matmul: str
-    """The argument of `torch.set_float32_matmul_precision`."""
+    weights: str  # the type of weights, gradients and moments
+    autocast: str | None  # what the forward pass is cast to, by PyTorch's automatic mixed precision
+    matmul: str  # the argument of `torch.set_float32_matmul_precision`
 
     fp32 = "fp32", "float32", None, "highest"  # IEEE single precision
     tf32 = "tf32", "float32", None, "high"  # operands cropped to 10 mantissa bits, products accumulated in fp32
@@ -66,37 +63,22 @@ class Distributed(StrEnum):
 
 
 Fallback = StrEnum("Fallback", "emulate error")
-
-
 Rounding = StrEnum("Rounding", "truncate nearest")
-
-
 DataName = StrEnum("DataName", "tinyshakespeare gutenberg text hub")
-
-
 DataOrder = StrEnum("DataOrder", "sequential shuffled")
-
-
 DeviceName = StrEnum("DeviceName", "auto cpu cuda mps")
-
-
 Schedule = StrEnum("Schedule", "constant cosine")
-
-
 Better = StrEnum("Better", "lower higher")
-
-
 WandbMode = StrEnum("WandbMode", "auto online offline disabled")
 
 
 @dataclass(kw_only=True, slots=True)
 class SlotConfig(Section):
-    """A part of the model that is a choice: a module of (B, T, C) to (B, T, C), and the keys that it is made with."""
+    """A choice of one part of the model: a module of (B, T, C) to (B, T, C), and its keys."""
 
     name: str = option("gpt2", "chosen by model/SLOT=NAME")
     inside: ClassVar[str] = "model."
-    target: ClassVar[str]
-    """The module's class, as `package.module:Class`; called with the model's config and the keys beside `name`."""
+    target: ClassVar[str]  # `package.module:Class`, called with the model's config and the keys but `name`
 
     def build(self, model: ModelConfig) -> Any:
         """The module, a new one at each call."""
@@ -115,15 +97,24 @@ class AttentionConfig(SlotConfig):
 @choice_of("model.mlp")
 @dataclass(kw_only=True, slots=True)
 class MLPConfig(SlotConfig):
-    """What treats each token alone, in each block."""
+    """What transforms each token by itself, in each block."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:MLP"
+
+
+@choice_of("model.mlp")
+@dataclass(kw_only=True, slots=True)
+class ExactGELU(MLPConfig):
+    """GPT-2's with GELU itself, of which the tanh form is an approximation."""
+
+    name: str = option("exact_gelu", "chosen by model/mlp=exact_gelu")
+    target: ClassVar[str] = "gpt2exp.model.gpt:ExactGELU"
 
 
 @choice_of("model.norm")
 @dataclass(kw_only=True, slots=True)
 class NormConfig(SlotConfig):
-    """What stands before attention, MLP and head."""
+    """What normalises before attention, MLP and head."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:LayerNorm"
 
@@ -131,7 +122,7 @@ class NormConfig(SlotConfig):
 @choice_of("model.position")
 @dataclass(kw_only=True, slots=True)
 class PositionConfig(SlotConfig):
-    """What tells the embedded tokens where they stand."""
+    """What adds its position to each embedded token."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:Positions"
 
@@ -165,13 +156,9 @@ class InitConfig(Section):
     """How the weights start."""
 
     scheme: InitScheme = option(InitScheme.gpt2, "where the initial weights come from; chosen by init=NAME")
-    std: float | None = option(
-        0.02, "standard deviation of matrices and token embeddings; null where the scheme derives it", above=0
-    )
-    position_std: float | None = option(0.02, "standard deviation of wpe; null: the scheme's own", above=0)
-    residual_scaling: bool = option(
-        True, "multiply the std of a block's two c_proj by (2*n_layer)^-0.5 (GPT-2 paper, section 2.3)"
-    )
+    std: float | None = option(0.02, "std of matrices and token embeddings; null where the scheme derives it", above=0)
+    position_std: float | None = option(0.02, "std of wpe; null: the scheme's own", above=0)
+    residual_scaling: bool = option(True, "scale the std of a block's two c_proj by (2*n_layer)^-0.5, as GPT-2 does")
     path: str | None = option(None, "init=pretrained: a folder, or a hub id, of Hugging Face GPT-2 weights")
 
     def agree(self) -> None:
@@ -200,9 +187,7 @@ class PrecisionConfig(Section):
 
     name: PrecisionName = option(PrecisionName.fp32, "how matrix products are computed; chosen by precision=NAME")
     fallback: Fallback = option(Fallback.emulate, "what tf32 does where the hardware has none")
-    rounding: Rounding = option(
-        Rounding.truncate, "emulated TF32 crops the mantissa, as the tutorial says, or rounds it to nearest even"
-    )
+    rounding: Rounding = option(Rounding.truncate, "of emulated TF32: crop the mantissa, or round to nearest even")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -211,8 +196,7 @@ class DataConfig(Section):
 
     name: DataName = option(DataName.tinyshakespeare, "where the text comes from; chosen by data=NAME")
     path: str | None = option(
-        None,
-        "data=text: a file (UTF-8 text, JSONL, Parquet) or a folder of them; data=hub: OWNER/NAME, or a folder",
+        None, "data=text: a file (UTF-8 text, JSONL, Parquet) or a folder of them; data=hub: OWNER/NAME, or a folder"
     )
     field: str = option("text", "the field of a row (JSONL, Parquet, data=hub) that holds a document")
     subset: str | None = option(None, "data=hub: the dataset's configuration, where it has several")
@@ -220,14 +204,9 @@ class DataConfig(Section):
     revision: str | None = option(None, "data=hub: a branch, tag or commit, looked up once; null: the main branch")
     max_tokens: int | None = option(None, "read no more tokens than this; null: all", at_least=2)
     val_fraction: float = option(
-        0.0,
-        "share of the tokens, from the end, kept for validation; 0: train on all, as the tutorial",
-        at_least=0,
-        below=1,
+        0.0, "share of the tokens, from the end, kept for validation; 0: train on all", at_least=0, below=1
     )
-    order: DataOrder = option(
-        DataOrder.sequential, "sequential draws no random number; shuffled permutes the windows by seed and epoch"
-    )
+    order: DataOrder = option(DataOrder.sequential, "of the windows of text; shuffled: anew for each seed and epoch")
 
     def agree(self) -> None:
         require(bool(self.field), "data.field", "''", "must not be empty", "try data.field=text")
@@ -236,12 +215,11 @@ class DataConfig(Section):
                 value = getattr(self, key)
                 why = f"data={self.name} has none"
                 require(value == usual, f"data.{key}", value, why, "leave it out, or try data=hub data.path=OWNER/NAME")
-        if self.name is DataName.text:
-            remedy = "try data=text data.path=FILE_OR_FOLDER"
-            require(bool(self.path), "data.path", self.path, "data=text needs to know where the text is", remedy)
-        elif self.name is DataName.hub:
-            remedy = "try data=hub data.path=OWNER/NAME"
-            require(bool(self.path), "data.path", self.path, "data=hub needs to know which dataset", remedy)
+        needed = {DataName.text: ("where the text is", "FILE_OR_FOLDER"), DataName.hub: ("which dataset", "OWNER/NAME")}
+        if self.name in needed:
+            what, example = needed[self.name]
+            why, remedy = f"data={self.name} needs to know {what}", f"try data={self.name} data.path={example}"
+            require(bool(self.path), "data.path", self.path, why, remedy)
         else:
             why = f"data={self.name} has a text of its own"
             remedy = f"try data=text {shlex.quote(typed('data.path', self.path))}"
@@ -250,36 +228,25 @@ class DataConfig(Section):
 
     @property
     def text(self) -> tuple[Any, ...]:
-        """What decides which tokens there are: alike in jobs that share a text."""
+        """What decides which tokens there are; equal in jobs that share a text."""
         order = ("val_fraction", "order")
         return tuple(repr(getattr(self, name)) for name in self.__dataclass_fields__ if name not in order)
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig(Section):
-    """How long and in what pieces."""
+    """How long to train, in which batches, on which device."""
 
     batch_size: int | str = option(
-        4,
-        "sequences in a micro-batch; auto: as many as fit in memory, a power of two, 24 or 48",
-        at_least=1,
-        choices=(AUTO,),
+        4, "sequences in a micro-batch; auto: as many as fit, a power of two, 24 or 48", at_least=1, choices=(AUTO,)
     )
     seq_len: int = option(32, "tokens in a sequence, at most model.block_size", at_least=1)
     steps: int = option(50, "optimizer steps", at_least=1)
     grad_accum_steps: int = option(1, "micro-batches whose mean gradient makes one step", at_least=1)
-    tokens_per_step: int | None = option(
-        None, "tokens behind a step, whatever batch_size fits: the rest is accumulated; null: not fixed", at_least=1
-    )
+    tokens_per_step: int | None = option(None, "tokens a step; sets grad_accum_steps; null: not fixed", at_least=1)
     device: DeviceName = option(DeviceName.auto, "where to compute; auto: cuda, then mps, then cpu")
-    compile: bool | str = option(
-        AUTO,
-        "torch.compile the blocks; auto: on CUDA, where the run is long enough to win the compilation back",
-        choices=SWITCH,
-    )
-    loss_chunk: int | str = option(
-        AUTO, "rows of logits in memory at a time while the loss is computed; auto: 1024", at_least=1, choices=(AUTO,)
-    )
+    compile: bool | str = option(AUTO, "torch.compile the blocks; auto: on CUDA, from 1,000 steps on", choices=SWITCH)
+    loss_chunk: int | str = option(AUTO, "rows of logits in memory at a time; auto: 1024", at_least=1, choices=(AUTO,))
     pad_vocab: bool | str = option(
         AUTO,
         "keep zero rows up to a multiple of 64 behind the head, for speed; auto: on CUDA, and where AVX2 is all",
@@ -288,11 +255,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool | str = option(
         AUTO, "compute a block's activations again in backward; auto: where the run fits only so", choices=SWITCH
     )
-    log_every: int = option(
-        1,
-        "steps between printed lines and wandb points; metrics.jsonl has every step",
-        at_least=1,
-    )
+    log_every: int = option(1, "steps between printed lines and wandb points; metrics.jsonl has every step", at_least=1)
     eval_every: int = option(
         0, "steps between validations; 0: only after the last; needs data.val_fraction", at_least=0
     )
@@ -302,20 +265,16 @@ class TrainConfig(Section):
     warmup_steps: int = option(3, "first steps left out of the timing; the last step is always kept", at_least=0)
 
     def agree(self) -> None:
-        if self.tokens_per_step is not None:
-            self._share_out(self.tokens_per_step)
-
-    def _share_out(self, tokens: int) -> None:
-        """`grad_accum_steps` from `tokens_per_step`, as soon as the batch is known."""
-        key, sequences = "train.tokens_per_step", 1 if self.batch_size == AUTO else self.sequences
-        part = sequences * self.seq_len
+        """With `tokens_per_step`, sets `grad_accum_steps` once the batch is known."""
+        if (tokens := self.tokens_per_step) is None:
+            return
+        key, part = "train.tokens_per_step", self.seq_len * (1 if self.batch_size == AUTO else self.sequences)
         near = max(part, round(tokens / part) * part)
         why = f"not a multiple of train.batch_size={self.batch_size} x train.seq_len={self.seq_len}"
         require(tokens % part == 0, key, tokens, why, f"try {key}={near}")
-        pieces = tokens // part
         if self.batch_size != AUTO:
-            why = f"train.tokens_per_step={tokens} makes it {pieces}"
-            given = self.grad_accum_steps
+            given, pieces = self.grad_accum_steps, tokens // part
+            why = f"{key}={tokens} makes it {pieces}"
             require(given in (1, pieces), "train.grad_accum_steps", given, why, "leave one of them out")
             self.grad_accum_steps = pieces
 
@@ -348,16 +307,11 @@ class OptimizerConfig(Section):
     name: str = option("", "chosen by optimizer=NAME")
     lr: float = option(3e-4, "learning rate; under a schedule the peak", above=0)
     grad_clip: float = option(0.0, "clip the gradient's global norm to this; 0: no clipping", at_least=0)
-    schedule: str = option(
-        "constant", "the learning rate over the steps (constant, cosine, or a file of yours in the group schedule)"
-    )
+    schedule: str = option("constant", "of the rate: constant, cosine, or a file of yours in the group schedule")
     warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
-    schedule_steps: int | None = option(
-        None, "cosine: steps until min_lr, which stays from there on; null: train.steps", at_least=1
-    )
-    moments: ClassVar[int] = 2
-    """Numbers kept for each weight beside it and its gradient; where nobody knows, as many as AdamW's."""
+    schedule_steps: int | None = option(None, "cosine: steps until min_lr is reached; null: train.steps", at_least=1)
+    moments: ClassVar[int] = 2  # numbers kept for each weight beside it and its gradient; of code from outside a guess
 
     def agree(self) -> None:
         if self.schedule != Schedule.cosine:
@@ -393,9 +347,7 @@ class MetricConfig(Section):
 class CheckpointConfig(Section):
     """When a run's whole state goes to disk: 12 bytes a parameter, so 1.5 GB for GPT-2 124M (4 of them the weights)."""
 
-    every: int = option(
-        0, "steps between checkpoints; 0: none on the way; a run that a signal stops is saved in any case", at_least=0
-    )
+    every: int = option(0, "steps between checkpoints; 0: none, but one where a signal stops the run", at_least=0)
     keep: int = option(2, "how many to keep, the newest", at_least=1)
     save_last: bool = option(False, "save the end too: needed to sample from the run, export it or add steps to it")
 
@@ -431,23 +383,47 @@ class SweepConfig(Section):
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
     margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
+    over: str | None = option(
+        None, "a budget as an axis, such as train.steps=50,100,200: each arm has a verdict within each budget"
+    )
     until: str | None = option(
         None, "answered: run seeds 1, 2, 3, ... until every axis has its verdict; null: all jobs", choices=("answered",)
     )
     min_seeds: int = option(3, "of sweep.until: seeds before the first look", at_least=2)
     max_seeds: int | None = option(None, "of sweep.until: how many seeds at most; null: 30", at_least=2, below=1001)
-    max_hours: float | None = option(
-        None, "of sweep.until: hours after launch at which no seed is begun any more", above=0
-    )
+    max_hours: float | None = option(None, "of sweep.until: hours after which no seed is begun", above=0)
     prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
+    tune: str | None = option(
+        None, "KEY=A,B,C: each arm is compared at its own best value of this key, found first on sweep.tune_seeds"
+    )
+    tune_seeds: list[int] = option(
+        [101, 102], "of sweep.tune: the seeds, none of them compared; typed as one number: so many from 101", at_least=0
+    )
 
     def agree(self) -> None:
-        for name in ("min_seeds", "max_seeds", "max_hours"):
-            value, usual = getattr(self, name), self.__dataclass_fields__[name].default
-            why = "has no meaning without sweep.until"
-            require(self.until is not None or value == usual, f"sweep.{name}", value, why, "add sweep.until=answered")
+        needs = dict.fromkeys(("min_seeds", "max_seeds", "max_hours"), ("until", "answered"))
+        for name, (other, example) in {**needs, "tune_seeds": ("tune", "optimizer.lr=1e-4,1e-3")}.items():
+            value, usual = getattr(self, name), default_of(self.__dataclass_fields__[name])
+            why, remedy = f"has no meaning without sweep.{other}", f"add sweep.{other}={example}"
+            require(getattr(self, other) is not None or value == usual, f"sweep.{name}", value, why, remedy)
+        if self.tune is not None:
+            self._check_tune(self.tune)
         most, why = self.looks.stop - 1, f"fewer than sweep.min_seeds={self.min_seeds}"
         require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
+
+    def _check_tune(self, tune: str) -> None:
+        key, values = tuned(tune)
+        numbers = [float(value) for value in values if re.fullmatch(r"-?[\d.]*\d(e[+-]?\d+)?", value)]
+        ok = bool(key) and len(numbers) == len(values) == len({*numbers}) > 1
+        remedy = f'try sweep.tune="{key or "optimizer.lr"}=1e-4,3e-4,1e-3"'
+        require(ok, "sweep.tune", tune, "must be a key and two different numbers or more, KEY=A,B,C", remedy)
+        ok = len({*self.tune_seeds}) == len(self.tune_seeds) > 0
+        require(ok, "sweep.tune_seeds", self.tune_seeds, "must be different seeds", "try sweep.tune_seeds=101,102")
+
+    @property
+    def budget(self) -> str:
+        """The key of `over`; empty without."""
+        return (self.over or "").partition("=")[0].strip()
 
     @property
     def looks(self) -> range:
@@ -455,9 +431,15 @@ class SweepConfig(Section):
         return range(self.min_seeds, (self.max_seeds or 30) + 1)
 
 
+def tuned(tune: str | None) -> tuple[str, list[str]]:
+    """The key that `sweep.tune` names, and its values as typed; none where it is null."""
+    key, _, values = (tune or "").partition("=")
+    return key.strip(), [value.strip() for value in values.split(",") if value.strip()]
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig(Section):
-    """One run, whole."""
+    """The configuration of one run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -476,15 +458,14 @@ class RunConfig(Section):
     dry_run: bool = option(False, "print what would run and train nothing")
 
     def agree(self) -> None:
-        longest = self.model.block_size
-        why = f"longer than model.block_size={longest}"
-        seq_len = self.train.seq_len
-        require(seq_len <= longest, "train.seq_len", seq_len, why, f"try train.seq_len={longest} or less")
+        longest, seq_len = self.model.block_size, self.train.seq_len
+        why, remedy = f"longer than model.block_size={longest}", f"try train.seq_len={longest} or less"
+        require(seq_len <= longest, "train.seq_len", seq_len, why, remedy)
         why = "there is no validation data with data.val_fraction=0"
         ok = self.train.eval_every == 0 or self.data.val_fraction > 0
         require(ok, "train.eval_every", self.train.eval_every, why, "add data.val_fraction=0.1")
-        named, known = self.schedule.name, [*Schedule, *filter(None, [self.schedule.name])]
-        chosen = self.optimizer.schedule
+        named, chosen = self.schedule.name, self.optimizer.schedule
+        known = [*Schedule, *filter(None, [named])]
         remedy = f"choose one of {', '.join(known)}, or name a file in the folder schedule of --config-dir"
         require(chosen in known, "optimizer.schedule", chosen, "no such schedule", remedy)
         require(named in ("", chosen), "schedule", named, "is not chosen", f"write optimizer.schedule={named}")

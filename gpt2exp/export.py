@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gpt2exp import choices
 from gpt2exp.config import ModelConfig
@@ -20,24 +20,15 @@ from gpt2exp.run import process, record, terminal
 from gpt2exp.schema import group_of, is_housekeeping
 from gpt2exp.section import BadRequest, require
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WORDS = END_OF_TEXT + 1
-"""What GPT-2's tokenizer knows; `<|endoftext|>` is the last."""
+WORDS = END_OF_TEXT + 1  # what GPT-2's tokenizer knows; `<|endoftext|>` is the last
 
 
 def write(run: Path, out: Path) -> int:
     """Export a run to `out`, a new or empty folder, and return the steps behind its weights.
 
     Weights are float32 whatever the precision, as transformers' GPT-2 is trained. Rows that pad the vocabulary are left
-    out: no text has those ids.
-
-    Raises:
-        BadRequest: `run` is no run with a whole checkpoint, its vocabulary is smaller than the tokenizer's, it is no
-            model of transformers' (`architecture`), or `out` holds something.
-        AssetError: the tokenizer's files could not be fetched.
-        OSError: `out` cannot be written; what lay there before is as it was.
+    out: no text has those ids. Raises `BadRequest` if the run, its model or `out` do not fit, `AssetError` if the
+    tokenizer's files cannot be fetched, OSError if `out` cannot be written: what lay there is then as it was.
     """
     record.check_run(run)
     _check(run, out)
@@ -60,7 +51,12 @@ def write(run: Path, out: Path) -> int:
     part, weights = beside(out.absolute()), huggingface.WEIGHTS[0]
     try:
         part.mkdir(parents=True)
-        save_file(_theirs(saved.weights()), part / weights, metadata={"format": "pt"})
+        cut = {huggingface.WTE: WORDS, huggingface.HEAD: WORDS}
+        theirs = {
+            name: huggingface.transposed(name, tensor[: cut.get(name)]).float().contiguous()
+            for name, tensor in saved.weights().items()
+        }
+        save_file(theirs, part / weights, metadata={"format": "pt"})
         for name, value in described.items():
             write_json(part / name, value)
         for name, source in copied.items():
@@ -87,21 +83,8 @@ def _check(run: Path, out: Path) -> None:
         require(False, group, values["name"], "Hugging Face's GPT-2 has no such choice", f"it takes {group}=gpt2")
 
 
-def _theirs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters in Hugging Face's layout."""
-    cut = {huggingface.WTE: WORDS, huggingface.HEAD: WORDS}
-    return {
-        name: huggingface.transposed(name, tensor[: cut.get(name)]).float().contiguous()
-        for name, tensor in weights.items()
-    }
-
-
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    """`config.json`: what transformers' GPT2Config needs to build this model, without dropout.
-
-    Raises:
-        BadRequest: transformers' GPT-2 cannot be this model.
-    """
+    """`config.json`: the keys from which transformers builds this model, without dropout; `BadRequest` as `to_hf`."""
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],

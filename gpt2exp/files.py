@@ -1,4 +1,4 @@
-"""How a file is written whole, beside its place and then moved there, so that no reader sees half of it; its hash."""
+"""Writing a file so that no reader sees half of it: to a temporary beside it, then moved into place. Hashes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 10
-"""Seconds to wait for a server's answer."""
+TIMEOUT = 10  # seconds to wait for a server's answer
 
 
 def beside(path: Path) -> Path:

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 
 
 def load(folder: Path) -> GPT:
-    """The model of a run at its newest whole checkpoint, or of a folder with `config.json` and weights, in float32.
-
-    Raises:
-        BadRequest: it is neither, or cannot be read.
-    """
+    """The model of a run, or of a folder with `config.json` and weights, in float32; `BadRequest` if it is neither."""
     theirs = None
     if (folder / huggingface.CONFIG).is_file():
         theirs = huggingface.find(str(folder), key="")
@@ -60,13 +56,10 @@ def load(folder: Path) -> GPT:
 def generate(
     model: GPT, prompt: Sequence[int], *, temperature: float = 1.0, top_k: int | None = None, seed: int = 1337
 ) -> Iterator[int]:
-    """Ids that follow `prompt`, one by one without end, each drawn given the `block_size` before it.
+    """Ids that follow `prompt`, without end, each drawn given the `block_size` before it.
 
     Ids beyond the tokenizer's, which a padded vocabulary has, are never drawn. Draws are made on the CPU by a generator
-    of their own: the same weights, prompt and seed give the same ids.
-
-    Raises:
-        BadRequest: the model's logits are no finite numbers.
+    of their own: the same weights, prompt and seed give the same ids. `BadRequest` if the logits are not finite.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The configuration by dotted key: what keys there are, values in and out, those of other versions. No torch."""
+"""The configuration by dotted key: which keys there are, reading and writing values, older versions. No torch."""
 
 from __future__ import annotations
 
@@ -119,11 +119,7 @@ def check_key(key: str, value: object) -> None:
 
 
 def parse(plain: Any) -> RunConfig:
-    """A composed configuration, as plain dicts or an OmegaConf node, as a checked `RunConfig`.
-
-    Raises:
-        BadRequest: an unknown key, a wrong type, a value out of range or at odds with another.
-    """
+    """A plain or composed configuration as a checked `RunConfig`; `BadRequest` for a wrong key, type or value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -167,7 +163,7 @@ def refuse(key: str, value: object, cls: type[Section] | None = None) -> None:
 
 
 def explain(error: Exception) -> str:
-    """The several lines of an error of OmegaConf's, Hydra's or datasets' as one."""
+    """An error of OmegaConf, Hydra or datasets, of several lines, as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type")))
     key = getattr(error, "full_key", None)
@@ -193,14 +189,13 @@ def is_housekeeping(key: str) -> bool:
     return key.endswith(f".{SOURCE}") or any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
 
 
-MOVED = {"model.pad_vocab": "train.pad_vocab"}
-"""Where a key is today that earlier versions had elsewhere."""
+MOVED = {"model.pad_vocab": "train.pad_vocab"}  # where a key is today that earlier versions had elsewhere
 
 
 def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A configuration that any version recorded, under today's keys, and by dotted key what has no place there.
+    """A configuration that any version recorded, under today's keys; and those of its keys that do not exist today.
 
-    A key that it lacks has today's default. Both as plain values, interpolations as they stand; `parse` checks them.
+    Keys that it lacks get today's defaults. Both are plain values, interpolations unresolved; `parse` checks them.
     """
     today, unknown = plain(RunConfig()), leaves(recorded)
     for section in _with_choice(recorded):

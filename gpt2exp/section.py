@@ -58,12 +58,8 @@ def home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where the user is not known
 
 
-AUTO = "auto"
-"""What the program is to choose for itself."""
-
-
-SWITCH = (AUTO, True, False)
-"""Choices of a switch that may be left to the program."""
+AUTO = "auto"  # what the program is to choose for itself
+SWITCH = (AUTO, True, False)  # choices of a switch that may be left to the program
 
 
 def option(
@@ -86,8 +82,7 @@ def option(
     return field(default=default, metadata=facts)
 
 
-BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
-"""`option`'s limits, each with what a value has to be to it."""
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}  # how a value compares to each limit
 
 
 def check(section: Section) -> None:
@@ -125,20 +120,17 @@ class Section:
     def agree(self) -> None:
         """Raise `BadRequest` unless the values go together."""
 
-    inside: ClassVar[str] = ""
-    """The section around it, with a dot."""
+    inside: ClassVar[str] = ""  # the section around it, with a dot
 
     @classmethod
     def key(cls, name: str) -> str:
-        """The dotted key of a field: `ModelConfig`'s n_layer is `model.n_layer`; a choice has its section's."""
+        """The dotted key of a field, such as `model.n_layer`; for a choice that of its section."""
         named = next(base.__name__ for base in cls.__mro__ if base.__name__.endswith("Config"))
         section = named.removesuffix("Config").lower()
         return name if section == "run" else f"{cls.inside}{section}.{name}"
 
 
 Chosen = TypeVar("Chosen", bound=Section)
-
-
 CHOICES: dict[str, dict[str, type[Section]]] = {}
 """By section, such as `optimizer` or `model.mlp`: its classes by the name of the choice, the default first."""
 
@@ -162,12 +154,10 @@ def chosen(section: str, name: object = None) -> type[Any]:
     return choices[str(name)] if name is not None else next(iter(choices.values()))
 
 
-OUTSIDE: dict[tuple[str, str, str], type[Any]] = {}
-"""The classes of choices from outside whose code may run in this process, by section, `_target_` and `_sha256_`."""
+OUTSIDE: dict[tuple[str, str, str], type[Any]] = {}  # by section, `_target_`, `_sha256_`: classes of admitted code
 
 
-TARGET, SOURCE, SHA256 = "_target_", "_source_", "_sha256_"
-"""Keys of a choice from outside (`gpt2exp.choices`): MODULE.NAME, the file it was found in, and that file's hash."""
+TARGET, SOURCE, SHA256 = "_target_", "_source_", "_sha256_"  # of code from outside: MODULE.NAME, its file, its hash
 
 
 def class_of(section: str, values: Mapping[str, Any]) -> type[Any]:

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         terminal.terminal().print(table(result["roofline"]))
         return bench.print_result(result, args.bench)
 
-    return process.carry_out("roofline.py", measure, bench.failure)
+    return process.carry_out("roofline.py", measure)
 
 
 def verified(ours: Sequence[float], plain: Sequence[float]) -> Result:
@@ -98,7 +98,6 @@ def roofline(config: RunConfig) -> Result:
     """What this machine needs at least for the step (`floor_ms`), and a profile of it in milliseconds a step."""
     with setup.ready(config) as ready:
         config, device = ready.config, ready.device
-        setup.keep_memory(config, device)
         parts = profiled(setup.trainer(ready)[0], device)
         products = list(matrix_products(config, device))
         adamw = adamw_ms(config, device)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2exp.compare import report
+from gpt2exp.compare import index, report, words
 from gpt2exp.compare.comparison import Comparison, read
 from gpt2exp.compare.report import Section, mirror, show
 from gpt2exp.compare.stopping import compared
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
-from gpt2exp.run.terminal import pasted, printable, terminal
+from gpt2exp.run.terminal import pasted, printable, short, terminal
 from gpt2exp.section import BadRequest
 
 if TYPE_CHECKING:
@@ -34,18 +35,30 @@ def command(argv: list[str]) -> int:
     parser = process.parser(
         "gpt2exp-compare",
         "Compare the runs under one or more run or sweep folders, finished or not, and write comparison.json, "
-        "comparison.csv, report.md and report.html.",
+        "comparison.csv, report.md and report.html. In them, compute above 1 says that an arm is worth that many times "
+        "the baseline's compute.",
         "sweeps/2026-01-31/12-00-00-abcd --margin 0.01",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run or sweep folder, or one above")
     parser.add_argument("--margin", type=float, help="loss differences inside ±MARGIN nats count as none")
     parser.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
+    parser.add_argument(
+        "--index",
+        action="store_true",
+        help="compare nothing, but list what the comparisons below each DIR found: index.md, index.html, index.csv",
+    )
 
     def carry_out() -> None:
         args = parser.parse_args(argv)
         if args.margin is not None and not (math.isfinite(args.margin) and args.margin > 0):
             raise BadRequest(f"--margin {args.margin}: must be a number of nats above 0; try --margin 0.01")
         out = args.out or args.folders[0]
+        if args.index:
+            if args.margin is not None:
+                raise BadRequest("--margin: --index compares nothing; leave it out")
+            with process.writing("cannot write the index", "name a folder with --out"):
+                terminal().print(write_index(args.folders, out), markup=False, soft_wrap=True)
+            return
         comparison = compared(read(args.folders), margin=args.margin, out=out)
         with process.writing("cannot write the comparison", "name a folder with --out"):
             write(comparison, out)
@@ -68,14 +81,32 @@ def write(comparison: Comparison, out: Path) -> list[Section]:
         "comparison.csv": report.table(comparison).encode(),
         **{f"figures/{drawing.name}.png": drawing.png for section in sections for drawing in section.drawings},
         "report.md": text.encode(),
-        "report.html": report.page(text, comparison, out, sections).encode(),
+        "report.html": report.page(text, words.title(comparison), out, sections).encode(),
     }
     write_json(out / "comparison.json", report.finite(comparison.as_dict()))
+    _write(files, out)
+    return sections
+
+
+def _write(files: dict[str, bytes], out: Path) -> None:
     for name, content in files.items():
-        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(out / name) as part:
             part.write_bytes(content)
-    return sections
+
+
+def write_index(folders: Sequence[Path], out: Path) -> str:
+    """Write `index.md`, `index.html` and `index.csv` of the comparisons below some folders; what to tell the user.
+
+    Raises:
+        BadRequest: as `index.below`.
+    """
+    found, unread = index.below(folders)
+    text = index.page(found, unread, out)
+    files = {"index.csv": index.as_csv(found, out), "index.md": text, "index.html": report.page(text, "Findings", out)}
+    _write({name: content.encode() for name, content in files.items()}, out)
+    place = printable(short((out / "index.html").absolute()))
+    return "\n".join([*(f"note: {printable(line)}" for line in unread), f"{len(found)} arms: {place}"])
 
 
 def conclude(sweep: Path, console: Console) -> Path | None:

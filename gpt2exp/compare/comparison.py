@@ -18,10 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from gpt2exp.compare import multiplier, tuned
 from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_change, paired
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
-from gpt2exp.compare.rows import Grid, Group, Row, axes_of, figures, of_today, read
+from gpt2exp.compare.rows import Grid, Group, Row, axes_of, compared, figures, of_today, read
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
 from gpt2exp.schema import flatten
 from gpt2exp.section import SOURCE, BadRequest
@@ -74,7 +75,9 @@ class Comparison:
 
     `distances` are of each precision from fp64, where that is an arm; `swept` has the arms of each axis, the baseline
     first; `metric` is the loss compared; within `margin` nats a difference in it counts as none. `looks` are the
-    comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`.
+    comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`. `over`
+    is the axis that is a budget, within each of which `axes` has the arms of the others.
+    `tuning` has the curve of each arm that was tuned; `runs` are without the runs that tuned it.
     """
 
     runs: list[Row]
@@ -88,6 +91,8 @@ class Comparison:
     notes: list[str]
     margin: float | None = None
     looks: list[dict[str, Any]] = field(default_factory=list)
+    over: str = ""
+    tuning: list[tuned.Curve] = field(default_factory=list)
 
     @property
     def searched(self) -> bool:
@@ -115,7 +120,9 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     Raises:
         BadRequest: nothing to compare, or the runs differ in something unswept.
     """
-    rows = [of_today(row) for row in rows]
+    rows, trials = tuned.apart([of_today(row) for row in rows])
+    if trials and not rows:
+        raise BadRequest("all of these runs tuned an arm (sweep.tune_seeds), and such runs are never compared")
     known = [row for row in rows if "config" in row]
     if not known or all(row["state"] in ("running", "not run", "damaged") for row in rows):
         damaged = [f"{row['name']}: {row['error']}" for row in rows if row["state"] == "damaged"]
@@ -127,9 +134,15 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
     BY_KEY.update(own)
     effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, _contended(known), stated)
+    speeds = {(one.key, one.arm, one.budget): one for one in effects if one.metric == SPEED.key}
     for effect in effects:
-        if effect.metric == loss.key and effect.differences:
-            _trend(effect, grid, before)
+        if effect.metric == loss.key and effect.differences and effect.verdict != "not_comparable":
+            part = grid.within(effect.budget)
+            _trend(effect, part, before)
+            multiplier.measure(effect, speeds[effect.key, effect.arm, effect.budget], part, before)
+    unknown = {effect.multiplier_reason: None for effect in effects if effect.steps_factor is None}
+    notes += [f"no compute multiplier: {reason}" for reason in unknown if reason]
+    curves = tuned.curves(trials, rows)
     return Comparison(
         runs=rows,
         axes=effects,
@@ -139,9 +152,11 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         swept=grid.axes,
         seeds=grid.seeds,
         metric=loss.key,
-        notes=[*_notes(known, done, grid), *notes],
+        notes=[*_notes(known, done, grid), *notes, *(curve.said() for curve in curves if curve.doubtful)],
         margin=stated,
         looks=before.looks,
+        over=grid.over,
+        tuning=curves,
     )
 
 
@@ -151,7 +166,7 @@ def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
     Raises:
         BadRequest: as `compare`.
     """
-    rows = [of_today(row) for row in rows if "config" in row]
+    rows, _ = tuned.apart([of_today(row) for row in rows if "config" in row])
     grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
     before, (margin, _), seeds = _history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
     return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]
@@ -209,9 +224,14 @@ def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[st
 def _effects(
     grid: Grid, metrics: Sequence[Metric], before: History, contended: set[str], margin: float | None
 ) -> list[Effect]:
-    """Each arm against the baseline of its axis in each metric, judged; the margin is of the first metric."""
-    each = [(key, arm, metric) for key, arms in grid.axes.items() for arm in arms[1:] for metric in metrics]
-    effects = [_effect(grid, key, arm, metric, before, contended) for key, arm, metric in each]
+    """Each arm against the baseline of its axis in each metric, judged; the margin is of the first metric.
+
+    Within each budget, where an axis is one: that has no verdict of its own.
+    """
+    parts = [grid.within(budget) for budget in grid.budgets]
+    arms = [(key, arm) for key, arms in grid.axes.items() for arm in arms[1:] if key != grid.over]
+    each = itertools.product(arms, parts, metrics)
+    effects = [_effect(part, key, arm, metric, before, contended) for (key, arm), part, metric in each]
     for metric in metrics:
         tested = [effect for effect in effects if effect.metric == metric.key and effect.ci95 is not None]
         for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
@@ -226,7 +246,7 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     groups, broken = grid.groups({key: (baseline, arm)})
     if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
         groups = [group for group in groups if not any(map(_emulated, group.runs))] or groups
-    effect = Effect(key, baseline, arm, metric.key, n_pairs=len(groups), dropped_pairs=broken)
+    effect = Effect(key, baseline, arm, metric.key, grid.budget, n_pairs=len(groups), dropped_pairs=broken)
     effect.n_seeds = len({group.seed for group in groups})
     if not groups:
         effect.verdict, effect.reason = "not_comparable", f"no two finished runs differ in {key} alone"
@@ -240,7 +260,9 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
         grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
     )
     _estimate(effect, figures(groups, metric, declared=bool(before.schedule)), metric, before)
-    if obstacle := _obstacle(key, metric, groups, contended):
+    if metric in LOSSES:
+        effect.tuning = tuned.condition(key, baseline, arm, groups, grid.axes)
+    if obstacle := _obstacle(key, metric, groups, contended) or (metric is MEMORY and _by_order(effect, groups)):
         effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
     return effect
 
@@ -375,6 +397,25 @@ def _contended(rows: Sequence[Row]) -> set[str]:
                 found |= {longest[2], span[2]}
             longest = max(longest, span, key=lambda one: one[1])
     return found
+
+
+def _by_order(effect: Effect, pairs: Sequence[Group]) -> str:
+    """Why the memory cannot be compared where one process ran several of the runs; empty if it can.
+
+    What an earlier job leaves in the process adds to a later one's peak: by how much shows in runs that are equal but
+    for their seed. No smaller difference between the arms is one.
+    """
+    runs = {row["folder"]: row for pair in pairs for row in pair.runs}.values()
+    processes = [(row.get("machine"), row["pid"]) for row in runs if row.get("pid")]
+    alike: dict[tuple[int, tuple[str, ...]], list[float]] = defaultdict(list)
+    for pair in pairs:
+        for place, row in enumerate(pair.runs):
+            alike[place, pair.where].append(compared(row, MEMORY))
+    most = max(max(peaks) - min(peaks) for peaks in alike.values())
+    if len({*processes}) == len(processes) or abs(effect.mean_difference or 0.0) >= most:
+        return ""
+    apart = f"runs that differ in the seed alone are up to {most / MEMORY.scale:,.0f} {MEMORY.unit} apart"
+    return f"one process ran several jobs, and {apart}, more than the arms; sweep.isolate=true measures each by itself"
 
 
 def _distances(grid: Grid) -> list[Distance]:

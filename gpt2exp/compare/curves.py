@@ -47,7 +47,7 @@ class Axis:
     def effects(self, metric: str) -> list[Effect]:
         """Of its arms, in one metric, where there is a difference."""
         found = [effect for effect in self.comparison.axes if (effect.key, effect.metric) == (self.key, metric)]
-        return [effect for effect in found if effect.arm_mean is not None]
+        return [one for one in found if one.arm_mean is not None and one.budget == self.grid.budget]
 
     def arm(self, effect: Effect) -> Arm:
         """The arm of an effect."""

@@ -28,6 +28,7 @@ class Effect:
     baseline: str
     arm: str
     metric: str
+    budget: str = ""  # within which the arms are compared, a value of the axis that `sweep.over` names
     n_pairs: int = 0
     n_seeds: int = 0
     dropped_pairs: int = 0  # planned, but a failed or missing run broke them
@@ -44,8 +45,14 @@ class Effect:
     pair_correlation: float | None = None  # of the two arms over seeds: what pairing lives on
     seeds_saved: int | None = None  # that an arm would need beyond `n_seeds` without sharing; below 0 pairing lost
     trend: list[float] | None = None  # change of the training losses' difference over the last half, low, high
+    steps_factor: float | None = None  # of a loss: what `multiplier` says; above 1 the arm is the better one
+    steps_factor_ci95: list[float | None] | None = None  # an end is None where only the other is known
+    compute_multiplier: float | None = None  # the same times the ratio of speeds
+    compute_multiplier_ci95: list[float | None] | None = None
+    multiplier_reason: str = ""
     verdict: str | None = None
     reason: str = ""
+    tuning: str = ""  # of a loss: at which learning rate, tuned or not, the two arms ran
     n_needed: int | None = None  # of an inconclusive row: seeds in all that would settle it with probability 0.8
     n_needed_at_most: int | None = None  # the same by the upper 80 % limit of the differences' standard deviation
     baseline_mean: float | None = None
@@ -141,8 +148,6 @@ def _remarks(effect: Effect) -> list[str]:
     if effect.inference == "open":
         at = f"seeds were added after a look at n={', '.join(map(str, effect.looks))}"
         said.append(f"{at if effect.looks else 'these are not the looks declared'}: the interval holds at every look")
-    if effect.pair_correlation is not None and effect.pair_correlation < 0:
-        said.append("the two arms go against each other over the seeds (r below 0): unpaired runs would do better")
     if (seed := far_off(effect.differences, effect.scaled)) is not None:
         said.append(f"seed {seed} is far off the others: look at its runs, for intervals assume normal differences")
     return said

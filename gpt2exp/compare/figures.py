@@ -26,8 +26,10 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid
 from gpt2exp.compare.curves import Arm, Axis, Replicates, by_seed
+from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import declared, open_ended, reach
-from gpt2exp.compare.report import Drawing, Section
+from gpt2exp.compare.report import Drawing, Section, tuning_heading
+from gpt2exp.compare.tuned import Curve
 from gpt2exp.run.metrics import BY_KEY, Metric, number_of, shown
 from gpt2exp.run.terminal import printable
 
@@ -58,10 +60,11 @@ def draw(comparison: Comparison) -> list[Section]:
     done = [row for row in comparison.runs if row["state"] == "done"]
     if not done:
         return []
-    grid = Grid([row for row in comparison.runs if "config" in row], comparison.swept)
+    whole = Grid([row for row in comparison.runs if "config" in row], comparison.swept)
+    grid = whole.within(whole.budgets[-1])  # what is drawn step by step is drawn of the largest budget
     per_step = {row["tokens"] / row["steps"] for row in done if row["steps"]}
     clock = "step" if len(per_step) == 1 else "tokens"
-    sections = []
+    sections = [_tuning(comparison)] if comparison.tuning else []
     for number, key in enumerate(comparison.swept or [None]):
         arms = []
         for place, name in enumerate(["all runs"] if key is None else grid.axes[key]):
@@ -87,20 +90,71 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
         ("memory", "Peak memory", arms, functools.partial(_bars, metric=MEMORY)),
         ("unseen", "What unused tokens cost", 0, _unseen),
     ]
+    if axis.key is not None and axis.key == axis.grid.over:
+        kinds = [("budgets", "Difference by budget", 0, _budgets)]
     for kind, title, rows, painter in kinds:  # `rows`: inches of a figure that grows with them
-        height = min(0.75 + rows, 14.0) if rows else SIZE[1]
-        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a glyph that the font lacks is no news to the user
-            figure = Figure(figsize=(SIZE[0], height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
-            caption = painter(figure.add_subplot(), axis)
-            if caption is None:
-                continue
-            svg, png = io.BytesIO(), io.BytesIO()
-            figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-            heading = title if axis.key is None else f"{shorten(axis.key, 30)}: {title[0].lower()}{title[1:]}"
-            figure.suptitle(heading, x=0.02, ha="left", fontweight="bold", fontsize=11)
-            figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-            yield Drawing(f"{stem}-{kind}", title, caption, svg.getvalue(), png.getvalue())
+        heading = title if axis.key is None else f"{shorten(axis.key, 30)}: {title[0].lower()}{title[1:]}"
+        heading += f" ({shorten(axis.grid.budget, 30)})" * (kind != "budgets" and bool(axis.grid.budget))
+        paint = functools.partial(_painted, painter, axis)
+        yield from _drawn(f"{stem}-{kind}", title, heading, min(0.75 + rows, 14.0) if rows else SIZE[1], paint)
+
+
+def _painted(painter: Draw, axis: Axis, ax: Axes) -> str | None:
+    return painter(ax, axis)
+
+
+def _drawn(
+    name: str, title: str, heading: str, height: float, paint: Callable[[Axes], str | None]
+) -> Iterable[Drawing]:
+    """A figure as it is saved, `height` in inches; nothing if `paint`, which returns the caption, draws nothing."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph that the font lacks is no news to the user
+        figure = Figure(figsize=(SIZE[0], height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
+        caption = paint(figure.add_subplot())
+        if caption is None:
+            return
+        svg, png = io.BytesIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        figure.suptitle(heading, x=0.02, ha="left", fontweight="bold", fontsize=11)
+        figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        yield Drawing(name, title, caption, svg.getvalue(), png.getvalue())
+
+
+def _tuning(comparison: Comparison) -> Section:
+    """The curves of all arms over the values of the tuned key."""
+    title = f"Loss against {comparison.tuning[0].key}"
+    paint = functools.partial(_values, curves=comparison.tuning)
+    return Section(tuning_heading(comparison), list(_drawn("0-tuning", title, title, SIZE[1], paint)))
+
+
+def _values(ax: Axes, curves: Sequence[Curve]) -> str | None:
+    """A line an arm through its mean losses, a dot a tuning seed, a diamond where it is compared."""
+    handles, every = [], dict[float, str]()
+    for place, curve in enumerate(curves):
+        turn, colour = divmod(place, len(COLOURS))
+        look = {"color": COLOURS[colour], "linestyle": DASHES[turn % len(DASHES)]}
+        known = {value: [n for n in losses if not isinstance(n, str)] for value, losses in curve.losses.items()}
+        means = {float(value): statistics.fmean(found) for value, found in known.items() if found}
+        every |= {float(value): value for value, found in known.items() if found}
+        (line,) = ax.plot(sorted(means), [means[at] for at in sorted(means)], linewidth=1.6, **look)
+        handles.append((curve.arm, line))
+        for value, found in known.items():
+            ax.plot([float(value)] * len(found), found, "o", color=COLOURS[colour], markersize=3.5, alpha=0.6)
+        if curve.best is not None and float(curve.best) in means:
+            best = float(curve.best)
+            ax.plot(best, means[best], "D", color=COLOURS[colour], markersize=7, markeredgecolor="black")
+    if not every:
+        return None
+    if min(every) > 0:
+        ax.set_xscale("log")
+    ax.set_xticks(list(every), list(every.values()))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    _label(ax, curves[0].key, "loss at the end, nats a token", handles)
+    gone = sorted(
+        {f"{curve.arm} at {value}" for curve in curves for value, of in curve.losses.items() if "diverged" in of}
+    )
+    text = "A dot a tuning seed, a line through their mean; the diamond is the value at which the arm is compared"
+    return f"{text}. Diverged: {shorten(', '.join(gone), 200)}." if gone else f"{text}."
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -316,6 +370,32 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
         text += ", so wider than the table's, which is right at one look"
     if any(one < low or other > high for one, other in widest):
         text += "; the first intervals are wider than the picture"
+    return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
+
+
+def _budgets(ax: Axes, axis: Axis) -> str | None:
+    """The mean difference of each arm within each budget, with its interval."""
+    comparison, handles, margin = axis.comparison, [], axis.comparison.margin
+    by_arm: dict[tuple[str, str], list[Effect]] = defaultdict(list)
+    for effect in comparison.axes:
+        if effect.metric == comparison.metric and effect.mean_difference is not None:
+            by_arm[effect.key, effect.arm].append(effect)
+    for place, ((key, arm), each) in enumerate(by_arm.items()):
+        turn, colour = divmod(place, len(COLOURS))
+        x = [float(effect.budget.partition("=")[2]) for effect in each]
+        look: dict[str, Any] = {"color": COLOURS[colour], "linestyle": DASHES[turn % len(DASHES)], "linewidth": 1.4}
+        (line,) = ax.plot(x, [effect.mean_difference or 0.0 for effect in each], marker="o", markersize=4, **look)
+        handles.append((f"{key}={arm}", line))
+        sure = [(at, *effect.ci95) for at, effect in zip(x, each, strict=True) if effect.ci95]
+        if sure:
+            ax.vlines(*zip(*sure, strict=True), **look)
+    if not handles:
+        return None
+    ax.axhline(0, **ZERO)
+    for bound in (-margin, margin) if margin else ():
+        ax.axhline(bound, **REFERENCE)
+    _label(ax, axis.grid.over, "arm minus baseline, nats", handles)
+    text = "Mean difference in the loss at the end of runs of each budget, with its 95 % interval"
     return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
 
 

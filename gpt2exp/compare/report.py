@@ -41,6 +41,10 @@ INTERACTIONS = (
     "How much the effect of one axis on the loss changes with another: the difference of their differences, by seed. "
     "p is not corrected. Large: the interval excludes zero and the size exceeds the seed-to-seed std."
 )
+TUNING = (
+    "The loss at the end over the tuning seeds: its mean ± their standard deviation. These runs are not compared. An "
+    "arm is compared at the value with the lowest mean; a run that diverged makes its value the worst."
+)
 METHOD = (
     "A pair is two runs that differ in one axis and share the rest, seed included. Differences at one seed are first "
     "averaged over the other axes, so n counts seeds. Intervals are 95 %, of the paired differences; p values are "
@@ -54,6 +58,11 @@ METHOD = (
     "seeds named would settle it in four of five studies whose differences go on like these; perhaps: by the upper "
     "80 % limit of their standard deviation. They count further looks, but no correction by Holm. not comparable: the "
     "reason says why.",
+    "compute is the factor on the baseline's steps at which its own curve reaches the arm's final loss, times the "
+    "ratio of speeds: above 1 the arm is worth that many times the baseline's compute. steps leaves the speed out. The "
+    "curve is the validation loss where it was measured along the run, else the smoothed training loss. An arm that "
+    "ends lower than the baseline ever gets has no such factor, only a bound of 1; for it the number says how much "
+    "sooner it reaches the baseline's final loss.",
     "r is the correlation of the two arms over seeds. saved says how many more seeds each arm would need if the arms "
     "shared none; below 0, pairing lost.",
 )
@@ -82,17 +91,37 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
     from rich.text import Text
 
     if comparison.axes and not comparison.searched:
-        _show_table(words.effects_table(comparison), console, f"compared in {BY_KEY[comparison.metric].name}")
+        heading = f"compared in {BY_KEY[comparison.metric].name}"
+        heading += f"; {words.WORTH}" * any(words.worth(effect)[0] for effect in comparison.axes)
+        _show_table(words.effects_table(comparison), console, heading)
+    if comparison.tuning:
+        shown = words.tuning_table(comparison)
+        cells = [dict(zip((column.name for column in shown.columns), row, strict=True)) for row in shown.rows]
+        console.print(terminal.table(cells, tuning_heading(comparison)), markup=False)
     for verdict, text in words.sentences(comparison):
         mark = Text(f"{SIGNS[verdict]} ", style=COLOURS.get(verdict, "dim"))
         console.print(mark + Text(text), soft_wrap=True)
-    said = [(f"interaction: {text}", "") for text in words.interactions(comparison)]
+    said = [(f"budget: {text}", "") for text in words.changes(comparison)]
+    said += [(f"interaction: {text}", "") for text in words.interactions(comparison)]
     said += [(words.distance_sentence(item), "") for item in comparison.distances]
     said += [(f"{name}: {fate}", "red") for name, fate in words.failures(comparison) if failed]
     said += [(f"note: {printable(note)}", "dim") for note in comparison.notes]
     said += [(f"report: {printable(terminal.short((out / 'report.html').absolute()))}", "")] if out is not None else []
     for text, style in said:
         console.print(Text(text, style=style), soft_wrap=True)
+
+
+def tuning_heading(comparison: Comparison) -> str:
+    """What is above the curves of the arms."""
+    return f"Each arm's own {comparison.tuning[0].key}"
+
+
+def tuning(comparison: Comparison) -> list[str]:
+    """The curve of each arm over the values of the tuned key in Markdown: a table, and a line an arm."""
+    shown = words.tuning_table(comparison)
+    shown.rows = [[*map(escaped, cells)] for cells in shown.rows]
+    lines = [f"- {escaped(curve.said())}" for curve in comparison.tuning]
+    return [TUNING, "", *md_table(shown), "", *lines]
 
 
 def _show_table(shown: Table, console: Console, heading: str) -> None:
@@ -107,8 +136,8 @@ def _show_table(shown: Table, console: Console, heading: str) -> None:
         table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
     reasons = words.reasons_of(shown)
     for (axis, arms), rows in itertools.groupby(shown.rows, key=lambda row: row[:2]):
-        # three metrics an arm: its axis beside the first, its names beside the second
-        for row, beside in itertools.zip_longest(rows, (axis, f"  {arms}")):
+        # three metrics an arm: its axis beside the first, its names beside the second, its budget beside the third
+        for row, beside in itertools.zip_longest(rows, (axis, *(f"  {part}" for part in arms.split(", ")))):
             if row is None:
                 break
             *cells, verdict = (row[at] for at in named[2:])
@@ -130,16 +159,19 @@ def finite(value: Any) -> Any:
 
 
 def records(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
-    """The effects as column names and rows of exact values: of `ci95` and `parameters` two columns each."""
-    single = [item.name for item in fields(Effect) if item.name not in ("ci95", "parameters")]
+    """The effects as column names and rows of exact values: of each interval and `parameters` two columns."""
+    ends = [item.name for item in fields(Effect) if item.name.endswith("ci95")]
+    single = [item.name for item in fields(Effect) if item.name not in (*ends, "parameters")]
     rows = []
     for effect in comparison.axes:
         row = finite(asdict(effect))
         row["differences"] = json.dumps(row["differences"])
         values = [row[name] for name in single]
-        values += [*(row["ci95"] or (None, None)), *(row["parameters"].get(side) for side in ("baseline", "arm"))]
+        values += itertools.chain(*(row[name] or (None, None) for name in ends))
+        values += [row["parameters"].get(side) for side in ("baseline", "arm")]
         rows.append([printable(value) if isinstance(value, str) else value for value in values])
-    return [*single, "ci95_low", "ci95_high", "baseline_parameters", "arm_parameters"], rows
+    bounds = [f"{name}_{side}" for name in ends for side in ("low", "high")]
+    return [*single, *bounds, "baseline_parameters", "arm_parameters"], rows
 
 
 def table(comparison: Comparison) -> str:
@@ -218,12 +250,17 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def address(place: Path, out: Path) -> str:
+    """Of a file or folder, relative to the page's folder `out`, as Markdown and HTML take it."""
+    return quote(os.fsencode(Path(os.path.relpath(place, out.resolve())).as_posix()), safe="/=,+@~")
+
+
 def verdict_text(verdict: str) -> str:
-    """A verdict with its sign; the page colours it by the sign."""
-    return f"**{SIGNS[verdict]} {name_of(verdict)}**"
+    """A verdict with its sign, by which the page colours it; empty in a row that has none."""
+    return "" if verdict == words.UNJUDGED else f"**{SIGNS[verdict]} {name_of(verdict)}**"
 
 
-def _md_table(shown: Table) -> list[str]:
+def md_table(shown: Table) -> list[str]:
     """The table's lines; the cells are Markdown already."""
     head = [escaped(column.name) for column in shown.columns]
     rule = ["--:" if column.number else "---" for column in shown.columns]
@@ -233,6 +270,7 @@ def _md_table(shown: Table) -> list[str]:
 def verdicts(comparison: Comparison) -> list[str]:
     """What was found, a line of Markdown each."""
     text = [f"- {verdict_text(verdict)} {escaped(said)}" for verdict, said in words.sentences(comparison)]
+    text += [f"- **⇢ budget** {escaped(said)}" for said in words.changes(comparison)]
     text += [f"- **× interaction** {escaped(said)}" for said in words.interactions(comparison)]
     text += [f"- **↔ from fp64** {escaped(words.distance_sentence(item))}" for item in comparison.distances]
     return text + [f"- note: {escaped(printable(note))}" for note in comparison.notes]
@@ -250,7 +288,8 @@ def effects(comparison: Comparison, metrics: Sequence[str] = ()) -> list[str]:
         for *cells, verdict, reason in shown.rows
     ]
     notes = [f"- \\[{number + 1}\\] {escaped(reason)}" for number, reason in enumerate(reasons)]
-    return [*_md_table(Table(shown.columns[:-1], rows)), "", *notes]
+    said = [f"{words.WORTH[0].upper()}{words.WORTH[1:]}.", ""] * any(row[-2] == words.UNJUDGED for row in shown.rows)
+    return [*md_table(Table(shown.columns[:-1], rows)), "", *said, *notes]
 
 
 def reproduce(comparison: Comparison) -> list[str]:
@@ -266,12 +305,10 @@ def _runs(comparison: Comparison, out: Path) -> list[str]:
     """The table of runs, each linked to its folder by an address relative to `out`."""
     runs = words.runs_table(comparison)
     for row, cells in zip(comparison.runs, runs.rows, strict=True):
-        relative = Path(os.path.relpath(row["folder"], out.resolve())).as_posix()
         name, state, *others = cells
-        address = quote(os.fsencode(relative), safe="/=,+@~")
         state = state if state == "done" else f"**{state}**"
-        cells[:] = [f"[{escaped(name)}]({address}/)", state, *map(escaped, others)]
-    return _md_table(runs)
+        cells[:] = [f"[{escaped(name)}]({address(Path(row['folder']), out)}/)", state, *map(escaped, others)]
+    return md_table(runs)
 
 
 def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
@@ -282,22 +319,26 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
     if comparison.failed:
         text += ["", "## Not finished", ""]
         text += [f"- **{escaped(name)}** {escaped(fate)}" for name, fate in words.failures(comparison)]
+    if comparison.tuning and not sections:
+        text += ["", f"## {escaped(tuning_heading(comparison))}", "", *tuning(comparison)]
     for section in sections:
         text += ["", f"## {escaped(printable(section.key or 'Figures'))}"]
+        if comparison.tuning and section is sections[0]:
+            text += ["", *tuning(comparison)]
         for item in section.drawings:  # the backslash breaks the line
             text += ["", f"![{item.title}](figures/{item.name}.png)\\", f"*{item.title}.* {escaped(item.caption)}"]
     if comparison.interactions:
         table = words.interactions_table(comparison)
         table.rows = [[*map(escaped, cells)] for cells in table.rows]
-        text += ["", "## Interactions", "", INTERACTIONS, "", *_md_table(table)]
+        text += ["", "## Interactions", "", INTERACTIONS, "", *md_table(table)]
     text += ["", "## Runs", "", *_runs(comparison, out)]
     text += ["", "## Reproduce", "", *reproduce(comparison)]
     text += ["", "## How to read this", "", *(f"{paragraph}\n" for paragraph in METHOD)]
     return "\n".join(text).rstrip() + "\n"
 
 
-def page(text: str, comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
-    """`report.html`: the Markdown `text` as one page that needs nothing else, the figures inside it."""
+def page(text: str, title: str, out: Path, sections: Sequence[Section] = ()) -> str:
+    """The Markdown `text` of a file in `out` as one HTML page that needs nothing else, the figures inside it."""
     import jinja2
     from markdown_it import MarkdownIt
     from markupsafe import Markup
@@ -318,7 +359,7 @@ def page(text: str, comparison: Comparison, out: Path, sections: Sequence[Sectio
     source = resources.files("gpt2exp.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     return template.render(
-        title=words.title(comparison),
+        title=title,
         folder=printable(terminal.short(out.absolute())),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         body=Markup(reader.renderer.render(tokens, reader.options, {})),  # html=False: user text is escaped in it

@@ -32,6 +32,10 @@ class Row(Summary, total=False):
     folder: str
     gone: dict[str, Any]
     """Keys of its configuration that this version does not know."""
+    pid: int | None
+    """The process that ran it, or its last part."""
+    tuned: str
+    """The key of which it has its arm's best value, which is no axis."""
 
 
 Settings = dict[str, str]
@@ -58,7 +62,7 @@ def read(folders: Sequence[Path]) -> list[Row]:
 
 
 def _row(run: Path, above: Path) -> Row:
-    row = cast("Row", {**record.row(run, above), "folder": str(run)})
+    row = cast("Row", {**record.row(run, above), "folder": str(run), "pid": record.read_status(run).get("pid")})
     if "config" in row:
         return row
     if row["state"] == "done" or (run / "summary.json").exists():
@@ -83,7 +87,8 @@ def of_today(row: Row) -> Row:
 
 def _flat(row: Row) -> Settings:
     """A run's configuration by dotted key, values as shown, without housekeeping; keys of other versions with it."""
-    return {key: show(value) for key, value in (flatten(row["config"]) | flatten(row.get("gone", {}))).items()}
+    of = flatten(row["config"]) | flatten(row.get("gone", {}))
+    return {key: show(value) for key, value in of.items() if key != row.get("tuned")}
 
 
 def _typed(row: Row, flat: Settings) -> Settings:
@@ -91,7 +96,9 @@ def _typed(row: Row, flat: Settings) -> Settings:
     settings: Settings = {}
     for text in row.get("overrides", []):
         key, _, value = text.lstrip("+").partition("=")
-        if not (is_housekeeping(key) or key == "experiment" or key.startswith(("hydra.", "hydra/"))):
+        if not (
+            is_housekeeping(key) or key in ("experiment", row.get("tuned")) or key.startswith(("hydra.", "hydra/"))
+        ):
             key = key if key in flat else MOVED.get(key, key)
             settings[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
     return settings
@@ -189,7 +196,12 @@ class Grid:
     """Runs by seed and arms; the finished ones are its cells."""
 
     def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
-        self.axes = axes
+        overs = {(row["config"]["sweep"].get("over") or "").partition("=")[0].strip() for row in rows}
+        self.over = next(iter(overs), "") if len(overs) == 1 and overs <= axes.keys() else ""
+        """The axis that is a budget (`sweep.over`), its arms in ascending order; empty without."""
+        if self.over:
+            axes = {**axes, self.over: sorted(axes[self.over], key=float)}
+        self.axes, self.budget = axes, ""
         self._metrics: dict[str, list[dict[str, Any]]] = {}
         self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
         planned: set[tuple[int, tuple[str, ...]]] = set()
@@ -211,6 +223,19 @@ class Grid:
         part = copy.copy(self)
         part.cells = {cell: row for cell, row in self.cells.items() if cell[0] in seeds}
         part.planned = [cell for cell in self.planned if cell[0] in seeds]
+        return part
+
+    @property
+    def budgets(self) -> list[str]:
+        """The budgets, such as `train.steps=50`, ascending; one without a name where no axis is one."""
+        return [f"{self.over}={arm}" for arm in self.axes[self.over]] if self.over else [""]
+
+    def within(self, budget: str) -> Grid:
+        """Its part of a budget."""
+        part, (over, _, arm) = copy.copy(self), budget.partition("=")
+        part.budget, at = budget, [*self.axes].index(over) if budget else 0
+        part.cells = {cell: row for cell, row in self.cells.items() if not budget or cell[1][at] == arm}
+        part.planned = [cell for cell in self.planned if not budget or cell[1][at] == arm]
         return part
 
     def metrics(self, row: Row) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from gpt2exp.compare.comparison import Comparison, Row, at_looks, compare, read
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST, Inference, reach, tells, upper_std
+from gpt2exp.compare.tuned import apart
 from gpt2exp.compare.words import amounts, spell, subject
 from gpt2exp.run import record
 from gpt2exp.section import BadRequest, show
@@ -46,7 +47,7 @@ class Stand:
             if one.n_needed is not None:
                 more = f", about {(number := one.n_needed - one.n_seeds)} more seed{'s' * (number != 1)}"
             verdict = (one.verdict or one.reason).replace("_", " ")
-            arms = f"{subject(one.key, one.arm)} against {one.baseline}"
+            arms = f"{subject(one.key, one.arm)} against {one.baseline}" + f" at {one.budget}" * bool(one.budget)
             said.append(f"seed {self.seeds} of at most {most}: {arms}: {difference} ({interval}) nats, {verdict}{more}")
         return said + [f"seed {self.seeds} is the last: {self.why}"] * bool(self.why)
 
@@ -78,20 +79,22 @@ def stand(sweep: Path) -> Stand:
     """How a sweep that runs until it is answered stands."""
     known, rows = record.Sweep.read(sweep), list[Row]()
     with contextlib.suppress(BadRequest):  # no run has begun
-        rows = read([sweep])
+        rows, _ = apart(read([sweep]))
     return decide(known, rows) if known and known.looks else Stand()
 
 
 def compared(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
     """The comparison of runs; those of a sweep that runs until it is answered as of its last seed, with the rule."""
-    sweeps = {Path(row["folder"]).parent for row in rows}
+    runs, trials = apart(rows)
+    sweeps = {Path(row["folder"]).parent for row in runs}
     known = record.Sweep.read(next(iter(sweeps))) if len(sweeps) == 1 else None
     if known is None or not known.looks:
         return compare(rows, margin=margin, out=out)
-    at, there = decide(known, rows), {Path(row["folder"]).name for row in rows}
+    at, there = decide(known, runs), {Path(row["folder"]).name for row in runs}
     beyond = list(known.by_seed.items())[at.seeds :] if at.why else []
     late = {name for _, names in beyond for name in names}
-    comparison = compare([row for row in rows if Path(row["folder"]).name not in late], margin=margin, out=out)
+    counted = [row for row in runs if Path(row["folder"]).name not in late]
+    comparison = compare([*counted, *trials], margin=margin, out=out)
     axes, nats = ", ".join(known.rule["axes"]), known.rule["margin"]
     within = "no margin" if nats is None else f"a margin of ±{nats:g} nats"
     rule = f"decided before the first run: seeds 1, 2, 3, ... until each arm of {axes} has a verdict, with {within}"

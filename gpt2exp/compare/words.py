@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Grid, Interaction
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST
+from gpt2exp.compare.tuned import typed
 from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
+
+UNJUDGED = "unjudged"
+"""In place of a verdict, in a row that has none of its own."""
+WORTH = "compute, or steps alone: above 1 the arm is worth that many times the baseline's"
+"""How to read such a row."""
 
 
 class Column(NamedTuple):
@@ -93,6 +101,21 @@ def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, st
     return text, " to ".join(bounds)
 
 
+def worth(loss: Effect) -> tuple[str, str, str]:
+    """What an arm is worth in the baseline's compute, or steps alone: which, how many times, the 95 % interval."""
+    of, factor, interval = "compute", loss.compute_multiplier, loss.compute_multiplier_ci95
+    if factor is None:
+        of, factor, interval = "steps", loss.steps_factor, loss.steps_factor_ci95
+    if factor is None:
+        return "", "", ""
+    low, high = interval or (None, None)
+    resolution = max(0.01, min((high - low) / 2 if low is not None and high is not None else factor / 10, 0.5))
+    text, *ends = (spell(value or 0.0, resolution) for value in (factor, low, high))
+    if interval is None or None not in (low, high):
+        return of, text, " to ".join(ends) if interval else ""
+    return of, "–", f"below {ends[1]}" if high is not None else f"above {ends[0]}" if low is not None else "unknown"
+
+
 def subject(key: str, arm: str) -> str:
     """`key=arm`."""
     return f"{printable(key)}={printable(arm)}"
@@ -125,14 +148,18 @@ def sentences(comparison: Comparison) -> list[Sentence]:
     if comparison.searched or not comparison.axes:
         text = _least(comparison) if comparison.searched else _seeds_only(comparison)
         return [Sentence("", text)] if text else []
-    by_arm: dict[tuple[str, str], dict[str, Effect]] = {}
+    by_arm: dict[tuple[str, str, str], dict[str, Effect]] = {}
     for effect in comparison.axes:
-        by_arm.setdefault((effect.key, effect.arm), {})[effect.metric] = effect
-    losses = [(effects, effects[comparison.metric]) for effects in by_arm.values()]
-    return [
-        Sentence(loss.verdict or "", _sentence(loss, "".join(_costs(effects, loss)), comparison.margin))
-        for effects, loss in losses
-    ]
+        by_arm.setdefault((effect.key, effect.arm, effect.budget), {})[effect.metric] = effect
+    found, said = list[Sentence](), set[tuple[str, str]]()
+    for effects in by_arm.values():
+        loss = effects[comparison.metric]
+        costs = "".join(_costs(effects, loss))
+        if loss.tuning and (loss.key, loss.tuning) not in said:  # once an axis
+            said.add((loss.key, loss.tuning))
+            costs += f", {loss.tuning}"
+        found.append(Sentence(loss.verdict or "", _sentence(loss, costs, comparison.margin)))
+    return found
 
 
 def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
@@ -158,10 +185,23 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     else:
         where = "above" if (loss.mean_difference or 0) > 0 else "below"
         text = f"{name} ended {size} nats {where} {base} ({reason}){costs}"
-    text += _trend(loss, margin)
+    if loss.pair_correlation is not None and loss.pair_correlation < 0 and loss.verdict != "not_comparable":
+        text += "; the two arms go against each other over the seeds (r below 0): unpaired runs would do better"
+    text += _worth(loss) + _trend(loss, margin)
     if loss.dropped_pairs:
         text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
-    return f"{text}."
+    return f"at {printable(loss.budget)} {text}." if loss.budget else f"{text}."
+
+
+def _worth(loss: Effect) -> str:
+    """What the arm is worth, as a clause."""
+    of, factor, interval = worth(loss)
+    if not of:
+        return ""
+    if factor == "–":
+        return f"; worth {interval} times the baseline's {of}"
+    at = " at the baseline's final loss" if float(factor) > 1 else ""
+    return f"; worth {factor} times the baseline's {of}{at}" + (f" (95 % interval {interval})" if interval else "")
 
 
 def _trend(loss: Effect, margin: float | None) -> str:
@@ -227,14 +267,40 @@ def _least(comparison: Comparison) -> str:
 
 
 def interactions(comparison: Comparison) -> Iterable[str]:
-    """A sentence for each large one: what an axis does to the effect of another."""
+    """A sentence for each large one: what an axis does to the effect of another; a budget's are `changes`."""
     for item in comparison.interactions:
-        if item.large and item.p_value is not None:
+        if item.large and item.p_value is not None and comparison.over not in item.keys:
             (one, other), base = _subjects(item), printable(comparison.swept[item.keys[1]][0])
-            how = f"{amounts(item, sign=False)[0]} nats {'higher' if item.mean_difference > 0 else 'lower'}"
-            sure = f"95 % interval {amounts(item)[1]}, n={counted(item.n_seeds, 'seed')}"
-            text = f"under {other} the effect of {one} on the loss is {how} than under {base}"
-            yield f"{text} ({sure}, p{probability(item.p_value)}, uncorrected)."
+            yield f"under {other} the effect of {one} on the loss is {_how(item)} than under {base} ({_sure(item)})."
+
+
+def changes(comparison: Comparison) -> Iterable[str]:
+    """A sentence an arm: whether the difference that it makes changes from the least budget to the largest."""
+    for item in comparison.interactions:
+        if comparison.over not in item.keys or item.ci95 is None:
+            continue
+        at = item.keys.index(comparison.over)
+        (first, *_, last), (low, high) = comparison.swept[comparison.over], item.ci95
+        if item.arms[at] != last:
+            continue
+        within = comparison.margin is not None and -comparison.margin <= low and high <= comparison.margin
+        text = f"from {comparison.over}={first} to {last} the effect of {_subjects(item)[1 - at]} on the loss"
+        if within:
+            text += f" holds within ±{comparison.margin:g} nats"
+        elif low <= 0 <= high:
+            text += f" may or may not change: a difference of {amounts(item)[0]} nats"
+        else:
+            text += f" changes: at {last} it is {_how(item)} than at {first}"
+        yield f"{text} ({_sure(item)})."
+
+
+def _how(item: Interaction) -> str:
+    return f"{amounts(item, sign=False)[0]} nats {'higher' if item.mean_difference > 0 else 'lower'}"
+
+
+def _sure(item: Interaction) -> str:
+    p = probability(1.0 if item.p_value is None else item.p_value)
+    return f"95 % interval {amounts(item)[1]}, n={counted(item.n_seeds, 'seed')}, p{p}, uncorrected"
 
 
 def _subjects(item: Interaction) -> list[str]:
@@ -281,11 +347,16 @@ def summary(comparison: Comparison) -> str:
 
 
 def effects_table(comparison: Comparison) -> Table:
-    """A row an axis, arm and metric; the verdict and its reason last."""
+    """A row an axis, arm and metric, then what the arm is worth; the verdict and its reason last."""
     numeric = ("n", "difference", "p", "seed std", "r", "saved")
     names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "r", "saved", "verdict")
     # in a search a value tried once differs from another by chance
-    rows = [_effect_row(effect) for effect in comparison.axes if not comparison.searched]
+    effects = [] if comparison.searched else comparison.axes
+    rows = list[list[str]]()
+    for _, of_arm in itertools.groupby(effects, key=lambda effect: (effect.key, effect.arm, effect.budget)):
+        each = list(of_arm)
+        rows += map(_effect_row, each)
+        rows += [_worth_row(effect) for effect in each if worth(effect)[0]]
     return Table([Column(name, name in numeric) for name in (*names, "reason")], rows)
 
 
@@ -294,7 +365,7 @@ def _effect_row(effect: Effect) -> list[str]:
     beyond = "" if effect.ci95 is None else f">{LARGEST - effect.n_seeds:,}"
     return [
         printable(effect.key),
-        f"{printable(effect.arm)} against {printable(effect.baseline)}",
+        f"{printable(effect.arm)} against {printable(effect.baseline)}" + f", {effect.budget}" * bool(effect.budget),
         f"{metric.compared}, {'ratio' if metric.ratio else metric.unit}",
         str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
         *amounts(effect),
@@ -305,6 +376,32 @@ def _effect_row(effect: Effect) -> list[str]:
         effect.verdict or "",
         printable(effect.reason),
     ]
+
+
+def tuning_table(comparison: Comparison) -> Table:
+    """A row an arm: over the tuning seeds its loss at each value, and the value at which it is compared."""
+    values = sorted({value for curve in comparison.tuning for value in curve.losses}, key=float)
+    rows = []
+    for curve in comparison.tuning:
+        cells = [_tuning_cell(curve.losses.get(value, [])) for value in values]
+        rows.append([curve.arm, *cells, curve.best or "–"])
+    return Table([Column("arm"), *(Column(value, True) for value in values), Column("best", True)], rows)
+
+
+def _tuning_cell(losses: Sequence[float | str]) -> str:
+    """The mean loss with its std over seeds, or what kept a run from having one."""
+    states = Counter(loss for loss in losses if isinstance(loss, str))
+    if states or not losses:
+        return ", ".join(f"{printable(state)} ({count} of {len(losses)})" for state, count in states.items()) or "–"
+    known = [float(loss) for loss in losses]
+    std = statistics.stdev(known) if len(known) > 1 else 0.0
+    return spell(statistics.fmean(known), std or 0.005) + (f" ± {spell(std)}" if std else "")
+
+
+def _worth_row(loss: Effect) -> list[str]:
+    of, factor, interval = worth(loss)
+    first, empty = _effect_row(loss), [""] * 4
+    return [*first[:2], f"{of}, ratio", first[3], factor, interval, *empty, UNJUDGED, printable(loss.multiplier_reason)]
 
 
 def reasons_of(effects: Table) -> list[str]:
@@ -325,16 +422,18 @@ def interactions_table(comparison: Comparison) -> Table:
 def runs_table(comparison: Comparison) -> Table:
     """A row a run, its name first."""
     keys, rows = list(comparison.swept), []
+    tuned = list(dict.fromkeys(row["tuned"] for row in comparison.runs if "tuned" in row))
     for row in comparison.runs:
-        seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", [""] * len(keys))
+        seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", ("",) * len(keys))
+        arms = *arms, *(typed(row, key) if "config" in row else "" for key in tuned)
         cells = [printable(row["name"]), printable(row["state"]), *map(printable, arms), str(seed)]
         cells += [shown(row, metric.key) for metric in COLUMNS]
         rows.append([*cells, f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"])
     numbers = ("seed", *(metric.column for metric in COLUMNS), "seconds")
-    words = ("run", "state", *map(printable, keys))
+    words = ("run", "state", *map(printable, [*keys, *tuned]))
     return Table([Column(name, at >= len(words)) for at, name in enumerate((*words, *numbers))], rows)
 
 
 def name_of(verdict: str) -> str:
     """A verdict as people read it."""
-    return verdict.replace("_", " ") or "no verdict"
+    return "" if verdict == UNJUDGED else verdict.replace("_", " ") or "no verdict"

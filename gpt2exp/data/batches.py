@@ -38,8 +38,7 @@ class Windows:
         cut = len(tokens) - held_out(len(tokens), data.val_fraction)
         self.training, self.held_out = tokens[:cut], tokens[cut:]
         self.train_config, self.order, self.seed, self.device, self.share = train, data.order, seed, device, share
-        self.per_epoch = (cut - 1) // train.micro_batch_tokens
-        """Batches in an epoch."""
+        self.per_epoch = (cut - 1) // train.micro_batch_tokens  # batches in an epoch
         self._ahead: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._permutation: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 

@@ -38,23 +38,12 @@ from gpt2exp.schema import explain, plain
 from gpt2exp.section import SOURCE, BadRequest, first_line, require, show
 
 Pieces: TypeAlias = "Iterator[str | npt.NDArray[np.uint16] | None]"
-
-Advance: TypeAlias = Callable[[int], None]
-"""Called with the number of further bytes of input that have been read."""
-
+Advance: TypeAlias = Callable[[int], None]  # called with the number of further bytes of input that have been read
 Stream: TypeAlias = "io.BufferedReader[Any] | gzip.GzipFile"
-
-BLOCK = 2**20
-"""Bytes, or characters, read at a time: about the length of a piece."""
-
-ROWS = 256
-"""Rows of a Parquet file that are Python objects at a time."""
-
-PATIENCE = 3
-"""Seconds of reading after which a bar appears."""
-
+BLOCK = 2**20  # bytes, or characters, read at a time: about the length of a piece
+ROWS = 256  # rows of a Parquet file that are Python objects at a time
+PATIENCE = 3  # seconds of reading after which a bar appears
 EXTRA = "pip install 'gpt2exp[datasets]'"
-
 ROWS_OF_JSON = (".jsonl", ".ndjson", ".json")
 
 NOT_TEXT: tuple[tuple[bytes, str, str], ...] = (
@@ -96,35 +85,26 @@ class Text:
     """A text that may not have been read yet."""
 
     name: str
-    key: str
-    """Names its tokens in the cache: a hash of the place, or of the Hub's commit, and of what is chosen of it."""
-    size: int | None
-    """Bytes that reading it will count, where known."""
-    read: Callable[[Advance], Pieces]
-    """Its documents."""
+    key: str  # names its tokens in the cache: a hash of the place, or of the Hub's commit, and of what is chosen of it
+    size: int | None  # bytes that reading it will count, where known
+    read: Callable[[Advance], Pieces]  # its documents
     sha256: Callable[[], str]
     """For the record, to be called after reading: the hash of a plain text's bytes; for rows also of the field, subset,
     split and limit; for a dataset of its commit and these."""
-    revision: str | None = None
-    """The commit on the Hub."""
+    revision: str | None = None  # the commit on the Hub
 
 
 def find(config: DataConfig) -> Text:
-    """The text of a data section.
-
-    Raises:
-        BadRequest: there is no such text, or it cannot be read.
-        AssetError: the Hub cannot be reached.
-    """
+    """The text of a data section; `BadRequest` if it is not there, `AssetError` if the Hub cannot be reached."""
     path, limit = Path(str(config.path)), {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
     rows: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split}
     if isinstance(config, choices.Outside):
         own = {key: value for key, value in plain(config).items() if key not in (SOURCE, "val_fraction", "order")}
-        known = _with("", own)
+        known = _hash_with("", own)
         return Text(str(config.name), known, None, lambda _: _by_code(config), lambda: known)
     if config.name in assets.TEXTS:
         asset = assets.TEXTS[config.name]  # its hash is known, so that with a warm cache the text is not read
-        known = _with(asset.sha256, limit)
+        known = _hash_with(asset.sha256, limit)
 
         def fetched(advance: Advance) -> Pieces:
             return in_file(_file(assets.fetch(asset), asset.name, asset.name), config.field, advance)
@@ -132,13 +112,11 @@ def find(config: DataConfig) -> Text:
         return Text(config.name.value, known, None, fetched, lambda: known)
     if config.name is DataName.hub and not path.expanduser().exists():
         commit = _commit(config)
-        known = _with(commit, {**rows, "path": config.path, **limit})
+        known = _hash_with(commit, {**rows, "path": config.path, **limit})
         return Text(str(path), known, None, lambda advance: _streamed(config, commit, advance), lambda: known, commit)
     found = _files(path)
-    place = {
-        "path": str(path.expanduser().absolute()),
-        "files": [(item.name, item.size, item.mtime_ns) for item in found],
-    }
+    seen = [(item.name, item.size, item.mtime_ns) for item in found]
+    place = {"path": str(path.expanduser().absolute()), "files": seen}
     fields = [item.has_fields for item in found]
     chosen = ({"field": config.field, "of": fields} if any(fields) else {}) | limit
     size: int | None = sum(item.size for item in found)
@@ -153,39 +131,37 @@ def find(config: DataConfig) -> Text:
         return itertools.chain.from_iterable(in_file(item, config.field, advance) for item in found)
 
     def sha256() -> str:
-        return _with(files.joint([item.digest() for item in found]), chosen)
+        return _hash_with(files.joint([item.digest() for item in found]), chosen)
 
-    key = _with(hashlib.sha256(json.dumps(place).encode()).hexdigest(), {"name": config.name.value, **chosen})
+    key = _hash_with(hashlib.sha256(json.dumps(place).encode()).hexdigest(), {"name": config.name.value, **chosen})
     return Text(path.name, key, size, read, sha256)
 
 
 def _by_code(config: Any) -> Pieces:
     """The documents that code from outside yields: texts, or token ids."""
     said = f"data={config.name}"
-    for document in _guarded(said, config):
-        yield None
-        if isinstance(document, str):
-            yield document
-            continue
-        try:
-            ids = np.asarray(document)
-        except ValueError:
-            ids = np.asarray(None)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
-            why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
-            raise BadRequest(f"{said}: {why}; yield str, or lists of int")
-        yield ids.astype("<u2")
-
-
-def _guarded(said: str, config: Any) -> Iterator[Any]:
     try:
-        yield from choices.call(config)
+        for document in choices.call(config):
+            yield None
+            if isinstance(document, str):
+                yield document
+                continue
+            try:
+                ids = np.asarray(document)
+            except ValueError:
+                ids = np.asarray(None)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
+                why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
+                raise BadRequest(f"{said}: {why}; yield str, or lists of int")
+            yield ids.astype("<u2")
+    except BadRequest:
+        raise
     except Exception as error:
         why = f"its code raised {type(error).__name__}: {first_line(error)}"
         raise BadRequest(f"{said}: {why}; mend its code or its keys") from error
 
 
-def _with(sha256: str, chosen: Mapping[str, Any]) -> str:
+def _hash_with(sha256: str, chosen: Mapping[str, Any]) -> str:
     """`sha256` where nothing is chosen, else a hash of both."""
     if not chosen:
         return sha256
@@ -221,14 +197,11 @@ class File:
     """A file of documents as it was found."""
 
     path: Path
-    name: str
-    """Relative to the folder that was named."""
-    named: str
-    """`data.path` as typed."""
+    name: str  # relative to the folder that was named
+    named: str  # `data.path` as typed
     size: int
     mtime_ns: int
-    sha256: str | None = None
-    """Of its bytes, once all of them have been read through `_Hashed`."""
+    sha256: str | None = None  # of its bytes, once all of them have been read through `_Hashed`
 
     @property
     def has_fields(self) -> bool:
@@ -348,11 +321,7 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def in_file(file: File, field: str, advance: Advance) -> Pieces:
-    """The documents of a file, by its ending: a row's `field` for JSON lines and Parquet, else the whole file.
-
-    Raises:
-        BadRequest: it is not of the form that its ending says, or cannot be read; the text names line or row.
-    """
+    """The documents of a file, by its ending; `BadRequest` if it is not of that form, with the line or row."""
     try:
         if file.ends(".parquet"):
             yield from _parquet(file, field, advance)
@@ -381,11 +350,7 @@ def in_file(file: File, field: str, advance: Advance) -> Pieces:
 
 
 def in_row(row: object, field: str, where: str) -> Pieces:
-    """The document in a row's `field`.
-
-    Raises:
-        BadRequest: there is no such field, or no text in it; `where` says in which row of what.
-    """
+    """The document in a row's `field`; `BadRequest` if there is no text. `where`: which row of what."""
     yield None
     if not isinstance(row, Mapping) or field not in row:
         names = [str(name) for name in row] if isinstance(row, Mapping) else []
@@ -518,16 +483,14 @@ def _streamed(config: DataConfig, commit: str | None, advance: Advance) -> Piece
         raise BadRequest(f"data.{key}={show(value)}: {explain(error)}; name one that {config.path} has") from error
     except Exception as error:
         raise assets.AssetError(f"data.path={config.path}: cannot be loaded ({first_line(error)})") from error
-    stream = enumerate(rows, 1)
     number = 0
-    while True:
-        try:
-            number, row = next(stream, (number, None))
-        except Exception as error:
-            why = f"broke off after row {number} ({first_line(error)})"
-            raise assets.AssetError(f"data.path={config.path}: {why}; start it again") from error
-        if row is None:
-            return
-        for piece in in_row(row, config.field, f"{config.path} row {number}"):
-            advance(len(piece or ""))
-            yield piece
+    try:
+        for number, row in enumerate(rows, 1):
+            for piece in in_row(row, config.field, f"{config.path} row {number}"):
+                advance(len(piece or ""))
+                yield piece
+    except BadRequest:
+        raise
+    except Exception as error:
+        why = f"broke off after row {number} ({first_line(error)})"
+        raise assets.AssetError(f"data.path={config.path}: {why}; start it again") from error

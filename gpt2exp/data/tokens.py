@@ -36,20 +36,11 @@ if TYPE_CHECKING:
     import tiktoken
 
 
-END_OF_TEXT = 50256
-"""The id placed between documents."""
-
-MARK = "<|endoftext|>"
-"""Its name. Where a text itself contains this, it is tokenised as ordinary letters."""
-
-FORMAT = "gpt2-npy"
-"""Part of a folder's name: the tokenizer and the version of the folder's contents."""
-
-BIGRAM_TOKENS = 10_000_000
-"""The longest text whose pairs of tokens are counted, which takes about 30 bytes a token: 0.3 GB here."""
-
+END_OF_TEXT = 50256  # the id placed between documents
+MARK = "<|endoftext|>"  # its name; where a text itself contains this, it is tokenised as ordinary letters
+FORMAT = "gpt2-npy"  # part of a folder's name: the tokenizer and the version of the folder's contents
+BIGRAM_TOKENS = 10_000_000  # the longest text whose pairs of tokens are counted, in 0.3 GB: 30 bytes a token
 Tokens: TypeAlias = npt.NDArray[np.uint16]
-
 log = logging.getLogger(__name__)
 
 
@@ -59,19 +50,14 @@ class TokenFile:
 
     folder: Path
     name: str
-    sha256: str
-    """Of the text; see `sources.Text`."""
+    sha256: str  # of the text; see `sources.Text`
     tokens: int
     distinct_tokens: int
     max_token: int
-    unigram_entropy: float
-    """In nats: the loss of guessing each token by its frequency."""
-    bigram_entropy: float | None
-    """Of a token given the one before, in nats; None where the text is longer than `BIGRAM_TOKENS`."""
-    tokens_sha256: str
-    """Of the tokens as little-endian uint16."""
-    revision: str | None = None
-    """The commit, of a dataset on the Hub."""
+    unigram_entropy: float  # in nats: the loss of guessing each token by its frequency
+    bigram_entropy: float | None  # of a token given the one before, in nats; None beyond `BIGRAM_TOKENS`
+    tokens_sha256: str  # of the tokens as little-endian uint16
+    revision: str | None = None  # the commit, of a dataset on the Hub
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -80,11 +66,7 @@ class TokenFile:
         return {name: getattr(self, name) for name in names if name != "revision" or self.revision}
 
     def map(self) -> Tokens:
-        """The tokens, (tokens,), memory-mapped read-only.
-
-        Raises:
-            OSError, ValueError: the file is gone, or not what was written.
-        """
+        """The tokens, (tokens,), memory-mapped read-only; OSError or ValueError if the file is not what was written."""
         found: Tokens = np.load(self.folder / TOKENS, mmap_mode="r", allow_pickle=False)
         return found
 
@@ -115,17 +97,13 @@ class TokenFile:
 
 
 TOKENS, COUNTS, FACTS = "tokens.npy", "counts.npy", "facts.json"
-
-IDS = 2**16
-"""Ids that a uint16 can name."""
+IDS = 2**16  # ids that a uint16 can name
 
 
 def prepare(config: DataConfig) -> TokenFile:
     """The tokens of a data section, tokenised unless the cache has them.
 
-    Raises:
-        BadRequest: `data.path` cannot be read, is not of the form its name says, or holds less than two tokens.
-        assets.AssetError: the text or the BPE files could not be fetched, or the cache cannot be written.
+    Raises `BadRequest` for a text that cannot be read or is too short, `AssetError` for one that cannot be fetched.
     """
     text = sources.find(config)
     return _cached(text) or _made(text, config)
@@ -166,7 +144,7 @@ def _cached(text: Text) -> TokenFile | None:
 
 
 def _made(text: Text, config: DataConfig) -> TokenFile:
-    """Tokenise a text, or wait for the process that already does."""
+    """The tokens of a text that the cache lacks: tokenise it, or wait for the process that already does."""
     folder = _folder(text)
     with assets.writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +206,7 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
                 shutil.rmtree(folder.rename(beside(folder)), ignore_errors=True)
             part.rename(folder)
     if marks:
-        log.warning("%s: %s", text.name, _how_to_part(marks, config))
+        log.warning("%s: %s", text.name, _how_to_split(marks, config))
     return TokenFile(folder=folder, name=text.name, revision=text.revision, **known)  # type: ignore[arg-type]
 
 
@@ -256,16 +234,16 @@ def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> 
     return counts, digest.hexdigest(), marks
 
 
-def _how_to_part(count: int, config: DataConfig) -> str:
+def _how_to_split(count: int, config: DataConfig) -> str:
     """The note on a text that contains `MARK`, with a command that splits a single plain file into JSON lines."""
-    note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it parts no documents"
+    note = f"holds {MARK} {count:,} time{'s' if count != 1 else ''}, as letters: it separates no documents"
     path = Path(str(config.path)).expanduser()
     if not path.is_file() or path.suffix not in ("", ".txt", ".md"):
-        return f"{note}; to part them, make each a row, or a file, of its own"
+        return f"{note}; to separate them, make each a row, or a file, of its own"
     parts = f"sys.stdin.read().split('{MARK}')"
     code = f"import json, sys; [print(json.dumps({{'text': part}})) for part in {parts} if part]"
     place = shlex.quote(f"{path.with_suffix('')}.jsonl")
-    return f'{note}; to part them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
+    return f'{note}; to separate them: python -c "{code}" < {shlex.quote(str(path))} > {place}, and data.path={place}'
 
 
 def _write_header(file: BinaryIO, tokens: int) -> None:
@@ -302,17 +280,13 @@ def encoded(pieces: Pieces) -> Iterator[Tokens]:
 
 
 END = np.array([END_OF_TEXT], dtype="<u2")
-
 WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-
-LONG = 100_000
-"""Characters of white space in a row that tiktoken's regular expression can match; a million overflow its stack."""
-
+LONG = 100_000  # characters of white space in a row that tiktoken can match; a million overflow its stack
 _LONG_RUN = re.compile(rf"{WHITE}{{{LONG},}}(?:\Z|(?={WHITE}))")
 
 
 def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
-    """The tokens of a text, (tokens,); a control token's name in it is letters.
+    """The tokens of a text, (tokens,); the name of a control token in it is tokenised as letters.
 
     A long run of white space would overflow the stack of tiktoken's regular expression, so its byte pairs are merged
     directly: the whole run at the text's end, else all but its last character, as the expression does.

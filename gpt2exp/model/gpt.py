@@ -20,8 +20,7 @@ from gpt2exp.model.loss import HeadLoss, loss_alone
 class Linear(nn.Linear):
     """`nn.Linear` without PyTorch's own draw: `initialise` sets every weight, and no global random state moves."""
 
-    residual = False
-    """Writes into the residual stream, so that its std is scaled down with depth."""
+    residual = False  # writes into the residual stream, so that its std is scaled down with depth
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
@@ -69,6 +68,14 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # type: ignore[no-any-return]
 
 
+class ExactGELU(MLP):
+    """The same around GELU itself, by the error function, which the tanh form approximates to 5e-4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.c_proj(F.gelu(self.c_fc(x)))  # type: ignore[no-any-return]
+
+
 class LayerNorm(nn.LayerNorm):
     """Each token's channels to mean 0 and variance 1, then a learnt scale and shift (Ba, Kiros and Hinton 2016)."""
 
@@ -107,8 +114,8 @@ def _look_up(weight: Tensor, idx: Tensor) -> Tensor:
     """Rows `idx` of a tied embedding, whose backward adds the rows' gradient straight into `weight.grad`.
 
     Autograd would fill a dense gradient of all V rows for the look-up and add it to the head's: at small batches a
-    fifth of a CPU step. The head is the last layer, so its gradient is in `weight.grad` long before this one runs;
-    were it not, the addition would only come first. Invisible to `torch.autograd.grad` and to hooks on `weight`.
+    fifth of a CPU step. The head is the last layer, so its gradient is in `weight.grad` long before this one runs; in
+    the other order the sum would be the same. Invisible to `torch.autograd.grad` and to hooks on `weight`.
     """
     rows = F.embedding(idx, weight.detach())
     if torch.is_grad_enabled():
@@ -131,11 +138,8 @@ class Transformer(nn.Module):
         self.wpe = config.position.build(config)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = config.norm.build(config)
-        self.gradient_in_place = False
-        """See `_look_up`: for a caller that trains by `loss.backward()` alone and ties the weights."""
-        self.recompute = False
-        """Keep only what enters a block and compute the rest again in backward (Chen et al. 2016): of a block's
-        17 numbers per token and channel, 1 stays."""
+        self.gradient_in_place = False  # see `_look_up`: for tied weights trained by `loss.backward()` alone
+        self.recompute = False  # keep only a block's input and compute the rest again in backward (Chen et al. 2016)
 
     def forward(self, idx: Tensor) -> Tensor:
         """Tokens (B, T) to what the head reads, (B, T, C)."""
@@ -167,8 +171,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # one tensor, used twice; both gradients add
 
-        self.loss_rows = 1024
-        """Rows of logits that stand at a time while the loss is computed."""
+        self.loss_rows = 1024  # rows of logits that stand at a time while the loss is computed
         self._padded: Tensor | None = None
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -190,7 +193,7 @@ class GPT(nn.Module):
         return HeadLoss.apply(x, weight, targets, self.loss_rows, dtype, padded)  # type: ignore[no-any-return, no-untyped-call]
 
     def pad_vocabulary(self, multiple: int = 64) -> None:
-        """Let the head's weight go on in memory, zeros up to a multiple of rows, for products of a rounder size.
+        """Store the head's weight in a buffer padded with zero rows, of a size at which products are faster.
 
         The parameter itself keeps its V rows: nothing that counts, saves, draws or optimises it sees the padding.
         Call it when the model is on its device in its type.

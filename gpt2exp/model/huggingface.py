@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 
 
 CONFIG = "config.json"
-
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""The files of weights, the preferred one first; `NAME.index.json` lists shards."""
-
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the preferred file first; `NAME.index.json` lists its shards
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
-
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Names, by their ends, of the matrices that Hugging Face keeps as (in, out)."""
 
@@ -45,8 +41,7 @@ WRAPPERS = re.compile(
 )
 """Prefixes that wrappers add: DDP, torch.compile, FSDP, activation checkpoints, Fabric, Lightning, PEFT."""
 
-MASKS = (".attn.bias", ".attn.masked_bias")
-"""Constants that older files hold beside the weights."""
+MASKS = (".attn.bias", ".attn.masked_bias")  # constants that older files hold beside the weights
 
 KEYS = {
     "n_layer": "n_layer",
@@ -58,8 +53,7 @@ KEYS = {
 }
 """Our keys of `model` and Hugging Face's of `config.json`; the defaults are the same (GPT2Config's)."""
 
-SHAPE = [key for key in KEYS if key != "tie_weights"]
-"""Keys in which weights and model must agree; tied weights can be loaded untied."""
+SHAPE = [key for key in KEYS if key != "tie_weights"]  # what weights and model must agree in: tied weights load untied
 
 GPT2: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -72,11 +66,7 @@ GPT2: dict[str, tuple[Any, ...]] = {
 
 
 def to_hf(model: ModelConfig) -> dict[str, Any]:
-    """The keys of `config.json` that make transformers build `model`.
-
-    Raises:
-        BadRequest: a key or slot of `model` that has none there is not at its default.
-    """
+    """The keys of `config.json` that build `model`; `BadRequest` if it has what they cannot say."""
     default = type(model)()
     for name in (item.name for item in fields(model) if item.name not in KEYS):
         value, usual, key = getattr(model, name), getattr(default, name), f"model.{name}"
@@ -90,11 +80,7 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
 
 
 def from_hf(config: Mapping[str, Any], said: str = CONFIG) -> ModelConfig:
-    """The model that a `config.json` describes; `said` names its place in errors.
-
-    Raises:
-        BadRequest: it is another architecture, or no whole numbers.
-    """
+    """The model that a `config.json` describes, at a place called `said`; `BadRequest` if it is no GPT-2."""
     kind = config.get("model_type", "gpt2")
     if kind != "gpt2":
         raise BadRequest(f"{said}: its {CONFIG} says model_type={kind}; name weights of GPT-2")
@@ -120,8 +106,7 @@ def from_hf(config: Mapping[str, Any], said: str = CONFIG) -> ModelConfig:
 class Weights:
     """A folder with weights."""
 
-    said: str
-    """How the request named it, for errors: `init.path=FOLDER`."""
+    said: str  # how the request named it, for errors: `init.path=FOLDER`
     folder: Path
     config: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
@@ -131,29 +116,28 @@ class Weights:
         """Whether the files are PyTorch's, not safetensors."""
         return self.files[0].suffix == ".bin"
 
-    @property
-    def sha256(self) -> str:
-        """Of the file, or of the shards' hashes in order."""
-        return joint([sha256(file) for file in self.files])
-
     def refused(self, text: str) -> BadRequest:
-        """What is wrong with it, and what to do."""
+        """The error that says what is wrong with it, and what to do."""
         return BadRequest(f"{self.said}: {text}")
 
     def damaged(self, file: Path, error: Exception) -> BadRequest:
-        """What a library said about one of its files."""
+        """The error for a file that a library could not read."""
         why = f"{file.name} is damaged or holds no weights ({first_line(error)[:120]})"
         return self.refused(f"{why}; copy or download it again")
 
     def complete(self) -> Weights:
-        """The same with `config` read and `files` found; raises `BadRequest` if one is missing or cannot be read."""
+        """The same with `config` read and `files` found; `BadRequest` if one is missing or cannot be read."""
         found = replace(self, config=self._json(CONFIG))
         for name in WEIGHTS:
             if (self.folder / name).is_file():
                 return replace(found, files=(self.folder / name,))
             index = f"{name}.index.json"
             if (self.folder / index).is_file():
-                files = [self.folder / shard for shard in self._shards(index)]
+                known = self._json(index).get("weight_map")
+                names = sorted({str(shard) for shard in known.values()}) if isinstance(known, dict) else []
+                if not names or any(Path(shard).name != shard for shard in names):  # it lies beside its index
+                    raise self.refused(f"its {index} names no shards; copy or download it again")
+                files = [self.folder / shard for shard in names]
                 if missing := [file.name for file in files if not file.is_file()]:
                     raise self.refused(f"{missing[0]} is missing, of {len(files)} in {index}; put it there")
                 return replace(found, files=tuple(files))
@@ -170,23 +154,12 @@ class Weights:
             raise self.refused(f"its {name} cannot be read; copy or download it again") from error
         return found
 
-    def _shards(self, index: str) -> list[str]:
-        found = self._json(index).get("weight_map")
-        names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
-        if not names or any(Path(name).name != name for name in names):  # a shard lies beside its index, nowhere else
-            raise self.refused(f"its {index} names no shards; copy or download it again")
-        return names
-
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
 def find(path: str, key: str = "init.path=") -> Weights:
-    """The weights in a folder, or of a hub id; `key` is what `path` was typed after.
-
-    Raises:
-        BadRequest: there are none, something is missing or cannot be read, or the hub has no such id or no answer.
-    """
+    """The weights in a folder, or of a hub id, typed after `key`; `BadRequest` if there are none, or not whole."""
     found = Weights(f"{key}{path}", Path(path).expanduser())
     if found.folder.is_dir():
         return found.complete()
@@ -234,12 +207,9 @@ def _of_hub(asked: Weights, name: str) -> Weights:
 
 
 def check(found: Weights, model: ModelConfig) -> None:
-    """Check from `config.json` and the names and shapes in the files that the weights are `model`'s.
+    """Raise `BadRequest` unless the weights are `model`'s by `config.json` and the names and shapes in the files.
 
     A pickle, or a head beside tied weights, is read whole for that.
-
-    Raises:
-        BadRequest: they are of another architecture or size, a file is damaged, or the head differs from `wte`.
     """
     _check_config(found, model)
     if found.pickled:
@@ -313,21 +283,13 @@ def _check_shapes(found: Weights, shapes: Mapping[str, Sequence[int]], model: Mo
             raise found.refused(f"{why}; copy or download both again")
 
 
-def _ours(name: str) -> str:
-    """Our name for a name in a file: without wrappers' prefixes, with `transformer.`."""
-    name = WRAPPERS.sub("", name)
-    return name if name.startswith("transformer.") or name == HEAD else f"transformer.{name}"
-
-
 def _renamed(found: Weights, names: Iterable[str]) -> dict[str, str]:
-    """Names in a file by ours.
-
-    Raises:
-        BadRequest: two of them are the same tensor's, one of them wrapped.
-    """
+    """Names in a file by ours; `BadRequest` if two of them are the same tensor's, one of them wrapped."""
     renamed: dict[str, str] = {}
     for name in names:
-        if (other := renamed.setdefault(_ours(name), name)) != name:
+        bare = WRAPPERS.sub("", name)
+        ours = bare if bare.startswith("transformer.") or bare == HEAD else f"transformer.{bare}"
+        if (other := renamed.setdefault(ours, name)) != name:
             raise found.refused(f"holds both {other} and {name}; save the weights of one model")
     return renamed
 
@@ -336,13 +298,9 @@ def _renamed(found: Weights, names: Iterable[str]) -> dict[str, str]:
 
 
 def read(found: Weights, model: ModelConfig) -> dict[str, Tensor]:
-    """The parameters of `model` by name, on the CPU, transposed to our layout and in the files' own types.
+    """The parameters of `model` by name, on the CPU, in our layout and the files' own types; `BadRequest` as `check`.
 
-    Tied, the head is left out, once it is seen to equal `wte`; untied, one that the files leave out is `wte` again.
-
-    Raises:
-        BadRequest: a file is damaged, or is a pickle of more than tensors; a name or shape is not the model's; the head
-            differs from `wte` and `model.tie_weights` is true.
+    Tied, the head is left out once it is seen to equal `wte`; untied, one that the files leave out is `wte` again.
     """
     tensors: dict[str, Tensor] = {}
     for file in found.files:
@@ -381,19 +339,19 @@ def _load(found: Weights, file: Path) -> dict[str, Tensor]:
 
 
 def transposed(name: str, tensor: Tensor) -> Tensor:
-    """A tensor by our name from our layout into Hugging Face's, or back: both are the same transpose."""
+    """A tensor of ours in Hugging Face's layout, or back: both are the same transpose."""
     return tensor.T if name.endswith(CONV1D) else tensor
 
 
 def load(gpt: GPT, config: InitConfig) -> dict[str, Any]:
-    """Load the weights at `init.path` into `gpt`; returns where they came from, for the record.
-
-    Raises:
-        BadRequest: as `find` and `read`.
-    """
+    """Load the weights at `init.path` into `gpt`; returns where they came from. `BadRequest` as `find` and `read`."""
     from gpt2exp.model import init
 
     found = find(str(config.path))
     _check_config(found, gpt.config)
     init.load_weights(gpt, read(found, gpt.config))
-    return {"source": config.path, "files": [file.name for file in found.files], "sha256": found.sha256}
+    return {
+        "source": config.path,
+        "files": [file.name for file in found.files],
+        "sha256": joint([sha256(file) for file in found.files]),
+    }

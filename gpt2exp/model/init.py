@@ -147,11 +147,7 @@ def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:
 
 
 def check_tying(model: GPT) -> dict[str, bool]:
-    """Whether `lm_head.weight` and `wte.weight` are one tensor (`same_pointer`) and `all_equal`.
-
-    Raises:
-        InitError: they are not one where the model ties them, or one where it does not.
-    """
+    """Whether `lm_head.weight` and `wte.weight` are one tensor, and equal; `InitError` if not as configured."""
     head, wte = model.lm_head.weight, model.transformer.wte.weight
     one = head.data_ptr() == wte.data_ptr()
     if one != model.config.tie_weights:
@@ -163,12 +159,9 @@ def check_tying(model: GPT) -> dict[str, bool]:
 
 
 def check_init(model: GPT, init: InitConfig) -> dict[str, float]:
-    """Measured std of each kind of weight, held against `expected_std`; biases and LayerNorms against their constants.
+    """Measured std of each kind of weight; `InitError` if it is off, or a bias or norm does not start at its constant.
 
     The tolerance is six standard errors of a sample's std, 1/sqrt(2n) relative for n draws.
-
-    Raises:
-        InitError: a kind is off, naming it, what was measured and what was expected.
     """
     expected = expected_std(model.config, init)
     values: dict[str, list[Tensor]] = {kind: [] for kind in expected}
@@ -197,11 +190,7 @@ def check_init(model: GPT, init: InitConfig) -> dict[str, float]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into the model, name by name.
-
-    Raises:
-        BadRequest: a name or shape is not the model's.
-    """
+    """Copy weights into the model by name; `BadRequest` if a name or shape is not the model's."""
     parameters = dict(model.named_parameters())
     if (untied := "lm_head.weight" in parameters) != ("lm_head.weight" in weights):
         why = f"the weights saved are {'tied' if untied else 'not tied'}; try model.tie_weights={show(untied)}"

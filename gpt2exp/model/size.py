@@ -1,7 +1,7 @@
 """What a model holds and computes, counted on its own modules, on PyTorch's meta device: shapes without numbers.
 
 A slot is counted alone, once for each configuration, and stands for that slot of every block. That is also where its
-class is tried, before a run begins.
+class is tried, before a run begins. GPT-2's own slots have a formula: to count them takes a second of imports.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from gpt2exp.section import BadRequest, first_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BLOCK = {"attention": 1, "mlp": 1, "norm": 2}
-"""The slots of a block, and how many modules each fills."""
+BLOCK = {"attention": 1, "mlp": 1, "norm": 2}  # the slots of a block, and how many modules each fills
 SLOTS = (*BLOCK, "position")
-
 _known: dict[tuple[Any, ...], int] = {}
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameter counts by part; `total` counts a tied tensor once, `without_tying` as two.
-
-    Raises:
-        BadRequest: the class in a slot cannot be made.
-    """
-    own = {slot: _once(_held, model, slot) for slot in SLOTS}
+    """Parameter counts by part, `total` with a tied tensor once; `BadRequest` if a slot's class cannot be made."""
+    width, shift = model.n_embd, model.n_embd * model.bias
+    known = {
+        "attention": 4 * width**2 + 4 * shift,
+        "mlp": 8 * width**2 + 5 * shift,
+        "norm": width + shift,
+        "position": model.block_size * width,
+    }
+    own = _by_slot(model, known, _count_parameters)
     head = model.vocab_size * model.n_embd
     blocks = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
     parts = {"wte": head, "wpe": own["position"], "blocks": blocks, "ln_f": own["norm"]}
@@ -43,13 +44,12 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
 
     Three times the forward pass's, which PyTorch counts. For GPT-2 that is the published figure (Chowdhery et al. 2022,
     PaLM, appendix B): six per weight of a product, and 12·n_layer·n_embd·seq_len for attention's two products, the
-    causal half not discounted. The embedding look-ups cost nothing; the head counts whether tied or not. Not in it, as
-    in the published one: what norms, GELU, softmax and rotations cost, and what is computed again in backward.
-
-    Raises:
-        BadRequest: the class in a slot cannot be made or called, or gives another shape.
+    causal half not discounted. Left out, as there: norms, GELU, softmax, rotations, and what is computed again in
+    backward. Raises `BadRequest` if a slot's class cannot be made or called, or gives another shape.
     """
-    own = {slot: _once(_forward, model, slot, seq_len) for slot in SLOTS}
+    width = model.n_embd
+    known = {"attention": 8 * seq_len * width**2 + 4 * seq_len**2 * width, "mlp": 16 * seq_len * width**2}
+    own = _by_slot(model, known, _count_flops, seq_len)
     layers = model.n_layer * sum(times * own[slot] for slot, times in BLOCK.items())
     return 3 * ((layers + own["norm"] + own["position"]) // seq_len + 2 * model.vocab_size * model.n_embd)
 
@@ -58,7 +58,9 @@ def kept_beyond_gpt2(model: ModelConfig, seq_len: int) -> int:
     """How many more numbers a block keeps for backward than one with GPT-2's own slots, per token."""
     usual = gpt2_slots(model)
     filled = [slot for slot in BLOCK if getattr(model, slot) != getattr(usual, slot)]
-    more = (_once(_kept, model, slot, seq_len) - _once(_kept, usual, slot, seq_len) for slot in filled)
+    more = (
+        _counted(_count_saved, model, slot, seq_len) - _counted(_count_saved, usual, slot, seq_len) for slot in filled
+    )
     return sum(BLOCK[slot] * numbers for slot, numbers in zip(filled, more, strict=True)) // seq_len
 
 
@@ -69,11 +71,10 @@ def gpt2_slots(model: ModelConfig) -> ModelConfig:
 
 
 def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
-    """Try what is in the slots. GPT-2's own needs no trial, and PyTorch is not imported for it.
+    """Try what is in the slots, if that is not GPT-2's own (for which PyTorch is not imported).
 
-    Raises:
-        BadRequest: a class cannot be made or called, gives another shape, has a parameter that no rule starts, a
-            buffer that no checkpoint would keep, or drops at random, in which a resumed run would differ.
+    Raises `BadRequest` for a class that cannot be made or called, gives another shape, has a parameter that no rule
+    starts, a buffer that no checkpoint would keep, or drops at random, in which a resumed run would differ.
     """
     key = (check, repr(model), repr(init), seq_len)
     if model == gpt2_slots(model) or key in _known:
@@ -98,7 +99,18 @@ def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
     _known[key] = 0
 
 
-def _once(count: Callable[..., int], model: ModelConfig, slot: str, *length: int) -> int:
+def _by_slot(model: ModelConfig, known: dict[str, int], count: Callable[..., int], *length: int) -> dict[str, int]:
+    """A count for each slot: `known` (else 0) where it holds GPT-2's own module, else `count` of its module."""
+    usual = gpt2_slots(model)
+    return {
+        slot: known.get(slot, 0)
+        if getattr(model, slot) == getattr(usual, slot)
+        else _counted(count, model, slot, *length)
+        for slot in SLOTS
+    }
+
+
+def _counted(count: Callable[..., int], model: ModelConfig, slot: str, *length: int) -> int:
     """A count of a slot, made once for a configuration; whatever its class raises names the slot."""
     key = (count, repr(model), slot, *length)
     if key not in _known:
@@ -113,7 +125,7 @@ def _once(count: Callable[..., int], model: ModelConfig, slot: str, *length: int
     return _known[key]
 
 
-def _made(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor]:
+def _on_meta(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor]:
     """A slot's module and a sequence for it, on the meta device."""
     import torch
 
@@ -122,17 +134,17 @@ def _made(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Tensor
         return module.to("meta"), torch.empty(1, length, model.n_embd)  # also what its class made elsewhere
 
 
-def _held(model: ModelConfig, slot: str) -> int:
+def _count_parameters(model: ModelConfig, slot: str) -> int:
     """Numbers in the parameters of a slot's module."""
-    return sum(parameter.numel() for parameter in _made(model, slot, 1)[0].parameters())
+    return sum(parameter.numel() for parameter in _on_meta(model, slot, 1)[0].parameters())
 
 
-def _forward(model: ModelConfig, slot: str, length: int) -> int:
+def _count_flops(model: ModelConfig, slot: str, length: int) -> int:
     """Floating-point operations of the products in a slot's forward pass over a sequence."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    module, x = _made(model, slot, length)
+    module, x = _on_meta(model, slot, length)
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         y = module(x)
     if (shape := getattr(y, "shape", None)) != x.shape:
@@ -141,8 +153,8 @@ def _forward(model: ModelConfig, slot: str, length: int) -> int:
     return int(counter.get_total_flops())
 
 
-def _kept(model: ModelConfig, slot: str, length: int) -> int:
-    """Numbers that a slot's forward pass over a sequence leaves for backward, its parameters and tables aside."""
+def _count_saved(model: ModelConfig, slot: str, length: int) -> int:
+    """Numbers that a slot's forward pass saves for backward, without its parameters and tables."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 

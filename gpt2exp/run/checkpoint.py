@@ -32,11 +32,8 @@ from gpt2exp.schema import parse, stored
 from gpt2exp.section import BadRequest, first_line, show
 from gpt2exp.training import hardware
 
-SPARE = 2**20
-"""Bytes left free on the disk: a checkpoint that filled it would leave no room for the metrics."""
-
+SPARE = 2**20  # bytes left free on the disk: a checkpoint that filled it would leave no room for the metrics
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
-
 log = logging.getLogger("gpt2exp")
 
 
@@ -57,11 +54,7 @@ class Checkpoint:
         return int(self.state["step"])
 
     def model(self, said: str) -> ModelConfig:
-        """The model whose weights these are; `said` names the run in errors.
-
-        Raises:
-            BadRequest: the model has a key that this version does not know, or code from outside that may not run here.
-        """
+        """The model whose weights these are; `BadRequest` if it cannot be built here, with `said`, the run."""
         today, unknown = stored(self.state["config"])
         if odd := [key for key in unknown if key.startswith("model.")]:
             why = f"its model has {odd[0]}={show(unknown[odd[0]])}, which this version does not know"
@@ -94,11 +87,7 @@ def newest(run: Path, *, at_most: int | None = None) -> Checkpoint | None:
 
 
 def of_run(run: Path) -> tuple[ModelConfig, Checkpoint]:
-    """The model of a run (`record.check_run`) and its newest whole checkpoint.
-
-    Raises:
-        BadRequest: every checkpoint is damaged, or this version cannot build the model.
-    """
+    """The model of a run (`record.check_run`) and its newest whole checkpoint; `BadRequest` if none is whole."""
     found = newest(run)
     if found is None:
         raise BadRequest(f"{run}: every checkpoint of it is damaged; copy the folder again, or name another run")
@@ -106,23 +95,18 @@ def of_run(run: Path) -> tuple[ModelConfig, Checkpoint]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in a `step_N` folder, every byte of it checked.
-
-    Raises:
-        Damaged: a file is missing, cannot be read, or is not what was written.
-    """
+    """The checkpoint in a `step_N` folder; `Damaged` if one of its bytes is not what was written."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         hashes = state.pop("sha256")
         found = {name: sha256(folder / name) for name in (WEIGHTS, TRAINING)} | {STATE: _sha256_of(state)}
-        if wrong := [name for name in found if found[name] != hashes[name]]:
-            raise Damaged(f"{wrong[0]} is not what was written")
-    except Damaged:
-        raise
+        wrong = [name for name in found if found[name] != hashes[name]]
     except OSError as error:
         raise Damaged(f"{Path(error.filename or folder).name}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{STATE} cannot be read") from error
+    if wrong:
+        raise Damaged(f"{wrong[0]} is not what was written")
     return Checkpoint(folder, state)
 
 
@@ -161,16 +145,12 @@ def write(run: Path, weights: Mapping[str, Tensor], training: Mapping[str, Tenso
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint, its name first: a kill half-way leaves no half of one."""
+    """Delete a checkpoint, renaming it first: a process killed half-way leaves no half of one."""
     shutil.rmtree(folder.rename(beside(folder)))
 
 
 def _bytes(*parts: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for part in parts for tensor in part.values())
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _sync(path: Path) -> None:
@@ -193,8 +173,7 @@ class Saver:
     def __init__(self, run: Path, config: CheckpointConfig, from_step: int, *, background: bool) -> None:
         """`from_step`: steps already done; checkpoints of later steps are deleted, since these are trained again."""
         self.run, self.keep, self.background = run, config.keep, background
-        self.last = from_step
-        """Steps done at the newest checkpoint."""
+        self.last = from_step  # steps done at the newest checkpoint
         self._thread: threading.Thread | None = None
         self._failed = False
         beyond = [folder for step, folder in saved(run).items() if step > from_step]
@@ -211,7 +190,11 @@ class Saver:
         size = _bytes(weights, training)
         free = hardware.free_memory(torch.device("cpu")) or 0
         if self.background and free > 2 * size:
-            self._thread = threading.Thread(target=self._write, args=(_copies(weights), _copies(training), state))
+            weights, training = (
+                {name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()}
+                for part in (weights, training)
+            )
+            self._thread = threading.Thread(target=self._write, args=(weights, training, state))
             self._thread.start()
         else:
             self._write(weights, training, state)

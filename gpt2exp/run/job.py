@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,24 +31,18 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("gpt2exp")
-
-BEGAN = time.monotonic()
-"""When this process began, nearly: the start-up time of the first job counts from here."""
+BEGAN = time.monotonic()  # when this process began, nearly: the start-up time of the first job counts from here
 
 
 def run(folder: Path, began: float = BEGAN) -> Summary:
     """Train as `folder`/.hydra says and return the summary. A failure is recorded, not raised.
 
     The run resumes from the newest whole checkpoint in the folder, if there is one. The caller holds the folder's lock
-    (`process.held`).
-
-    Raises:
-        KeyboardInterrupt: a signal stopped the run; it was recorded as interrupted, or as done if it was by then.
-        OSError: the record cannot be written.
+    (`process.held`). Raises KeyboardInterrupt after a signal stopped it, OSError if the record cannot be written.
     """
     config, _, overrides = record.asked(folder)
     with process.deferred() as stop, _session(folder, config, overrides, began, stop) as session:
-        files = session.files
+        run_record = session.run_record
         try:
             _train(session, config)
             state, error = "done", None
@@ -56,10 +50,10 @@ def run(folder: Path, began: float = BEGAN) -> Summary:
             stop.asked = stop.asked or interrupt
             state, error = "interrupted", "stopped by a signal"
         except Exception as problem:
-            state, error = _classify(problem, config, files.facts.get("estimated_memory_bytes"))
+            state, error = _classify(problem, config, run_record.facts.get("estimated_memory_bytes"))
             log.error("%s", error, exc_info=True)
         stop.waiting = True
-        summary = files.finish(state, error)
+        summary = run_record.finish(state, error)
         session.view.close(summary, folder, session.mirror.finish(_for_wandb(summary), failed=state != "done"))
     if stop.asked is not None:
         raise stop.asked
@@ -70,20 +64,18 @@ def run(folder: Path, began: float = BEGAN) -> Summary:
 class Session:
     """What rank 0 keeps while a run trains: its record, its lines, wandb, its checkpoints."""
 
-    files: record.Record
+    run_record: record.Record
     mirror: tracking.Mirror
     view: terminal.View
     stop: process.Stop
-    saved: checkpoint.Checkpoint | None
-    """The checkpoint that the run resumes from."""
+    saved: checkpoint.Checkpoint | None  # the checkpoint that the run resumes from
     saver: checkpoint.Saver | None = None
-    peak: int = 0
-    """Peak memory in bytes, the largest of any rank."""
+    peak: int = 0  # peak memory in bytes, the largest of any rank
 
     def keep(self, metrics: dict[str, Any], peak: int) -> None:
         """Record and show a step's metrics, and mirror them where due; `peak`: the field, so far."""
         self.peak = max(self.peak, peak)
-        self.files.step(metrics)
+        self.run_record.step(metrics)
         self.view.step(metrics)
         if terminal.due(metrics, self.view.config.train):
             self.mirror.log(metrics)
@@ -91,10 +83,10 @@ class Session:
     def save(self, weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
         """Write a checkpoint of `Trainer.state`."""
         assert self.saver is not None
-        self.files.sync()
+        self.run_record.sync()
         kept = ("config", "init", "settled", "versions", "data", "precision", "device", "threads", "machine")
-        state = {**numbers, **{key: self.files.facts[key] for key in kept}}
-        self.saver.save(weights, tensors, state | {"parts": self.files.parts, "peak_memory_bytes": self.peak})
+        state = {**numbers, **{key: self.run_record.facts[key] for key in kept}}
+        self.saver.save(weights, tensors, state | {"parts": self.run_record.parts, "peak_memory_bytes": self.peak})
 
 
 @contextlib.contextmanager
@@ -108,9 +100,8 @@ def _session(
     record.write_status(folder, "running", record.read_status(folder)["step"])
     saved, parts, metrics = None, [], []
     facts: dict[str, Any] = {"overrides": overrides, "config": plain(config), "seed": config.seed}
-    name = config.wandb.name or ",".join(overrides) or "defaults"
-    about = {"name": name[:128], "group": config.wandb.group or (sweep and sweep.name), "tags": config.wandb.tags}
-    about["config"] = facts["config"]
+    name, group = config.wandb.name or ",".join(overrides) or "defaults", config.wandb.group or (sweep and sweep.name)
+    about = {"name": name[:128], "group": group, "tags": config.wandb.tags, "config": facts["config"]}
     if record.saved(folder):  # a new run does not wait for torch here
         from gpt2exp.run import checkpoint
 
@@ -121,47 +112,43 @@ def _session(
         origin = parts[0]["wandb"]
         about["notes"] = f"goes on at step {saved.step} from {origin}"
         about["config"] = facts["config"] | {"goes_on_from": origin, "goes_on_at_step": saved.step}
-    files = record.Record(folder, facts, began=began, metrics=metrics if saved else (), parts=parts)
+    run_record = record.Record(folder, facts, began=began, metrics=metrics if saved else (), parts=parts)
     mirror = tracking.Mirror(config.wandb, folder, about, own=again or sweep is not None)
     with terminal.View(folder, config, overrides, record.progress(sweep, folder) if sweep else None) as view:
-        yield Session(files, mirror, view, stop, saved)
+        yield Session(run_record, mirror, view, stop, saved)
 
 
 def _train(session: Session, config: RunConfig) -> None:
     """Settle what the configuration leaves open, build the trainer, train to the end."""
     from gpt2exp.training import hardware
 
-    files = session.files
+    run_record = session.run_record
     hardware.reset_peak_memory(hardware.resolve_device(config.train.device))
     source = tokens.prepare(config.data)
-    if session.saved is not None:
-        config = _as_before(config, source, session.saved)
+    if session.saved is not None:  # as the run's first part settled it
+        check_same_text(config, source, session.saved.state["data"]["sha256"])
+        settled = {key: value for key, value in session.saved.state["settled"].items() if key in setup.SETTLED}
+        config = replace(config, train=replace(config.train, tokens_per_step=None, **settled))
     with setup.ready(config, source) as ready:
-        setup.keep_memory(ready.config, ready.device)
         setup.check_text(ready.config, source)
         _describe(session, ready)
         _check_memory(ready)
         distributed.broadcast((plain(ready.config), source.sha256, session.saved is not None, Path.cwd()))
-        trainer = _built(session, ready)
+        trainer = _build(session, ready)
         assert session.saver is not None
         try:
-            _steps(trainer, ready.config, session.stop, session)
+            _train_steps(trainer, ready.config, session.stop, session)
         finally:  # also of a run that diverged or was stopped
             session.saver.wait()
-            if files.metrics:
-                files.measured |= {**trainer.timing(), "peak_memory_bytes": session.peak}
-        files.measured["mfu"] = _mfu(ready.config, ready.device, ready.got, files.measured["tokens_per_second"])
-
-
-def _as_before(config: RunConfig, source: tokens.TokenFile, saved: checkpoint.Checkpoint) -> RunConfig:
-    """The configuration with what the run's first part settled; `BadRequest` if the text is another."""
-    check_same_text(config, source, saved.state["data"]["sha256"])
-    settled = {key: value for key, value in saved.state["settled"].items() if key in setup.SETTLED}
-    return replace(config, train=replace(config.train, tokens_per_step=None, **settled))
+            if run_record.metrics:
+                run_record.measured |= {**trainer.timing(), "peak_memory_bytes": session.peak}
+        run_record.measured["mfu"] = _mfu(
+            ready.config, ready.device, ready.got, run_record.measured["tokens_per_second"]
+        )
 
 
 def check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:
-    """Raise `BadRequest` if a run began with a text of another sha256 than `source`; None: not known."""
+    """Raise `BadRequest` if the run began with another text: `before`, its sha256, if known."""
     if before not in (None, source.sha256):
         why = "not the text that the run began with"
         raise BadRequest(f"data.path={config.data.path}: {why}; put that text back, or name where it lies now")
@@ -175,10 +162,10 @@ def _describe(session: Session, ready: setup.Ready) -> None:
 
     config, device, source, world_size = ready.config, ready.device, ready.source, distributed.world_size()
     held_out = tokens.held_out(source.tokens, config.data.val_fraction)
-    session.files.facts |= {
+    session.run_record.facts |= {
         "parameters": size.parameters(config.model),
         "flops_per_token": size.flops_per_token(config.model, config.train.seq_len),
-        "precision": ready.got.as_dict(),
+        "precision": asdict(ready.got),
         "data": source.facts | {"train_tokens": source.tokens - held_out, "val_tokens": held_out},
         "device": f"{device.type}: {hardware.device_name(device)}",
         "processes": world_size,
@@ -187,41 +174,38 @@ def _describe(session: Session, ready: setup.Ready) -> None:
         "estimated_memory_bytes": ready.need,
         "outside": choices.about(config),
         "settled": {key: getattr(config.train, key) for key in setup.SETTLED},
-        "environment": record.environment_overrides(),
         **record.facts(),
     }
-    session.view.header(session.files.facts, session.files.folder, config)
+    session.view.header(session.run_record.facts, session.run_record.folder, config)
 
 
 def _check_memory(ready: setup.Ready) -> None:
-    """Fail now: later the system would kill the whole sweep for one job's memory.
-
-    Raises:
-        MemoryError: the estimate is a tenth above what is free; the text names a batch that fits.
-    """
+    """Raise `MemoryError` if the estimate is a tenth above what is free: the system would kill the whole sweep."""
     need, free = ready.need, ready.here.free
-    if free is None or need <= 1.1 * free:
-        return
-    batch = setup.fitting_batch(ready.config, ready.here)
-    hint = f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
-    raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
+    if free is not None and need > 1.1 * free:
+        hint = _smaller(setup.fitting_batch(ready.config, ready.here))
+        raise MemoryError(f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; {hint}")
 
 
-def _built(session: Session, ready: setup.Ready) -> Trainer:
+def _smaller(batch: int | str | None) -> str:
+    return f"try train.batch_size={batch}" if batch else "try a smaller model or a shorter train.seq_len"
+
+
+def _build(session: Session, ready: setup.Ready) -> Trainer:
     """The trainer at its first step, or where the checkpoint left it; from here on a signal waits for a step's end."""
     from gpt2exp.run import checkpoint
 
-    files, saved, view = session.files, session.saved, session.view
-    trainer, files.facts["init"] = setup.trainer(ready, saved)
-    view.rows({"weights  ": terminal.origin_line(files.facts["init"]), "wandb    ": session.mirror.ready()})
-    session.mirror.describe({"facts": _for_wandb(files.facts)})
-    here = {key: files.facts[key] for key in ("device", "processes", "threads", "machine")}
+    run_record, saved, view = session.run_record, session.saved, session.view
+    trainer, run_record.facts["init"] = setup.trainer(ready, saved)
+    view.rows({"weights  ": terminal.origin_line(run_record.facts["init"]), "wandb    ": session.mirror.ready()})
+    session.mirror.describe({"facts": _for_wandb(run_record.facts)})
+    here = {key: run_record.facts[key] for key in ("device", "processes", "threads", "machine")}
     if saved is not None:
         _restore(session, trainer, saved, here)
         view.rows({"goes on  ": f"from {saved.folder.name}, {saved.step} of {ready.config.train.steps} steps done"})
     from_step, background = saved.step if saved else 0, ready.device.type != "cpu"
-    session.saver = checkpoint.Saver(files.folder, ready.config.checkpoint, from_step, background=background)
-    files.training_begins(**here, wandb=session.mirror.link())
+    session.saver = checkpoint.Saver(run_record.folder, ready.config.checkpoint, from_step, background=background)
+    run_record.training_begins(**here, wandb=session.mirror.link())
     session.stop.waiting = True
     return trainer
 
@@ -234,15 +218,15 @@ def _restore(session: Session, trainer: Trainer, saved: checkpoint.Checkpoint, h
     hardware.reset_peak_memory(trainer.device)  # reading the file is no part of training
     session.peak = saved.state["peak_memory_bytes"]
     if all(part.get(key, 1) == here[key] for part in saved.state["parts"] for key in here):
-        steps = session.files.metrics
+        steps = session.run_record.metrics
         trainer.step_seconds = [step["step_ms"] / 1e3 for step in steps]
         trainer.step_waits = [step["waited_ms"] / 1e3 if "waited_ms" in step else None for step in steps]
-        trainer.began_at = [part["from_step"] for part in session.files.parts]
+        trainer.began_at = [part["from_step"] for part in session.run_record.parts]
     else:
         log.warning("other hardware or threads than before: the speed is that of the steps from here on")
 
 
-def _steps(trainer: Trainer, config: RunConfig, stop: process.Stop, session: Session | None = None) -> None:
+def _train_steps(trainer: Trainer, config: RunConfig, stop: process.Stop, session: Session | None = None) -> None:
     """Train to the end, or until a signal has reached one rank; every rank stops at the same step.
 
     `session`: rank 0's, which alone writes.
@@ -282,11 +266,10 @@ def follow() -> int:
             source = tokens.prepare(config.data)
             check_same_text(config, source, text)
             with setup.ready(config, source) as ready:
-                setup.keep_memory(config, ready.device)
                 trainer, _ = setup.trainer(ready)
                 if goes_on:
                     trainer.restore({}, {})
-                _steps(trainer, config, stop)
+                _train_steps(trainer, config, stop)
         except KeyboardInterrupt as interrupt:
             return process.code(stop.asked or interrupt)
         except Exception as problem:
@@ -307,7 +290,7 @@ def _mfu(config: RunConfig, device: torch.device, got: Precision, tokens_per_sec
 
 
 def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[str, str]:
-    """The state and the one line that an exception leaves; `need`: the bytes that the run was estimated to take."""
+    """The state and the one line for an exception; `need`: the estimated bytes of memory."""
     import torch
 
     from gpt2exp.training.trainer import Diverged
@@ -318,8 +301,7 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
     if distributed.is_peer_lost(problem):
         return "failed", f"one of the run's {distributed.world_size()} processes ended, or can no longer be reached"
     if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):
-        smaller = AUTO if config.train.batch_size == AUTO else config.train.sequences // 2
-        hint = f"try train.batch_size={smaller}" if smaller else "try a smaller model or a shorter train.seq_len"
+        hint = _smaller(AUTO if config.train.batch_size == AUTO else config.train.sequences // 2)
         return "failed", f"out of memory, where about {(need or 0) / 2**30:.1f} GiB were expected to be enough; {hint}"
     if isinstance(problem, (BadRequest, AssetError, MemoryError)):
         return "failed", line
@@ -329,5 +311,5 @@ def _classify(problem: Exception, config: RunConfig, need: int | None) -> tuple[
 
 
 def _for_wandb(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what wandb already has as the run's config, and what a summary there cannot show."""
+    """The values without what wandb has already as the run's config, and what its summary cannot show."""
     return {key: value for key, value in values.items() if key not in ("config", "overrides", "started")}

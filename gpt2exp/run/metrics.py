@@ -67,9 +67,7 @@ COLUMNS = [row for of in ("loss", "speed", "memory") for row in METRICS if row.c
 """Those that tables of runs show, in their order."""
 
 BY_KEY = {metric.key: metric for metric in METRICS}
-
-MEASURED = tuple(metric.key for metric in METRICS if metric.measured)
-"""The summary's fields about speed and memory, null until measured."""
+MEASURED = tuple(metric.key for metric in METRICS if metric.measured)  # about speed and memory, null until measured
 
 
 def from_outside(config: Mapping[str, Any]) -> tuple[Metric, ...]:
@@ -98,8 +96,7 @@ class Status(TypedDict):
     state: str
     step: int
     error: str | None
-    updated: NotRequired[float]
-    """Seconds since 1970."""
+    updated: NotRequired[float]  # seconds since 1970
     pid: NotRequired[int]
     machine: NotRequired[str]
 
@@ -127,8 +124,7 @@ class Summary(TypedDict, total=False):
     A run without one is read as what its `status.json` says: `state`, `step` and `error`.
     """
 
-    name: str
-    """Its folder as seen from the one that was read; this and the next are not in the file."""
+    name: str  # its folder as seen from the one that was read; this and the next are not in the file
     step: int
     state: Required[str]
     error: Required[str | None]
@@ -161,8 +157,7 @@ class Summary(TypedDict, total=False):
     platform: str
     versions: dict[str, str]
     environment: dict[str, str]
-    git: Any
-    """`commit` and `dirty`; null without a checkout."""
+    git: Any  # `commit` and `dirty`; null without a checkout
     wall_seconds: dict[str, float]
     started: str
     parts: list[dict[str, Any]]
@@ -172,7 +167,6 @@ TAKEN = {*BY_KEY, *Summary.__annotations__, "lr", "waited_ms", "residual_rms", "
 """Names in `metrics.jsonl` and `summary.json` that no metric from outside can have."""
 
 ALWAYS = ("overrides", "config", "started", "wall_seconds")
-
 DONE = (*ALWAYS, "steps", "tokens", "parameters", "precision", "data", "device", "threads")
 """What the summary of a finished run cannot lack; of any other, `ALWAYS`."""
 

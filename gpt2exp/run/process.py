@@ -25,19 +25,13 @@ from gpt2exp.data.assets import FULL, AssetError
 from gpt2exp.run import terminal
 from gpt2exp.section import BadRequest
 
-LOCK = ".lock"
-"""Held by the process at work on a folder; the system lets go of it however that process ends."""
-
+LOCK = ".lock"  # held by the process at work on a folder; the system lets go of it however that process ends
 log = logging.getLogger("gpt2exp")
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock a run or sweep folder inside the block, so that no other process works on it.
-
-    Raises:
-        BadRequest: another process holds the lock, or it cannot be written.
-    """
+    """Lock a run or sweep folder inside the block; `BadRequest` if another process holds it, or it is read-only."""
     lock = FileLock(folder / LOCK, timeout=1)  # `at_work` may hold it for a moment
     try:
         lock.acquire()
@@ -81,7 +75,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Preempted(KeyboardInterrupt):
-    """The launcher's signal to a job that it will requeue; `args[0]` is the signal."""
+    """The launcher's signal that it will requeue this job; `args[0]` is the signal."""
 
 
 def code(interrupt: KeyboardInterrupt) -> int:
@@ -94,7 +88,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
-    """These signal handlers inside the block; in a thread, where Python allows none to be set, those there are."""
+    """Set these signal handlers inside the block; in a thread, where Python allows none, change nothing."""
     before: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -134,14 +128,13 @@ def heralded(herald: Callable[[], object]) -> Iterator[None]:
 
 
 def requeued_by() -> list[int]:
-    """The signals on which submitit requeues the job that this process is; none in other processes."""
+    """The signals on which submitit requeues this process's job; none if it runs none."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return []
     return [number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))]
 
 
-_guest = False
-"""Whether this process is another program's, such as a notebook's."""
+_guest = False  # whether this process is another program's, such as a notebook's
 
 
 @contextlib.contextmanager
@@ -160,10 +153,8 @@ class Stop:
     """Whether a signal asked for an end."""
 
     asked: KeyboardInterrupt | None = None
-    waiting: bool = False
-    """The block looks at `asked` by itself; until it says so, a signal raises."""
-    warned: bool = False
-    """The process may be killed at any moment: it must save now."""
+    waiting: bool = False  # the block looks at `asked` by itself; until it says so, a signal raises
+    warned: bool = False  # the process may be killed at any moment: it must save now
 
 
 @contextlib.contextmanager
@@ -211,7 +202,7 @@ def parser(program: str, description: str, example: str) -> argparse.ArgumentPar
 
 
 def strict(made: argparse.ArgumentParser, program: str) -> argparse.ArgumentParser:
-    """The same parser, its errors made `BadRequest`."""
+    """The parser, its errors turned into `BadRequest`."""
 
     def error(message: str) -> NoReturn:
         raise BadRequest(f"{message}; {program} --help shows what can be typed")
@@ -232,8 +223,10 @@ def writing(what: str, remedy: str) -> Iterator[None]:
 
 
 def unwritable(error: OSError) -> str:
-    """The line for a full disk or a folder that was taken away."""
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    """The line for a full disk or a folder that was taken away; errors without a number say it themselves."""
+    if error.errno is None:
+        return str(error)
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     return f"{what}; make room, or name another folder"
 
 

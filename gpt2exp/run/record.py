@@ -37,13 +37,16 @@ if TYPE_CHECKING:
 
 
 def facts() -> dict[str, Any]:
-    """Versions and source revision: an allow-list, so that nothing else of the environment is recorded."""
+    """Versions, revision and variables: an allow-list, so that nothing else of the environment is recorded."""
     import torch
 
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
+    # what changes the arithmetic or the speed, and no key shows
+    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     return {
+        "environment": {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ},
         "versions": versions,
         "git": _git(),
         "platform": platform.platform(terse=True),
@@ -64,17 +67,8 @@ def _git() -> dict[str, Any] | None:
     return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
 
 
-def environment_overrides() -> dict[str, str]:
-    """Environment variables that change the arithmetic or the speed and that no key shows, where set."""
-    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    return {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ}
-
-
-SWEEP = "sweep.json"
-"""In a sweep's folder: `Sweep`."""
-
-CHECKPOINTS = "checkpoints"
-"""In a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)."""
+SWEEP = "sweep.json"  # in a sweep's folder: `Sweep`
+CHECKPOINTS = "checkpoints"  # in a run's folder: its checkpoints (`gpt2exp.run.checkpoint`)
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
@@ -100,9 +94,9 @@ class Record:
         `metrics`, `parts`: of a run that resumes, the steps it resumes from and its earlier parts.
         """
         self.folder, self.facts, self.began, self.metrics = folder, facts, began, list(metrics)
-        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)
-        """What the run measured of itself so far, `MEASURED` by name."""
-        self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": _now()}
+        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)  # of itself, so far
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": started}
         self._opened, self._training_began = time.time(), 0.0
         for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
             left.unlink(missing_ok=True)
@@ -113,7 +107,7 @@ class Record:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def training_begins(self, **facts: Any) -> None:
-        """Everything before this moment is start-up; `facts` are recorded of this part."""
+        """End the start-up here; `facts` are recorded of this part."""
         self._training_began = time.monotonic()
         self._part |= facts
 
@@ -145,9 +139,12 @@ class Record:
         parts = self.parts
         wall = {name: sum(part[name] for part in parts) for name in ("startup", "train")}
         wall["total"] = wall["startup"] + wall["train"]
-        figures = losses(self.metrics, from_outside(self.facts["config"]))
-        summary = {"state": state, "error": error, **self.facts, **figures, **self.measured}
-        summary |= {
+        summary = {
+            "state": state,
+            "error": error,
+            **self.facts,
+            **losses(self.metrics, from_outside(self.facts["config"])),
+            **self.measured,
             "steps": len(self.metrics),
             "tokens": self.metrics[-1]["tokens"] if self.metrics else 0,
             "wall_seconds": {name: round(seconds, 3) for name, seconds in wall.items()},
@@ -158,10 +155,6 @@ class Record:
         write_json(self.folder / "summary.json", summary)
         write_status(self.folder, state, len(self.metrics), error)
         return cast("Summary", summary)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_status(folder: Path, state: str, step: int, error: str | None = None) -> None:
@@ -193,20 +186,14 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def written(folder: Path) -> dict[str, Any]:
-    """A run's configuration as its `.hydra` has it, by dotted key, interpolations as they stand.
-
-    Raises:
-        BadRequest: it cannot be read.
-    """
+    """A run's configuration by dotted key, interpolations as in its `.hydra`; `BadRequest` if it cannot be read."""
     return leaves(_yaml(folder, "config.yaml", dict))
 
 
 def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
     """What a run was asked, by its `.hydra`: its configuration, what of that is no key today, and its overrides.
 
-    Raises:
-        choices.Refused: the configuration names code that may not run here.
-        BadRequest: it cannot be read, or no run can have that configuration.
+    Raises `BadRequest` if it cannot be read or carried out, `choices.Refused` if it names code that may not run here.
     """
     today, unknown, overrides = _asked(folder)
     choices.admit(today)
@@ -214,15 +201,11 @@ def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
 
 
 def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there.
-
-    Raises:
-        BadRequest: as `asked`.
-    """
+    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there."""
     today, unknown, overrides = _asked(folder)
     outside = choices.found_in(today)
-    for section in outside:
-        put(today, section, {"name": outside[section]["name"]} if section == "schedule" else {})
+    for section, values in outside.items():
+        put(today, section, {"name": values["name"]} if section == "schedule" else {})
     config = plain(parse(today))
     for section, values in outside.items():
         put(config, section, dict(values))
@@ -263,11 +246,7 @@ def run_around(folder: Path) -> Path | None:
 
 
 def check_run(folder: Path) -> None:
-    """Refuse a folder that is not a run's with a checkpoint, and name the one that was probably meant.
-
-    Raises:
-        BadRequest: it is not there, is a sweep's, a checkpoint's or another one, or the run saved nothing.
-    """
+    """Raise `BadRequest` for a folder that is no run's with a checkpoint, and name the one that was probably meant."""
     such = "name a run's folder, such as runs/DAY/TIME-ID"
     if not folder.is_dir():
         raise BadRequest(f"{folder}: no such folder; {such}")
@@ -300,12 +279,7 @@ def _schema() -> TypeAdapter[Summary]:
 
 
 def read_summary(folder: Path) -> Summary:
-    """`summary.json` of a run folder.
-
-    Raises:
-        OSError: there is none.
-        ValueError: it is no summary; the text says why.
-    """
+    """`summary.json` of a run folder; OSError if there is none, ValueError (why) if it is no summary."""
     from pydantic import ValidationError
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -343,13 +317,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def kept_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of the steps from the first to the first that is missing."""
+    """The metrics of steps 0, 1, 2, ... up to the first that is missing."""
     rows = enumerate(read_metrics(folder))
     return [row for number, row in itertools.takewhile(lambda pair: pair[0] == pair[1].get("step"), rows)]
 
 
 def row(folder: Path, above: Path) -> Summary:
-    """A run's summary, or where it left none that can be read its status, under its `name` as seen from `above`."""
+    """A run's summary or, where it left none, its status; `name` is its folder as seen from `above`."""
     name = str(folder.relative_to(above)) if folder != above else folder.name
     try:
         return {**read_summary(folder), "name": name}
@@ -358,31 +332,53 @@ def row(folder: Path, above: Path) -> Summary:
         return cast("Summary", {"name": name, "steps": status["step"], **status})
 
 
+TUNING = "tuning"  # in a sweep's folder, where the folders of the runs are that tune its arms
+
+
+@dataclass
+class Tuned:
+    """An arm of a sweep that is tuned."""
+
+    overrides: list[str]  # without the tuned key and the seed
+    runs: dict[str, list[str]]  # by value as typed, the folders of its tuning runs: one a tuning seed, in their order
+    best: str | None = None  # the value at which its runs are compared; None until it is chosen
+
+
+@dataclass
+class Tuning:
+    """By which runs each arm of a sweep found its own best value of a key, and which that is."""
+
+    key: str
+    seeds: list[int]
+    arms: list[Tuned]
+
+    @property
+    def folders(self) -> list[str]:
+        """Of all tuning runs."""
+        return [name for arm in self.arms for names in arm.runs.values() for name in names]
+
+
 @dataclass
 class Sweep:
     """What a sweep's folder knows of it: `sweep.json`."""
 
-    argv: list[str]
-    """The command line that asks for all of it."""
-    jobs: list[list[str]]
-    """The overrides of each job; where a sweeper makes up the jobs, what they have in common."""
-    folders: list[str] | None = None
-    """The jobs' folders by number; None where a sweeper makes up the jobs."""
-    cwd: str = "."
-    """Where relative paths start."""
-    launched: float = 0.0
-    """When its newest launch began, in seconds since 1970."""
-    looks: list[int] = field(default_factory=list)
-    """Numbers of seeds at which it looks, as decided before its first run; empty where it runs all its jobs."""
-    rule: dict[str, Any] = field(default_factory=dict)
-    """What else was decided then: its `axes`, `margin`, `max_seeds` and `max_hours`."""
+    argv: list[str]  # the command line that asks for all of it
+    jobs: list[list[str]]  # the overrides of each job; where a sweeper makes up the jobs, what they have in common
+    folders: list[str] | None = None  # the jobs' folders by number; None where a sweeper makes up the jobs
+    cwd: str = "."  # where relative paths start
+    launched: float = 0.0  # when its newest launch began, in seconds since 1970
+    looks: list[int] = field(default_factory=list)  # numbers of seeds at which it looks; empty where it runs all jobs
+    rule: dict[str, Any] = field(default_factory=dict)  # by what it ends: `axes`, `margin`, `max_seeds`, `max_hours`
+    tuning: Tuning | None = None  # of a sweep whose arms are tuned first; `jobs` are those that are compared
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
         """The sweep whose folder this is; None if it is none, as with another program's `sweep.json`."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             known = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
             if isinstance(known, dict) and isinstance(known.get("jobs"), list):
+                if tuning := known.get("tuning"):
+                    known["tuning"] = Tuning(**tuning | {"arms": [Tuned(**arm) for arm in tuning["arms"]]})
                 return cls(**{"argv": []} | {key: known[key] for key in cls.__dataclass_fields__ if key in known})
         return None
 
@@ -406,17 +402,22 @@ def sweep_of(folder: Path) -> Path | None:
 
 
 def progress(folder: Path, job: Path) -> str:
-    """`job 3 of 8, about 40 s left`: a job's place in its sweep, and the time left at the pace so far."""
+    """`job 3 of 8, about 40 s left`: a job's place in its sweep, and the time left at the pace of this launch."""
     sweep, others = Sweep.read(folder), [other for other in runs_below(folder) if other != job]
     if sweep is None or not sweep.folders:
         return f"job {len(others) + 1}"
-    place, jobs = str(job.relative_to(folder)), len(sweep.folders)
-    text = f"job {(sweep.folders.index(place) if place in sweep.folders else len(others)) + 1} of {jobs}"
-    ended = [status for status in map(read_status, others) if status["state"] not in ("running", "not run")]
-    if sweep.looks:  # how many jobs there will be is not known
+    place, tried = str(job.relative_to(folder)), sweep.tuning.folders if sweep.tuning else []
+    stage = tried if place in tried else sweep.folders
+    text = f"job {(stage.index(place) if place in stage else len(others)) + 1} of {len(stage)}"
+    if stage is tried:
+        text = f"tuning {text}"
+    elif sweep.looks:  # how many jobs there will be is not known
         return text.replace(" of ", " of at most ")
-    if now := sum(status["updated"] > sweep.launched for status in ended):
-        text += f", about {(time.time() - sweep.launched) / now * (jobs - len(ended)):.0f} s left"
+    statuses = {other: read_status(other) for other in others}
+    ended = {other: status for other, status in statuses.items() if status["state"] not in ("running", "not run")}
+    if now := sum(status["updated"] > sweep.launched for status in ended.values()):
+        left = len(stage) - sum(str(other.relative_to(folder)) in stage for other in ended)
+        text += f", about {(time.time() - sweep.launched) / now * left:.0f} s left"
     return text
 
 

@@ -17,8 +17,7 @@ from gpt2exp.section import BadRequest
 NAME = r"[\w-]*(?:api[_-]?key|access[_-]?key|private[_-]?key|token(?!s)|secret|passw|credential)[\w-]*"
 """What a key or an environment variable is called that holds a credential (`tokens` are counted, not kept secret)."""
 
-SHORTEST = 8
-"""Characters of a credential; a flag such as `TOKENS=true` is none."""
+SHORTEST = 8  # characters of a credential; a flag such as `TOKENS=true` is none
 
 
 def check_typed(texts: Iterable[str]) -> None:

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from gpt2exp import choices
 from gpt2exp.config import InitScheme, RunConfig, TrainConfig
-from gpt2exp.run.metrics import COLUMNS, METRICS, Metric, Summary, from_outside, judged, shown
+from gpt2exp.run.metrics import COLUMNS, METRICS, Summary, from_outside, judged, shown
 from gpt2exp.schema import plain
 from gpt2exp.section import SOURCE, typed
 from gpt2exp.training import distributed, load
@@ -108,6 +108,7 @@ class View:
         self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_interactive)
         self._task = self._bar.add_task("training", total=config.train.steps, visible=False)
         self._consoles = [self._log] if progress else [self.console, self._log]
+        self._metrics = (*METRICS, *from_outside(plain(config)))
 
     def __enter__(self) -> View:
         log.addHandler(self._handler)
@@ -140,7 +141,7 @@ class View:
         self._file.flush()
 
     def header(self, facts: dict[str, Any], folder: Path, config: RunConfig) -> None:
-        """What is about to run: `config`, with what it left open settled."""
+        """Show what is about to run: `config`, every `auto` settled."""
         model, train = config.model, config.train
         parameters, precision, data = facts["parameters"], facts["precision"], facts["data"]
         emulated = " (emulated: its speed is not a hardware speed)" if precision["emulated"] else ""
@@ -179,10 +180,12 @@ class View:
         """Count a step; print its line if one is due."""
         self._bar.update(self._task, completed=metrics["step"] + 1, visible=True)
         if due(metrics, self.config.train):
-            self._print(step_line(metrics, from_outside(plain(self.config))), *self._consoles)
+            # the tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured
+            measured = (row for row in self._metrics if row.step and row.key in metrics)
+            self._print(" | ".join(row.step.format(metrics[row.key]) for row in measured), *self._consoles)
 
     def close(self, summary: Summary, folder: Path, sync: Path | None) -> None:
-        """How it went; `sync`: wandb's folder to upload, if it was offline."""
+        """Show how it went, what to type next, and wandb's folder to upload (`sync`) if it was offline."""
         self._bar.stop()
         self.rows(closing_rows(summary, self.config, folder))
         if self.progress:
@@ -207,8 +210,7 @@ def short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second", "waited_ms"}
-"""The figures that every step has; all others are measured at some of them."""
+STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second", "waited_ms"}  # figures that every step has
 
 
 def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
@@ -234,12 +236,6 @@ def to_go_on(folder: Path, *configs: RunConfig) -> str:
     folders = sorted({str(Path(source).parent) for source in sources} - {str(Path.cwd())})
     flags = ["--config-dir", *folders] if len(folders) == 1 else ["--trust"] if folders else []
     return f"{distributed.program()} {pasted(*flags, typed('resume', place(folder)))}"
-
-
-def step_line(metrics: dict[str, Any], more: Sequence[Metric] = ()) -> str:
-    """The tutorial's line: step, loss, milliseconds, tokens per second; then what else was measured, and `more`."""
-    shown = (row for row in (*METRICS, *more) if row.step and row.key in metrics)
-    return " | ".join(row.step.format(metrics[row.key]) for row in shown)
 
 
 def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str, str]:
@@ -312,7 +308,7 @@ def closing_line(summary: Summary) -> str:
 
 
 def runs_table(rows: Iterable[Summary], title: str) -> Table:
-    """The runs of a sweep, a row each."""
+    """The table of a sweep's runs, a row each."""
     cells = []
     for row in rows:
         got = row.get("precision")
@@ -323,7 +319,7 @@ def runs_table(rows: Iterable[Summary], title: str) -> Table:
 
 
 def table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
-    """Rows of the same columns, figures to the right."""
+    """A table of rows that have the same columns; figures stand on the right."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(rows[0] if rows else ()):
         words = number == 0 or column in ("state", "precision", "figure")

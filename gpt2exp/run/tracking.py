@@ -22,11 +22,8 @@ from gpt2exp.run import terminal
 from gpt2exp.run.metrics import METRICS, Summary, from_outside
 from gpt2exp.section import first_line
 
-INIT_TIMEOUT = 15
-"""Seconds to wait for the server before going offline."""
-NO_ROOM = 2**16
-"""Free bytes below which wandb's own writes, in blocks of 32 KiB, cannot be relied on."""
-
+INIT_TIMEOUT = 15  # seconds to wait for the server before going offline
+NO_ROOM = 2**16  # free bytes below which wandb's own writes, in blocks of 32 KiB, cannot be relied on
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """What WANDB_MODE may be, and its meaning."""
 
@@ -58,7 +55,7 @@ log = logging.getLogger("gpt2exp")
 
 
 def defaults() -> dict[str, Any]:
-    """The section's defaults that the environment gives, by key."""
+    """The defaults of the section's keys that the environment gives."""
     found: dict[str, Any] = {}
     for key, names in KEYS.items():
         if value := next(filter(None, map(os.environ.get, names)), None):
@@ -223,7 +220,7 @@ def _init(run: dict[str, Any], mode: Any) -> Any:
 
 @contextlib.contextmanager
 def _no_identity() -> Iterator[None]:
-    """Inside the block wandb.init starts a new run, of no wandb sweep, whatever the environment says."""
+    """Inside the block wandb.init starts a new run, whatever run or wandb sweep the environment names."""
     import wandb
 
     # in a wandb sweep, wandb.init ignores these as arguments
@@ -247,7 +244,7 @@ def _why(error: Exception) -> str:
 
 
 def offline(sweep: Path, rows: Iterable[Summary], comparison: Path | None) -> list[str]:
-    """What is to be uploaded of a sweep's runs and of its comparison, as words for a shell."""
+    """What is to be uploaded of a sweep's runs and its comparison, quoted for a shell."""
     place = shlex.quote(terminal.place(sweep.absolute()))
     found = [f"{place}/{few}" for few in ("*/wandb/offline-run-*", "wandb/offline-run-*") if any(sweep.glob(few))]
     for row in rows:

@@ -34,7 +34,7 @@ from gpt2exp.run.job import BEGAN, check_same_text, follow, run
 from gpt2exp.run.metrics import TAKEN
 from gpt2exp.schema import plain
 from gpt2exp.section import BadRequest, first_line, home, require
-from gpt2exp.sweep import composing, engines, help, resume
+from gpt2exp.sweep import composing, engines, help, resume, tuning
 from gpt2exp.sweep.composing import Job
 from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered
 from gpt2exp.training import distributed, outside, setup
@@ -116,23 +116,32 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
         why = "under torchrun every job would share out its batch over the same processes"
         remedy = "start sweeps as gpt2exp -m ..., a device a job by hydra/launcher, or torchrun for one run at a time"
         raise BadRequest(f"a sweep: {why}; {remedy}")
-    to_do = request.to_do
-    _make_ready(request, to_do)
+    to_do, trials = request.to_do, request.trials_to_do
+    _make_ready(request, [*trials, *to_do])
     for place in {job.config.sweep.prior: None for job in to_do if job.config.sweep.prior}:
         _show_prior(Path(home(place)), to_do[0].config.sweep.looks)
     if any(job.config.dry_run for job in request.jobs):
         _show_dry([job for job in to_do if not request.looks or job.config.seed == to_do[0].config.seed])
         if request.looks:
             terminal.terminal().print(f"the runs of one seed, of {request.rule['max_seeds']} at most", markup=False)
+        if request.tuning:
+            terminal.terminal().print(tuning.announced(request.tuning, len(trials), len(to_do)), markup=False)
         return 0
     for note in _notes(request, to_do):
         terminal.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
     if not to_do and not request.multirun:
         return 0
     with contextlib.ExitStack() as engine:
-        if request.launcher is not None and to_do:
+        if request.launcher is not None and (to_do or trials):
             engine.enter_context(engines.running(request.launcher, request.folder))
         with claimed(request, argv):
+            if request.trials:
+                if trials:
+                    _launch(request, trials, argv, began)
+                    began = time.monotonic()
+                to_do, said = tuning.settle(request.folder, to_do)
+                for line in said:
+                    terminal.terminal().print(line, markup=False, soft_wrap=True)
             needless = _needless(request.folder)
             if to_do := [job for job in to_do if job.config.seed not in needless]:
                 _launch(request, to_do, argv, began)
@@ -306,7 +315,7 @@ def _needless(sweep: Path, ended: int | None = None) -> set[int]:
     `ended`: the seed of a run that has ended. Once all of that seed's have, people see what the seeds say.
     """
     known = record.Sweep.read(sweep)
-    if known is None or not known.looks:
+    if known is None or not known.looks or (ended is not None and ended not in known.by_seed):  # it tuned an arm
         return set()
     from gpt2exp.compare import stopping
 
@@ -328,10 +337,11 @@ def _alone(folder: Path) -> int:
 
 
 def _failed_before(sweep: Path) -> bool:
-    """Whether a job of this launch failed or diverged; those of an earlier one have their second chance."""
+    """Whether a job of this launch failed, or diverged unless it tuned an arm; earlier ones have a second chance."""
     known = record.Sweep.read(sweep)
-    statuses = (record.read_status(folder) for folder in record.runs_below(sweep))
-    ended = [status["updated"] for status in statuses if status["state"] in ("failed", "diverged")]
+    statuses = ((folder.parent == sweep, record.read_status(folder)) for folder in record.runs_below(sweep))
+    bad = {True: ("failed", "diverged"), False: ("failed",)}
+    ended = [status["updated"] for compared, status in statuses if status["state"] in bad[compared]]
     return known is not None and max(ended, default=0) > known.launched
 
 
@@ -358,7 +368,10 @@ def _in_own_process(folder: Path) -> None:
 
 def _outcome(request: Request) -> int:
     """What a sweep came to, if it was one, and the exit code, both from what the folders say."""
-    rows = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
+    every = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
+    trials = [row for row in every if row["name"].startswith(f"{record.TUNING}/")]
+    rows = [row for row in every if not row["name"].startswith(f"{record.TUNING}/")]
+    failed = [row for row in trials if row["state"] not in ("done", "diverged")]
     done, jobs = sum(row["state"] == "done" for row in rows), len(request.names) or len(rows)
     if request.multirun:
         from gpt2exp.compare import __main__ as conclude
@@ -368,14 +381,16 @@ def _outcome(request: Request) -> int:
             jobs = len(rows)  # those of later seeds are not needed
         console = terminal.terminal()
         title = f"{done} of {jobs} runs done in {terminal.short(request.folder.absolute())}"
+        if trials:
+            title = f"{len(trials) - len(failed)} of {len(trials)} tuning runs and {title}"
         console.print(terminal.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
         kept = conclude.conclude(request.folder, console)
-        for row in rows:
+        for row in (*failed, *rows):
             if row["state"] != "done":
                 terminal.refuse(f"{row['name']}: {terminal.state_line(row)}")
-        if found := tracking.offline(request.folder, rows, kept):
+        if found := tracking.offline(request.folder, every, kept):
             console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
-    return 0 if rows and done == max(jobs, len(rows)) else 1
+    return 0 if rows and done == max(jobs, len(rows)) and not failed else 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import shutil
 import time
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -41,7 +41,7 @@ from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
 from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
 from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show
-from gpt2exp.sweep import engines
+from gpt2exp.sweep import engines, tuning
 from gpt2exp.sweep.composing import (
     BASIC_SWEEPER,
     SECTIONS,
@@ -76,6 +76,22 @@ class Request:
     """What the user should know before it begins."""
     looks: tuple[int, ...] = ()
     """Numbers of seeds at which a sweep that runs until it is answered looks; empty for any other."""
+    trials: tuple[Job, ...] = ()
+    """The runs that tune each arm before `jobs` are run at its best value; none without `sweep.tune`."""
+    tuned: record.Tuning | None = None
+    """What was chosen by them in an earlier launch."""
+
+    @property
+    def tuning(self) -> record.Tuning | None:
+        """What `sweep.json` says of the trials."""
+        return tuning.recorded(self.trials, self.tuned)
+
+    @property
+    def trials_to_do(self) -> list[Job]:
+        """Of the arms whose value is not chosen yet, in the order in which they run."""
+        arms = self.tuning.arms if self.tuning else []
+        settled = {name for arm in arms if arm.best for names in arm.runs.values() for name in names}
+        return ordered(job for job in self.trials if not job.done and job.folder not in settled)
 
     @property
     def names(self) -> list[str]:
@@ -84,19 +100,8 @@ class Request:
 
     @property
     def to_do(self) -> list[Job]:
-        """The jobs that are not done, in the order in which they run.
-
-        All of a seed before the next seed's. Within a seed the order is drawn by the seed, so that a machine that
-        becomes slower or warmer favours no arm.
-        """
-        seeds = list(dict.fromkeys(job.config.seed for job in self.jobs))
-
-        def place(job: Job) -> tuple[int, str]:
-            arms = sorted(text for text in job.overrides if not text.startswith("seed="))
-            drawn = hashlib.sha256(f"{job.config.seed} {arms}".encode()).hexdigest()
-            return seeds.index(job.config.seed), drawn if len(seeds) > 1 else ""
-
-        return sorted((job for job in self.jobs if not job.done), key=place)
+        """The jobs to be compared that are not done, in the order in which they run."""
+        return ordered(job for job in self.jobs if not job.done)
 
     @property
     def launcher(self) -> DictConfig | None:
@@ -114,9 +119,26 @@ class Request:
         if not self.looks:
             return {}
         settings = self.jobs[-1].config.sweep
-        axes = {key: values for key, values in arms(self.jobs).items() if len(values) > 1 and key != "seed"}
+        axes = {key: values for key, values in arms(self.jobs).items() if len(values) > 1}
+        axes = {key: values for key, values in axes.items() if key not in ("seed", settings.budget)}
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
+
+
+def ordered(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs in the order in which they run: all of a seed before the next seed's.
+
+    Within a seed the order is drawn by the seed, so that a machine that becomes slower or warmer favours no arm.
+    """
+    jobs = list(jobs)
+    seeds = list(dict.fromkeys(job.config.seed for job in jobs))
+
+    def place(job: Job) -> tuple[int, str]:
+        arms = sorted(text for text in job.overrides if not text.startswith("seed="))
+        drawn = hashlib.sha256(f"{job.config.seed} {arms}".encode()).hexdigest()
+        return seeds.index(job.config.seed), drawn if len(seeds) > 1 else ""
+
+    return sorted(jobs, key=place)
 
 
 def make(args: argparse.Namespace) -> Request:
@@ -144,6 +166,11 @@ def as_meant(text: str) -> str:
     """
     key, _, value = text.partition("=")
     bare = key.lstrip("+")
+    if bare in ("sweep.over", "sweep.tune") and "=" in value and value[0] not in "'\"":
+        return f"{key}={quoted(value)}"
+    if bare == "sweep.tune_seeds" and re.fullmatch(r"[\d, ]+", value):
+        seeds = value if "," in value else ",".join(map(str, range(101, 101 + int(value))))
+        return f"{key}=[{seeds}]"
     if not value or "${" in value or value[0] in "'\"" or bare not in (*OUTPUT, *keys()):
         return text
     parser = OverridesParser.create()
@@ -289,24 +316,32 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
     if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
         found = axes([*read(composer, preset(master)), *typed])
+        if master.sweep.over is not None:
+            found |= budgets(composer, master.sweep.over, found)
         if master.sweep.until is not None:  # a study's seeds are replaced
             found.pop("seed", None)
             end = parse({"sweep": as_plain(master.sweep)}).sweep.looks.stop
             found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
-        jobs = named(list(composer.jobs(master, itertools.product(*found.values()))))
+        found |= tuning.first(composer, parse({"sweep": as_plain(master.sweep)}).sweep, found)
+        jobs = list(map(tuning.bare, named(list(composer.jobs(master, itertools.product(*found.values()))))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = identified(composer.compose(constant) if multirun else master)
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
         jobs = [Job(tuple(texts), checked(alone), own, settings)]
+    if not basic and (over := jobs[0].config.sweep.over):
+        why, remedy = "a sweep by the basic sweeper alone has budgets", "add -m, and what to compare within each"
+        require(False, "sweep.over", over, why, remedy)
     looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
+    tuning.check(jobs, multirun=multirun, basic=bool(basic))
+    trials = named(tuning.trials(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
     for job in jobs:
         size.check(job.config.model, job.config.init, job.config.train.seq_len)
     for device in {job.config.train.device for job in jobs} if multirun else ():
         engines.check(master.hydra.launcher, device)
-    return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks)
+    return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks, trials=tuple(trials))
 
 
 def _looks(jobs: Sequence[Job], typed: Sequence[Override], *, single: bool, until: str | None) -> tuple[int, ...]:
@@ -393,21 +428,44 @@ def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
     return found
 
 
-def named(jobs: Sequence[Job], first: int = 0) -> list[Job]:
-    """The jobs with a folder each: those without are numbered from `first`, and named by what is not alike in all."""
-    alike = set.intersection(*(set(job.overrides) for job in jobs))
+def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The axis that `sweep.over` adds to the others, as `axes`.
+
+    Raises:
+        BadRequest: it is no list of numbers for a key that counts, is there already, or nothing else varies.
+    """
+    again = "try sweep.over=train.steps=50,100,200"
+    require("=" in over, "sweep.over", over, "must be KEY=A,B", again)
+    ((key, texts),) = axes(read(composer, [over])).items()
+    counts = not is_housekeeping(key) and key != "seed" and {int, float} & {*kinds(key)} if key in keys() else False
+    require(bool(counts), "sweep.over", over, f"{key} is no number that makes a run larger", again)
+    require(len({*texts}) > 1, "sweep.over", over, "one value is no axis", again)
+    require(key not in others, "sweep.over", over, f"{key} is given twice", f"leave out {key}=...")
+    several = [name for name, each in others.items() if len(each) > 1 and name != "seed"]
+    require(
+        bool(several), "sweep.over", over, "nothing else varies", "add what to compare: model.tie_weights=true,false"
+    )
+    return {key: sorted(texts, key=lambda text: float(text.partition("=")[2]))}
+
+
+def named(jobs: Sequence[Job], first: int = 0, place: str = "") -> list[Job]:
+    """The jobs with a folder each: those without are numbered from `first`, and named by what is not alike in all.
+
+    `place`: what the folders lie in, with a slash.
+    """
+    alike = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
     free = itertools.count(first)
 
     def name(job: Job) -> str:
-        return numbered(next(free), ",".join(sorted(text for text in job.overrides if text not in alike)))
+        return place + numbered(next(free), ",".join(sorted(text for text in job.overrides if text not in alike)))
 
     return [job if job.folder else dataclasses.replace(job, folder=name(job)) for job in jobs]
 
 
 def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
-    """The values of each overridden key over the jobs; of one that changes no result, the last."""
+    """The values of each overridden key over the jobs; of one that changes no result, the last; not of a tuned key."""
     found: dict[str, dict[str, None]] = {}
-    for key, value in (text.split("=", 1) for job in jobs for text in job.overrides):
+    for key, value in (text.split("=", 1) for job in jobs for text in tuning.untold(job)):
         found[key] = {value: None} if is_housekeeping(key) else {**found.get(key, {}), value: None}
     return {key: list(values) for key, values in found.items()}
 
@@ -462,10 +520,10 @@ def _write(request: Request, argv: Sequence[str], folder: Path) -> None:
         told = [list(job.overrides) for job in request.jobs]
         where, looks, now = str(request.cwd or Path.cwd()), list(request.looks), time.time()
         known = record.Sweep(list(request.argv or argv), told, request.names or None, where, now, looks, request.rule)
-        known.write(folder)
-    for job in request.jobs:
+        dataclasses.replace(known, tuning=request.tuning).write(folder)
+    for job in request.trials or request.jobs:  # of jobs that are tuned first `settle` makes the folders
         place = folder / job.folder
         # a sweep that ends as soon as it is answered makes a folder as its run begins
-        later = (request.multirun and not job.folder) or (request.looks and not place.exists())
+        later = (request.multirun and not job.folder) or (request.looks and not request.trials and not place.exists())
         if not job.done and not later:
             describe(place, job, request.folder / job.folder)

@@ -11,7 +11,7 @@ import argparse
 import copy
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gpt2exp import choices, schema, section
 from gpt2exp.config import DataName, RunConfig, Schedule
 from gpt2exp.run import record, terminal
 from gpt2exp.section import BadRequest, show
-from gpt2exp.sweep import composing, engines, request
+from gpt2exp.sweep import composing, engines, request, tuning
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
 MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
@@ -218,7 +218,8 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     _check_rule(folder, known, typed)
     runs, gone = _recorded(folder)
     listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
-    listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items()}
+    tried = {name for name in runs if name.startswith(f"{record.TUNING}/")}
+    listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items() if name not in tried}
     with composing.composing(flags) as composer:
         added = request.axes(typed)
         settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
@@ -232,22 +233,24 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         axes = {_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
         if known.looks:
             axes["seed"] = [f"seed={n}" for n in range(len(known.by_seed) + 1, (master.sweep.max_seeds or 0) + 1)]
-        jobs = _jobs(composer, master, folder, listed, runs, axes, kept)
+        jobs, trials = _tuned(composer, master, folder, known, listed, runs, axes, kept)
     for device in {job.config.train.device for job in jobs}:
         engines.check(master.hydra.launcher, device)
     hydra = [*(text for text in flags.overrides if is_hydra(text)), *settings]
-    told = [f"{key}={','.join(each)}" for key, each in request.arms(jobs).items() if key != "seed" or not known.looks]
+    skip = (jobs[0].config.sweep.budget, *["seed"] * bool(known.looks))
+    told = [f"{key}={','.join(each)}" for key, each in request.arms(jobs).items() if key not in skip]
     argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *told, *hydra]
     where, notes = began_in if began_in.is_dir() else None, tuple(_gone_note(gone))
     looks = tuple(known.looks)
-    return request.Request(
-        tuple(jobs), True, folder, master, tuple(argv), resumed=True, cwd=where, notes=notes, looks=looks
-    )
+    asked = request.Request(tuple(jobs), True, folder, master, tuple(argv), resumed=True, cwd=where, notes=notes)
+    return dataclasses.replace(asked, looks=looks, trials=tuple(trials), tuned=known.tuning)
 
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
     """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
-    fixed = ("sweep.until", "sweep.min_seeds", *["sweep.margin"] * bool(known.looks))
+    fixed = ["sweep.until", "sweep.over", "sweep.min_seeds", "sweep.tune", "sweep.tune_seeds"]
+    fixed += ["sweep.margin"] * bool(known.looks)
+    fixed += [known.tuning.key] if known.tuning else []
     for override in typed:
         key = override.key_or_group
         if key in fixed or not (not known.looks or schema.is_housekeeping(key) or is_hydra(key)):
@@ -277,6 +280,38 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
     return runs, gone
 
 
+def _tuned(
+    composer: Composer,
+    master: Any,
+    folder: Path,
+    known: record.Sweep,
+    listed: Mapping[str, list[str]],
+    runs: Mapping[str, tuple[RunConfig, list[str]]],
+    axes: dict[str, list[str]],
+    kept: Sequence[str],
+) -> tuple[list[Job], list[Job]]:
+    """The jobs as `_jobs` has them, and the runs that tune their arms, those of new arms too."""
+    if known.tuning is None:
+        return _jobs(composer, master, folder, listed, runs, axes, kept), []
+    key, now = (
+        known.tuning.key,
+        [text for text in listed[(known.folders or [""])[0]] if schema.is_housekeeping(_key(text))],
+    )
+    first = next(iter(known.tuning.arms[0].runs))
+    # a job whose arm has no value yet is composed with one
+    listed = {name: texts if key in map(_key, texts) else [*texts, f"{key}={first}"] for name, texts in listed.items()}
+    jobs = _jobs(composer, master, folder, listed, runs, axes, kept, key)
+    tuning.check(jobs, multirun=True, basic=True)
+    tried = {
+        name: [*now, *arm.overrides, f"{key}={value}", f"seed={seed}"]
+        for arm in known.tuning.arms
+        for value, names in arm.runs.items()
+        for name, seed in zip(names, known.tuning.seeds, strict=True)
+    }
+    trials = tuning.trials(composer, master, jobs, _jobs(composer, master, folder, tried, runs, {}, kept))
+    return jobs, request.named(trials, _free(folder / record.TUNING, tried), f"{record.TUNING}/")
+
+
 def _jobs(
     composer: Composer,
     master: Any,
@@ -285,10 +320,11 @@ def _jobs(
     runs: Mapping[str, tuple[RunConfig, list[str]]],
     axes: dict[str, list[str]],
     kept: Sequence[str],
+    key: str = "",
 ) -> list[Job]:
     """The jobs of before, then those that they become with each value of the axes, where there is none yet.
 
-    `kept`: overrides that change no result, for all that is to do.
+    `kept`: overrides that change no result, for all that is to do. `key`: that makes no other job, for it is tuned.
     """
     study = axes.pop("experiment", [])
     if study and any(study[0] not in overrides for overrides in listed.values()):
@@ -296,12 +332,18 @@ def _jobs(
     changed = {_key(text): text for text in kept}
     told = {name: list(({_key(text): text for text in texts} | changed).values()) for name, texts in listed.items()}
     again = {name: texts for name, texts in told.items() if kept or name not in runs}
+
+    def untuned(texts: Sequence[str]) -> frozenset[str]:
+        return frozenset(text for text in texts if _key(text) != key)
+
     new = dict[frozenset[str], list[str]]()
     for values in itertools.product(*([None, *texts] for texts in axes.values())):
         more = {key: text for key, text in zip(axes, values, strict=True) if text is not None}
         for texts in told.values() if more else ():
             whole = list(({_key(text): text for text in texts} | more).values())
-            new.setdefault(frozenset(whole), whole)
+            new.setdefault(untuned(whole), whole)
+    for texts in told.values():
+        new.pop(untuned(texts), None)
     composed = list(composer.jobs(master, [*again.values(), *new.values()]))
     at_place, jobs = dict(zip(again, composed, strict=False)), list[Job]()
     for name in listed:
@@ -320,8 +362,16 @@ def _jobs(
         if (identity := schema.identity(job.config)) not in known:
             known.add(identity)
             jobs.append(job)
-    heads = [name.partition("_")[0] for name in (*listed, *(path.name for path in folder.iterdir()))]
-    return request.named(jobs, max((int(head) for head in heads if head.isdigit()), default=-1) + 1)
+    jobs = list(map(tuning.bare, jobs)) if key else jobs
+    place = next(iter(listed)).rpartition("/")[0]
+    return request.named(jobs, _free(folder / place, listed), f"{place}/" if place else "")
+
+
+def _free(folder: Path, names: Iterable[str]) -> int:
+    """A number above those of the folders in a folder, and of others that were planned."""
+    known = [*map(Path, names), *(folder.iterdir() if folder.is_dir() else ())]
+    heads = [path.name.partition("_")[0] for path in known]
+    return max((int(head) for head in heads if head.isdigit()), default=-1) + 1
 
 
 def _key(text: str) -> str:

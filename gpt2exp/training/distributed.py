@@ -20,16 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-TIMEOUT = timedelta(hours=6)
-"""For a collective: rank 0 may tokenise a large text meanwhile. A process that dies is noticed at once, by its closed
-connections and by torchrun."""
-
+TIMEOUT = timedelta(hours=6)  # of a collective, while rank 0 may tokenise; a process that died is noticed at once
 T = TypeVar("T")
-
 _alone = False
-
-_sent = False
-"""Whether rank 0 has broadcast the task."""
+_sent = False  # whether rank 0 has broadcast the task
 
 
 def rank() -> int:
@@ -96,11 +90,7 @@ def check(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Let the processes communicate inside the block: by NCCL between GPUs, by gloo between CPUs.
-
-    Raises:
-        BadRequest: they do not find each other.
-    """
+    """Let the processes communicate inside the block: GPUs by NCCL, CPUs by gloo; `BadRequest` if they do not meet."""
     if world_size() == 1:
         yield
         return
@@ -229,11 +219,7 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def broadcast_like(value: Tensor | None, like: Tensor) -> Tensor:
-    """Broadcast rank 0's tensor to every rank, on the device of `like` and sharded as it is.
-
-    Raises:
-        ValueError: rank 0 has none.
-    """
+    """Rank 0's tensor on every rank, on `like`'s device and sharded as it is; `ValueError` if rank 0 has none."""
     import torch
 
     if value is None and is_main():

@@ -47,13 +47,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def resolve_device(name: DeviceName) -> torch.device:
-    """The device to compute on; of several processes on a machine each has a GPU of its own.
+    """The device to compute on, one GPU for each process of a machine; `BadRequest` if it is not there.
 
-    PyTorch's threads are as many as this process may use cores, unless the user said how many: PyTorch itself knows
-    nothing of a container's quota.
-
-    Raises:
-        BadRequest: it was named and is not there, or there are fewer GPUs than processes.
+    PyTorch's threads are set to the cores of this process, unless the user set them: it does not know container quotas.
     """
     if torch.get_num_threads() > machine.cores() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(machine.cores())
@@ -92,8 +88,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-WORTH_COMPILING = 1000
-"""Steps from which `train.compile=auto` compiles on CUDA: a guess, not measured; on the CPU nothing was won."""
+WORTH_COMPILING = 1000  # steps from which `train.compile=auto` compiles on CUDA: a guess, not measured
 
 
 def settle(train: TrainConfig, device: torch.device) -> TrainConfig:
@@ -114,9 +109,7 @@ def pads_vocabulary(choice: bool | str, device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
-LARGE = 32 * 2**20
-"""Where memory is short, freed blocks of this many bytes and more are returned to the system."""
-
+LARGE = 32 * 2**20  # where memory is short, freed blocks of this many bytes and more are returned to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # mallopt(3)
 
 

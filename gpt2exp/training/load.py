@@ -1,4 +1,4 @@
-"""What other programs on the same cores do to a run: how long its threads wait for a core, and that they wait quietly.
+"""How long a run's threads wait for a core that other programs use, and that they do not spin meanwhile.
 
 PyTorch's wheel for Linux ships GNU's OpenMP, whose threads spin for milliseconds where they wait for each other. That
 makes a lone run fast. Beside another program a thread spins for one that has no core, and keeps that core busy: two
@@ -15,17 +15,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""Environment variables that say how long OpenMP's threads spin; a user who sets one is left alone."""
-
-DISTURBED = 0.05
-"""A step is disturbed if its threads waited longer for a core, all together, than this share of its duration."""
-
-HELD = 0.2
-"""From this share on another program holds a core for good, and spinning does more harm than good."""
-
-TOO_MANY = 0.5
-"""Above this share of disturbed steps a run's speed is the machine's load and not the run's."""
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # say how long OpenMP's threads spin; what a user sets stays
+DISTURBED = 0.05  # a step is disturbed if its threads waited for a core for more than this share of it
+HELD = 0.2  # from this share on another program holds a core for good, and spinning does more harm than good
+TOO_MANY = 0.5  # above this share of disturbed steps a run's speed is the machine's load and not the run's
 
 
 def waited() -> float | None:
@@ -58,11 +51,11 @@ def too_many(summary: Mapping[str, Any]) -> bool:
 
 
 class Spinning:
-    """Has OpenMP's threads spin long or hardly at all while the process runs; where that is not possible, nothing.
+    """Lets OpenMP's waiting threads spin long, or hardly at all; does nothing where it cannot.
 
-    A setting of the environment (`SPINNING`) would hold for the whole process: many spins slow down a run beside
+    A variable of the environment (`SPINNING`) would hold for the whole process: many spins slow down a run beside
     another, few a lone one. But GNU's OpenMP spins 100 times instead of 300,000 while it knows of more threads than
-    cores. So a team of that many, which does nothing, lives as long as spinning should be brief.
+    cores. So a team of that many idle threads exists as long as spinning should be brief.
     """
 
     def __init__(self, threads: int) -> None:
@@ -75,15 +68,15 @@ class Spinning:
         self.brief(self._openmp is not None)
 
     def after_step(self, share: float | None) -> None:
-        """Decide for the next step; `share`: seconds that threads waited for a core in the last, over its duration.
+        """Decide for the next step by the last one's seconds of waiting for a core over its duration, `share`.
 
-        None: not known, and so as OpenMP has it.
+        None, not known, lets threads spin as OpenMP has it.
         """
         if self._openmp is not None:
             self.brief(share is not None and share > (DISTURBED if self._end else HELD))
 
     def brief(self, wanted: bool) -> None:
-        """Set it."""
+        """Let waiting threads spin briefly from now on, or long."""
         if wanted and self._end is None:
             self._end, ready = threading.Event(), threading.Event()
             threading.Thread(target=self._crowd, args=(self._end, ready), name="spin", daemon=True).start()
@@ -93,7 +86,7 @@ class Spinning:
             self._end = None
 
     def _crowd(self, end: threading.Event, ready: threading.Event) -> None:
-        """Be the first of a team of more threads than there are cores; it goes when this thread does."""
+        """Start a team of more threads than there are cores; it exists as long as this thread."""
         assert self._openmp is not None
         nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL) does nothing
         self._openmp.GOMP_parallel(nothing, None, len(os.sched_getaffinity(0)) + 1, 0)
@@ -103,5 +96,5 @@ class Spinning:
 
 @functools.cache
 def spinning(threads: int) -> Spinning:
-    """The one of this process: what a sweep's job found is where the next begins."""
+    """The `Spinning` of this process: a sweep's job begins as the one before ended."""
     return Spinning(threads)

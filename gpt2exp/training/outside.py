@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp import choices
@@ -18,24 +18,20 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16)
-"""What choices are tried on."""
-
+TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16)  # what choices are tried on
 _tried: set[str] = set()
 
 
 def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """PyTorch optimizers that together step every parameter of `model` once.
+    """PyTorch optimizers that together step every parameter of `model` once; `ValueError` if the code gives others.
 
     The code is called with the model if its first parameter is called `model`. Else with the parameters: an optimizer's
     class that has `weight_decay` with `optimizers.decay_groups`, any other code with a list.
-
-    Raises:
-        ValueError: what it returned is no optimizer, or does not step every parameter once.
     """
     import torch
 
-    first, code = config.first, config.code  # type: ignore[attr-defined]
+    code = config.code  # type: ignore[attr-defined]
+    first = next(iter(inspect.signature(code).parameters), "")
     given: Any = model if first == "model" else list(model.parameters())
     if inspect.isclass(code) and hasattr(config, "weight_decay"):
         given = optimizers.decay_groups(model, config.weight_decay)
@@ -43,7 +39,7 @@ def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Opt
     built = list(made) if isinstance(made, (list, tuple)) else [made]
     if odd := [type(one).__name__ for one in built if not isinstance(one, torch.optim.Optimizer)]:
         raise ValueError(f"it returned {odd[0]}, where a torch.optim.Optimizer, or a list of them, must be")
-    stepped = [id(parameter) for group in optimizers.groups(built) for parameter in group["params"]]
+    stepped = [id(parameter) for one in built for group in one.param_groups for parameter in group["params"]]
     for name, parameter in model.named_parameters():
         if (times := stepped.count(id(parameter))) != 1:
             raise ValueError(f"it gave {name} to {times} optimizers, where each parameter must have one")
@@ -51,11 +47,7 @@ def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Opt
 
 
 def rate(config: ScheduleConfig, step: int, steps: int) -> float:
-    """What a schedule multiplies `optimizer.lr` with at a step (from 0) of `steps`.
-
-    Raises:
-        ValueError: it is no finite number of 0 or more.
-    """
+    """What a schedule multiplies `optimizer.lr` with at a step (from 0) of `steps`; `ValueError` unless 0 or more."""
     factor = float(choices.call(config, step, steps))
     if not (math.isfinite(factor) and factor >= 0):
         raise ValueError(f"it returned {factor} for step {step} of {steps}, where 0 or more must be")
@@ -63,11 +55,7 @@ def rate(config: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def measure(config: MetricConfig, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """The metric of a batch, two tensors (B, T), by its name; of several processes the mean over them.
-
-    Raises:
-        ValueError: it is no finite number.
-    """
+    """The metric of a batch, two tensors (B, T), by its name: the mean of all ranks; `ValueError` if not finite."""
     import torch
 
     with torch.no_grad():
@@ -78,12 +66,13 @@ def measure(config: MetricConfig, model: nn.Module, batch: tuple[Tensor, Tensor]
 
 
 def try_out(config: RunConfig) -> None:
-    """Call the code of every choice from outside but the slots' (`model.size` tries those), once in this process.
-
-    Raises:
-        BadRequest: it raised something, or returned what is no such thing; the text names the choice.
-    """
-    trials = {"optimizer": _optimizer, "schedule": _schedule, "init": _init, "metric": _metric}
+    """Try each choice from outside, but the slots (`model.size` does), once a process; `BadRequest` names the one."""
+    trials: dict[str, Callable[[RunConfig], object]] = {
+        "optimizer": _optimizer,
+        "schedule": _schedule,
+        "init": lambda config: _tiny(config.init, config.seed),
+        "metric": _metric,
+    }
     for section, trial in trials.items():
         choice = getattr(config, section)
         said = repr((choice, config.train.steps))
@@ -96,7 +85,7 @@ def try_out(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def _naming(choice: str) -> Iterator[None]:
-    """Name the choice in whatever its code raises, and leave PyTorch's random state as it was."""
+    """Name the choice in whatever its code raises, and restore PyTorch's random state."""
     import torch
 
     try:
@@ -108,17 +97,19 @@ def _naming(choice: str) -> Iterator[None]:
         raise BadRequest(f"{choice}: {why}; mend its code or its keys") from error
 
 
-def _tiny() -> Any:
+def _tiny(init: InitConfig | None = None, seed: int = 0) -> Any:
     from gpt2exp.model.gpt import GPT
     from gpt2exp.model.init import initialise
 
     model = GPT(TINY)
-    initialise(model, InitConfig(), seed=0)
+    initialise(model, init or InitConfig(), seed)
     return model
 
 
 def _optimizer(config: RunConfig) -> None:
-    """A step, and the state kept and given back as a checkpoint does."""
+    """Make a step, then save and restore the state as a checkpoint does."""
+    from gpt2exp.training import optimizer_state
+
     model = _tiny()
     built = optimizer(config.optimizer, model)
     model.transformer.gradient_in_place = False
@@ -126,18 +117,12 @@ def _optimizer(config: RunConfig) -> None:
         parameter.grad = parameter.detach().clone()
     for one in built:
         one.step()
-    optimizers.restore(model, built, copy.deepcopy(optimizers.state(model, built)))
+    optimizer_state.restore(model, built, copy.deepcopy(optimizer_state.state(model, built)))
 
 
 def _schedule(config: RunConfig) -> None:
     for step in {0, config.train.steps // 2, config.train.steps - 1}:
         rate(config.schedule, step, config.train.steps)
-
-
-def _init(config: RunConfig) -> None:
-    from gpt2exp.model.init import initialise
-
-    initialise(_tiny(), config.init, config.seed)
 
 
 def _metric(config: RunConfig) -> None:

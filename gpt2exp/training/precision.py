@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +29,7 @@ class Precision:
     """What a run asked for and got."""
 
     requested: str
-    effective: str
-    """fp64, fp32, tf32, fp16 or bf16, by the measured error of a matrix product."""
+    effective: str  # fp64, fp32, tf32, fp16 or bf16, by the measured error of a matrix product
     emulated: bool
     matmul_relative_error: float
     attention_relative_error: float
@@ -45,10 +44,6 @@ class Precision:
         """The type that the forward pass is cast to, None without a cast (PyTorch's automatic mixed precision)."""
         return _dtype(PrecisionName[self.requested].autocast)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the record."""
-        return asdict(self)
-
 
 def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
@@ -56,11 +51,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision]:
-    """Compute as `config` says inside the block, and as before after it, whatever happens.
-
-    Raises:
-        BadRequest: `tf32` on hardware without it under `precision.fallback=error`, or `fp64` on MPS.
-    """
+    """Compute as `config` says inside the block, and then as before; `BadRequest` where this hardware cannot."""
     with _matmul(config.name.matmul):
         if device.type == "mps" and config.name.weights == "float64":
             raise BadRequest(f"precision={config.name}: Apple's GPUs have no double precision; add train.device=cpu")
@@ -85,7 +76,7 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
 
 @contextlib.contextmanager
 def again(config: PrecisionConfig, got: Precision) -> Iterator[None]:
-    """Compute inside the block as in an earlier one of `applied`, which found `got`; nothing is measured."""
+    """Compute inside the block as `applied` did when it found `got`; nothing is measured again."""
     with _matmul(config.name.matmul), _emulated(config.rounding) if got.emulated else contextlib.nullcontext():
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,26 +30,13 @@ if TYPE_CHECKING:
 class Hardware:
     """What a memory estimate depends on beside the configuration."""
 
-    kind: str
-    """cpu, cuda or mps."""
-    unfused_attention: bool = False
-    """Attention keeps its scores and probabilities: under emulated TF32."""
-    free: int | None = None
-    """Bytes that a process of the run may take in all; None where that is not known."""
-
-    @classmethod
-    def of(cls, device: torch.device, got: Precision) -> Hardware:
-        """Of this machine as it stands, with Python and PyTorch loaded."""
-        from gpt2exp.training import hardware
-
-        free = hardware.free_memory(device)
-        if free is not None and device.type != "cuda":
-            free = free // distributed.local_world_size() + PROCESS_BYTES
-        return cls(device.type, got.emulated, free)
+    kind: str  # cpu, cuda or mps
+    unfused_attention: bool = False  # attention keeps its scores and probabilities: under emulated TF32
+    free: int | None = None  # bytes that a process of the run may take in all; None where that is not known
 
 
 def smallest(config: RunConfig) -> RunConfig:
-    """With a batch of one sequence where the batch is left open."""
+    """The configuration with a batch of one sequence, if the batch is left open."""
     return replace(config, train=replace(config.train, batch_size=1)) if config.train.batch_size == AUTO else config
 
 
@@ -66,53 +54,34 @@ def check_weights(init: InitConfig, model: ModelConfig) -> None:
         huggingface.check(huggingface.find(str(init.path)), model)
 
 
-def settled(config: RunConfig, device: torch.device, here: Hardware, source: tokens.TokenFile) -> tuple[RunConfig, int]:
-    """`config` with every `auto` of its `train` decided, and its estimated peak memory in bytes."""
-    from gpt2exp.training import hardware
-
-    training = source.tokens - tokens.held_out(source.tokens, config.data.val_fraction)
-    config = fit(config, here, (training - 1) // config.train.seq_len)
-    config = replace(config, train=hardware.settle(config.train, device))
-    return config, memory(config, here)
-
-
 @dataclass(frozen=True)
 class Ready:
     """A configuration on this machine, its text tokenised and its precision set."""
 
-    config: RunConfig
-    """With every `auto` settled."""
+    config: RunConfig  # with every `auto` settled
     device: torch.device
     got: Precision
     source: tokens.TokenFile
     here: Hardware
-    need: int
-    """Estimated peak memory in bytes."""
+    need: int  # estimated peak memory in bytes
 
 
 @contextlib.contextmanager
 def ready(config: RunConfig, source: tokens.TokenFile | None = None) -> Iterator[Ready]:
-    """A block in which the step of `config` can be built and run; `source`: its tokens, if they are at hand.
-
-    Raises:
-        BadRequest, AssetError: as `tokens.prepare` and `precision.applied`.
-    """
+    """A block in which the step of `config` can be built and run. `source`: its tokens, if they are at hand."""
     from gpt2exp.training import hardware, precision
 
     device = hardware.resolve_device(config.train.device)
     source = source or tokens.prepare(config.data)
     with precision.applied(config.precision, device) as got:
-        here = Hardware.of(device, got)
-        config, need = settled(config, device, here, source)
-        yield Ready(config, device, got, source, here, need)
-
-
-def keep_memory(config: RunConfig, device: torch.device) -> None:
-    """Have freed memory kept for the next step where that helps: on a CPU, and within what a tight run may take."""
-    from gpt2exp.training import hardware
-
-    if device.type == "cpu":
-        hardware.keep_freed_memory(tight=config.train.activation_checkpointing is True)
+        free = hardware.free_memory(device)
+        if free is not None and device.type != "cuda":
+            free = free // distributed.local_world_size() + PROCESS_BYTES  # Python and PyTorch are loaded already
+        here = Hardware(device.type, got.emulated, free)
+        training = source.tokens - tokens.held_out(source.tokens, config.data.val_fraction)
+        config = fit(config, here, (training - 1) // config.train.seq_len)
+        config = replace(config, train=hardware.settle(config.train, device))
+        yield Ready(config, device, got, source, here, memory(config, here))
 
 
 def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = False) -> tuple[Trainer, dict[str, Any]]:
@@ -125,29 +94,27 @@ def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = Fa
     from gpt2exp.data.batches import Windows
     from gpt2exp.model.gpt import GPT
     from gpt2exp.training import hardware, precision
-    from gpt2exp.training.trainer import ByHand, Trainer
+    from gpt2exp.training.trainer import Trainer
 
     config, device, got, source = ready.config, ready.device, ready.got, ready.source
-    share = distributed.rank(), distributed.world_size()
+    if device.type == "cpu":
+        hardware.keep_freed_memory(tight=config.train.activation_checkpointing is True)
     with torch.device(device):
         gpt = GPT(config.model).to(got.weights)
     if hardware.pads_vocabulary(config.train.pad_vocab, device) and not distributed.is_sharded(config.distributed):
         gpt.pad_vocabulary()
     origin = start(gpt, config, saved)
+    share = distributed.rank(), distributed.world_size()
     windows = Windows(source.map(), config.train, config.data, config.seed, device, share)
     seen = torch.from_numpy(source.seen()).to(device)
-    made = (ByHand if by_hand else Trainer)(gpt, windows, config, seen=seen, autocast=got.autocast)
-    if isinstance(made, ByHand):
-        made.precision = lambda: precision.again(config.precision, got)
-    return made, origin
+    computing = functools.partial(precision.again, config.precision, got) if by_hand else contextlib.nullcontext
+    return Trainer(gpt, windows, config, seen=seen, autocast=got.autocast, computing=computing), origin
 
 
 def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:
-    """Give the model its first weights, or a checkpoint's; where they came from and how they are tied, for the record.
+    """Give the model its first weights, or a checkpoint's; returns where they came from, for the record.
 
-    Raises:
-        BadRequest: `init.path` holds no weights of this model, or the checkpoint's are of another.
-        InitError: the weights are not what the configuration says.
+    Raises `BadRequest` for weights of another model, `InitError` if they are not what the configuration says.
     """
     from gpt2exp.model.init import check_init, check_tying, initialise, load_weights
 
@@ -178,11 +145,8 @@ PROCESS_BYTES = _process_bytes()
 """Resident memory of Python with PyTorch and wandb loaded: counted on a CPU, where the process is what fills up.
 PyTorch built for CUDA, which PyPI gives to Linux, takes twice as much, with or without a GPU."""
 
-SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")
-"""Keys of `train` that a run reports as they came out."""
-
-NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)
-"""Sizes that `train.batch_size=auto` tries, largest first."""
+SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")  # settled by a run
+NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)  # for batch_size=auto, largest first
 
 
 def memory(config: RunConfig, here: Hardware) -> int:

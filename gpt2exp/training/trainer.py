@@ -14,66 +14,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2exp.choices import Outside
 from gpt2exp.config import RunConfig
 from gpt2exp.data.batches import Windows
 from gpt2exp.model.gpt import GPT
-from gpt2exp.model.init import norm
 from gpt2exp.training import distributed as dist
-from gpt2exp.training import hardware, load, optimizers, outside, precision
-
-
-def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
-    """The part of the loss that tokens cost which never occur in the data, in nats per token.
-
-    The loss of a target y splits into -log p(y | seen) - log p(seen): choosing among the tokens that occur, and
-    choosing one of them at all. This is the mean of the second over the positions of `idx` (B, T); `seen` (S,) are the
-    ids that occur. Forgetting the others can lower the loss by this much and no more.
-    """
-    shares = []
-    with torch.no_grad():
-        for rows in torch.split(idx, max(1, 256 // idx.size(1))):  # in parts: never the memory of the step itself
-            logits = model(rows)
-            logits = logits.float() if logits.dtype.itemsize == 2 else logits
-            shares.append(logits.logsumexp(-1) - logits[..., seen].logsumexp(-1))
-        return float(dist.all_mean(torch.cat(shares).mean()))
-
-
-def grad_norm(model: nn.Module) -> float:
-    """Euclidean norm of the whole gradient as it stands."""
-    return math.hypot(*(norm(dist.full_tensor(p.grad)) for p in model.parameters() if p.grad is not None))
-
-
-def first_look(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | list[float]]:
-    """The residual stream and the token embedding's two gradients on one batch, by one pass through the model.
-
-    `residual_rms`: root mean square of the stream as embedded and after each block, n_layer + 1 numbers.
-    `wte_grad_lookup`, `wte_grad_head`: norms of the gradients that the embedding gets as look-up table and as head.
-    Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use steers it. Of several
-    processes each gives its rows of the batch.
-    """
-    transformer = model.transformer
-    rows = F.embedding(idx, transformer.wte.weight.detach()).requires_grad_()
-    head = model.lm_head.weight.detach().requires_grad_()
-    rms = []
-    for x in transformer.stream(idx, rows):
-        rms.append(float(dist.all_mean(x.detach().float().square().mean()).sqrt()))
-    loss = model.loss(transformer.ln_f(x), head, targets)
-    by_row, by_head = torch.autograd.grad(loss, [rows, head])
-    by_token = torch.zeros_like(by_head).index_add_(0, idx.reshape(-1), by_row.flatten(0, 1))  # its positions add up
-    lookup, head_use = (norm(dist.all_mean(gradient)) for gradient in (by_token, by_head))
-    return {"residual_rms": rms, "wte_grad_lookup": lookup, "wte_grad_head": head_use}
+from gpt2exp.training import hardware, load, measures, optimizer_state, optimizers, outside, precision
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient is no longer a finite number; `step` says at which step."""
+    """The loss or the gradient is no longer a finite number."""
 
-    def __init__(self, step: int, what: str, value: float) -> None:
-        super().__init__(f"{what} became {value} at step {step}")
-        self.step = step
+
+def finite(value: float, what: str, step: int) -> float:
+    """The value itself; `Diverged` if it is infinite or not a number."""
+    if math.isfinite(value):
+        return value
+    raise Diverged(f"{what} became {value} at step {step}")
 
 
 class Trainer:
@@ -87,14 +46,17 @@ class Trainer:
         *,
         seen: Tensor | None = None,
         autocast: torch.dtype | None = None,
+        computing: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        """`seen` (S,): ids that occur in the data, for `loss_unseen`.
+        """Of `config` it reads `train`, `optimizer`, `schedule`, `metric` and `distributed`.
 
-        `autocast`: what the forward pass is cast to; with float16 the loss is scaled so that small gradients survive
-        (Micikevicius et al. 2018). Of `config` it reads `train`, `optimizer`, `schedule`, `metric` and `distributed`.
+        `seen` (S,): ids that occur in the data, for `loss_unseen`. `autocast`: the type that the forward pass is cast
+        to; with float16 the loss is scaled so that small gradients survive (Micikevicius et al. 2018). `computing`: a
+        block in which every step, validation and measure computes: it sets the precision of a trainer outside a run.
         """
         self.model, self.batches, self.seen = model, batches, seen
         self.config, self.optimizer_config, self.autocast = config.train, config.optimizer, autocast
+        self.computing = computing
         # DDP and FSDP exchange the gradients that autograd reports, and it does not see this one
         model.transformer.gradient_in_place = model.config.tie_weights and dist.world_size() == 1
         model.transformer.recompute = config.train.activation_checkpointing is True
@@ -103,8 +65,7 @@ class Trainer:
             for block in model.transformer.h:  # alike, so one compilation serves all: PyTorch's regional recipe
                 block.compile()
         self.sharded = dist.is_sharded(config.distributed)
-        self.module = dist.wrap(model, config.distributed, batches.device)
-        """`model`, or DDP around it."""
+        self.module = dist.wrap(model, config.distributed, batches.device)  # `model`, or DDP around it
         self.schedule, self.metric = config.schedule, config.metric
         own = isinstance(config.optimizer, Outside)
         self.optimizers = outside.optimizer(config.optimizer, model) if own else config.optimizer.build(model)
@@ -114,13 +75,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.steps_done = 0
         self._unclipped: Tensor | None = None
-        self.step_seconds: list[float] = []
-        """Duration of every step done, the first ones included."""
-        self.step_waits: list[float | None] = []
-        """Seconds that the threads waited for a core in each (`load.waited`); None where that is not known."""
+        self.step_seconds: list[float] = []  # duration of every step done, the first ones included
+        self.step_waits: list[float | None] = []  # seconds its threads waited for a core (`load.waited`), if known
         self._spinning = load.spinning(torch.get_num_threads() if self.device.type == "cpu" else 1)
-        self.began_at = [0]
-        """Steps at which the run (re)started; the warm-up steps after each are not timed."""
+        self.began_at = [0]  # steps at which the run (re)started; the warm-up steps after each are not timed
 
     @property
     def device(self) -> torch.device:
@@ -135,28 +93,29 @@ class Trainer:
         that of this one's rows. The gradient stays in `.grad` until the next step.
         """
         config = self.config
-        self._zero_grad()
-        losses = []
-        for micro in range(config.grad_accum_steps):
-            x, y = self.batches.train(self.steps_done * config.grad_accum_steps + micro)
-            with dist.gradient_sync(self.module, micro == config.grad_accum_steps - 1):
-                with precision.cast(self.device, self.autocast):
-                    loss = self.module(x, y) / config.grad_accum_steps
-                self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        if self.optimizer_config.grad_clip > 0:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
-            self._unclipped = dist.full_tensor(norm)
-        for optimizer in self.optimizers:
-            for group, share in zip(optimizer.param_groups, self._shares[optimizer], strict=True):
-                group["lr"] = self.learning_rate * share
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        self.steps_done += 1
-        if self.device.type == "cuda":  # its kernels are queued, not done: the next batch can travel meanwhile
-            self.batches.prefetch(self.steps_done * config.grad_accum_steps)
+        with self.computing():
+            self._zero_grad()
+            losses = []
+            for micro in range(config.grad_accum_steps):
+                x, y = self.batches.train(self.steps_done * config.grad_accum_steps + micro)
+                with dist.gradient_sync(self.module, micro == config.grad_accum_steps - 1):
+                    with precision.cast(self.device, self.autocast):
+                        loss = self.module(x, y) / config.grad_accum_steps
+                    self.scaler.scale(loss).backward()
+                losses.append(loss.detach())
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            if self.optimizer_config.grad_clip > 0:
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.grad_clip)
+                self._unclipped = dist.full_tensor(norm)
+            for optimizer in self.optimizers:
+                for group, share in zip(optimizer.param_groups, self._shares[optimizer], strict=True):
+                    group["lr"] = self.learning_rate * share
+                self.scaler.step(optimizer)
+            self.scaler.update()
+            self.steps_done += 1
+            if self.device.type == "cuda":  # its kernels are queued, not done: the next batch can travel meanwhile
+                self.batches.prefetch(self.steps_done * config.grad_accum_steps)
         return torch.stack(losses).sum()
 
     def _zero_grad(self) -> None:
@@ -196,26 +155,22 @@ class Trainer:
         rank 0's answer is the run's, whatever the number of processes.
         """
         weights = dist.gather(dict(self.model.named_parameters()))
-        tensors = dist.gather(optimizers.state(self.model, self.optimizers))
+        tensors = dist.gather(optimizer_state.state(self.model, self.optimizers))
         scaler = self.scaler.state_dict()
         numbers: dict[str, Any] = {
             "step": self.steps_done,
             "micro_batches": self.steps_done * self.config.grad_accum_steps,
         }
-        numbers["groups"] = optimizers.group_numbers(self.optimizers)
+        numbers["groups"] = optimizer_state.group_numbers(self.optimizers)
         numbers["scaler"] = {key: scaler[key] for key in ("scale", "_growth_tracker") if key in scaler}
         return weights, tensors, numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Restore optimizers, scaler and step from rank 0's `state`; the caller loads the weights.
-
-        Raises:
-            BadRequest: the tensors are not those of this model's optimizers.
-        """
+        """Restore all but the weights from rank 0's `state`; `BadRequest` if the tensors are another optimizer's."""
         numbers, kept = dist.broadcast((numbers, bool(tensors)))
         if kept or not self.scaler.is_enabled():  # a run whose scaled steps all overflowed has no moments yet
-            optimizers.restore(self.model, self.optimizers, tensors)
-        for group, known in zip(optimizers.groups(self.optimizers), numbers.get("groups", []), strict=False):
+            optimizer_state.restore(self.model, self.optimizers, tensors)
+        for group, known in zip(optimizer_state.groups(self.optimizers), numbers.get("groups", []), strict=False):
             group.update(known)
         self.scaler.load_state_dict(self.scaler.state_dict() | numbers["scaler"])
         self.steps_done = numbers["step"]
@@ -223,7 +178,7 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean loss in nats over every validation window."""
         total, count = 0.0, 0
-        with torch.no_grad(), precision.cast(self.device, self.autocast):
+        with self.computing(), torch.no_grad(), precision.cast(self.device, self.autocast):
             for x, y in self.batches.validation():
                 loss = self.model(x, y)  # also of no rows at all, since a sharded model needs every process
                 if len(y):
@@ -250,44 +205,39 @@ class Trainer:
             measure = last or due or number % config.measure_every == 0
             metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
             if measure:
-                metrics |= self._before(thorough=number == 0 or last or due)
+                metrics |= self._measure_before_step(thorough=number == 0 or last or due)
             loss, seconds, waits = self.timed_step()
             metrics |= {
-                "loss": float(dist.all_mean(loss)),
+                "loss": finite(float(dist.all_mean(loss)), "loss", number),
                 "tokens": self.steps_done * config.step_tokens,
                 "step_ms": seconds * 1e3,
                 "tokens_per_second": config.step_tokens / seconds,
             }
             if waits is not None:
                 metrics["waited_ms"] = waits * 1e3
-            if not math.isfinite(metrics["loss"]):
-                raise Diverged(number, "loss", metrics["loss"])
             if measure:
-                norm = grad_norm(self.model) if self._unclipped is None else float(self._unclipped)
-                if math.isfinite(norm):
-                    metrics["grad_norm"] = norm
-                elif not self.scaler.is_enabled():  # a scaled step that overflows is skipped, and the scale lowered
-                    raise Diverged(number, "grad_norm", norm)
+                norm = measures.grad_norm(self.model) if self._unclipped is None else float(self._unclipped)
+                # a scaled step that overflows is skipped, and the scale lowered
+                if math.isfinite(norm) or not self.scaler.is_enabled():
+                    metrics["grad_norm"] = finite(norm, "grad_norm", number)
             if len(self.batches.held_out) and (last or due):
-                metrics["val_loss"] = self.evaluate()
-                if not math.isfinite(metrics["val_loss"]):  # the update just made broke the model
-                    raise Diverged(number, "val_loss", metrics["val_loss"])
+                metrics["val_loss"] = finite(self.evaluate(), "val_loss", number)
             self.step_seconds.append(seconds)
             self.step_waits.append(waits)
             yield metrics
 
-    def _before(self, *, thorough: bool) -> dict[str, Any]:
+    def _measure_before_step(self, *, thorough: bool) -> dict[str, Any]:
         """What is measured on the next step's first micro-batch before the step, off the clock."""
         measured: dict[str, Any] = {}
         if self.seen is None and not isinstance(self.metric, Outside):
             return measured
         self._zero_grad()  # of the step before: its memory is needed here
         x, y = self.batches.train(self.steps_done * self.config.grad_accum_steps)
-        with precision.cast(self.device, self.autocast):
+        with self.computing(), precision.cast(self.device, self.autocast):
             if self.seen is not None:
-                measured["loss_unseen"] = loss_unseen(self.model, x, self.seen)
+                measured["loss_unseen"] = measures.loss_unseen(self.model, x, self.seen)
                 if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
-                    measured |= first_look(self.model, x, y)
+                    measured |= measures.stream_and_embedding_gradients(self.model, x, y)
             if isinstance(self.metric, Outside):
                 measured |= outside.measure(self.metric, self.model, (x, y))
         return measured
@@ -318,43 +268,3 @@ class Trainer:
             "timed_steps": len(kept),
             "speed_disturbed": disturbed,
         }
-
-
-class ByHand(Trainer):
-    """A trainer outside a run: each call sets the precision and resets it, so that several can take turns."""
-
-    precision: Callable[[], contextlib.AbstractContextManager[object]]
-    """Sets the precision inside a block."""
-    _set = False
-
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        if self._set:  # `fit` steps and evaluates inside a block of its own, off the clock
-            yield
-            return
-        self._set = True
-        try:
-            with self.precision():
-                yield
-        finally:
-            self._set = False
-
-    def step(self) -> Tensor:
-        """As `Trainer.step`."""
-        with self._computing():
-            return super().step()
-
-    def evaluate(self) -> float:
-        """As `Trainer.evaluate`."""
-        with self._computing():
-            return super().evaluate()
-
-    def fit(self) -> Iterator[dict[str, Any]]:
-        """As `Trainer.fit`; between two steps the precision is the caller's."""
-        steps = super().fit()
-        while True:
-            with self._computing():
-                metrics = next(steps, None)
-            if metrics is None:
-                return
-            yield metrics

@@ -325,8 +325,37 @@ def test_what_pairing_gained() -> None:
     assert (found.baseline_std, found.arm_std) == pytest.approx((np.std(one, ddof=1), np.std(other, ddof=1)))
     against = effect(arms(TIE, {"true": one, "false": [6 - loss for loss in one]}), TIE)
     assert (against.seeds_saved or 0) < 0
-    assert "unpaired runs would do better" in against.reason
-    assert "unpaired" not in found.reason
+    assert "unpaired" not in against.reason  # the sentence says it, once
+
+
+def test_arms_against_each_other_are_said_once() -> None:
+    one = [3.0, 3.1, 2.9, 3.2]
+    comparison = comparisons.compare(arms(TIE, {"true": one, "false": [6 - loss for loss in one]}))
+    said = "the two arms go against each other over the seeds"
+    [(_, sentence)] = words.sentences(comparison)
+    assert sentence.count(said) == 1
+    assert said not in "\n".join(report.effects(comparison))
+
+
+def test_memory_that_the_order_of_jobs_decides_is_not_compared() -> None:
+    """Three seeds of an arm 50 MiB apart in one process say nothing of arms 20 MiB apart; of arms 200 apart they do."""
+    peaks = [600, 650, 610]
+
+    def compare(apart: int, pids: Sequence[int]) -> Effect:
+        rows = [
+            run(
+                f"{TIE}={arm}", seed=seed, peak_memory_bytes=(peak + apart * (arm == "false")) * 2**20, pid=pids[at % 6]
+            )
+            for at, (arm, (seed, peak)) in enumerate(itertools.product(("true", "false"), enumerate(peaks)))
+        ]
+        return effect(rows, TIE, "peak_memory_bytes")
+
+    found = compare(20, [7] * 6)
+    assert (found.verdict, found.ci95, found.p_value) == ("not_comparable", None, None)
+    assert "up to 50 MiB apart" in found.reason
+    assert "sweep.isolate=true" in found.reason
+    assert compare(200, [7] * 6).verdict == "worse"
+    assert compare(20, range(1, 7)).verdict == "worse"  # each in a process of its own
 
 
 def test_a_seed_that_is_far_off_is_named() -> None:

@@ -324,7 +324,7 @@ class TestFiles:
             "| --- | --- | --- | --: | --: | --- | --: | --: | --: | --: | --- |",
             f"| {' | '.join('--:' if column.number else '---' for column in wider.columns)} |",
         ]
-        page = report.page(text, comparison, tmp_path, [])
+        page = report.page(text, words.title(comparison), tmp_path)
         assert page.count("<td>none</td>") == 2
         assert page.count('<td style="text-align:right">7</td>') == 2, "the seeds"
 
@@ -551,7 +551,7 @@ class TestEscaping:
         """Through Markdown, as an item and as a cell, to the page."""
         said = f"x{terminal.printable(text)}x"
         lines = [f"- {report.escaped(said)}", "", "| h |", "| --- |", f"| {report.escaped(said)} |"]
-        page = _parsed(report.page("\n".join(lines), _comparison([], {}), Path(), []))
+        page = _parsed(report.page("\n".join(lines), "x", Path()))
         assert page.text.count(said) == 2
 
     def test_links_resolve(self, hostile: Path) -> None:

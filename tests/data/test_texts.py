@@ -255,9 +255,9 @@ def test_a_literal_end_of_text_is_noted_with_how_to_part(
     tokens.prepare(text(path))
     (note,) = [record.getMessage() for record in caplog.records]
     assert note.startswith(
-        "my stories.txt: holds <|endoftext|> 3 times, as letters: it parts no documents; to part them: "
+        "my stories.txt: holds <|endoftext|> 3 times, as letters: it separates no documents; to separate them: "
     )
-    command, _, made = note.partition("to part them: ")[2].partition(", and data.path=")
+    command, _, made = note.partition("to separate them: ")[2].partition(", and data.path=")
     command = command.replace("python", shlex.quote(sys.executable), 1)
     subprocess.run(command, shell=True, check=True, executable="/bin/sh", env={**os.environ, "PYTHONUTF8": "1"})
     (place,) = shlex.split(made)
@@ -267,7 +267,7 @@ def test_a_literal_end_of_text_is_noted_with_how_to_part(
     tokens.prepare(text(tmp_path / "b.jsonl"))
     (note,) = [record.getMessage() for record in caplog.records]
     assert note.startswith(
-        "b.jsonl: holds <|endoftext|> 1 time, as letters: it parts no documents; to part them, make each"
+        "b.jsonl: holds <|endoftext|> 1 time, as letters: it separates no documents; to separate them, make each"
     )
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ from gpt2exp.sweep import launch
 
 ROOT = Path(__file__).parents[2]
 FINDINGS = ROOT / "experiments"
-STUDIES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+PRESETS = ROOT / "conf" / "experiment"
+STUDIES = sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
+"""`NAME`, and `NAME/gpt2` for the same question at GPT-2's own scale."""
 
 
 def block(page: str, name: str) -> str:
@@ -46,14 +49,16 @@ def test_a_page_follows_from_its_record(study: str, monkeypatch: pytest.MonkeyPa
     """By today's rules: who changes a rule publishes the pages again, which needs no sweep and no training."""
     monkeypatch.syspath_prepend(str(FINDINGS))
     publish = importlib.import_module("publish")
-    comparison = publish.recorded(study)
-    assert block((FINDINGS / study / "README.md").read_text(), "results") == publish.results(study, comparison)
-    assert (FINDINGS / study / "results.csv").read_text() == publish.report.table(comparison)
-    assert comparison.margin is None, "none was stated before these runs"
-    assert "indistinguishable" not in {effect.verdict for effect in comparison.axes}
+    comparison, record = publish.recorded(study), publish.Record(study)
+    assert block(record.page.read_text(), record.block) == publish.results(study, comparison)
+    assert record.results.read_text() == publish.report.table(comparison)
+    if comparison.margin is None:
+        assert "indistinguishable" not in {effect.verdict for effect in comparison.axes}
 
 
-def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_becomes_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The page, the tables and the figures, from the comparison itself."""
     monkeypatch.syspath_prepend(str(FINDINGS))
     monkeypatch.chdir(tmp_path)
@@ -86,17 +91,31 @@ def test_a_sweep_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (row["state"], len(publish.runs_of("init_std"))) == ("done", 4)
     assert len(publish.having(publish.runs_of("init_std"), "init.std=0.04")) == 2
     assert publish.effect("init_std", "init.std", "0.04", "val_loss")["n_seeds"] == "2"
+    reproduce = importlib.import_module("reproduce")
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "init_std"])
+    capsys.readouterr()
+    assert reproduce.main() == 0, "the same processor"
+    assert capsys.readouterr().out == f"init_std: {row['name']}: equal\n"
+    with monkeypatch.context() as changed:
+        changed.setattr(reproduce, "runs_of", lambda study: [row | {"loss_last": "7.0"}])
+        assert reproduce.main() == 1
     (tmp_path / "precision").mkdir()
     (tmp_path / "precision" / "README.md").write_text("<!-- speed -->\n<!-- /speed -->\n")
-    publish.publish_speed(tmp_path / "sweep")
+    publish.publish("precision/speed", [tmp_path / "sweep"])
     assert "speed, ratio" in (tmp_path / "precision" / "README.md").read_text()
     assert "loss, nats" not in (tmp_path / "precision" / "README.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "precision").iterdir())[1:] == [
+        "speed-results.csv",
+        "speed.csv",
+        "speed.json",
+    ]
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_has_its_finding(study: str) -> None:
-    folder = FINDINGS / study
-    page = (folder / "README.md").read_text()
+def test_a_study_has_its_finding(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    record = importlib.import_module("publish").Record(study)
+    folder, page = record.page.parent, record.page.read_text()
     for heading in ("**Question.**", "**What is said.**", "**Method.**", "## Result", "## Reading", "## Limits"):
         assert heading in page
     assert f"gpt2exp experiment={study}" in page
@@ -105,11 +124,11 @@ def test_a_study_has_its_finding(study: str) -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
     assert pictures
     assert all((folder / picture).stat().st_size > 1000 for picture in pictures)
-    with (folder / "runs.csv").open(newline="") as file:
+    with record.stem.with_suffix(".csv").open(newline="") as file:
         runs = list(csv.DictReader(file))
     assert len({run["seed"] for run in runs}) >= 5
     assert {run["state"] for run in runs} == {"done"}
-    shared = json.loads((folder / "runs.json").read_text())["shared"]
+    shared = json.loads(record.stem.with_suffix(".json").read_text())["shared"]
     assert re.fullmatch("[0-9a-f]{40}", shared["git.commit"])
     assert shared["git.dirty"] is False, "findings come from committed code"
 
@@ -117,12 +136,12 @@ def test_a_study_has_its_finding(study: str) -> None:
 @pytest.mark.parametrize("study", [study for study in STUDIES if study not in ("first_steps", "throughput")])
 def test_a_study_of_the_loss_states_its_margin_and_why(study: str) -> None:
     """Or no later run of it could find arms equal: first_steps has one arm, throughput asks for the speed."""
-    preset = (ROOT / "conf" / "experiment" / f"{study}.yaml").read_text()
+    preset = (PRESETS / f"{study}.yaml").read_text()
     assert re.search(r"^sweep:\n  margin: 0\.\d+ # .{20,}$", preset, re.MULTILINE)
 
 
 def test_every_effect_stands_on_its_page() -> None:
-    for path in FINDINGS.glob("*/results.csv"):
+    for path in FINDINGS.glob("*/*results.csv"):
         page = (path.parent / "README.md").read_text()
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
@@ -178,3 +197,31 @@ def test_tokenising_is_timed(cold: Path, tmp_path: Path) -> None:
     script = FINDINGS / "throughput" / "tokenise.py"
     done = subprocess.run([sys.executable, script, text, "1"], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"23 tokens, rate over tiktoken's \d+\.\d\d\n", done.stdout)
+
+
+def test_the_table_of_findings_follows_from_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    publish = importlib.import_module("publish")
+    before = [(FINDINGS / name).read_text() for name in ("README.md", "findings.csv")]
+    monkeypatch.setattr(publish, "HERE", tmp_path)
+    for study in publish.FIGURES:
+        shutil.copytree(FINDINGS / study, tmp_path / study, ignore=shutil.ignore_patterns("*.png"))
+    shutil.copy(FINDINGS / "README.md", tmp_path)
+    publish.publish_findings()
+    assert [(tmp_path / name).read_text() for name in ("README.md", "findings.csv")] == before
+
+
+def test_the_intervals_from_curves_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committed simulation is in 93 to 97 %; its page has its figures; and it runs, on fewer sweeps."""
+    monkeypatch.syspath_prepend(str(FINDINGS / "coverage"))
+    sys.modules.pop("simulate", None)
+    simulate = importlib.import_module("simulate")
+    with (FINDINGS / "coverage" / "coverage.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    read = [row for row in rows if float(row["read"]) > 0.05]
+    assert len(read) > 60
+    assert all(0.93 <= float(row["coverage"]) <= 0.97 for row in read)
+    assert all(int(row["sweeps"]) >= 4000 for row in rows)  # known to 0.35 %
+    assert block((FINDINGS / "coverage" / "README.md").read_text(), "table") == simulate.table(rows)
+    again = [row for row in simulate.simulate(sweeps=20) if row["coverage"]]
+    assert 0.93 <= np.mean([float(row["coverage"]) for row in again]) <= 0.97

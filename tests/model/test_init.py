@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gpt2exp.config import InitConfig, InitScheme, ModelConfig
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import InitError, check_init, expected_std, initialise
-from gpt2exp.training.trainer import first_look
+from gpt2exp.training.measures import stream_and_embedding_gradients
 
 SCHEMES = [scheme.value for scheme in InitScheme if scheme is not InitScheme.pretrained]  # which draws nothing
 
@@ -239,7 +239,7 @@ def test_scaling_keeps_the_real_residual_stream_from_growing_with_depth() -> Non
     added = {}
     for scaling in (True, False):
         gpt = built(InitConfig(std=0.2, position_std=0.2, residual_scaling=scaling), n_layer=16)
-        rms = first_look(gpt, idx, idx)["residual_rms"]
+        rms = stream_and_embedding_gradients(gpt, idx, idx)["residual_rms"]
         assert isinstance(rms, list)
         assert len(rms) == 17
         assert rms == sorted(rms)

@@ -28,7 +28,7 @@ from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import checkpoint, record
 from gpt2exp.section import BadRequest
-from gpt2exp.training import distributed, hardware, optimizers
+from gpt2exp.training import distributed, hardware, optimizer_state
 from gpt2exp.training.optimizers import AdamW
 from gpt2exp.training.trainer import Trainer
 
@@ -337,7 +337,7 @@ class TestRestore:
             whole.model.named_parameters(), second.model.named_parameters(), strict=True
         ):
             assert torch.equal(one, other), name
-        states = [optimizers.state(job.model, job.optimizers) for job in (whole, second)]
+        states = [optimizer_state.state(job.model, job.optimizers) for job in (whole, second)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
         assert whole.scaler.state_dict() == second.scaler.state_dict()
@@ -360,7 +360,7 @@ class TestRestore:
         second = trained(0)
         second.restore(found.training(), found.state)
         assert second.steps_done == 4
-        assert optimizers.state(second.model, second.optimizers).keys() == training.keys()
+        assert optimizer_state.state(second.model, second.optimizers).keys() == training.keys()
 
     @pytest.mark.parametrize(
         ("change", "said"),

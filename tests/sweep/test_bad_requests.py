@@ -166,6 +166,20 @@ FLAGS = [
         "try sweep.max_seeds=6",
     ),
     Bad("-m init=gpt2,torch sweep.max_hours=2", "sweep.max_hours=2.0: has no meaning", "add sweep.until=answered"),
+    Bad("sweep.over=train.steps=5,6", "sweep.over=train.steps=5,6: a sweep by the basic sweeper alone", "add -m"),
+    Bad("-m init=gpt2,torch sweep.over=train.steps", "sweep.over=train.steps: must be KEY=A,B", "steps=50,100,200"),
+    Bad("-m init=gpt2,torch sweep.over=train.steps=5", "sweep.over=train.steps=5: one value is no axis", "50,100,200"),
+    Bad("-m init=gpt2,torch sweep.over=train.stepz=5,6", "train.stepz=5: no such key", "did you mean train.steps?"),
+    Bad("-m init=gpt2,torch sweep.over=seed=5,6", "sweep.over=seed=5,6: seed is no number that makes", "50,100,200"),
+    Bad(
+        "-m init=gpt2,torch sweep.over=model=nano,gpt2", "sweep.over=model=nano,gpt2: model is no number", "50,100,200"
+    ),
+    Bad("-m seed=1,2 sweep.over=train.steps=5,6", "sweep.over=train.steps=5,6: nothing else varies", "tie_weights="),
+    Bad(
+        "-m init=gpt2,torch train.steps=3 sweep.over=train.steps=5,6",
+        "sweep.over=train.steps=5,6: train.steps is given twice",
+        "leave out train.steps=",
+    ),
     Bad("dry_run=true sweep.prior=nowhere", "sweep.prior=nowhere: no such folder", "name run or sweep folders"),
     Bad("hydra.run.dir=~/book.txt", "hydra.run.dir=", "choose a folder that can be written"),
     Bad("hydra.run.dir=/proc/x", "hydra.run.dir=/proc/x: No such file", "choose a folder that can be written"),

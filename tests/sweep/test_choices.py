@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from support import PROGRAM, SMALL, at_step, finish, losses, read, run, start
 
+import gpt2exp
 from gpt2exp import choices, export, sample, schema
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
@@ -328,6 +329,21 @@ def test_a_sweep_ends_in_verdicts(how: list[str], tmp_path: Path, capsys: pytest
     assert comparing.command([str(folder / "swept"), str(folder / "other"), "--out", str(tmp_path / "both")]) == 2
     said = "optimizer._target_=my_choices.Signs: its code was changed between the runs"
     assert said in capsys.readouterr().err
+
+
+def test_a_run_from_python_takes_them(mine: Path) -> None:
+    """As the command: the same losses, and overrides that name the choice, so that the run can be gone on with."""
+    words = [*SMALL, QUIET, "train.steps=3", "optimizer=signs", "optimizer.decay=0.5", "init=half"]
+    words.append("checkpoint.save_last=true")
+    summary = gpt2exp.run(gpt2exp.compose("--config-dir", str(mine), *words), "by-hand")
+    assert summary["error"] is None
+    assert {"optimizer=signs", "optimizer.decay=0.5", "init=half", "train.steps=3"} <= set(summary["overrides"])
+    assert not [text for text in summary["overrides"] if "_=" in text or text.startswith("optimizer.name")]
+    assert launch.command(["--config-dir", str(mine), *words, "hydra.run.dir=typed"]) == 0
+    assert losses(Path("by-hand")) == losses(Path("typed"))
+    again = ["--config-dir", str(mine), "resume=by-hand", "train.steps=4"]
+    assert launch.command(again) == 0
+    assert len(losses(Path("by-hand"))) == 4
 
 
 def test_samples_and_exports_run_no_code_unasked(

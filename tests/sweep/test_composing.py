@@ -89,3 +89,18 @@ def test_a_bad_value_in_the_last_job() -> None:
     """It is refused though Hydra composed the first alone."""
     with pytest.raises(section.BadRequest, match=r"^train\.seq_len=4096: "):
         request.make(composing.arguments(["-m", "model=gpt2", "train.seq_len=32,64,4096"]))
+
+
+def test_a_budget_is_one_more_axis() -> None:
+    """`sweep.over`: the product with it, ascending, however it was typed; `sweep.until` counts it as no question."""
+    typed = ["-m", request.as_meant("sweep.over=train.steps=20,5,10"), "model.tie_weights=true,false", "seed=1,2"]
+    asked = request.make(composing.arguments(typed))
+    of = [(job.config.seed, job.config.model.tie_weights, job.config.train.steps) for job in asked.jobs]
+    assert sorted(of) == sorted(
+        (seed, tied, steps) for seed in (1, 2) for tied in (True, False) for steps in (5, 10, 20)
+    )
+    assert [steps for _, _, steps in of[:3]] == [5, 10, 20]
+    assert all(job.config.sweep.over == "train.steps=20,5,10" for job in asked.jobs)
+    until = request.make(composing.arguments([*typed[:3], "sweep.until=answered", "sweep.max_seeds=3"]))
+    assert list(until.rule["axes"]) == ["model.tie_weights"]
+    assert len(until.jobs) == 3 * 2 * 3

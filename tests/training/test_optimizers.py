@@ -16,7 +16,7 @@ from gpt2exp.config import OptimizerConfig, RunConfig
 from gpt2exp.section import BadRequest
 from gpt2exp.sweep import composing
 from gpt2exp.sweep import request as requests
-from gpt2exp.training import optimizers
+from gpt2exp.training import optimizer_state
 from gpt2exp.training.optimizers import SGD, AdamW
 
 
@@ -61,13 +61,13 @@ def test_what_it_keeps_goes_in_and_out(asked: OptimizerConfig, keys: set[str]) -
         model = torch.nn.Linear(3, 2)
         made = asked.build(model)
         if tensors is not None:
-            optimizers.restore(model, made, tensors)
+            optimizer_state.restore(model, made, tensors)
         for _ in range(steps):
             for parameter in model.parameters():
                 parameter.grad = torch.ones_like(parameter)
             for one in made:
                 one.step()
-        return model, optimizers.state(model, made)
+        return model, optimizer_state.state(model, made)
 
     _, once = stepped(1)
     assert {name.partition(".")[0] for name in once} == keys
@@ -88,7 +88,7 @@ def test_its_moments_are_counted() -> None:
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         made.step()
-        kept = sum(tensor.numel() for tensor in optimizers.state(model, [made]).values() if tensor.dim())
+        kept = sum(tensor.numel() for tensor in optimizer_state.state(model, [made]).values() if tensor.dim())
         assert kept == asked.moments * sum(p.numel() for p in model.parameters())
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import runpy
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,22 +20,23 @@ from support import SMALL
 from gpt2exp import bench
 from gpt2exp.section import BadRequest
 
+THROUGHPUT = Path(__file__).parents[2] / "experiments" / "throughput"
 TINY = [*SMALL, "train.seq_len=16", "wandb.mode=disabled"]
 ONCE = [*TINY, "--pairs", "1", "--steps", "3", "--peer-command"]
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One round of ours, transformers and a peer's command, each a process of its own, and two of ours at once."""
+    """One round of ours, transformers and a peer's command, each a process of its own."""
     folder, out = tmp_path_factory.mktemp("bench"), io.StringIO()
     peer = """python -c 'print("noise"); print("{\\"ms_median\\": 5, \\"first_ms\\": 6, \\"peak_rss_mib\\": 7}")'"""
-    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "1", "--steps", "4", "--beside", "2"]
+    args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "1", "--steps", "4"]
     with contextlib.chdir(folder), contextlib.redirect_stdout(out):
         assert bench.command([*args, "--out", "found/bench.json"]) == 0
     found: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
     assert json.loads((folder / "found" / "bench.json").read_text()) == found
     assert sorted(path.name for path in folder.iterdir()) == ["found"]  # a bench is no run: nothing else is written
-    for text in ("step time", "whole process", "peak memory", "2 at once: a step"):
+    for text in ("step time", "whole process", "peak memory"):
         assert text in out.getvalue()
     return found
 
@@ -43,8 +46,7 @@ def with_roof(result: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     """The same with the machine's limits, added by the script."""
     file = tmp_path_factory.mktemp("roof") / "bench.json"
     file.write_text(json.dumps(result))
-    script = Path(__file__).parents[2] / "experiments" / "throughput" / "roofline.py"
-    line = [sys.executable, str(script), *TINY, "--steps", "4", "--verify", "--bench", str(file)]
+    line = [sys.executable, str(THROUGHPUT / "roofline.py"), *TINY, "--steps", "4", "--verify", "--bench", str(file)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=file.parent, check=False)
     assert done.returncode == 0, done.stderr
     for text in ("matrix products alone", "of it", "losses of 4 steps are off the plain path's by at most"):
@@ -62,21 +64,32 @@ def test_ours_and_the_peers_are_timed(result: dict[str, Any]) -> None:
     assert row["hf"]["loss_first"] == pytest.approx(row["gpt2exp"]["loss_first"], rel=0.02)  # the same batch
     assert row["peer"]["ms_median"] == 5
     assert {key: of["ms_median"]["n"] for key, of in result["ratios"].items()} == {"hf": 1, "peer": 1}
-    assert [len(found) for found in result["beside"]["ms_medians"]] == [2]
 
 
 def test_ratios_are_taken_pair_by_pair(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In turn, ours and the peer's; several at once beside the one of the same round."""
-    times, together = iter([2, 4, 9, 3]), iter([[3, 4], [27, 18]])
+    """In turn, ours and the peer's."""
+    times = iter([2, 4, 9, 3])
     same = {"first_ms": 1, "peak_rss_mib": 1, "process_seconds": 1}
     monkeypatch.setattr(bench, "timed", lambda _: {"ms_median": next(times), **same})
-    monkeypatch.setattr(bench, "_at_once", lambda *_: [{"ms_median": ms} for ms in next(together)])
-    assert bench.command([*TINY, "--peer", "hf", "--pairs", "2", "--steps", "4", "--beside", "2"]) == 0
+    assert bench.command([*TINY, "--peer", "hf", "--pairs", "2", "--steps", "4"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["gpt2exp"]["ms_median"], row["hf"]["ms_median"]) for row in found["rounds"]] == [(2, 4), (9, 3)]
     assert found["ratios"]["hf"]["ms_median"] == {"median": 1.75, "min": 0.5, "max": 3, "n": 2}
     assert found["ratios"]["hf"]["peak_rss_mib"] == {"median": 1, "min": 1, "max": 1, "n": 2}
-    assert found["beside"]["ratio"] == {"median": 2.5, "min": 2, "max": 3, "n": 2}
+
+
+def test_two_at_once_are_timed_beside_one_alone(tmp_path: Path) -> None:
+    line = [sys.executable, str(THROUGHPUT / "beside.py"), "2", *TINY, "--pairs", "1", "--steps", "3"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 at once: a step takes" in done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
+    (alone,), (several,) = found["alone"], found["ms_medians"]
+    assert (found["processes"], len(several)) == (2, 2)
+    assert found["ratio"]["median"] == max(several) / alone
+    line[2] = "1"
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr[:14]) == (2, "beside.py: 1 -")
 
 
 def test_processes_at_once_begin_together(tmp_path: Path) -> None:
@@ -89,10 +102,11 @@ print("built", flush=True)
 sys.stdin.readline()
 print(json.dumps({"ms_median": len(list(here.iterdir()))}))
 """
-    found = bench._at_once([sys.executable, "-c", code, str(tmp_path)], 3)
+    at_once = runpy.run_path(str(THROUGHPUT / "beside.py"))["at_once"]
+    found = at_once([sys.executable, "-c", code, str(tmp_path)], 3)
     assert [row["ms_median"] for row in found] == [3, 3, 3]
     with pytest.raises(bench.ContestantError, match="exit code 1"):
-        bench._at_once(["false"], 2)
+        at_once(["false"], 2)
 
 
 def test_losses_are_held_against_the_plain_path(with_roof: dict[str, Any]) -> None:
@@ -103,8 +117,7 @@ def test_losses_are_held_against_the_plain_path(with_roof: dict[str, Any]) -> No
 
 def test_the_floor_is_its_parts(with_roof: dict[str, Any]) -> None:
     result, roof = with_roof, with_roof["roofline"]
-    step = sorted(row["gpt2exp"]["ms_median"] for row in result["rounds"])
-    assert roof["step_ms"] == pytest.approx(sum(step) / 2)
+    assert roof["step_ms"] == pytest.approx(statistics.median(row["gpt2exp"]["ms_median"] for row in result["rounds"]))
     assert roof["floor_ms"] == pytest.approx(roof["matmul_ms"] + roof["adamw_ms"])
     assert roof["fraction"] == pytest.approx(roof["floor_ms"] / roof["step_ms"])
     assert {product["layer"] for product in roof["products"]} == {
@@ -129,7 +142,6 @@ def test_the_floor_is_its_parts(with_roof: dict[str, Any]) -> None:
         (["model.n_layers=3"], 2, "gpt2exp-bench: model.n_layers=3: no such key; did you mean model.n_layer?"),
         (["seed=1,2"], 2, "gpt2exp-bench: seed=1,2: several values make a sweep"),
         (["--steps", "2"], 2, "gpt2exp-bench: --steps 2 --pairs 3: at least 3 steps and one pair"),
-        (["--beside", "1"], 2, "gpt2exp-bench: --beside 1: at least two at once; one is timed anyway"),
         (["experiment=throughput"], 2, "gpt2exp-bench: gpt2exp-bench times one configuration"),
         ([*ONCE, "false"], 1, "gpt2exp-bench: false: exit code 1"),
         (

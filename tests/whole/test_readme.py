@@ -72,7 +72,7 @@ def one_seed(words: list[str]) -> list[str]:
 
 def compose(words: list[str]) -> requests.Request:
     """The checked plan of a request."""
-    args = composing.arguments(words)
+    args = composing.arguments([requests.as_meant(word) for word in words])
     choices.allow(composing.config_folder(args), Path.cwd())
     return resume.make(args) or requests.make(args)
 

@@ -1,0 +1,154 @@
+"""The stage before a comparison in which each arm finds its own best value of a key: `sweep.tune`. No torch.
+
+Every arm is run at every value on the tuning seeds, in the folder `tuning/` of the sweep. As soon as all tuning runs of
+an arm have ended its value is chosen and written to `sweep.json`; its runs to be compared take that value, and stay
+with it when the sweep is resumed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from gpt2exp.compare.tuned import Curve, arm_of, final, names
+from gpt2exp.config import SweepConfig, tuned
+from gpt2exp.run import record
+from gpt2exp.schema import check_key, is_housekeeping, parse, put
+from gpt2exp.section import BadRequest, show
+from gpt2exp.sweep.composing import Composer, Job, describe
+
+
+def first(composer: Composer, sweep: SweepConfig, told: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The tuned key at the first of its values, with which jobs are composed until their arm's own is known.
+
+    Raises:
+        BadRequest: it is no key that can be tuned, or one that was `told` a value or swept.
+    """
+    key, values = tuned(sweep.tune)
+    if not key:
+        return {}
+    if not composer.may_have(key):
+        check_key(key, values[0])
+    refuse(is_housekeeping(key) or key == "seed", sweep, f"{key} changes no result; tune another key")
+    given = told.get(key) or [""]
+    again = f"{key}={','.join(text.partition('=')[2] for text in given)}"
+    refuse(key in told, sweep, f"{key} has a value of its own in each arm; leave out {again}")
+    return {key: [f"{key}={values[0]}"]}
+
+
+def refuse(wrong: bool, sweep: SweepConfig, why: str) -> None:
+    """Raise `BadRequest` about `sweep.tune` if something is wrong."""
+    if wrong:
+        raise BadRequest(f"sweep.tune={sweep.tune}: {why}")
+
+
+def check(jobs: Sequence[Job], *, multirun: bool, basic: bool) -> None:
+    """Refuse jobs of which there are no arms to tune, or whose seeds are those to tune on."""
+    sweeps = [job.config.sweep for job in jobs if job.config.sweep.tune]
+    if not sweeps:
+        return
+    what, sweep = "add what to compare, such as optimizer=adamw,sgd", sweeps[0]
+    key, seeds = tuned(sweep.tune)[0], sweep.tune_seeds
+    refuse(not multirun, sweep, f"one run has no arms to compare; add -m, and {what.removeprefix('add ')}")
+    asked = {(job.config.sweep.tune, str(job.config.sweep.tune_seeds)) for job in jobs}
+    refuse(not basic or len(asked) > 1, sweep, "it takes the basic sweeper and one rule for all jobs; name one of each")
+    refuse(len({arm_of(job.overrides, key) for job in jobs}) < 2, sweep, f"nothing varies but the seed; {what}")
+    compared = {job.config.seed for job in jobs}
+    if both := sorted(compared & {*seeds}):
+        free = (
+            [seed for seed in range(101, 2**31) if seed not in compared][: len(seeds)] if len(compared) < 9999 else []
+        )
+        why = f"{', '.join(map(str, both))} would be compared too; try sweep.tune_seeds={','.join(map(str, free))}"
+        raise BadRequest(f"sweep.tune_seeds={show(seeds)}: {why}")
+
+
+def untold(job: Job) -> list[str]:
+    """A job's overrides without the one of the tuned key."""
+    key = tuned(job.config.sweep.tune)[0]
+    return [text for text in job.overrides if not key or text.lstrip("+").partition("=")[0] != key]
+
+
+def bare(job: Job) -> Job:
+    """A job without its value of the tuned key, unless its folder says what it is."""
+    return job if job.own is None else replace(job, overrides=tuple(untold(job)))
+
+
+def trials(composer: Composer, master: Any, jobs: Sequence[Job], known: Sequence[Job] = ()) -> list[Job]:
+    """The runs that tune the arms of some jobs: those `known`, then those of the arms that have none, not named yet."""
+    if not jobs or not (asked := jobs[0].config.sweep).tune:
+        return []
+    key, values = tuned(asked.tune)
+    before = {arm_of(job.overrides, key) for job in known}
+    arms = dict.fromkeys(arm for job in jobs if (arm := arm_of(job.overrides, key)) not in before)
+    kept = [text for text in jobs[0].overrides if is_housekeeping(text.lstrip("+").partition("=")[0])]
+    seeds = asked.tune_seeds
+    each = ([*kept, *arm, f"{key}={value}", f"seed={seed}"] for arm in arms for value in values for seed in seeds)
+    return [*known, *composer.jobs(master, each)]
+
+
+def recorded(jobs: Sequence[Job], known: record.Tuning | None = None) -> record.Tuning | None:
+    """What `sweep.json` says of named tuning runs; the values that are chosen already are those `known`."""
+    if not jobs:
+        return None
+    key, values = tuned(jobs[0].config.sweep.tune)
+    chosen = {tuple(arm.overrides): arm.best for arm in known.arms} if known else {}
+    found = record.Tuning(key, jobs[0].config.sweep.tune_seeds, [])
+    arms: dict[tuple[str, ...], record.Tuned] = {}
+    for job in jobs:
+        arm = arm_of(job.overrides, key)
+        of = arms.setdefault(arm, record.Tuned(list(arm), {value: [] for value in values}, chosen.get(arm)))
+        told = next(text for text in job.overrides if text.lstrip("+").startswith(f"{key}="))
+        of.runs[told.partition("=")[2]].append(job.folder)
+    found.arms = list(arms.values())
+    return found
+
+
+def announced(tuning: record.Tuning, trials: int, jobs: int) -> str:
+    """How many jobs each stage has to do, for a dry run."""
+    shape = f"{len(tuning.arms)} arms x {len(tuning.arms[0].runs)} values x {len(tuning.seeds)} seeds"
+    seeds = ", ".join(map(str, tuning.seeds))
+    text = f"first {trials} jobs that tune {tuning.key} ({shape}: {seeds}), at {', '.join(tuning.arms[0].runs)}"
+    return f"{text}; then {jobs} jobs that are compared, each at its arm's best value"
+
+
+def settle(sweep: Path, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
+    """Choose the value of every arm whose tuning runs have ended, and record it in `sweep.json`.
+
+    Returns the jobs of the arms that have one, each at that value, and a line for each arm that had none before.
+    """
+    known = record.Sweep.read(sweep)
+    assert known is not None
+    assert known.tuning is not None
+    key, said = known.tuning.key, list[str]()
+    arms = known.tuning.arms
+    for arm, name in zip(arms, names([tuple(arm.overrides) for arm in arms]), strict=True):
+        finals = {value: [final(record.row(sweep / run, sweep)) for run in runs] for value, runs in arm.runs.items()}
+        curve = Curve(key, name, finals, arm.best)
+        if not curve.best:
+            curve.best = arm.best = curve.choose()
+            said.append(f"tuned {curve.said()}" if arm.best else f"not tuned: {curve.said()}")
+    best = {tuple(arm.overrides): arm.best for arm in arms if arm.best}
+    settled = [_at(job, key, value) for job in jobs if (value := best.get(arm_of(job.overrides, key)))]
+    told = {job.folder: list(job.overrides) for job in settled}
+    known.jobs = [told.get(name, texts) for name, texts in zip(known.folders or (), known.jobs, strict=True)]
+    known.write(sweep)
+    for job in settled:
+        # a sweep that ends as soon as it is answered makes a folder as its run begins
+        if not job.done and (not known.looks or (sweep / job.folder).exists()):
+            describe(sweep / job.folder, job)
+    return settled, said
+
+
+def _at(job: Job, key: str, value: str) -> Job:
+    """A job at a value of a key; one that has begun has it already."""
+    if job.own is None:
+        return job
+    own, told = copy.deepcopy(job.own), (*job.overrides, f"{key}={value}")
+    put(own, key, OverridesParser.create().parse_override(f"{key}={value}").value())
+    settings = job.hydra | {"overrides": job.hydra["overrides"] | {"task": list(told)}}
+    return replace(job, overrides=told, own=own, config=parse(own), hydra=settings)
