@@ -10,6 +10,7 @@ import dataclasses
 import pkgutil
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from typing import Any, ClassVar
@@ -207,8 +208,11 @@ class DataConfig(Section):
         0.0, "share of the tokens, from the end, kept for validation; 0: train on all", at_least=0, below=1
     )
     order: DataOrder = option(DataOrder.sequential, "of the windows of text; shuffled: anew for each seed and epoch")
+    redraw: int = option(0, "of shuffled order: another permutation of the same seed, by number", at_least=0)
 
     def agree(self) -> None:
+        shuffled, why = self.order is DataOrder.shuffled, f"data.order={self.order} draws no permutation"
+        require(shuffled or self.redraw == 0, "data.redraw", self.redraw, why, "add data.order=shuffled")
         require(bool(self.field), "data.field", "''", "must not be empty", "try data.field=text")
         if self.name is not DataName.hub:
             for key, usual in (("subset", None), ("split", "train"), ("revision", None)):
@@ -229,7 +233,7 @@ class DataConfig(Section):
     @property
     def text(self) -> tuple[Any, ...]:
         """What decides which tokens there are; equal in jobs that share a text."""
-        order = ("val_fraction", "order")
+        order = ("val_fraction", "order", "redraw")
         return tuple(repr(getattr(self, name)) for name in self.__dataclass_fields__ if name not in order)
 
 
@@ -376,10 +380,50 @@ class WandbConfig(Section):
             require(1 <= len(tag) <= 64, "wandb.tags", self.tags, why, "try wandb.tags=[short,words]")
 
 
+class Design(StrEnum):
+    """Which combinations of a sweep's arms are run."""
+
+    product = "product"
+    one_at_a_time = "one_at_a_time"
+    leave_one_out = "leave_one_out"
+
+
+TOGETHER = " + "
+"""Joins the keys of an axis that moves together, where a comparison names it."""
+
+
+def moving(together: Iterable[str]) -> list[str]:
+    """The keys of `sweep.together`."""
+    return [text.partition("=")[0].strip() for text in together]
+
+
+CONTROL = "data.redraw"
+"""In what `sweep.control` differs from the baseline.
+
+The order of the data is real noise. Both permutations of a seed are draws of one kind and the weights are the same, so
+the paired difference is centred at zero. If its interval leaves zero oftener than one time in twenty, the pairs or the
+intervals are at fault. The check sees nothing that all runs have in common; and arms, which share the order, scatter
+less than it does.
+"""
+
+
 @dataclass(kw_only=True, slots=True)
 class SweepConfig(Section):
-    """How the jobs of a multirun are treated."""
+    """Which jobs a multirun has, and how they are treated."""
 
+    together: list[str] = option(
+        [],
+        "keys that move together as one axis: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4' has two arms; "
+        "in a file a list, a key an entry",
+    )
+    design: Design = option(
+        Design.product,
+        "product: every combination; one_at_a_time: the baseline, the first value of each axis, and each other value "
+        "alone against it; leave_one_out: the full set, of each axis the last of two values, and each alone put back",
+    )
+    control: bool = option(
+        False, "an A/A check: the baseline once more with another data order, which must come out indistinguishable"
+    )
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
     margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
@@ -393,6 +437,10 @@ class SweepConfig(Section):
     max_seeds: int | None = option(None, "of sweep.until: how many seeds at most; null: 30", at_least=2, below=1001)
     max_hours: float | None = option(None, "of sweep.until: hours after which no seed is begun", above=0)
     prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
+    reuse: list[str] = option(
+        [],
+        "FOLDER,...: runs there count as this sweep's, and are not run, where configuration, text and versions agree",
+    )
     tune: str | None = option(
         None, "KEY=A,B,C: each arm is compared at its own best value of this key, found first on sweep.tune_seeds"
     )
@@ -408,6 +456,14 @@ class SweepConfig(Section):
             require(getattr(self, other) is not None or value == usual, f"sweep.{name}", value, why, remedy)
         if self.tune is not None:
             self._check_tune(self.tune)
+            why = "which value a run has is known only once its arm is tuned"
+            require(not self.reuse, "sweep.reuse", self.reuse, why, "leave out sweep.tune, or sweep.reuse")
+        keys = moving(self.together)
+        for key, text in zip(keys, self.together, strict=True):
+            require("=" in text, "sweep.together", text, "must be KEY=A,B", "separate several by a semicolon")
+            require(keys.count(key) == 1, "sweep.together", text, "its key is there twice", "name each key once")
+        why, remedy = "one key has nothing to move with", "add another, or sweep it by itself"
+        require(len(keys) != 1, "sweep.together", self.together, why, remedy)
         most, why = self.looks.stop - 1, f"fewer than sweep.min_seeds={self.min_seeds}"
         require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
 
@@ -464,6 +520,9 @@ class RunConfig(Section):
         why = "there is no validation data with data.val_fraction=0"
         ok = self.train.eval_every == 0 or self.data.val_fraction > 0
         require(ok, "train.eval_every", self.train.eval_every, why, "add data.val_fraction=0.1")
+        why = "data.order=sequential has no other order that is as good as the first"
+        ok = not self.sweep.control or self.data.order is DataOrder.shuffled
+        require(ok, "sweep.control", True, why, "add data.order=shuffled")
         named, chosen = self.schedule.name, self.optimizer.schedule
         known = [*Schedule, *filter(None, [named])]
         remedy = f"choose one of {', '.join(known)}, or name a file in the folder schedule of --config-dir"

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -23,6 +23,7 @@ from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_cha
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm
 from gpt2exp.compare.rows import Grid, Group, Row, axes_of, compared, figures, of_today, read
+from gpt2exp.config import CONTROL
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
 from gpt2exp.schema import flatten
 from gpt2exp.section import SOURCE, BadRequest
@@ -133,7 +134,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     before = _history(known, grid, out)
     own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
     BY_KEY.update(own)
-    effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, _contended(known), stated)
+    effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, contended(known), stated)
     speeds = {(one.key, one.arm, one.budget): one for one in effects if one.metric == SPEED.key}
     for effect in effects:
         if effect.metric == loss.key and effect.differences and effect.verdict != "not_comparable":
@@ -201,6 +202,10 @@ def _margin(known: Sequence[Row]) -> tuple[float | None, list[str]]:
 def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[str]:
     if len(grid.cells) < len(done):
         yield f"{len(done) - len(grid.cells)} runs repeat another's settings and seed; the last of each counts"
+    if places := Counter(str(Path(row["reused"]["from"]).parent) for row in done if row.get("reused")):
+        each = "; ".join(f"{count} from {place}" for place, count in places.items())
+        names = ", ".join(row["name"] for row in done if row.get("reused"))
+        yield f"taken from other sweeps, not run here (sweep.reuse): {each}: {names}"
     if not grid.axes:
         yield "nothing but the seed varies, so there is no axis to compare"
     if gone := sorted({key for row in known for key in row.get("gone", {})} - set(grid.axes)):
@@ -232,8 +237,9 @@ def _effects(
     arms = [(key, arm) for key, arms in grid.axes.items() for arm in arms[1:] if key != grid.over]
     each = itertools.product(arms, parts, metrics)
     effects = [_effect(part, key, arm, metric, before, contended) for (key, arm), part, metric in each]
-    for metric in metrics:
-        tested = [effect for effect in effects if effect.metric == metric.key and effect.ci95 is not None]
+    # the control is no question of the study: its p is its own
+    for metric, control in itertools.product(metrics, (False, True)):
+        tested = [one for one in effects if (one.metric, one.control) == (metric.key, control) and one.ci95 is not None]
         for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
             effect.p_holm = adjusted
             judge(effect, lower_is_better=metric.better == "lower", margin=margin if metric is metrics[0] else None)
@@ -246,7 +252,8 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     groups, broken = grid.groups({key: (baseline, arm)})
     if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
         groups = [group for group in groups if not any(map(_emulated, group.runs))] or groups
-    effect = Effect(key, baseline, arm, metric.key, grid.budget, n_pairs=len(groups), dropped_pairs=broken)
+    control = grid.controlled and key == CONTROL
+    effect = Effect(key, baseline, arm, metric.key, grid.budget, control, n_pairs=len(groups), dropped_pairs=broken)
     effect.n_seeds = len({group.seed for group in groups})
     if not groups:
         effect.verdict, effect.reason = "not_comparable", f"no two finished runs differ in {key} alone"
@@ -375,8 +382,10 @@ def _arithmetic(row: Row) -> tuple[str, str | None]:
     return precision["effective"], row["config"]["precision"]["rounding"] if precision["emulated"] else None
 
 
-def _contended(rows: Sequence[Row]) -> set[str]:
+def contended(rows: Sequence[Row]) -> set[str]:
     """Folders of runs that overlapped in time with another run on the same machine, finished or not.
+
+    A run that was taken from another sweep says itself whether it did there.
 
     Each part of a run that was stopped and went on counts by itself: for the `span` it has recorded, of older records
     from `started`, kept to the second, for as long as it trained, since what its start-up took before is unknown.
@@ -389,7 +398,7 @@ def _contended(rows: Sequence[Row]) -> set[str]:
                 begin = datetime.fromisoformat(part["started"]).timestamp()
                 begin, end = part.get("span", (begin, begin + part["train"] - 1))
                 spans[part.get("machine", row.get("machine"))].append((begin, end, row["folder"]))
-    found: set[str] = set()
+    found = {row["folder"] for row in rows if row.get("reused", {}).get("shared")}
     for on_machine in spans.values():
         longest = (-math.inf, -math.inf, "")
         for span in sorted(on_machine):

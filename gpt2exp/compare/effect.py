@@ -29,6 +29,7 @@ class Effect:
     arm: str
     metric: str
     budget: str = ""  # within which the arms are compared, a value of the axis that `sweep.over` names
+    control: bool = False  # the baseline against itself with another data order (`sweep.control`)
     n_pairs: int = 0
     n_seeds: int = 0
     dropped_pairs: int = 0  # planned, but a failed or missing run broke them

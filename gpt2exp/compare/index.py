@@ -42,7 +42,7 @@ def findings(comparison: Mapping[str, Any], link: Path) -> list[Finding]:
     date = min((str(run["started"]) for run in runs if run.get("started")), default="")[:10]
     commits = {str((run.get("git") or {}).get("commit", ""))[:7] for run in runs} - {""}
     question = " × ".join(map(printable, comparison["swept"]))
-    rows = [row for row in comparison["axes"] if row["metric"] == comparison["metric"]]
+    rows = [row for row in comparison["axes"] if row["metric"] == comparison["metric"] and not row.get("control")]
     arms = [Effect(**{key: row[key] for key in row.keys() & known}) for row in rows]
     return [Finding(question, link, date, ", ".join(sorted(commits)), arm) for arm in arms]
 

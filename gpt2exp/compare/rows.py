@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gpt2exp.compare.inference import pooled_std
-from gpt2exp.config import RunConfig
+from gpt2exp.config import CONTROL, TOGETHER, Design, RunConfig, moving
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
 from gpt2exp.schema import MOVED, flatten, is_housekeeping, plain, stored
@@ -104,8 +104,16 @@ def _typed(row: Row, flat: Settings) -> Settings:
     return settings
 
 
-def _arm(key: str, flat: Settings, told: Settings) -> str:
-    """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it."""
+def _arm(key: str, flat: Settings, told: Settings, baseline: str = "") -> str:
+    """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it.
+
+    Of keys that move together `n_embd=128 lr=0.0005`, without the values that it shares with the `baseline`.
+    """
+    if len(keys := key.split(TOGETHER)) > 1:
+        names = [re.split("[./]", one)[-1] for one in keys]
+        names = names if len({*names}) == len(names) else keys
+        parts = [f"{name}={_arm(one, flat, told)}" for name, one in zip(names, keys, strict=True)]
+        return " ".join(part for part in parts if part not in baseline.split()) or " ".join(parts)
     section = _section(key)
     chosen = flat.get(f"{section}name") or flat.get(f"{section}scheme")
     return flat.get(key) or told.get(key) or chosen or ("gpt2" if key.startswith("model") else "default")
@@ -119,8 +127,10 @@ def _section(group: str) -> str:
 def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
     """The keys whose values vary and that a run was told, with their arms: the default first, else in order of runs.
 
-    A group is one axis, of its choices. It stands for what varies in its section with the choice alone: what was not
-    told by itself, or is null by default, such as `data.path`. A value that follows others is no axis.
+    Where not every combination is run, or with a control, the order is that of runs, since the first is the baseline.
+    A control's axis is the first. A group is one axis, of its choices. It stands for what varies in its section with
+    the choice alone: what was not told by itself, or is null by default, such as `data.path`. A value that follows
+    others is no axis.
 
     Raises:
         BadRequest: the runs also differ in something that was not told.
@@ -154,11 +164,35 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
             f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
             "compare folders whose runs share it"
         )
-    return {
-        key: sorted(dict.fromkeys(of_runs), key=_arm(key, usual, {}).__ne__)  # the default first: False before True
-        for key, of_runs in arms.items()
-        if key not in by_group | following
-    }
+    of_axes = _joined([key for key in arms if key not in by_group | following], rows)
+    of_axes.sort(key=lambda key: key != CONTROL or not controlled(rows))
+    found, first = dict[str, list[str]](), selective(rows)
+    for key in of_axes:
+        of_runs = dict.fromkeys(_arm(key, *of_run) for of_run in zip(flats, told, strict=True))
+        # the default, else the first: False before True; where only some combinations are run, the first's arms
+        baseline = next(iter(of_runs)) if first else min(of_runs, key=_arm(key, usual, {}).__ne__)
+        arms_of = (_arm(key, *of_run, baseline) for of_run in zip(flats, told, strict=True))
+        found[key] = list(dict.fromkeys([baseline, *arms_of]))
+    return found
+
+
+def controlled(rows: Sequence[Row]) -> bool:
+    """Whether the runs have a control: the baseline with another data order."""
+    return any(row["config"]["sweep"]["control"] for row in rows)
+
+
+def selective(rows: Sequence[Row]) -> bool:
+    """Whether some combinations of arms were not to be run."""
+    return controlled(rows) or any(row["config"]["sweep"]["design"] != Design.product for row in rows)
+
+
+def _joined(keys: list[str], rows: Sequence[Row]) -> list[str]:
+    """The axes, where keys that moved together in a run (`sweep.together`) are one."""
+    for texts in dict.fromkeys(tuple(row["config"]["sweep"]["together"]) for row in rows):
+        if len(moved := [key for key in keys if key in moving(texts)]) > 1:
+            keys = [key for key in keys if key not in moved[1:]]
+            keys[keys.index(moved[0])] = TOGETHER.join(moved)
+    return keys
 
 
 def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
@@ -196,6 +230,7 @@ class Grid:
     """Runs by seed and arms; the finished ones are its cells."""
 
     def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
+        self.controlled, self.selective = controlled(rows), selective(rows)
         overs = {(row["config"]["sweep"].get("over") or "").partition("=")[0].strip() for row in rows}
         self.over = next(iter(overs), "") if len(overs) == 1 and overs <= axes.keys() else ""
         """The axis that is a budget (`sweep.over`), its arms in ascending order; empty without."""
@@ -208,7 +243,7 @@ class Grid:
         for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
             flat = _flat(row)
             told = _typed(row, flat)
-            cell = row["config"]["seed"], tuple(_arm(key, flat, told) for key in axes)
+            cell = row["config"]["seed"], tuple(_arm(key, flat, told, arms[0]) for key, arms in axes.items())
             planned.add(cell)
             if row["state"] == "done":
                 self.cells[cell] = row
@@ -247,6 +282,8 @@ class Grid:
     def groups(self, varied: Mapping[str, tuple[str, str]]) -> tuple[list[Group], int]:
         """A group for every seed and setting of the other axes, and how many lack a finished run.
 
+        Where not every combination was to be run, those without a folder for each of their runs were not.
+
         `varied`: by axis, its baseline and an arm.
         """
 
@@ -258,6 +295,13 @@ class Grid:
             for seed, arms in self.planned
             if all(arm in of_axis for arm, of_axis in zip(arms, choices(arms), strict=True))
         )
+        if self.selective:
+            planned = {*self.planned}
+            wheres = {
+                (seed, where): None
+                for seed, where in wheres
+                if planned.issuperset((seed, arms) for arms in itertools.product(*choices(where)))
+            }
         found = []
         for seed, where in wheres:
             cells = [self.cells.get((seed, arms)) for arms in itertools.product(*choices(where))]

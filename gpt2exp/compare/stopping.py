@@ -66,7 +66,8 @@ def decide(known: record.Sweep, rows: Sequence[Row]) -> Stand:
         looks = at_looks([ended[name] for name in itertools.chain(*names)], numbers) if numbers else []
         for n, effects in zip(numbers, looks, strict=True):
             found = Stand(n, effects)
-            if all(one.verdict not in (None, "inconclusive") for one in effects):
+            asked = [one for one in effects if not one.control] or effects
+            if all(one.verdict not in (None, "inconclusive") for one in asked):
                 return replace(found, why="every arm has its verdict")
     hours = known.rule["max_hours"]
     if len(names) == known.rule["max_seeds"]:

@@ -14,6 +14,7 @@ from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Grid
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST
 from gpt2exp.compare.tuned import typed
+from gpt2exp.config import TOGETHER
 from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
@@ -117,8 +118,8 @@ def worth(loss: Effect) -> tuple[str, str, str]:
 
 
 def subject(key: str, arm: str) -> str:
-    """`key=arm`."""
-    return f"{printable(key)}={printable(arm)}"
+    """`key=arm`; an arm of keys that move together says so itself."""
+    return printable(arm if TOGETHER in key else f"{key}={arm}")
 
 
 def deviation(std: float | None, key: str) -> str:
@@ -172,6 +173,14 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     size, size_interval = amounts(loss, sign=False)
     reason = printable(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {std}".strip(), 1)
     tested = f"n={counted(loss.n_seeds, 'seed')}, p{probability(1.0 if loss.p_holm is None else loss.p_holm)})"
+    at = f"at {printable(loss.budget)} " * bool(loss.budget)
+    if loss.control and loss.ci95 is None:
+        return f"A/A check {at}without an answer: {reason}."
+    if loss.control:
+        failed = loss.verdict in ("better", "worse")
+        text = f"A/A check {at}{'failed' if failed else 'passed'}: with another data order ({name}) the baseline"
+        text += f" differs from itself by {difference} nats (95 % interval {interval}, {tested}"
+        return f"{text}; one in twenty fails by chance, else doubt the verdicts below." if failed else f"{text}."
     if loss.verdict in ("better", "worse"):
         text = f"{name} is {loss.verdict} than {base} by {size} nats (95 % interval {size_interval}, {tested}"
         text += f", {reason}{costs}" if reason else costs
@@ -190,7 +199,7 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     text += _worth(loss) + _trend(loss, margin)
     if loss.dropped_pairs:
         text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
-    return f"at {printable(loss.budget)} {text}." if loss.budget else f"{text}."
+    return f"{at}{text}."
 
 
 def _worth(loss: Effect) -> str:
@@ -330,7 +339,8 @@ def failures(comparison: Comparison) -> list[tuple[str, str]]:
 
 def title(comparison: Comparison) -> str:
     """What was asked."""
-    return " × ".join(map(printable, comparison.swept)) or "One setting, several seeds"
+    checks = {one.key for one in comparison.axes if one.control}
+    return " × ".join(printable(key) for key in comparison.swept if key not in checks) or "One setting, several seeds"
 
 
 def summary(comparison: Comparison) -> str:

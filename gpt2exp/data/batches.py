@@ -22,7 +22,7 @@ class Windows:
 
     The last `data.val_fraction` of the tokens is for validation. Sequential order is build-nanogpt's loader:
     consecutive batches that wrap to the start when the next would run past the end, the remainder left out. Shuffled
-    order permutes the same windows, drawn anew for each epoch from (seed, epoch).
+    order permutes the same windows, drawn anew for each epoch from (seed, epoch); `data.redraw` draws others.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Windows:
         """`share`: this process's rank and the number of processes; each reads an equal share of a batch's rows."""
         cut = len(tokens) - held_out(len(tokens), data.val_fraction)
         self.training, self.held_out = tokens[:cut], tokens[cut:]
+        self.redraw = [data.redraw] if data.redraw else []
         self.train_config, self.order, self.seed, self.device, self.share = train, data.order, seed, device, share
         self.per_epoch = (cut - 1) // train.micro_batch_tokens  # batches in an epoch
         self._ahead: tuple[int, tuple[Tensor, Tensor]] | None = None
@@ -77,7 +78,7 @@ class Windows:
 
     def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._permutation[0] != epoch:
-            generator = np.random.default_rng([self.seed, epoch])
+            generator = np.random.default_rng([self.seed, epoch, *self.redraw])
             windows = (len(self.training) - 1) // self.train_config.seq_len
             self._permutation = epoch, generator.permutation(windows)
         return self._permutation[1]

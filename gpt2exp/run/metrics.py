@@ -161,6 +161,8 @@ class Summary(TypedDict, total=False):
     wall_seconds: dict[str, float]
     started: str
     parts: list[dict[str, Any]]
+    reused: dict[str, Any]
+    """Of a run that another sweep ran: `from`, its folder, and whether it `shared` its machine (`sweep.reuse`)."""
 
 
 TAKEN = {*BY_KEY, *Summary.__annotations__, "lr", "waited_ms", "residual_rms", "wte_grad_lookup", "wte_grad_head"}

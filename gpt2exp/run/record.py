@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gpt2exp import choices
 from gpt2exp.config import RunConfig
-from gpt2exp.files import replacing, walk, write_json
+from gpt2exp.files import joint, replacing, sha256, walk, write_json
 from gpt2exp.run import process
 from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, from_outside, judged, losses, number_of
 from gpt2exp.schema import leaves, parse, plain, put, stored
@@ -42,6 +42,7 @@ def facts() -> dict[str, Any]:
 
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    versions["code"] = _code()
     versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
     # what changes the arithmetic or the speed, and no key shows
     arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -52,6 +53,15 @@ def facts() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "machine": process.machine(),
     }
+
+
+def _code() -> str:
+    """A hash of the package's files that a run's losses depend on."""
+    package = Path(__file__).parents[1]
+    computing = itertools.chain.from_iterable((package / name).rglob("*.py") for name in ("data", "model", "training"))
+    return joint([sha256(path) for path in sorted([package / "config.py", package / "run" / "job.py", *computing])])[
+        :12
+    ]
 
 
 def _git() -> dict[str, Any] | None:

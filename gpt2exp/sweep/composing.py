@@ -102,6 +102,8 @@ class Job:
     """Hydra's section of it; empty: as the folder holds it."""
     folder: str = ""
     """Its name in the sweep's folder; empty for a run alone, and where a sweeper makes up the jobs as it goes."""
+    reused: dict[str, Any] = field(default_factory=dict)
+    """The run that counts as this one: `from`, its folder, and whether it `shared` its machine; empty: it is run."""
     done: bool = False
     """An earlier launch came to its end: it is kept and not run again."""
 
@@ -371,7 +373,8 @@ def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable
         master.hydra.output_subdir = None  # what a folder's `.hydra` holds is ours to write
     context = HydraContext(_Listed(), Callbacks())  # type: ignore[arg-type]
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=master)
-    told = [{"overrides": job.overrides, "own": job.own, "hydra": job.hydra, "folder": job.folder} for job in jobs]
+    handing = ("overrides", "own", "hydra", "folder", "reused")
+    told = [{name: getattr(job, name) for name in handing} for job in jobs]
     for done in launcher.launch([[json.dumps(job)] for job in told], initial_job_idx=0):
         done.return_value  # noqa: B018 - raises what ended the job
 

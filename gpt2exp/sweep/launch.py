@@ -32,9 +32,9 @@ from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, check_same_text, follow, run
 from gpt2exp.run.metrics import TAKEN
-from gpt2exp.schema import plain
+from gpt2exp.schema import is_housekeeping, plain
 from gpt2exp.section import BadRequest, first_line, home, require
-from gpt2exp.sweep import composing, engines, help, resume, tuning
+from gpt2exp.sweep import composing, engines, help, resume, reuse, tuning
 from gpt2exp.sweep.composing import Job
 from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered
 from gpt2exp.training import distributed, outside, setup
@@ -117,7 +117,11 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
         remedy = "start sweeps as gpt2exp -m ..., a device a job by hydra/launcher, or torchrun for one run at a time"
         raise BadRequest(f"a sweep: {why}; {remedy}")
     to_do, trials = request.to_do, request.trials_to_do
-    _make_ready(request, [*trials, *to_do])
+    texts = _make_ready(request, [*trials, *to_do])
+    if request.trials:  # what is compared has its settings once its arm is tuned
+        trials = _reusing(trials, texts, request.folder)
+    elif request.multirun:
+        to_do = _reusing(to_do, texts, request.folder)
     for place in {job.config.sweep.prior: None for job in to_do if job.config.sweep.prior}:
         _show_prior(Path(home(place)), to_do[0].config.sweep.looks)
     if any(job.config.dry_run for job in request.jobs):
@@ -140,6 +144,7 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
                     _launch(request, trials, argv, began)
                     began = time.monotonic()
                 to_do, said = tuning.settle(request.folder, to_do)
+                to_do = _reusing(to_do, texts, request.folder)
                 for line in said:
                     terminal.terminal().print(line, markup=False, soft_wrap=True)
             needless = _needless(request.folder)
@@ -147,6 +152,14 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
                 _launch(request, to_do, argv, began)
             engine.close()
             return _outcome(request)
+
+
+def _reusing(jobs: list[Job], texts: dict[tuple[Any, ...], str], folder: Path) -> list[Job]:
+    """The jobs, those with the run that counts as theirs which have one, which is said."""
+    jobs, lines = reuse.found(jobs, texts, folder)
+    for line in lines:
+        terminal.terminal().print(f"sweep.reuse: {line}", markup=False, soft_wrap=True)
+    return jobs
 
 
 def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
@@ -197,8 +210,11 @@ def _say_how_to_go_on(request: Request) -> None:
         terminal.terminal().print(line, markup=False, soft_wrap=True)
 
 
-def _make_ready(request: Request, to_do: list[Job]) -> None:
-    """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine."""
+def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str]:
+    """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine.
+
+    Returns the sha256 of each text.
+    """
     sources: dict[tuple[Any, ...], tokens.TokenFile] = {}  # jobs that share a text read it once
     checked: list[object] = []  # and those that share weights look at them once
     for job in to_do:
@@ -226,6 +242,7 @@ def _make_ready(request: Request, to_do: list[Job]) -> None:
 
             with precision.applied(config.precision, hardware.resolve_device(config.train.device)):
                 pass
+    return {text: source.sha256 for text, source in sources.items()}
 
 
 def _show_prior(earlier: Path, looks: Sequence[int]) -> None:
@@ -249,7 +266,8 @@ def _show_dry(to_do: list[Job]) -> None:
         length = job.config.optimizer.schedule_steps
         shape = f"{shape} {length} {job.config.optimizer.name}"
         known[shape] = known.get(shape) or _dry_row(job)
-        rows.append({"run": " ".join(job.overrides) or "defaults", **known[shape]})
+        told = " ".join(text for text in job.overrides if not is_housekeeping(text.partition("=")[0]))
+        rows.append({"run": (told or "defaults") + " (taken)" * bool(job.reused), **known[shape]})
     terminal.terminal().print(terminal.table(rows))
 
 
@@ -297,7 +315,9 @@ def _work(job: Job, sweep: Path, began: float) -> set[int]:
     if not (folder / ".hydra" / "config.yaml").is_file():
         composing.describe(folder, job)
     try:
-        if job.config.sweep.isolate and not processes.requeued_by():  # submitit gives a job its own process already
+        if job.reused:
+            reuse.take(job, folder)
+        elif job.config.sweep.isolate and not processes.requeued_by():  # submitit gives a job its own process already
             _in_own_process(folder)
         else:
             with processes.held(folder):

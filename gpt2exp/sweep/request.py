@@ -35,13 +35,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2exp.config import InitConfig, InitScheme
+from gpt2exp.config import CONTROL, InitConfig, InitScheme, SweepConfig
 from gpt2exp.files import beside
 from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
 from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
 from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show
-from gpt2exp.sweep import engines, tuning
+from gpt2exp.sweep import design, engines, tuning
 from gpt2exp.sweep.composing import (
     BASIC_SWEEPER,
     SECTIONS,
@@ -119,7 +119,7 @@ class Request:
         if not self.looks:
             return {}
         settings = self.jobs[-1].config.sweep
-        axes = {key: values for key, values in arms(self.jobs).items() if len(values) > 1}
+        axes = {key: values for key, values in design.arms(self.jobs).items() if len(values) > 1}
         axes = {key: values for key, values in axes.items() if key not in ("seed", settings.budget)}
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
@@ -154,7 +154,10 @@ def make(args: argparse.Namespace) -> Request:
 LOGGING = ("hydra.verbose", "hydra/job_logging")
 """Hydra's settings that have an effect in the workers of a launcher alone."""
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
+LISTS = {"sweep.together": ";", "sweep.reuse": ","}
+"""Keys of lists that may be typed as one text, and what separates its parts."""
 PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
+QUOTES = "'\""
 ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
 
 
@@ -166,12 +169,15 @@ def as_meant(text: str) -> str:
     """
     key, _, value = text.partition("=")
     bare = key.lstrip("+")
-    if bare in ("sweep.over", "sweep.tune") and "=" in value and value[0] not in "'\"":
+    if bare in LISTS and value[:1] != "[":
+        text = value.strip(QUOTES)
+        return f"{key}={as_list([text] if os.path.exists(home(text)) else text.split(LISTS[bare]))}"  # noqa: PTH110
+    if bare in ("sweep.over", "sweep.tune") and "=" in value and value[0] not in QUOTES:
         return f"{key}={quoted(value)}"
     if bare == "sweep.tune_seeds" and re.fullmatch(r"[\d, ]+", value):
         seeds = value if "," in value else ",".join(map(str, range(101, 101 + int(value))))
         return f"{key}=[{seeds}]"
-    if not value or "${" in value or value[0] in "'\"" or bare not in (*OUTPUT, *keys()):
+    if not value or "${" in value or value[0] in QUOTES or bare not in (*OUTPUT, *keys()):
         return text
     parser = OverridesParser.create()
     if bare in OUTPUT or (bare in PLACES and value != "null" and os.path.exists(home(value))):  # noqa: PTH110
@@ -199,6 +205,11 @@ def as_meant(text: str) -> str:
     except HydraException:  # a character that the grammar does not know
         return f"{key}={quoted(value)}" if is_text(expected) and not set(value) & set(",[{") else text
     return f"{key}={value}"
+
+
+def as_list(texts: Iterable[str]) -> str:
+    """Texts as a list in Hydra's grammar."""
+    return f"[{','.join(quoted(text.strip()) for text in texts if text.strip())}]"
 
 
 def read(composer: Composer, texts: Sequence[str]) -> list[Override]:
@@ -316,15 +327,21 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
     if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
         found = axes([*read(composer, preset(master)), *typed])
+        together, rule = moving(composer, master.sweep.together), as_plain(master.sweep) | {"control": False}
         if master.sweep.over is not None:
-            found |= budgets(composer, master.sweep.over, found)
+            found |= budgets(composer, master.sweep.over, {**found, **together})
         if master.sweep.until is not None:  # a study's seeds are replaced
             found.pop("seed", None)
-            end = parse({"sweep": as_plain(master.sweep)}).sweep.looks.stop
+            end = parse({"sweep": rule}).sweep.looks.stop
             found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
-        found |= tuning.first(composer, parse({"sweep": as_plain(master.sweep)}).sweep, found)
-        jobs = list(map(tuning.bare, named(list(composer.jobs(master, itertools.product(*found.values()))))))
+        found |= tuning.first(composer, parse({"sweep": rule}).sweep, {**found, **together})
+        single = {key: [(text,) for text in texts] for key, texts in found.items()}
+        plan = single | design.together(together, found)
+        design.check_single(found)
+        control = (f"{CONTROL}={master.data.redraw + 1}",) if master.sweep.control else None
+        jobs = list(map(tuning.bare, named(list(composer.jobs(master, design.jobs(plan, master.sweep, control))))))
     else:  # a sweeper that makes up its jobs has the others' keys checked
+        design.check_unused(master.sweep, "it takes the basic sweeper" if multirun else "one run has no arms; add -m")
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = identified(composer.compose(constant) if multirun else master)
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
@@ -428,6 +445,12 @@ def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
     return found
 
 
+def moving(composer: Composer, together: Sequence[str]) -> dict[str, list[str]]:
+    """By key the overrides that `sweep.together` means."""
+    SweepConfig(together=list(together))  # checks that each is KEY=A,B
+    return axes(read(composer, [as_meant(text) for text in together]))
+
+
 def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict[str, list[str]]:
     """The axis that `sweep.over` adds to the others, as `axes`.
 
@@ -460,14 +483,6 @@ def named(jobs: Sequence[Job], first: int = 0, place: str = "") -> list[Job]:
         return place + numbered(next(free), ",".join(sorted(text for text in job.overrides if text not in alike)))
 
     return [job if job.folder else dataclasses.replace(job, folder=name(job)) for job in jobs]
-
-
-def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
-    """The values of each overridden key over the jobs; of one that changes no result, the last; not of a tuned key."""
-    found: dict[str, dict[str, None]] = {}
-    for key, value in (text.split("=", 1) for job in jobs for text in tuning.untold(job)):
-        found[key] = {value: None} if is_housekeeping(key) else {**found.get(key, {}), value: None}
-    return {key: list(values) for key, values in found.items()}
 
 
 def numbered(number: int, overrides: str) -> str:

@@ -24,7 +24,7 @@ from gpt2exp import choices, schema, section
 from gpt2exp.config import DataName, RunConfig, Schedule
 from gpt2exp.run import record, terminal
 from gpt2exp.section import BadRequest, show
-from gpt2exp.sweep import composing, engines, request, tuning
+from gpt2exp.sweep import composing, design, engines, request, tuning
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
 MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
@@ -230,15 +230,17 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         before = [text for text in _of_today(flags.overrides, gone) if _key(text) not in request.LOGGING]
         master = composer.compose([*before, *settings, *most], multirun=True)
         request.check_hydra(master.hydra)
-        axes = {_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
+        more = {_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
+        axes: dict[str, list[design.Arm]] = {key: [(text,) for text in texts] for key, texts in more.items()}
         if known.looks:
-            axes["seed"] = [f"seed={n}" for n in range(len(known.by_seed) + 1, (master.sweep.max_seeds or 0) + 1)]
+            more_seeds = range(len(known.by_seed) + 1, (master.sweep.max_seeds or 0) + 1)
+            axes["seed"] = [(f"seed={seed}",) for seed in more_seeds]
+        axes |= _together(composer, list(master.sweep.together), kept, more)
         jobs, trials = _tuned(composer, master, folder, known, listed, runs, axes, kept)
     for device in {job.config.train.device for job in jobs}:
         engines.check(master.hydra.launcher, device)
     hydra = [*(text for text in flags.overrides if is_hydra(text)), *settings]
-    skip = (jobs[0].config.sweep.budget, *["seed"] * bool(known.looks))
-    told = [f"{key}={','.join(each)}" for key, each in request.arms(jobs).items() if key not in skip]
+    told = [text for key, text in design.asked(jobs).items() if key != "seed" or not known.looks]
     argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *told, *hydra]
     where, notes = began_in if began_in.is_dir() else None, tuple(_gone_note(gone))
     looks = tuple(known.looks)
@@ -246,10 +248,34 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     return dataclasses.replace(asked, looks=looks, trials=tuple(trials), tuned=known.tuning)
 
 
+def _together(
+    composer: Composer, had: Sequence[str], kept: list[str], typed: Mapping[str, Sequence[str]]
+) -> dict[str, list[design.Arm]]:
+    """The arms that a `sweep.together` among the overrides `kept` adds; that one gets those of before too.
+
+    `typed`: the overrides of the keys typed by themselves.
+    """
+    before = request.moving(composer, had)
+    arms = itertools.chain(*design.together(before, typed).values())
+    at = next((at for at, text in enumerate(kept) if text.startswith("sweep.together=")), None)
+    if at is None:
+        return {}
+    value = request.read(composer, [kept[at]])[0].value()
+    more = request.moving(composer, value if isinstance(value, list) else [])
+    if before and before.keys() != more.keys():
+        why = f"the sweep began with {' and '.join(before)}"
+        raise BadRequest(f"sweep.together: {', '.join(more)}: {why}; name those, or start a new sweep")
+    axis = design.together({key: more[key] for key in before or more}, typed)
+    each = zip(*dict.fromkeys([*arms, *itertools.chain(*axis.values())]), strict=True)
+    lists = (f"{key}={','.join(map(_value, texts))}" for key, texts in zip(before or more, each, strict=True))
+    kept[at] = f"sweep.together={request.as_list(lists)}"
+    return axis
+
+
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
     """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
     fixed = ["sweep.until", "sweep.over", "sweep.min_seeds", "sweep.tune", "sweep.tune_seeds"]
-    fixed += ["sweep.margin"] * bool(known.looks)
+    fixed += ["sweep.design", "sweep.control", *["sweep.margin", "sweep.together"] * bool(known.looks)]
     fixed += [known.tuning.key] if known.tuning else []
     for override in typed:
         key = override.key_or_group
@@ -287,7 +313,7 @@ def _tuned(
     known: record.Sweep,
     listed: Mapping[str, list[str]],
     runs: Mapping[str, tuple[RunConfig, list[str]]],
-    axes: dict[str, list[str]],
+    axes: dict[str, list[design.Arm]],
     kept: Sequence[str],
 ) -> tuple[list[Job], list[Job]]:
     """The jobs as `_jobs` has them, and the runs that tune their arms, those of new arms too."""
@@ -318,7 +344,7 @@ def _jobs(
     folder: Path,
     listed: Mapping[str, list[str]],
     runs: Mapping[str, tuple[RunConfig, list[str]]],
-    axes: dict[str, list[str]],
+    axes: dict[str, list[design.Arm]],
     kept: Sequence[str],
     key: str = "",
 ) -> list[Job]:
@@ -327,24 +353,13 @@ def _jobs(
     `kept`: overrides that change no result, for all that is to do. `key`: that makes no other job, for it is tuned.
     """
     study = axes.pop("experiment", [])
-    if study and any(study[0] not in overrides for overrides in listed.values()):
-        raise BadRequest(f"{study[0]}: a study is a sweep of its own; leave out resume to start it")
+    if study and any(study[0][0] not in overrides for overrides in listed.values()):
+        raise BadRequest(f"{study[0][0]}: a study is a sweep of its own; leave out resume to start it")
     changed = {_key(text): text for text in kept}
     told = {name: list(({_key(text): text for text in texts} | changed).values()) for name, texts in listed.items()}
     again = {name: texts for name, texts in told.items() if kept or name not in runs}
-
-    def untuned(texts: Sequence[str]) -> frozenset[str]:
-        return frozenset(text for text in texts if _key(text) != key)
-
-    new = dict[frozenset[str], list[str]]()
-    for values in itertools.product(*([None, *texts] for texts in axes.values())):
-        more = {key: text for key, text in zip(axes, values, strict=True) if text is not None}
-        for texts in told.values() if more else ():
-            whole = list(({_key(text): text for text in texts} | more).values())
-            new.setdefault(untuned(whole), whole)
-    for texts in told.values():
-        new.pop(untuned(texts), None)
-    composed = list(composer.jobs(master, [*again.values(), *new.values()]))
+    new = _gained(list(told.values()), axes, master.sweep, key)
+    composed = list(composer.jobs(master, [*again.values(), *new]))
     at_place, jobs = dict(zip(again, composed, strict=False)), list[Job]()
     for name in listed:
         job = at_place.get(name)
@@ -367,6 +382,26 @@ def _jobs(
     return request.named(jobs, _free(folder / place, listed), f"{place}/" if place else "")
 
 
+def _gained(
+    told: Sequence[list[str]], axes: Mapping[str, list[design.Arm]], sweep: Any, key: str
+) -> Iterable[list[str]]:
+    """What jobs, by their overrides, become with each value of the axes, where the design of their sweep has it."""
+
+    def untuned(texts: Sequence[str]) -> frozenset[str]:
+        return frozenset(text for text in texts if _key(text) != key)
+
+    new = dict[frozenset[str], list[str]]()
+    for arms in itertools.product(*([(), *arms] for arms in axes.values())):
+        more = {_key(text): text for text in itertools.chain(*arms)}
+        for texts in told if more else ():
+            whole = list(({_key(text): text for text in texts} | more).values())
+            if design.belongs(whole, told[0], sweep):
+                new.setdefault(untuned(whole), whole)
+    for texts in told:
+        new.pop(untuned(texts), None)
+    return new.values()
+
+
 def _free(folder: Path, names: Iterable[str]) -> int:
     """A number above those of the folders in a folder, and of others that were planned."""
     known = [*map(Path, names), *(folder.iterdir() if folder.is_dir() else ())]
@@ -376,3 +411,7 @@ def _free(folder: Path, names: Iterable[str]) -> int:
 
 def _key(text: str) -> str:
     return text.lstrip("+").partition("=")[0]
+
+
+def _value(text: str) -> str:
+    return text.partition("=")[2]

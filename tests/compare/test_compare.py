@@ -784,15 +784,15 @@ def spans(*runs: tuple[str, float, float]) -> list[Row]:
 )
 def test_overlaps_are_found_by_machine(runs: list[tuple[str, float, float]], expected: list[int]) -> None:
     rows = spans(*runs)
-    assert comparisons._contended(rows) == {rows[index]["folder"] for index in expected}
-    assert comparisons._contended(rows[::-1]) == {rows[index]["folder"] for index in expected}
+    assert comparisons.contended(rows) == {rows[index]["folder"] for index in expected}
+    assert comparisons.contended(rows[::-1]) == {rows[index]["folder"] for index in expected}
 
 
 def test_a_long_start_up_is_no_overlap() -> None:
     """A first job's time counts from before its `started`: from its process's beginning."""
     rows = spans(("a", 0, 1), ("a", 1, 1))
     rows[0]["wall_seconds"] = {"startup": 40.0, "train": 60.0, "total": 100.0}
-    assert comparisons._contended(rows) == set()
+    assert comparisons.contended(rows) == set()
 
 
 def test_each_part_of_a_run_counts_where_and_when_it_was_at_work() -> None:
@@ -805,7 +805,7 @@ def test_each_part_of_a_run_counts_where_and_when_it_was_at_work() -> None:
 
     for second, shared in ((("a", 20, 21), False), (("b", 10, 11), False), (("a", 9, 10.1), True)):
         rows[0]["parts"] = [part("a", 0, 1), part(*second)]
-        assert comparisons._contended(rows) == ({row["folder"] for row in rows} if shared else set())
+        assert comparisons.contended(rows) == ({row["folder"] for row in rows} if shared else set())
 
 
 def test_shared_machines_compare_no_speed() -> None:

@@ -359,7 +359,7 @@ class TestRuntime:
         monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
         facts = record.facts()
         assert facts.keys() == {"environment", "versions", "git", "platform", "machine"}
-        expected = {"python", "gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb"}
+        expected = {"python", "gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb", "code"}
         assert facts["versions"].keys() == expected
         assert facts["versions"]["torch"] == torch.__version__
         assert facts["git"] is None or facts["git"].keys() == {"commit", "dirty"}
