@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
@@ -260,7 +260,8 @@ def _together(
     at = next((at for at, text in enumerate(kept) if text.startswith("sweep.together=")), None)
     if at is None:
         return {}
-    more = request.moving(composer, cast(list[str], request.read(composer, [kept[at]])[0].value()))
+    value = request.read(composer, [kept[at]])[0].value()
+    more = request.moving(composer, value if isinstance(value, list) else [])
     if before and before.keys() != more.keys():
         why = f"the sweep began with {' and '.join(before)}"
         raise BadRequest(f"sweep.together: {', '.join(more)}: {why}; name those, or start a new sweep")

@@ -212,8 +212,8 @@ def test_the_table_of_findings_follows_from_the_records(monkeypatch: pytest.Monk
 def test_the_intervals_from_curves_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The committed simulation is in 93 to 97 %; its page has its figures; and it runs, on fewer sweeps."""
     monkeypatch.syspath_prepend(str(FINDINGS / "coverage"))
-    sys.modules.pop("simulate", None)
-    simulate = importlib.import_module("simulate")
+    sys.modules.pop("intervals", None)
+    simulate = importlib.import_module("intervals")
     with (FINDINGS / "coverage" / "coverage.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     read = [row for row in rows if float(row["read"]) > 0.05]
