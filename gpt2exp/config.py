@@ -456,8 +456,6 @@ class SweepConfig(Section):
             require(getattr(self, other) is not None or value == usual, f"sweep.{name}", value, why, remedy)
         if self.tune is not None:
             self._check_tune(self.tune)
-            why = "which value a run has is known only once its arm is tuned"
-            require(not self.reuse, "sweep.reuse", self.reuse, why, "leave out sweep.tune, or sweep.reuse")
         keys = moving(self.together)
         for key, text in zip(keys, self.together, strict=True):
             require("=" in text, "sweep.together", text, "must be KEY=A,B", "separate several by a semicolon")
