@@ -27,6 +27,7 @@ from gpt2exp.compare import figures, index, inference, report
 from gpt2exp.compare.comparison import Comparison, Distance, Row, compare, read
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.stopping import compared
+from gpt2exp.compare.tuned import Curve
 from gpt2exp.schema import leaves, options
 from gpt2exp.section import show
 
@@ -110,6 +111,7 @@ def results(study: str, comparison: Comparison) -> str:
     parts = [
         [] if leads else told,
         table,
+        report.tuning(comparison) if comparison.tuning else [],
         [] if leads else [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
         [provenance(record.stem.with_suffix(".json"))],
         *([extra(runs_of(study))] for extra in EXTRAS.get(study, [])),
@@ -129,7 +131,7 @@ def draw(record: Record, comparison: Comparison) -> None:
     """Replace those of a study's figures for which the comparison has something."""
     for drawing in (drawing for section in figures.draw(comparison) for drawing in section.drawings):
         number, kind = drawing.name.split("-", 1)[0], drawing.name.rsplit("-", 1)[-1]
-        if kind in FIGURES.get(record.study, ()) and number == "1":
+        if kind in FIGURES.get(record.study, ()) and number in ("0", "1"):
             record.beside(f"{kind}.png").write_bytes(drawing.png)
 
 
@@ -165,6 +167,7 @@ def write_record(comparison: Comparison, stem: Path) -> None:
         "facts": dict(report.facts(done)),
         "distances": [asdict(item) for item in comparison.distances],
         "curves": {_arms(effect): of for effect in comparison.axes if (of := from_curves(effect))},
+        "tuning": [asdict(curve) for curve in comparison.tuning],
         "inference": sorted({effect.inference for effect in comparison.axes}),
         "shared": shared,
     }
@@ -210,6 +213,7 @@ def recorded(study: str) -> Comparison:
     if {*told["inference"]} - {"fixed"}:
         raise ValueError(f"{study}: it was looked at more than once, so publish it from its sweeps")
     comparison = compare([_row(run, stem.parent, told["shared"]) for run in runs_of(study)])
+    comparison.tuning = [Curve(**item) for item in told.get("tuning", [])]
     comparison.distances = [Distance(**item) for item in told["distances"]]
     old = {arms: {"trend": trend} for arms, trend in told.get("trends", {}).items()}
     for effect in comparison.axes:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,8 +18,6 @@ from gpt2exp.section import BadRequest
 
 REPORT = "comparison.json"
 COLUMNS = ("question", "arms", "difference, nats", "95 % interval", "worth", "n", "verdict", "date", "commit")
-NUMBERS = ("mean_difference", "ci95", "p_holm", "compute_multiplier", "compute_multiplier_ci95", "steps_factor")
-"""Fields of an effect that the CSV has as they are; of an interval two columns."""
 
 
 @dataclass
@@ -98,23 +95,7 @@ def page(found: Sequence[Finding], unread: Sequence[str], out: Path) -> str:
 
 
 def as_csv(found: Sequence[Finding], out: Path) -> str:
-    """The findings with exact numbers, a row each; empty cells where there is nothing."""
-    head = [f"{name}_{side}" if side else name for name in NUMBERS for side in _sides(name)]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    told = ("question", "key", "arm", "baseline", "budget", "metric", "n_seeds", "verdict")
-    writer.writerow([*told, *head, "date", "commit", "report"])
-    for one in found:
-        values = [getattr(one.effect, name) for name in NUMBERS]
-        numbers = [
-            (value or (None, None))[number] if side else value
-            for name, value in zip(NUMBERS, values, strict=True)
-            for number, side in enumerate(_sides(name))
-        ]
-        cells = [one.question, *(printable(str(getattr(one.effect, name) or "")) for name in told[1:])]
-        writer.writerow([*cells, *report.finite(numbers), one.date, one.commit, report.address(one.link, out)])
-    return buffer.getvalue()
-
-
-def _sides(name: str) -> tuple[str, ...]:
-    return ("low", "high") if name.endswith("ci95") else ("",)
+    """The findings with exact numbers, a row each, with every column of `comparison.csv`."""
+    head, rows = report.records([one.effect for one in found])
+    own = [[one.question, one.date, one.commit, report.address(one.link, out)] for one in found]
+    return report.csv_of([["question", "date", "commit", "report", *head], *map(operator.add, own, rows)])

@@ -55,13 +55,6 @@ class Interval:
     inference: Inference
     decided: int | None
 
-    def within(self, margin: float) -> bool:
-        """Whether the mean is shown to be no farther from zero than a margin that was fixed beforehand.
-
-        The interval lies inside ±margin: two one-sided tests (Schuirmann 1987), at ALPHA/2 each, stricter than his.
-        """
-        return -margin <= self.low and self.high <= margin
-
 
 def fixed(differences: ArrayLike) -> Interval:
     """The paired t test, as scipy.stats.ttest_rel of the two arms. Right if n was fixed beforehand.

@@ -9,11 +9,12 @@ the ratio of speeds it is the *compute multiplier*: a ratio of times to a loss, 
 2023, arXiv 2306.07179), above 1 where the arm is the faster, as in marin's effective speedup. Steps are counted in
 tokens.
 
-The curve is a chain of straight lines in the logarithm of the tokens, in which a power law is nearly straight (Kaplan
-et al. 2020, arXiv 2001.08361): through every point where they are few, as on a validation curve, and by least squares
-where they are dense (linear splines: Hastie, Tibshirani and Friedman 2009, section 5.2). It is linear in the losses,
-so noise that two runs share at a step, such as their batch's, leaves their difference. A curve may rise: what counts is
-where it first reaches a loss, so it stands for its monotone envelope. Simulated: experiments/coverage/.
+The curve is a chain of straight lines over tokens^-0.28, in which the loss is straight if it falls to its floor as a
+power law with the exponent of Hoffmann et al. 2022 (arXiv 2203.15556, equation 10): through every point where they are
+few, as on a validation curve, and by least squares where they are dense (linear splines: Hastie, Tibshirani and
+Friedman 2009, section 5.2). It is linear in the losses, so noise that two runs share at a step, such as their batch's,
+leaves their difference. A curve may rise: what counts is where it first reaches a loss, so it stands for its monotone
+envelope. Simulated: experiments/coverage/.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ from gpt2exp.compare.history import History
 from gpt2exp.compare.inference import ALPHA, Floats, Interval
 from gpt2exp.compare.rows import Grid, Group
 
+POWER = 0.28
+"""Of the tokens, over which curves are taken for straight."""
 APART = math.log(2) / 3
-"""Between corners of a smoothed curve: a third of an octave. A power law of exponent 0.6 leaves its chord by 0.004."""
+"""Between corners of a smoothed curve, in logarithms: a third of an octave."""
 DENSE = 8
 """Points in that stretch that are smoothed; where there are fewer, each is a corner."""
 PARTS = 5
@@ -50,7 +53,7 @@ Tokens = tuple[float, ...]
 
 
 class Smoother(NamedTuple):
-    """A curve known at some tokens: `at`, its corners, as logarithms; `makes`, their heights from the losses.
+    """A curve known at some tokens: `at`, its corners, as -tokens^-POWER; `makes`, their heights from the losses.
 
     `makes` has the shape (1 + PARTS, corners, tokens): by all points, then without each part. A part is a fifth of
     each stretch between corners, in one piece, since neighbouring steps are not independent. `hats` (tokens, corners)
@@ -69,8 +72,8 @@ def smoother(tokens: Tokens) -> Smoother:
     corners = [x[-1]]
     while (before := corners[-1] - APART) > x[0] and ((x > before) & (x <= corners[-1])).sum() >= DENSE:
         corners.append(before)
-    at = np.array([*x[x < corners[-1]], *reversed(corners)])
-    hats = np.stack([np.interp(x, at, one) for one in np.eye(len(at))], axis=-1)
+    at = -np.exp(-POWER * np.array([*x[x < corners[-1]], *reversed(corners)]))
+    hats = np.stack([np.interp(-np.exp(-POWER * x), at, one) for one in np.eye(len(at))], axis=-1)
     part = np.full(len(x), -1)
     for before, after in itertools.pairwise(reversed(corners)):
         (inside,) = np.nonzero((x > before) & (x <= after))
@@ -95,9 +98,9 @@ def readable(tokens: Tokens, losses: Floats) -> np.ndarray:
     is smoothed.
     """
     at, makes, hats = smoother(tokens)
-    begin = min(int(np.searchsorted(at, at[-1] - 3 * APART - 1e-9)), len(at) - 2)
+    begin = min(int(np.searchsorted(at, at[-1] * math.exp(POWER * 3 * APART) - 1e-12)), len(at) - 2)
     contrast = makes[0][begin] - makes[0][-1]
-    late = np.log(np.asarray(tokens)) > at[begin]
+    late = -(np.asarray(tokens) ** -POWER) > at[begin]
     residuals = (losses - losses @ (hats @ makes[0]).T)[..., late]
     noise = np.sqrt((residuals**2).sum(-1) / max(int(late.sum()) - (len(at) - 1 - begin), 1))
     return np.asarray(np.abs(losses @ contrast) > KNOWN * noise * np.sqrt((contrast**2).sum()))
@@ -124,7 +127,7 @@ def log_factors(base: tuple[Tokens, Floats], arm: tuple[Tokens, Floats]) -> tupl
     worse = np.maximum(ones[..., -1], others[..., -1])
     one, other = reaches(ones_at, ones, worse), reaches(others_at, others, worse)
     beyond = np.where(other == others_at[0], 1.0, 0.0) - (one == ones_at[0])
-    return one - other, beyond[..., 0], (others[..., -1] - ones[..., -1])[..., 0]
+    return np.log(other / one) / POWER, beyond[..., 0], (others[..., -1] - ones[..., -1])[..., 0]
 
 
 # --- over seeds ------------------------------------------------------------------------------------------------------
@@ -206,7 +209,9 @@ def measure(effect: Effect, speed: Effect | None, grid: Grid, before: History) -
 
 def _curve(grid: Grid, group: Group, place: int, key: str) -> tuple[Tokens, Floats]:
     """The losses of a run and the tokens trained on by then; of a step done twice, the last."""
-    points = {float(line["tokens"]): line[key] for line in grid.metrics(group.runs[place]) if key in line}
+    points = {
+        float(line["tokens"]): line[key] for line in grid.metrics(group.runs[place]) if key in line and line["tokens"]
+    }
     tokens = tuple(sorted(points))
     return tokens, np.array([points[at] for at in tokens], float)
 

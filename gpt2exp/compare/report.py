@@ -158,12 +158,12 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def records(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
-    """The effects as column names and rows of exact values: of each interval and `parameters` two columns."""
+def records(effects: Sequence[Effect]) -> tuple[list[str], list[list[Any]]]:
+    """Effects as column names and rows of exact values: of each interval and `parameters` two columns."""
     ends = [item.name for item in fields(Effect) if item.name.endswith("ci95")]
     single = [item.name for item in fields(Effect) if item.name not in (*ends, "parameters")]
     rows = []
-    for effect in comparison.axes:
+    for effect in effects:
         row = finite(asdict(effect))
         row["differences"] = json.dumps(row["differences"])
         values = [row[name] for name in single]
@@ -176,9 +176,14 @@ def records(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
 
 def table(comparison: Comparison) -> str:
     """`comparison.csv`: a row an axis, arm and metric; empty cells where there is nothing."""
-    head, rows = records(comparison)
+    head, rows = records(comparison.axes)
+    return csv_of([head, *rows])
+
+
+def csv_of(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as CSV; None is an empty cell."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
     return buffer.getvalue()
 
 
@@ -394,7 +399,7 @@ def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> 
 def _for_wandb(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> dict[str, Any]:
     import wandb
 
-    runs, (head, effects) = words.runs_table(comparison), records(comparison)
+    runs, (head, effects) = words.runs_table(comparison), records(comparison.axes)
     verdicts = [[name_of(verdict), text] for verdict, text in words.sentences(comparison)]
     shown: dict[str, Any] = {
         "runs": wandb.Table(columns=[column.name for column in runs.columns], data=runs.rows),

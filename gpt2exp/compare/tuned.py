@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2exp.config import tuned
+from gpt2exp.config import CONTROL, tuned
 from gpt2exp.run.metrics import Summary, judged, number_of
 from gpt2exp.run.terminal import printable
 from gpt2exp.schema import at, is_housekeeping
@@ -139,9 +139,9 @@ def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def arm_of(overrides: Sequence[str], key: str) -> tuple[str, ...]:
-    """What makes an arm of a run's overrides: all but its seed, the tuned key, and what changes no result."""
-    told = {text: text.lstrip("+").partition("=")[0] for text in overrides}
-    return tuple(text for text, name in told.items() if name not in ("seed", key) and not is_housekeeping(name))
+    """What makes an arm of a run's overrides: all but its seed, data order, tuned key, and what changes no result."""
+    told, others = {text: text.lstrip("+").partition("=")[0] for text in overrides}, ("seed", CONTROL, key)
+    return tuple(text for text, name in told.items() if name not in others and not is_housekeeping(name))
 
 
 def names(arms: Sequence[tuple[str, ...]]) -> list[str]:

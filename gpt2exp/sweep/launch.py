@@ -118,10 +118,10 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
         raise BadRequest(f"a sweep: {why}; {remedy}")
     to_do, trials = request.to_do, request.trials_to_do
     texts = _make_ready(request, [*trials, *to_do])
-    if request.multirun:
-        to_do, lines = reuse.found(to_do, texts, request.folder)
-        for line in lines:
-            terminal.terminal().print(f"sweep.reuse: {line}", markup=False, soft_wrap=True)
+    if request.trials:  # what is compared has its settings once its arm is tuned
+        trials = _reusing(trials, texts, request.folder)
+    elif request.multirun:
+        to_do = _reusing(to_do, texts, request.folder)
     for place in {job.config.sweep.prior: None for job in to_do if job.config.sweep.prior}:
         _show_prior(Path(home(place)), to_do[0].config.sweep.looks)
     if any(job.config.dry_run for job in request.jobs):
@@ -144,6 +144,7 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
                     _launch(request, trials, argv, began)
                     began = time.monotonic()
                 to_do, said = tuning.settle(request.folder, to_do)
+                to_do = _reusing(to_do, texts, request.folder)
                 for line in said:
                     terminal.terminal().print(line, markup=False, soft_wrap=True)
             needless = _needless(request.folder)
@@ -151,6 +152,14 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
                 _launch(request, to_do, argv, began)
             engine.close()
             return _outcome(request)
+
+
+def _reusing(jobs: list[Job], texts: dict[tuple[Any, ...], str], folder: Path) -> list[Job]:
+    """The jobs, those with the run that counts as theirs which have one, which is said."""
+    jobs, lines = reuse.found(jobs, texts, folder)
+    for line in lines:
+        terminal.terminal().print(f"sweep.reuse: {line}", markup=False, soft_wrap=True)
+    return jobs
 
 
 def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:

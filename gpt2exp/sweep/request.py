@@ -347,8 +347,8 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
         jobs = [Job(tuple(texts), checked(alone), own, settings)]
     if not basic and (over := jobs[0].config.sweep.over):
-        why, remedy = "a sweep by the basic sweeper alone has budgets", "add -m, and what to compare within each"
-        require(False, "sweep.over", over, why, remedy)
+        why = "a sweep by the basic sweeper alone has budgets; add -m, and what to compare within each"
+        raise BadRequest(f"sweep.over={over}: {why}")
     looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
     tuning.check(jobs, multirun=multirun, basic=bool(basic))
     trials = named(tuning.trials(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")

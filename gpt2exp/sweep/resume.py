@@ -231,7 +231,7 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         master = composer.compose([*before, *settings, *most], multirun=True)
         request.check_hydra(master.hydra)
         more = {_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
-        axes = {key: [(text,) for text in texts] for key, texts in more.items()}
+        axes: dict[str, list[design.Arm]] = {key: [(text,) for text in texts] for key, texts in more.items()}
         if known.looks:
             more_seeds = range(len(known.by_seed) + 1, (master.sweep.max_seeds or 0) + 1)
             axes["seed"] = [(f"seed={seed}",) for seed in more_seeds]
@@ -260,7 +260,8 @@ def _together(
     at = next((at for at, text in enumerate(kept) if text.startswith("sweep.together=")), None)
     if at is None:
         return {}
-    more = request.moving(composer, request.read(composer, [kept[at]])[0].value())
+    value = request.read(composer, [kept[at]])[0].value()
+    more = request.moving(composer, value if isinstance(value, list) else [])
     if before and before.keys() != more.keys():
         why = f"the sweep began with {' and '.join(before)}"
         raise BadRequest(f"sweep.together: {', '.join(more)}: {why}; name those, or start a new sweep")

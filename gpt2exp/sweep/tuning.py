@@ -8,6 +8,7 @@ with it when the sweep is resumed.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from gpt2exp.compare.tuned import Curve, arm_of, final, names
 from gpt2exp.config import SweepConfig, tuned
 from gpt2exp.run import record
 from gpt2exp.schema import check_key, is_housekeeping, parse, put
-from gpt2exp.section import BadRequest, show
+from gpt2exp.section import require
 from gpt2exp.sweep.composing import Composer, Job, describe
 
 
@@ -34,17 +35,11 @@ def first(composer: Composer, sweep: SweepConfig, told: Mapping[str, Sequence[st
         return {}
     if not composer.may_have(key):
         check_key(key, values[0])
-    refuse(is_housekeeping(key) or key == "seed", sweep, f"{key} changes no result; tune another key")
-    given = told.get(key) or [""]
-    again = f"{key}={','.join(text.partition('=')[2] for text in given)}"
-    refuse(key in told, sweep, f"{key} has a value of its own in each arm; leave out {again}")
+    ok = not is_housekeeping(key) and key != "seed"
+    require(ok, "sweep.tune", sweep.tune, f"{key} changes no result", "tune another key")
+    again = f"{key}={','.join(text.partition('=')[2] for text in told.get(key, ()))}"
+    require(key not in told, "sweep.tune", sweep.tune, "each arm has a value of its own", f"leave out {again}")
     return {key: [f"{key}={values[0]}"]}
-
-
-def refuse(wrong: bool, sweep: SweepConfig, why: str) -> None:
-    """Raise `BadRequest` about `sweep.tune` if something is wrong."""
-    if wrong:
-        raise BadRequest(f"sweep.tune={sweep.tune}: {why}")
 
 
 def check(jobs: Sequence[Job], *, multirun: bool, basic: bool) -> None:
@@ -52,19 +47,16 @@ def check(jobs: Sequence[Job], *, multirun: bool, basic: bool) -> None:
     sweeps = [job.config.sweep for job in jobs if job.config.sweep.tune]
     if not sweeps:
         return
-    what, sweep = "add what to compare, such as optimizer=adamw,sgd", sweeps[0]
-    key, seeds = tuned(sweep.tune)[0], sweep.tune_seeds
-    refuse(not multirun, sweep, f"one run has no arms to compare; add -m, and {what.removeprefix('add ')}")
-    asked = {(job.config.sweep.tune, str(job.config.sweep.tune_seeds)) for job in jobs}
-    refuse(not basic or len(asked) > 1, sweep, "it takes the basic sweeper and one rule for all jobs; name one of each")
-    refuse(len({arm_of(job.overrides, key) for job in jobs}) < 2, sweep, f"nothing varies but the seed; {what}")
+    what, tune, seeds = "what to compare, such as optimizer=adamw,sgd", sweeps[0].tune, sweeps[0].tune_seeds
+    require(multirun, "sweep.tune", tune, "one run has no arms to compare", f"add -m, and {what}")
+    ok = basic and len({(sweep.tune, str(sweep.tune_seeds)) for sweep in sweeps}) == 1
+    require(ok, "sweep.tune", tune, "it takes the basic sweeper and one rule for all jobs", "name one of each")
+    arms = {arm_of(job.overrides, tuned(tune)[0]) for job in jobs}
+    require(len(arms) > 1, "sweep.tune", tune, "nothing varies but the seed", f"add {what}")
     compared = {job.config.seed for job in jobs}
-    if both := sorted(compared & {*seeds}):
-        free = (
-            [seed for seed in range(101, 2**31) if seed not in compared][: len(seeds)] if len(compared) < 9999 else []
-        )
-        why = f"{', '.join(map(str, both))} would be compared too; try sweep.tune_seeds={','.join(map(str, free))}"
-        raise BadRequest(f"sweep.tune_seeds={show(seeds)}: {why}")
+    both, free = sorted(compared & {*seeds}), max(100, *compared, *seeds) + 1
+    why, others = f"{', '.join(map(str, both))} would be compared too", range(free, free + len(seeds))
+    require(not both, "sweep.tune_seeds", seeds, why, f"try sweep.tune_seeds={','.join(map(str, others))}")
 
 
 def untold(job: Job) -> list[str]:
@@ -86,9 +78,9 @@ def trials(composer: Composer, master: Any, jobs: Sequence[Job], known: Sequence
     before = {arm_of(job.overrides, key) for job in known}
     arms = dict.fromkeys(arm for job in jobs if (arm := arm_of(job.overrides, key)) not in before)
     kept = [text for text in jobs[0].overrides if is_housekeeping(text.lstrip("+").partition("=")[0])]
-    seeds = asked.tune_seeds
-    each = ([*kept, *arm, f"{key}={value}", f"seed={seed}"] for arm in arms for value in values for seed in seeds)
-    return [*known, *composer.jobs(master, each)]
+    each = itertools.product(arms, values, asked.tune_seeds)
+    texts = ([*kept, *arm, f"{key}={value}", f"seed={seed}"] for arm, value, seed in each)
+    return [*known, *composer.jobs(master, texts)]
 
 
 def recorded(jobs: Sequence[Job], known: record.Tuning | None = None) -> record.Tuning | None:

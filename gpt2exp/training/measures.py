@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2exp.model.gpt import GPT
-from gpt2exp.model.init import norm
+from gpt2exp.model.init_check import norm
 from gpt2exp.training import distributed as dist
 
 

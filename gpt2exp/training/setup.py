@@ -116,7 +116,8 @@ def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[
 
     Raises `BadRequest` for weights of another model, `InitError` if they are not what the configuration says.
     """
-    from gpt2exp.model.init import check_init, check_tying, initialise, load_weights
+    from gpt2exp.model.init import initialise, load_weights
+    from gpt2exp.model.init_check import check_init, check_tying
 
     if not distributed.is_main():
         return {}  # rank 0 sends the weights

@@ -342,7 +342,7 @@ class TestFiles:
 
         _, folder = sweep
         linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (folder / "report.md").read_text())
-        kinds = ("loss", "gap", "difference", "intervals", "residual", "speed", "memory", "unseen")
+        kinds = ("loss", "gap", "difference", "residual", "speed", "memory", "unseen")
         assert linked == [f"figures/1-init.residual-scaling-{kind}.png" for kind in kinds]
         for name in linked:
             pixels = image.imread(str(folder / name))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from gpt2exp.config import InitConfig, InitScheme, ModelConfig
 from gpt2exp.model.gpt import GPT
-from gpt2exp.model.init import InitError, check_init, expected_std, initialise
+from gpt2exp.model.init import initialise
+from gpt2exp.model.init_check import InitError, check_init, expected_std
 from gpt2exp.training.measures import stream_and_embedding_gradients
 
 SCHEMES = [scheme.value for scheme in InitScheme if scheme is not InitScheme.pretrained]  # which draws nothing

@@ -24,7 +24,8 @@ from gpt2exp import choices, export, sample, schema, section
 from gpt2exp.config import InitConfig, InitScheme, ModelConfig, RunConfig
 from gpt2exp.model import huggingface, size
 from gpt2exp.model.gpt import GPT
-from gpt2exp.model.init import check_init, expected_std, initialise
+from gpt2exp.model.init import initialise
+from gpt2exp.model.init_check import check_init, expected_std
 from gpt2exp.section import BadRequest
 from gpt2exp.sweep import composing
 from gpt2exp.sweep import request as requests

@@ -13,6 +13,7 @@ from support import SMALL, read, run, run_folders
 from test_engines import here, the_sweep
 
 import gpt2exp
+from gpt2exp.compare.tuned import arm_of
 from gpt2exp.run import record
 from gpt2exp.section import BadRequest
 from gpt2exp.sweep import launch, request, resume
@@ -21,6 +22,7 @@ from gpt2exp.sweep.composing import arguments
 TINY = [*SMALL, "train.steps=3", "train.batch_size=1", "train.seq_len=8", "wandb.mode=disabled"]
 VALUES = ("1e-3", "1e-2", "1e9")
 TUNE = f"sweep.tune=optimizer.lr={','.join(VALUES)}"
+TWO = "must be a key and two different numbers or more"
 ASKED = ["-m", "optimizer=adamw,sgd", "seed=1,2", TUNE, *TINY]
 
 
@@ -167,7 +169,7 @@ def test_a_tuning_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     real = launch.run
 
     def failing(folder: Path, began: float) -> Any:
-        if "optimizer=adamw,seed=102" in folder.name.replace("optimizer.lr=1e-2,", ""):
+        if folder.name.endswith("optimizer.lr=1e-2,optimizer=adamw,seed=102"):
             record.write_status(folder, "failed", 0, "out of memory")
             return {"state": "failed"}
         return real(folder, began)
@@ -236,7 +238,7 @@ TWO = "must be a key and two different numbers or more"
         (["-m", "optimizer=adamw,sgd", "sweep.tune=optimizer.lr=1,-1"], "optimizer.lr=-1"),
         (["-m", "optimizer=adamw,sgd", "optimizer.lr=1,2", TUNE], "leave out optimizer.lr=1,2"),
         (["-m", "optimizer=adamw,sgd", "optimizer.lr=0.5", TUNE], "leave out optimizer.lr=0.5"),
-        (["-m", "optimizer=adamw,sgd", "seed=100,101", TUNE], "101 would be compared too; try sweep.tune_seeds=102,"),
+        (["-m", "optimizer=adamw,sgd", "seed=100,101", TUNE], "101 would be compared too; try sweep.tune_seeds=103,"),
         (["-m", "optimizer=adamw,sgd", TUNE, "sweep.tune_seeds=1,1"], "must be different seeds"),
         (["-m", "seed=1,2", TUNE], "nothing varies but the seed; add what to compare"),
         (["optimizer=sgd", TUNE], "one run has no arms to compare; add -m, and what to compare"),
@@ -265,6 +267,31 @@ def test_every_combination_of_axes_is_an_arm() -> None:
     assert (len(asked.jobs), len(asked.tuning.arms), len(asked.trials)) == (8, 4, 24)
     assert len({job.folder for job in (*asked.jobs, *asked.trials)}) == 32
     assert all(job.folder.startswith("tuning/") for job in asked.trials)
+
+
+def test_one_at_a_time_tunes_each_leaving_and_the_control_has_the_baselines_value() -> None:
+    words = ["-m", "init=gpt2,openai", "model.bias=true,false", "seed=1,2", TUNE, *TINY]
+    words += ["sweep.design=one_at_a_time", "sweep.control=true", "data.order=shuffled"]
+    asked = request.make(arguments([*map(request.as_meant, words)]))
+    assert asked.tuning is not None
+    assert (len(asked.jobs), len(asked.tuning.arms)) == (2 * 4, 3)
+    assert {job.config.data.redraw for job in asked.trials} == {0}
+    control = next(job for job in asked.jobs if job.config.data.redraw)
+    assert arm_of(control.overrides, "optimizer.lr") == tuple(asked.tuning.arms[0].overrides)
+
+
+def test_runs_of_another_sweep_are_taken_in_both_stages(whole: tuple[Path, str], tmp_path: Path) -> None:
+    """A compared run is taken at the value of its arm, not at another of the values."""
+    more = TUNE.replace("1e9", "1e-1")
+    code, out, err = here(tmp_path, *ASKED[:3], more, *TINY, f"sweep.reuse={whole[0]}")
+    assert code == 0, out + err
+    sweep = the_sweep(tmp_path)
+    rows = [read(folder / "summary.json") for folder in run_folders(sweep)]
+    assert sum("reused" in row for row in rows if row["seed"] > 100) == 8
+    for arm, best in chosen(sweep).items():
+        runs = [row for row in rows if row["seed"] < 100 and arm in row["overrides"]]
+        assert all(row["config"]["optimizer"]["lr"] == float(best or "nan") for row in runs)
+        assert all(("reused" in row) == (best == chosen(whole[0])[arm]) for row in runs)
 
 
 def test_in_python(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """How often the intervals of the compute multiplier, of the trend and of a change with budget hold the truth.
 
-`python experiments/coverage/simulate.py` simulates runs, hands their losses to the package's own functions and writes
+`python experiments/coverage/intervals.py` simulates runs, hands their losses to the package's own functions and writes
 `coverage.csv` and the tables of the page beside it.
 """
 
