@@ -39,7 +39,7 @@ def found(jobs: Sequence[Job], texts: Mapping[tuple[Any, ...], str], own: Path) 
     from gpt2exp.compare.rows import of_today, read
 
     places = list(dict.fromkeys(place for job in jobs for place in job.config.sweep.reuse))
-    wanted = [(job, flatten(plain(job.config))) for job in jobs]
+    wanted = [(job, flatten(plain(job.config))) for job in sorted(jobs, key=lambda job: job.folder)]
     taken, lines, now = dict[str, dict[str, Any]](), list[str](), record.facts()["versions"] if places else {}
     for place in places:
         try:

@@ -60,7 +60,7 @@ def test_what_is_there_is_not_run(base: Path, tmp_path: Path, monkeypatch: pytes
     there = {(seed, lr) for seed in (1, 2) for lr in (1e-3, 3e-3)}
     assert sorted(begun) == sorted(asked - there)
     assert f"sweep.reuse: 2 of 4 runs are taken from {base}, and not run" in out
-    assert re.search(r"not taken, 2: optimizer\.lr=0\.003, here 0\.0", out)
+    assert f"sweep.reuse: {base}: not taken, 2: optimizer.lr=0.003, here 0.001\n" in out, "as the first arm has it"
     sweep = the_sweep(tmp_path)
     for seed in (1, 2):
         (mine,), (theirs,) = (folder.glob(f"*lr=0.001,seed={seed}") for folder in (sweep, base))
