@@ -243,7 +243,6 @@ CLAIMS = [
     Claim("0.02 is in the vicinity of 1/√d", "init_std", near_xavier, trained=False),
     Claim("GPT-2's init trains better than PyTorch's own", "init_std/gpt2", own_init),
     Claim("GPT-2's init trains better than PyTorch's own", "init_std", own_init),
-    Claim("TF32 cannot be told apart from fp32", "precision/gpt2", tf32),
     Claim("TF32 cannot be told apart from fp32", "precision", tf32),
     Card("TF32 cannot be told apart from fp32, in hardware", ("precision",), tf32_on_a_card),
     Card("TF32 crops the mantissa", ("rounding",), rounding),

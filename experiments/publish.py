@@ -34,7 +34,6 @@ from gpt2exp.section import show
 HERE = Path(__file__).parent
 FIGURES = {
     "precision": ("gap", "difference"),
-    "precision/gpt2": ("gap", "difference"),
     "weight_tying": ("loss", "difference"),
     "weight_tying/gpt2": ("loss", "difference"),
     "residual_scaling": ("residual", "difference"),
@@ -105,7 +104,7 @@ def results(study: str, comparison: Comparison) -> str:
     leads = (
         Record(f"{study}/gpt2").stem.with_suffix(".csv").is_file()
     )  # then the small model's sentences would repeat it
-    told = report.verdicts(comparison)
+    told = [line for line in report.verdicts(comparison) if not line.startswith("- note: no compute multiplier")]
     if record.block == "until":
         told, table = [line for line in told if not line.startswith("- note: ")], []
     parts = [
@@ -380,6 +379,19 @@ def stream_table(runs: Sequence[Run]) -> str:
 DEPTH = "model.n_layer="
 
 
+def stream_growth(runs: Sequence[Run]) -> str:
+    """How the residual stream grows at init at one depth, in a sentence."""
+    told = []
+    for scaling, name in (("true", "with scaling"), ("false", "without")):
+        alike = having(runs, f"init.residual_scaling={scaling}")
+        first, last = (column(alike, f"stream_first_{where}") for where in ("embedded", "last_block"))
+        told.append(f"{spread([b / a for a, b in zip(first, last, strict=True)], '.2f')} times {name}")
+    return (
+        "Before the first step the stream's root mean square grows, from the embedding to the last block, "
+        f"{' and '.join(told)} (mean ± std over {len(runs) // 2} seeds)."
+    )
+
+
 def duration(runs: Sequence[Run]) -> str:
     """How many seeds a sweep took that ended when it was answered, and how long."""
     began = [datetime.fromisoformat(run["started"]).timestamp() for run in runs]
@@ -422,7 +434,7 @@ EXTRAS: dict[str, list[Callable[[Sequence[Run]], str]]] = {
     "weight_tying/until": [duration],
     "init_std/until": [duration],
     "residual_scaling": [stream_table],
-    "residual_scaling/gpt2": [stream_table],
+    "residual_scaling/gpt2": [stream_growth],
     "first_steps": [unused_share],
     "throughput": [speed_table],
 }

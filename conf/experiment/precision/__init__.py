@@ -1,1 +1,0 @@
-"""Hydra configuration, importable so that it travels in the wheel."""
