@@ -41,6 +41,7 @@ FIGURES = {
     "init_std": ("loss", "intervals"),
     "init_std/gpt2": ("loss", "intervals"),
     "first_steps": ("loss", "unseen"),
+    "gpt2_choices": ("tuning", "difference"),
     "throughput": ("speed", "memory"),
 }
 """Which of the report's figures of the first axis a record's part of the page shows; of other records none."""

@@ -573,7 +573,7 @@ class TestEscaping:
             if line.startswith("| +note") or line.startswith("| note"):
                 rows += 1
                 assert len(re.findall(r"(?<!\\)\|", line)) == 12
-        assert rows == 3 * (len(HOSTILE) - 1)
+        assert rows == 4 * (len(HOSTILE) - 1), "loss, steps, speed and memory of each arm"
 
     def test_terminal_gets_no_escape_code(self, hostile: Path) -> None:
         comparison = compare.compare(compare.read([hostile]))

@@ -194,7 +194,7 @@ class TestCounts:
 
     def test_a_shape_is_counted_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         size.parameters(asked("model/mlp=swiglu").model)
-        monkeypatch.setattr(size, "_made", lambda *_: pytest.fail("counted again"))
+        monkeypatch.setattr(size, "_on_meta", lambda *_: pytest.fail("counted again"))
         size.parameters(asked("model/mlp=swiglu", "seed=2").model)
 
     @pytest.mark.parametrize("words", [*EACH, "model.bias=false"])
@@ -329,7 +329,7 @@ def test_a_bad_class_is_one_line(text: str, words: list[str], said: str, tmp_pat
     [
         ("model.mlp=relu2", r"^model\.mlp=relu2: a choice of files; write model/mlp=relu2$"),
         ("model.mlp.name=relu2", r"^model\.mlp\.name=relu2: a choice brings keys of its own; write model/mlp=relu2$"),
-        ("model/mlp=rely2", r"did you mean model/mlp=relu2\? Choices: gpt2, relu2, swiglu$"),
+        ("model/mlp=rely2", r"did you mean model/mlp=relu2\? Choices: exact_gelu, gpt2, relu2, swiglu$"),
     ],
 )
 def test_a_choice_is_asked_for_by_its_group(words: str, said: str) -> None:
