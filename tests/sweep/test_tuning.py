@@ -112,7 +112,7 @@ def test_the_record(whole: tuple[Path, str]) -> None:
     assert record.Sweep.read(whole[0]) == known
 
 
-@pytest.mark.parametrize("stop_at", [1, 6, 13, 15])
+@pytest.mark.parametrize("stop_at", [6, 15])
 def test_stopped_and_resumed(
     stop_at: int, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

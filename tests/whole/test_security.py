@@ -146,7 +146,16 @@ def test_no_record_holds_a_credential(tmp_path: Path) -> None:
             "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
         }  # fmt: skip
         assert summary["git"] is None or set(summary["git"]) == {"commit", "dirty"}
-        assert set(summary["versions"]) == {"python", "gpt2exp", "code", "torch", "numpy", "hydra-core", "tiktoken", "wandb"}
+        assert set(summary["versions"]) == {
+            "python",
+            "gpt2exp",
+            "code",
+            "torch",
+            "numpy",
+            "hydra-core",
+            "tiktoken",
+            "wandb",
+        }
 
 
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "code", "runpy"}
