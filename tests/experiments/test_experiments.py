@@ -97,7 +97,7 @@ def test_a_sweep_becomes_a_finding(
     assert reproduce.main() == 0, "the same processor"
     assert capsys.readouterr().out == f"init_std: {row['name']}: equal\n"
     with monkeypatch.context() as changed:
-        changed.setattr(reproduce, "again", lambda known, _: known | {key: 7.0 for key in reproduce.LOSSES})
+        changed.setattr(reproduce, "again", lambda known, _: known | dict.fromkeys(reproduce.LOSSES, 7.0))
         assert reproduce.main() == 1
     (tmp_path / "precision").mkdir()
     (tmp_path / "precision" / "README.md").write_text("<!-- speed -->\n<!-- /speed -->\n")
