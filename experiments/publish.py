@@ -111,7 +111,7 @@ def results(study: str, comparison: Comparison) -> str:
     parts = [
         [] if leads else told,
         table,
-        report.tuning(comparison) if comparison.tuning else [],
+        [line for line in report.tuning(comparison) if ": best at " not in line] if comparison.tuning else [],
         [] if leads else [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
         [provenance(record.stem.with_suffix(".json"))],
         *([extra(runs_of(study))] for extra in EXTRAS.get(study, [])),
