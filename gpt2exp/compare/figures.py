@@ -137,7 +137,8 @@ def _values(ax: Axes, curves: Sequence[Curve]) -> str | None:
         means = {float(value): statistics.fmean(found) for value, found in known.items() if found}
         every |= {float(value): value for value, found in known.items() if found}
         (line,) = ax.plot(sorted(means), [means[at] for at in sorted(means)], linewidth=1.6, **look)
-        handles.append((curve.arm, line))
+        own = [text for text in curve.arm.split(", ") if place == 0 or text not in curves[0].arm.split(", ")]
+        handles.append((", ".join(own), line))  # all but what it shares with the first
         for value, found in known.items():
             ax.plot([float(value)] * len(found), found, "o", color=COLOURS[colour], markersize=3.5, alpha=0.6)
         if curve.best is not None and float(curve.best) in means:
