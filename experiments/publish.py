@@ -264,6 +264,14 @@ def provenance(path: Path) -> str:
     return f"Run on {day} at commit {commit} by {by}; {rest}."
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table with the first row's keys as its columns; a key that another row lacks is left empty."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def replace_block(path: Path, name: str, text: str) -> None:
     """Put `text` between the markers `<!-- name -->` and `<!-- /name -->` of a page."""
     page = path.read_text()

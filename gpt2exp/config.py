@@ -466,7 +466,7 @@ class SweepConfig(Section):
         require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
 
     def _check_tune(self, tune: str) -> None:
-        key, values = tuned(tune)
+        key, values = key_and_values(tune)
         numbers = [float(value) for value in values if re.fullmatch(r"-?[\d.]*\d(e[+-]?\d+)?", value)]
         ok = bool(key) and len(numbers) == len(values) == len({*numbers}) > 1
         remedy = f'try sweep.tune="{key or "optimizer.lr"}=1e-4,3e-4,1e-3"'
@@ -477,7 +477,7 @@ class SweepConfig(Section):
     @property
     def budget(self) -> str:
         """The key of `over`; empty without."""
-        return (self.over or "").partition("=")[0].strip()
+        return key_and_values(self.over)[0]
 
     @property
     def looks(self) -> range:
@@ -485,9 +485,9 @@ class SweepConfig(Section):
         return range(self.min_seeds, (self.max_seeds or 30) + 1)
 
 
-def tuned(tune: str | None) -> tuple[str, list[str]]:
-    """The key that `sweep.tune` names, and its values as typed; none where it is null."""
-    key, _, values = (tune or "").partition("=")
+def key_and_values(text: str | None) -> tuple[str, list[str]]:
+    """The key that `sweep.tune` or `sweep.over` names, and its values as typed; none where it is null."""
+    key, _, values = (text or "").partition("=")
     return key.strip(), [value.strip() for value in values.split(",") if value.strip()]
 
 

@@ -18,7 +18,7 @@ from gpt2exp.files import beside, write_json
 from gpt2exp.model import huggingface, size
 from gpt2exp.run import process, record, terminal
 from gpt2exp.schema import group_of, is_housekeeping
-from gpt2exp.section import BadRequest, require
+from gpt2exp.section import BadRequest, override_key, require
 
 WORDS = END_OF_TEXT + 1  # what GPT-2's tokenizer knows; `<|endoftext|>` is the last
 
@@ -103,7 +103,7 @@ def card(row: Mapping[str, Any], model: ModelConfig, state: Mapping[str, Any]) -
     known = row.get("state") == "done" and row.get("steps") == state["step"]  # else the losses are another step's
     reached = [f"{label} {value:.4f} nats" for label, value in losses.items() if known and value is not None]
     private = ("hydra", "data.path", "init.path")  # places on the machine that trained it
-    typed = {text: text.lstrip("+").partition("=")[0] for text in row.get("overrides", [])}
+    typed = {text: override_key(text) for text in row.get("overrides", [])}
     told = [text for text, key in typed.items() if not (is_housekeeping(key) or key.startswith(private))]
     rows = {
         "shape": f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, {model.block_size} positions, "

@@ -27,6 +27,11 @@ def show(value: object) -> str:
     return f"[{','.join(map(show, value))}]" if isinstance(value, list) else str(value)
 
 
+def override_key(text: str) -> str:
+    """The key of an override as it is typed: `KEY=VALUE`, or `+KEY=VALUE`."""
+    return text.lstrip("+").partition("=")[0]
+
+
 def quoted(text: str) -> str:
     """A text as Hydra's grammar reads it back, whatever is in it: a backslash escapes only before a quote."""
     return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"

@@ -24,7 +24,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import pytest
 from wandb.proto import wandb_internal_pb2
+
+from gpt2exp.sweep import launch
 
 SMALL = ["model=nano", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=64"]
 """The smallest model worth training: milliseconds a step."""
@@ -262,3 +265,18 @@ class OfflineRun:
     def _update(target: dict[str, Any], items: Any) -> None:
         for item in items:
             target[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+
+
+def stopping_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Ctrl-C where a sweep in this process begins its run of this number; the folders of the runs that began."""
+    begun: list[Path] = []
+    real = launch.run
+
+    def stopping(folder: Path, began: float) -> Any:
+        begun.append(folder)
+        if len(begun) == number:
+            raise KeyboardInterrupt
+        return real(folder, began)
+
+    monkeypatch.setattr(launch, "run", stopping)
+    return begun

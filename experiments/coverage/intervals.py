@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
-import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,10 @@ import numpy as np
 from gpt2exp.compare.effect import late_change
 from gpt2exp.compare.inference import Floats, fixed
 from gpt2exp.compare.multiplier import log_factors, readable, shared_error, widened
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from publish import replace_block, write_rows
 
 FOLDER = Path(__file__).parent
 SWEEPS, BATCH = 4000, 250
@@ -157,13 +160,8 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Simulate, and write the page's figures."""
     rows = simulate()
-    with (FOLDER / "coverage.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    page = FOLDER / "README.md"
-    block = f"<!-- table -->\n{table(rows)}\n<!-- /table -->"
-    page.write_text(re.sub(r"<!-- table -->.*<!-- /table -->", lambda _: block, page.read_text(), flags=re.DOTALL))
+    write_rows(FOLDER / "coverage.csv", rows)
+    replace_block(FOLDER / "README.md", "table", table(rows))
 
 
 if __name__ == "__main__":

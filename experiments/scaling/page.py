@@ -32,7 +32,7 @@ CONF = HERE.parent.parent / "conf" / "model"
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from predict import BOUNDS, GPUS, Fitted, Setup, memory, mfu, milliseconds, step, tokens_per_second  # noqa: E402
-from publish import replace_block  # noqa: E402
+from publish import replace_block, write_rows  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -515,14 +515,6 @@ def plot_scaling(predictions: Sequence[Row]) -> Callable[[Axes], None]:
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """As CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def blocks(folder: Path) -> dict[str, str]:

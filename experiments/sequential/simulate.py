@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import csv
-import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +24,10 @@ from gpt2exp.compare.inference import (
     power_to_tell,
     reach,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from publish import replace_block, write_rows
 
 FOLDER = Path(__file__).parent
 FIRST, MOST = 3, 30
@@ -175,14 +179,8 @@ FILES: dict[str, Callable[[], list[Row]]] = {
 def main() -> None:
     """Simulate, and write the page's figures."""
     for name, simulate in FILES.items():
-        rows = simulate()
-        with (FOLDER / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    page = FOLDER / "README.md"
-    block = f"<!-- tables -->\n{tables(*map(read, FILES))}\n<!-- /tables -->"
-    page.write_text(re.sub(r"<!-- tables -->.*<!-- /tables -->", lambda _: block, page.read_text(), flags=re.DOTALL))
+        write_rows(FOLDER / name, simulate())
+    replace_block(FOLDER / "README.md", "tables", tables(*map(read, FILES)))
 
 
 if __name__ == "__main__":

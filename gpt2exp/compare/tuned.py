@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2exp.config import CONTROL, tuned
+from gpt2exp.config import CONTROL, key_and_values
 from gpt2exp.run.metrics import Summary, judged, number_of
 from gpt2exp.run.terminal import printable
 from gpt2exp.schema import at, is_housekeeping
-from gpt2exp.section import show
+from gpt2exp.section import override_key, show
 
 if TYPE_CHECKING:
     from gpt2exp.compare.rows import Group, Row
@@ -119,7 +119,7 @@ def final(row: Summary) -> float | str:
 
 def key_of(row: Row) -> str:
     """The key that a run's sweep tunes for each arm, or none."""
-    return tuned(at(row.get("config"), "sweep.tune"))[0]
+    return key_and_values(at(row.get("config"), "sweep.tune"))[0]
 
 
 def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -140,7 +140,7 @@ def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 def arm_of(overrides: Sequence[str], key: str) -> tuple[str, ...]:
     """What makes an arm of a run's overrides: all but its seed, data order, tuned key, and what changes no result."""
-    told, others = {text: text.lstrip("+").partition("=")[0] for text in overrides}, ("seed", CONTROL, key)
+    told, others = {text: override_key(text) for text in overrides}, ("seed", CONTROL, key)
     return tuple(text for text, name in told.items() if name not in others and not is_housekeeping(name))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from omegaconf import DictConfig
 
-from gpt2exp.config import CONTROL, TOGETHER, Design, SweepConfig, moving
+from gpt2exp.config import CONTROL, TOGETHER, Design, SweepConfig, key_and_values, moving
 from gpt2exp.schema import is_housekeeping
 from gpt2exp.section import BadRequest, default_of, show
 from gpt2exp.sweep import tuning
@@ -43,7 +43,7 @@ def together(overrides: Mapping[str, Sequence[str]], typed: Mapping[str, Sequenc
 
 def _crossed(sweep: DictConfig) -> set[str]:
     """The keys of which every value has all of the design: the seed, a budget, what is tuned for each arm."""
-    return {"seed", *((text or "").partition("=")[0].strip() for text in (sweep.over, sweep.tune))}
+    return {"seed", *(key_and_values(text)[0] for text in (sweep.over, sweep.tune))}
 
 
 def check_single(typed: Mapping[str, Sequence[str]]) -> None:

@@ -23,7 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from gpt2exp import choices, schema, section
 from gpt2exp.config import DataName, RunConfig, Schedule
 from gpt2exp.run import record, terminal
-from gpt2exp.section import BadRequest, show
+from gpt2exp.section import BadRequest, override_key, show
 from gpt2exp.sweep import composing, design, engines, request, tuning
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
@@ -109,7 +109,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         if key == "data.path" and value is not None and not on_hub:
             value = str(Path(value).expanduser().absolute())  # as typed it starts here, and the run's others there
         OmegaConf.update(recorded, key, value)
-        overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != key]
+        overrides = [text for text in overrides if override_key(text) != key]
         overrides.append(f"{key}={show(value)}")
     after = schema.parse(recorded)
     steps, done = _steps_done(folder, after)
@@ -162,7 +162,7 @@ def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
     """Recorded overrides without those of the keys `gone`; keys that have moved under today's names."""
     lost = {*gone, *(key.split(".")[0] for key in gone)} - set(composing.SECTIONS)
     moved = schema.MOVED.keys() - set(schema.keys())
-    told = {text: text.lstrip("+").partition("=")[0] for text in texts}
+    told = {text: override_key(text) for text in texts}
     return [
         text.replace(key, schema.MOVED[key], 1) if key in moved else text
         for text, key in told.items()
@@ -225,12 +225,12 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
         if place := added.get("hydra.sweep.subdir"):
             raise BadRequest(f"{place[0]}: the jobs of a sweep that goes on keep their folders; leave it out")
-        kept = [texts[-1] for key, texts in added.items() if schema.is_housekeeping(_key(key))]
+        kept = [texts[-1] for key, texts in added.items() if schema.is_housekeeping(override_key(key))]
         most = [text for text in kept if text.startswith("sweep.max_seeds=")]
-        before = [text for text in _of_today(flags.overrides, gone) if _key(text) not in request.LOGGING]
+        before = [text for text in _of_today(flags.overrides, gone) if override_key(text) not in request.LOGGING]
         master = composer.compose([*before, *settings, *most], multirun=True)
         request.check_hydra(master.hydra)
-        more = {_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
+        more = {override_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
         axes: dict[str, list[design.Arm]] = {key: [(text,) for text in texts] for key, texts in more.items()}
         if known.looks:
             more_seeds = range(len(known.by_seed) + 1, (master.sweep.max_seeds or 0) + 1)
@@ -321,11 +321,13 @@ def _tuned(
         return _jobs(composer, master, folder, listed, runs, axes, kept), []
     key, now = (
         known.tuning.key,
-        [text for text in listed[(known.folders or [""])[0]] if schema.is_housekeeping(_key(text))],
+        [text for text in listed[(known.folders or [""])[0]] if schema.is_housekeeping(override_key(text))],
     )
     first = next(iter(known.tuning.arms[0].runs))
     # a job whose arm has no value yet is composed with one
-    listed = {name: texts if key in map(_key, texts) else [*texts, f"{key}={first}"] for name, texts in listed.items()}
+    listed = {
+        name: texts if key in map(override_key, texts) else [*texts, f"{key}={first}"] for name, texts in listed.items()
+    }
     jobs = _jobs(composer, master, folder, listed, runs, axes, kept, key)
     tuning.check(jobs, multirun=True, basic=True)
     tried = {
@@ -355,8 +357,10 @@ def _jobs(
     study = axes.pop("experiment", [])
     if study and any(study[0][0] not in overrides for overrides in listed.values()):
         raise BadRequest(f"{study[0][0]}: a study is a sweep of its own; leave out resume to start it")
-    changed = {_key(text): text for text in kept}
-    told = {name: list(({_key(text): text for text in texts} | changed).values()) for name, texts in listed.items()}
+    changed = {override_key(text): text for text in kept}
+    told = {
+        name: list(({override_key(text): text for text in texts} | changed).values()) for name, texts in listed.items()
+    }
     again = {name: texts for name, texts in told.items() if kept or name not in runs}
     new = _gained(list(told.values()), axes, master.sweep, key)
     composed = list(composer.jobs(master, [*again.values(), *new]))
@@ -388,13 +392,13 @@ def _gained(
     """What jobs, by their overrides, become with each value of the axes, where the design of their sweep has it."""
 
     def untuned(texts: Sequence[str]) -> frozenset[str]:
-        return frozenset(text for text in texts if _key(text) != key)
+        return frozenset(text for text in texts if override_key(text) != key)
 
     new = dict[frozenset[str], list[str]]()
     for arms in itertools.product(*([(), *arms] for arms in axes.values())):
-        more = {_key(text): text for text in itertools.chain(*arms)}
+        more = {override_key(text): text for text in itertools.chain(*arms)}
         for texts in told if more else ():
-            whole = list(({_key(text): text for text in texts} | more).values())
+            whole = list(({override_key(text): text for text in texts} | more).values())
             if design.belongs(whole, told[0], sweep):
                 new.setdefault(untuned(whole), whole)
     for texts in told:
@@ -407,10 +411,6 @@ def _free(folder: Path, names: Iterable[str]) -> int:
     known = [*map(Path, names), *(folder.iterdir() if folder.is_dir() else ())]
     heads = [path.name.partition("_")[0] for path in known]
     return max((int(head) for head in heads if head.isdigit()), default=-1) + 1
-
-
-def _key(text: str) -> str:
-    return text.lstrip("+").partition("=")[0]
 
 
 def _value(text: str) -> str:

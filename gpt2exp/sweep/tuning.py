@@ -17,10 +17,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gpt2exp.compare.tuned import Curve, arm_of, final, names
-from gpt2exp.config import SweepConfig, tuned
+from gpt2exp.config import SweepConfig, key_and_values
 from gpt2exp.run import record
 from gpt2exp.schema import check_key, is_housekeeping, parse, put
-from gpt2exp.section import require
+from gpt2exp.section import override_key, require
 from gpt2exp.sweep.composing import Composer, Job, describe
 
 
@@ -30,7 +30,7 @@ def first(composer: Composer, sweep: SweepConfig, told: Mapping[str, Sequence[st
     Raises:
         BadRequest: it is no key that can be tuned, or one that was `told` a value or swept.
     """
-    key, values = tuned(sweep.tune)
+    key, values = key_and_values(sweep.tune)
     if not key:
         return {}
     if not composer.may_have(key):
@@ -51,7 +51,7 @@ def check(jobs: Sequence[Job], *, multirun: bool, basic: bool) -> None:
     require(multirun, "sweep.tune", tune, "one run has no arms to compare", f"add -m, and {what}")
     ok = basic and len({(sweep.tune, str(sweep.tune_seeds)) for sweep in sweeps}) == 1
     require(ok, "sweep.tune", tune, "it takes the basic sweeper and one rule for all jobs", "name one of each")
-    arms = {arm_of(job.overrides, tuned(tune)[0]) for job in jobs}
+    arms = {arm_of(job.overrides, key_and_values(tune)[0]) for job in jobs}
     require(len(arms) > 1, "sweep.tune", tune, "nothing varies but the seed", f"add {what}")
     compared = {job.config.seed for job in jobs}
     both, free = sorted(compared & {*seeds}), max(100, *compared, *seeds) + 1
@@ -61,8 +61,8 @@ def check(jobs: Sequence[Job], *, multirun: bool, basic: bool) -> None:
 
 def untold(job: Job) -> list[str]:
     """A job's overrides without the one of the tuned key."""
-    key = tuned(job.config.sweep.tune)[0]
-    return [text for text in job.overrides if not key or text.lstrip("+").partition("=")[0] != key]
+    key = key_and_values(job.config.sweep.tune)[0]
+    return [text for text in job.overrides if not key or override_key(text) != key]
 
 
 def bare(job: Job) -> Job:
@@ -74,10 +74,10 @@ def trials(composer: Composer, master: Any, jobs: Sequence[Job], known: Sequence
     """The runs that tune the arms of some jobs: those `known`, then those of the arms that have none, not named yet."""
     if not jobs or not (asked := jobs[0].config.sweep).tune:
         return []
-    key, values = tuned(asked.tune)
+    key, values = key_and_values(asked.tune)
     before = {arm_of(job.overrides, key) for job in known}
     arms = dict.fromkeys(arm for job in jobs if (arm := arm_of(job.overrides, key)) not in before)
-    kept = [text for text in jobs[0].overrides if is_housekeeping(text.lstrip("+").partition("=")[0])]
+    kept = [text for text in jobs[0].overrides if is_housekeeping(override_key(text))]
     each = itertools.product(arms, values, asked.tune_seeds)
     texts = ([*kept, *arm, f"{key}={value}", f"seed={seed}"] for arm, value, seed in each)
     return [*known, *composer.jobs(master, texts)]
@@ -87,7 +87,7 @@ def recorded(jobs: Sequence[Job], known: record.Tuning | None = None) -> record.
     """What `sweep.json` says of named tuning runs; the values that are chosen already are those `known`."""
     if not jobs:
         return None
-    key, values = tuned(jobs[0].config.sweep.tune)
+    key, values = key_and_values(jobs[0].config.sweep.tune)
     chosen = {tuple(arm.overrides): arm.best for arm in known.arms} if known else {}
     found = record.Tuning(key, jobs[0].config.sweep.tune_seeds, [])
     arms: dict[tuple[str, ...], record.Tuned] = {}

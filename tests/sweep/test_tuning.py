@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import SMALL, read, run, run_folders
+from support import SMALL, read, run, run_folders, stopping_at
 from test_engines import here, the_sweep
 
 import gpt2exp
@@ -117,16 +117,7 @@ def test_stopped_and_resumed(
     stop_at: int, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within the tuning, and within the comparison."""
-    begun: list[Path] = []
-    real = launch.run
-
-    def stopping(folder: Path, began: float) -> Any:
-        begun.append(folder)
-        if len(begun) == stop_at:
-            raise KeyboardInterrupt
-        return real(folder, began)
-
-    monkeypatch.setattr(launch, "run", stopping)
+    begun = stopping_at(stop_at, monkeypatch)
     assert here(tmp_path, *ASKED)[0] == 130
     sweep = the_sweep(tmp_path)
     assert (set(chosen(sweep).values()) == {None}) == (stop_at < 13)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SMALL, finish, read, run, run_folders, start
+from support import SMALL, finish, read, run, run_folders, start, stopping_at
 from test_engines import here, the_sweep
 
 from gpt2exp.config import SweepConfig
@@ -123,16 +123,7 @@ def test_stopped_and_gone_on_with(
     stop_at: int, whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between seeds and within one."""
-    begun: list[Path] = []
-    real = launch.run
-
-    def stopping(folder: Path, began: float) -> Any:
-        begun.append(folder)
-        if len(begun) == stop_at:
-            raise KeyboardInterrupt
-        return real(folder, began)
-
-    monkeypatch.setattr(launch, "run", stopping)
+    stopping_at(stop_at, monkeypatch)
     assert here(tmp_path, *ASKED)[0] == 130
     assert here(tmp_path, f"resume={the_sweep(tmp_path)}")[0] == 0
     assert end_of(the_sweep(tmp_path)) == end_of(whole[0])
