@@ -48,8 +48,8 @@ KNOWN = 50
 CURVE = 3
 """Places at which a validation loss must be known to make a curve."""
 CROSSING = (
-    "the final losses are undecided, yet the arms first reach the higher of them at different steps: curves that flatten "
-    "or rise at the end tell no worth"
+    "the final losses are undecided, yet the arms first reach the higher of them at different steps: curves that "
+    "flatten or rise at the end tell no worth"
 )
 """Why a steps' factor is dropped that would say what the losses do not."""
 Tokens = tuple[float, ...]
