@@ -1,0 +1,1 @@
+"""Hydra configuration, importable so that it travels in the wheel."""
