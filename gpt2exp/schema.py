@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import typing
@@ -68,6 +69,7 @@ def owner(key: str) -> tuple[type[Section], str]:
     return kind_of(section), name
 
 
+@functools.cache  # reading type hints takes a millisecond, and every count of a model asks four times
 def kind_of(section: str) -> type[Section]:
     """The class that a section is declared with, of which its choices are; the whole configuration's for ""."""
     kind: type[Section] = RunConfig
@@ -76,9 +78,10 @@ def kind_of(section: str) -> type[Section]:
     return kind
 
 
-def keys() -> Iterator[str]:
+@functools.cache
+def keys() -> tuple[str, ...]:
     """Every dotted key of the schema, such as `model.n_layer`."""
-    return (key for key, _, _ in options())
+    return tuple(key for key, _, _ in options())
 
 
 ELSEWHERE = {
@@ -124,7 +127,7 @@ def parse(plain: Any) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        schema = OmegaConf.structured(RunConfig)
+        classes: dict[str, type[Section]] = {}
         given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # untyped: the types are the schema's
         chosen_ones = _with_choice(given)
         for section in dict.fromkeys([*chosen_ones, *(given.keys() & RunConfig.__dataclass_fields__.keys())]):
@@ -134,12 +137,23 @@ def parse(plain: Any) -> RunConfig:
             for name in own.keys() - cls.__dataclass_fields__.keys() if own else ():
                 refuse(f"{section}.{name}", own[name], cls)
             if section in chosen_ones:
-                OmegaConf.update(schema, section, OmegaConf.structured(cls), merge=False)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, given))
+                classes[section] = cls
+        config = OmegaConf.to_object(OmegaConf.merge(_typed_by(tuple(classes.items())), given))
     except OmegaConfBaseException as error:
         raise BadRequest(explain(error)) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+@functools.cache  # it takes most of a `parse`, and OmegaConf merges into a copy
+def _typed_by(choices: tuple[tuple[str, type[Section]], ...]) -> Any:
+    """The schema as OmegaConf checks values against it, with the class of each choice in its section."""
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(RunConfig)
+    for section, cls in choices:
+        OmegaConf.update(schema, section, OmegaConf.structured(cls), merge=False)
+    return schema
 
 
 def _with_choice(tree: Mapping[str, Any]) -> list[str]:
@@ -175,6 +189,16 @@ def plain(config: Section) -> dict[str, Any]:
     return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
 
 
+def defaults(cls: type[Section]) -> dict[str, Any]:
+    """A section's defaults, as `plain`."""
+    return typing.cast(dict[str, Any], json.loads(_defaults(cls)))  # type: ignore[arg-type] # a class has a hash
+
+
+@functools.cache  # of a comparison every run asks
+def _defaults(cls: type[Section]) -> str:
+    return json.dumps(plain(cls()))
+
+
 HOUSEKEEPING = ("wandb", "sweep", "dry_run", "resume", "checkpoint", "metric", "train.log_every", "train.measure_every")
 """Keys, or whole sections, that say how a run is kept and shown, not what it computes."""
 
@@ -184,6 +208,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in leaves(config).items() if not is_housekeeping(key)}
 
 
+@functools.cache
 def is_housekeeping(key: str) -> bool:
     """Whether a dotted key is in `HOUSEKEEPING`, or in a section that is."""
     return key.endswith(f".{SOURCE}") or any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
@@ -197,14 +222,14 @@ def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
     Keys that it lacks get today's defaults. Both are plain values, interpolations unresolved; `parse` checks them.
     """
-    today, unknown = plain(RunConfig()), leaves(recorded)
+    today, unknown = defaults(RunConfig), leaves(recorded)
     for section in _with_choice(recorded):
         own = at(recorded, section)
         if isinstance(own, Mapping) and TARGET in own:  # from outside: its keys are its code's
             put(today, section, dict(own))
         else:
             with contextlib.suppress(BadRequest):  # a choice of another version: its keys are unknown here
-                put(today, section, plain(chosen(section, unknown.get(f"{section}.name"))()))
+                put(today, section, defaults(chosen(section, unknown.get(f"{section}.name"))))
     known = leaves(today).keys()
     for old, new in MOVED.items():
         if old in unknown.keys() - known:

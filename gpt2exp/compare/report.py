@@ -378,8 +378,9 @@ def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> 
     """
     from gpt2exp.run.tracking import Mirror, resolve_mode
 
-    sections_of = (row.get("config", {}).get("wandb", {"mode": "disabled"}) for row in comparison.runs)
-    known = (parse({"wandb": section}).wandb for section in sections_of)
+    sections_of = [row.get("config", {}).get("wandb", {"mode": "disabled"}) for row in comparison.runs]
+    different = [section for at, section in enumerate(sections_of) if section not in sections_of[:at]]
+    known = (parse({"wandb": section}).wandb for section in different)
     config = next((config for config in known if resolve_mode(config) != "disabled"), None)
     if config is None:
         return None

@@ -59,8 +59,19 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 def register() -> None:
     """Make the schema and the resolvers of conf/ known to Hydra; every process that runs a job calls this."""
-    schema = OmegaConf.structured(RunConfig)
+    schema = copy.deepcopy(_schema())
     schema.wandb.update(tracking.defaults())
+    ConfigStore.instance().store("schema", node=schema)
+    # two launches in the same second get two folders
+    resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, use_cache=name == "folder_name", replace=True)
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """The schema without what the environment says; what its choices have is made known to Hydra on the way."""
+    schema = OmegaConf.structured(RunConfig)
     for section, ours in CHOICES.items():
         OmegaConf.update(schema, section, OmegaConf.structured(kind_of(section)), merge=False)  # takes any choice
         for name, choice in ours.items():
@@ -69,11 +80,7 @@ def register() -> None:
             ConfigStore.instance().store(f"{name}_schema", group=group_of(section), node=node)
     for section in choices.LEADING:  # one from outside has keys that nobody knows before its code is loaded
         OmegaConf.set_struct(OmegaConf.select(schema, section), False)
-    ConfigStore.instance().store("schema", node=schema)
-    # two launches in the same second get two folders
-    resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
-    for name, resolver in resolvers.items():
-        OmegaConf.register_new_resolver(name, resolver, use_cache=name == "folder_name", replace=True)
+    return cast(DictConfig, schema)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -43,6 +43,17 @@ def test_defaults_are_the_schemas() -> None:
     assert only() == RunConfig()
 
 
+def test_nothing_of_one_request_is_in_the_next() -> None:
+    """What is made once for all of a process's requests stays as it was."""
+    first = only("optimizer=sgd", "optimizer.lr=1", "optimizer.momentum=0.5", "wandb.tags=[a]", "train.steps=7")
+    first.wandb.tags.append("b")
+    today, _ = schema.stored({"optimizer": {"name": "sgd"}})
+    assert today["optimizer"] | {"lr": 1.0, "momentum": 0.5} == schema.plain(first.optimizer)
+    today["optimizer"]["lr"] = today["train"]["steps"] = 9
+    assert only() == schema.parse({}) == RunConfig()
+    assert schema.stored({}) == (schema.plain(RunConfig()), {})
+
+
 GROUP_FILES = sorted([*CONF.glob("*/*.yaml"), *CONF.glob("model/*/*.yaml")])
 
 
