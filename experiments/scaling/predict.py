@@ -6,6 +6,7 @@ the numbers to what others published and predicts by them; nothing here was run 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -81,6 +82,16 @@ class Setup:
         """Bytes of an activation that a matrix product reads."""
         return 2 if self.precision == "bf16" else 4
 
+    @functools.cached_property  # once: a fit asks thousands of times
+    def parameters(self) -> int:
+        """Of the model."""
+        return size.parameters(self.model)["total"]
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """Of a token's forward and backward pass."""
+        return size.flops_per_token(self.model, self.seq_len)
+
     @property
     def chip(self) -> str:
         """The GPU without its memory."""
@@ -129,11 +140,11 @@ ADAMW_BYTES = {"fused": 28, "foreach": 80}
 def step(setup: Setup, fitted: Fitted) -> dict[str, float]:
     """Milliseconds of a step by what takes them."""
     model, gpu = setup.model, GPUS[setup.gpu]
-    layers, width, parameters = model.n_layer, model.n_embd, size.parameters(model)["total"]
+    layers, width, parameters = model.n_layer, model.n_embd, setup.parameters
     efficiency = getattr(fitted, f"bf16_{setup.chip.lower()}" if setup.precision == "bf16" else setup.precision)
     rate = setup.peak * efficiency * width / (width + fitted.half_width)
     attention = 12 * layers * width * setup.seq_len
-    products = size.flops_per_token(model, setup.seq_len) - attention
+    products = setup.flops - attention
     if setup.attention == "fused":  # half of it is masked, and backward computes the scores again: 7 products for 6
         attention *= 7 / 12 / fitted.attention
     moved = PASSES[setup.mode] * layers * width * setup.size + _logit_bytes(setup) * model.vocab_size
@@ -170,7 +181,7 @@ def _not_hidden(setup: Setup, micro_batch: float) -> float:
     """
     gpu = GPUS[setup.gpu]
     bus = LINK_RATE * (gpu.nvlink if setup.gpus <= 8 else gpu.network)
-    once = 4 * size.parameters(setup.model)["total"] * (setup.gpus - 1) / setup.gpus / bus
+    once = 4 * setup.parameters * (setup.gpus - 1) / setup.gpus / bus
     if setup.parallel == "fsdp":
         return setup.accumulation * (max(0.0, once - micro_batch / 3) + max(0.0, 2 * once - micro_batch * 2 / 3))
     return max(0.0, 2 * once - micro_batch * 2 / 3)
@@ -188,7 +199,7 @@ def tokens_per_second(setup: Setup, fitted: Fitted) -> float:
 
 def mfu(setup: Setup, fitted: Fitted) -> float:
     """Model FLOPs over the peak, as `gpt2exp` itself counts them."""
-    achieved = tokens_per_second(setup, fitted) * size.flops_per_token(setup.model, setup.seq_len)
+    achieved = tokens_per_second(setup, fitted) * setup.flops
     return achieved / (setup.gpus * setup.peak)
 
 
@@ -203,7 +214,7 @@ def memory(setup: Setup) -> float:
     hooks in `test_scaling.py`), DDP's buckets, FSDP's shares and gathered blocks, logits that stand whole.
     """
     model, half = setup.model, setup.precision == "bf16"
-    layers, width, total = model.n_layer, model.n_embd, size.parameters(model)["total"]
+    layers, width, total = model.n_layer, model.n_embd, setup.parameters
     block = 36 * width if half else 64 * width
     busy = 0
     if setup.attention == "unfused":  # probabilities, and their bf16 copy; q, k, v and output copied for the products
