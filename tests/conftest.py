@@ -6,6 +6,8 @@ temporary folder, with wandb offline.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -31,6 +33,11 @@ def cache() -> Path:
     return folder
 
 
+def pytest_runtest_setup() -> None:
+    """A run collects garbage before it measures memory, and need not look through all that is imported here."""
+    gc.freeze()
+
+
 @pytest.fixture
 def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
     """An empty cache that holds the BPE files alone, so that texts are tokenised without a fetch."""
@@ -51,6 +58,15 @@ def quiet_logger() -> Iterator[None]:
     yield
     log.handlers.clear()
     log.propagate = True
+
+
+@pytest.fixture(autouse=True)
+def figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Comparisons in this process draw figures only in the tests that are about them."""
+    from support import without_figures  # with wandb's formats, which pytest's own process does not need
+
+    with contextlib.nullcontext() if request.path.parent.name in ("compare", "experiments") else without_figures():
+        yield
 
 
 @pytest.fixture

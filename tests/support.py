@@ -1,7 +1,7 @@
 """What several test files share: a command line in a folder of its own, what a run left, wandb's offline file.
 
 `start` and `run` carry out a command in a process of its own with its own environment, pipes and signals. By default
-that process is forked from one that has imported torch and wandb already, which takes three seconds each time; with
+that process is forked from one that has imported torch and all else already (`warmed`), which takes four seconds; with
 `program` (PROGRAM is the plain one), or with a variable that is read before Python begins, a new interpreter starts.
 """
 
@@ -11,15 +11,19 @@ import contextlib
 import gc
 import json
 import multiprocessing
+import multiprocessing.forkserver as forkserver
 import os
+import resource
 import runpy
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,16 +34,25 @@ from wandb.proto import wandb_internal_pb2
 from gpt2exp.sweep import launch
 
 SMALL = ["model=nano", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=64"]
-"""The smallest model worth training: milliseconds a step."""
+SMALL += ["train.batch_size=2", "train.seq_len=8"]
+"""The smallest model worth training, on the smallest batch: milliseconds a step."""
 PROGRAM = [sys.executable, "-m", "gpt2exp.train"]
 COMPARE = [sys.executable, "-m", "gpt2exp.compare"]
 HELD = Path(__file__).parent / "held"
 EARLY = ("LD_", "PYTHON", "OMP_", "GOMP_", "MKL_")
 """Variables that are read before or while Python and torch are loaded."""
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(
-    ["torch", "torch._dynamo", "wandb", "scipy.stats", "gpt2exp.sweep.launch", "gpt2exp.compare.figures"]
-)
+FORKING.set_forkserver_preload(["warmed"])
+
+
+def _process(act: Callable[..., object], *args: Any) -> ForkServerProcess:
+    """A forked process, begun."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the server finds what it is to load
+        forkserver.ensure_running()
+    made = FORKING.Process(target=act, args=args)
+    made.start()
+    return made
 
 
 def surroundings(home: Path, **env: str) -> dict[str, str]:
@@ -48,8 +61,16 @@ def surroundings(home: Path, **env: str) -> dict[str, str]:
     return clean | {"HOME": str(home), "COLUMNS": "120", **env}
 
 
+@contextlib.contextmanager
+def without_figures() -> Iterator[None]:
+    """Comparisons inside the block draw none: that takes a second each, and few tests look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2exp.compare.figures.draw", lambda _: [])
+        yield
+
+
 def _forked(
-    folder: Path, environment: dict[str, str], cores: set[int], args: tuple[str, ...], out: str, err: str
+    folder: Path, environment: dict[str, str], cores: set[int], args: tuple[str, ...], out: str, err: str, figures: bool
 ) -> None:
     """What `python -m gpt2exp.train ARGS` does, in a forked process bound to `cores`, if the system binds any."""
     from gpt2exp.train import main
@@ -66,23 +87,26 @@ def _forked(
         os.sched_setaffinity(0, cores)
     tempfile.tempdir = None  # TMPDIR may be another
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "ROOM" in environment:
+        taken = psutil.Process().memory_info().vms + int(environment["ROOM"]) * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (taken, taken))
     if "HELD" in environment:
         runpy.run_path(str(HELD / "sitecustomize.py"))
     sys.argv = ["gpt2exp", *args]
-    main()
+    with contextlib.nullcontext() if figures else without_figures():
+        main()
 
 
 class Forked:
     """As much of `subprocess.Popen` as the tests use, for a forked process."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], args: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], args: tuple[str, ...], figures: bool) -> None:
         self.args = args
         self._files = [tempfile.NamedTemporaryFile("w+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._files]
         # a fork has the server's cores, but a program those of the process that starts it
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-        self._process = FORKING.Process(target=_forked, args=(folder, environment, cores, args, *names))
-        self._process.start()
+        self._process = _process(_forked, folder, environment, cores, args, *names, figures)
 
     @property
     def pid(self) -> int:
@@ -127,8 +151,14 @@ class Forked:
 Process = subprocess.Popen[str] | Forked
 
 
-def start(folder: Path, *args: str, program: list[str] | None = None, held: str = "", **env: str) -> Process:
-    """Begin `gpt2exp ARGS` in `folder`; `held="001:5"`: the run in the folder 001... waits after 5 steps."""
+def start(
+    folder: Path, *args: str, program: list[str] | None = None, held: str = "", figures: bool = False, **env: str
+) -> Process:
+    """Begin `gpt2exp ARGS` in `folder`; `held="001:5"`: the run in the folder 001... waits after 5 steps.
+
+    A forked process draws the figures of its comparison only if `figures` says so, and may take `ROOM` MiB of memory
+    beyond what it has, if that is among `env`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     environment = surroundings(folder.parent / "home", **env)
     if held:
@@ -136,7 +166,7 @@ def start(folder: Path, *args: str, program: list[str] | None = None, held: str 
     # a launcher's workers are ended by exit handlers, which a fork of multiprocessing's does not call
     workers = any(arg.startswith("hydra/launcher=") for arg in args)
     if program is None and not workers and not any(key.startswith(EARLY) for key in env):
-        return Forked(folder, environment, args)
+        return Forked(folder, environment, args, figures)
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [*(program or PROGRAM), *args],
@@ -156,9 +186,39 @@ def finish(process: Process) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
 
 
-def run(folder: Path, *args: str, program: list[str] | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *args: str, program: list[str] | None = None, figures: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
     """`gpt2exp ARGS` in `folder`, to its end."""
-    return finish(start(folder, *args, program=program, **env))
+    return finish(start(folder, *args, program=program, figures=figures, **env))
+
+
+def _ranked(number: int, rank: int, port: int, act: Callable[..., object], args: tuple[Any, ...]) -> None:
+    """One of several processes, told of the others as torchrun tells its own."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    act(*args)
+
+
+def in_ranks(number: int, act: Callable[..., object], *args: Any) -> None:
+    """`act(*args)` in so many forked processes of one run; each of them must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [_process(_ranked, number, rank, port, act, args) for rank in range(number)]
+    for process in processes:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * number
+
+
+def typed_in(folder: Path, *args: str) -> None:
+    """`gpt2exp ARGS` in this process, which it ends."""
+    os.chdir(folder)
+    sys.argv = ["gpt2exp", *args]
+    with without_figures():
+        launch.main()
 
 
 def shell_code(process: subprocess.CompletedProcess[str]) -> int:

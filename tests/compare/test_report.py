@@ -58,7 +58,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
     """Two arms, two seeds, validation data, wandb offline with tags nobody should use: output and sweep folder."""
     folder = tmp_path_factory.mktemp("report") / "here"
     tags = "wandb.tags=['<script>alert(1)</script>','</style>']"
-    done = run(folder, "-m", "init.residual_scaling=true,false", "seed=1,2", *SHORT, tags)
+    done = run(folder, "-m", "init.residual_scaling=true,false", "seed=1,2", *SHORT, tags, figures=True)
     return done, run_folders(folder)[0].parent
 
 
@@ -67,7 +67,7 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
     """One arm that diverges, at one seed: n=1, a broken pair and no wandb."""
     folder = tmp_path_factory.mktemp("failing") / "here"
     axes = ["seed=1", "optimizer.lr=3e-4,1e9", "init.residual_scaling=true,false"]
-    done = run(folder, "-m", *axes, *SHORT, "wandb.mode=disabled")
+    done = run(folder, "-m", *axes, *SHORT, "wandb.mode=disabled", figures=True)
     return done, run_folders(folder)[0].parent
 
 

@@ -26,7 +26,19 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from support import HELD, SMALL, OfflineRun, at_step, losses, read, run, run_folders, surroundings, the_run
+from support import (
+    HELD,
+    SMALL,
+    OfflineRun,
+    at_step,
+    losses,
+    read,
+    run,
+    run_folders,
+    surroundings,
+    the_run,
+    without_figures,
+)
 
 from gpt2exp import machine
 from gpt2exp.config import DeviceName, InitConfig, ModelConfig
@@ -42,14 +54,15 @@ from gpt2exp.training import hardware
 ROOT = Path(__file__).parents[2]
 QUIET = "wandb.mode=disabled"
 AXES = ["optimizer.lr=1e-3,3e-3", "seed=1,2"]
-SHORT = [*SMALL, "train.steps=12", "train.seq_len=8", QUIET]
+SHORT = [*SMALL, "train.steps=12", QUIET]
 
 
-def here(folder: Path, *args: str) -> tuple[int, str, str]:
+def here(folder: Path, *args: str, figures: bool = False) -> tuple[int, str, str]:
     """`gpt2exp ARGS` in `folder` and in this process: the exit code, and what it printed."""
     folder.mkdir(parents=True, exist_ok=True)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    drawn = contextlib.nullcontext() if figures else without_figures()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), drawn:
         return launching.command(list(args)), out.getvalue(), err.getvalue()
 
 

@@ -39,7 +39,7 @@ def shared_core() -> Iterator[None]:
 @pytest.mark.usefixtures("shared_core")
 def test_a_comparison_beside_other_programs(tmp_path: Path) -> None:
     """Steps of tens of milliseconds, so that each outlasts a turn on the core."""
-    args = ["-m", *SMALL, "train.batch_size=16", "train.steps=6", "train.warmup_steps=1"]
+    args = ["-m", *SMALL, "train.batch_size=16", "train.seq_len=32", "train.steps=6", "train.warmup_steps=1"]
     done = run(tmp_path / "here", *args, "model.tie_weights=true,false", "wandb.mode=disabled")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens/s while most steps waited for a core") == 2

@@ -56,7 +56,8 @@ def small(words: list[str]) -> list[str]:
     words = [re.sub(r"^([^=]+=[^,\[(]+,[^,]+),.*", r"\1", word) for word in words]
     swept = {word.partition("=")[0] for word in words if "," in word}
     given = [word for word in words if "=" in word and word.partition("=")[0] in swept]
-    shrunk = [*SMALL, "train.steps=2", "train.batch_size=2", "train.seq_len=16"]
+    words = [word.replace("val_fraction=0.1", "val_fraction=0.001") for word in words]
+    shrunk = [*SMALL, "train.steps=2"]
     shrunk = [word for word in shrunk if word.partition("=")[0] not in swept]
     return [word for word in words if word not in given] + given + shrunk
 

@@ -65,7 +65,7 @@ class TestSweep:
         runs = [OfflineRun(folder) for folder in folders]
         assert {entry.run.run_group for entry in runs} == {folders[0].parent.name}
         assert len({entry.run.run_id for entry in runs}) == 4
-        assert [entry.run.display_name for entry in runs] == [",".join(overrides(folder)) for folder in folders]
+        assert [entry.run.display_name for entry in runs] == [",".join(overrides(folder))[:128] for folder in folders]
         assert [entry.exit_codes for entry in runs] == [[0]] * 4
         for entry, folder in zip(runs, folders, strict=True):
             assert [row["loss"] for row in entry.history] == losses(folder)
@@ -84,14 +84,14 @@ class TestSweep:
         assert precision[2] == precision[4]
 
     def test_isolated_is_the_same(self, sweep: tuple[Done, list[Path]], tmp_path: Path) -> None:
-        """Each job in a process of its own gives the same losses; fp32 first here, so order does not matter either."""
+        """A job in a process of its own gives the same losses."""
         _, folders = sweep
-        more = [*SMALL, "train.steps=4", "sweep.isolate=true", QUIET]
-        done = run(tmp_path / "here", "-m", "precision=fp32,tf32", "seed=1", *more)
+        process = start(tmp_path / "here", "-m", "seed=1", *SMALL, "train.steps=4", "sweep.isolate=true", QUIET)
+        done = finish(process)
         assert (done.returncode, done.stderr) == (0, "")
-        fp32, tf32 = run_folders(tmp_path / "here")
-        assert (losses(fp32), losses(tf32)) == (losses(folders[2]), losses(folders[0]))
-        assert read(fp32 / "status.json")["pid"] != read(tf32 / "status.json")["pid"]
+        fp32 = the_run(tmp_path / "here")
+        assert losses(fp32) == losses(folders[2])
+        assert read(fp32 / "status.json")["pid"] != process.pid
 
 
 def test_a_diverging_job_stops_no_other(tmp_path: Path) -> None:
@@ -117,10 +117,9 @@ def test_a_diverging_job_and_one_refused_memory_leave_the_comparison(tmp_path: P
     )
     if free is None or free > large:
         pytest.skip(f"this machine has the {large / 2**30:.0f} GiB that the large batch needs")
+    more = ["train.seq_len=64", "train.loss_chunk=1000000", "train.steps=3", QUIET]
     axes = ["train.batch_size=2,4096", "optimizer.lr=1e-3,1e9"]
-    done = run(
-        tmp_path / "here", "-m", *axes, *SMALL, "train.seq_len=64", "train.loss_chunk=1000000", "train.steps=3", QUIET
-    )
+    done = run(tmp_path / "here", "-m", *SMALL, *more, *axes)
     assert done.returncode == 1
     (report,) = (tmp_path / "here").glob("sweeps/*/*/report.html")
     comparison = read(report.parent / "comparison.json")
@@ -145,7 +144,7 @@ def test_fail_fast(tmp_path: Path) -> None:
 
 def test_peak_memory_is_each_jobs_own(tmp_path: Path) -> None:
     """The first job's logits alone take 1024 x 50257 floats at a time, 206 MB; the second's 6 MB."""
-    done = run(tmp_path / "here", "-m", "train.batch_size=64,1", *SMALL, "train.steps=1", QUIET)
+    done = run(tmp_path / "here", "-m", *SMALL, "train.batch_size=64,1", "train.seq_len=32", "train.steps=1", QUIET)
     assert done.returncode == 0
     big, small = (read(folder / "summary.json")["peak_memory_bytes"] for folder in run_folders(tmp_path / "here"))
     assert big - small > 150e6
