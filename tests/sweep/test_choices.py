@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import PROGRAM, SMALL, at_step, finish, losses, read, run, start
+from support import SMALL, at_step, finish, in_ranks, losses, read, run, start, typed_in
 
 import gpt2exp
-from gpt2exp import choices, export, sample, schema
+from gpt2exp import choices, export, sample, schema, section
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.config import ModelConfig, RunConfig
 from gpt2exp.model import init
@@ -302,7 +302,7 @@ def test_a_sweep_ends_in_verdicts(how: list[str], tmp_path: Path, capsys: pytest
     """The comparison is made again without the code, and tells a changed one."""
     folder = tmp_path / "work"
     write(folder / "mine")
-    asked = ["--config-dir", "mine", *SMALL, "metric=spread", "train.steps=4", "train.batch_size=2", QUIET]
+    asked = ["--config-dir", "mine", *SMALL, "metric=spread", "train.steps=4", QUIET]
     done = run(folder, *asked, "-m", "optimizer=adamw,signs", "seed=1,2", "hydra.sweep.dir=swept", *how)
     assert done.returncode == 0, done.stderr
     before = read(folder / "swept" / "comparison.json")
@@ -310,11 +310,7 @@ def test_a_sweep_ends_in_verdicts(how: list[str], tmp_path: Path, capsys: pytest
     assert verdicts["spread"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert verdicts["loss_mean_last10"] in ("better", "worse", "indistinguishable", "inconclusive")
     assert "spread, logits" in (folder / "swept" / "report.md").read_text()
-    if how:  # by other processes than the sweep's own; a fork would wait for its workers for ever
-        words = ["--trust", f"resume={folder / 'swept'}", "seed=4", "sweep.isolate=true"]
-        gained = run(tmp_path / "else", *words, program=PROGRAM)
-        assert gained.returncode == 0, gained.stderr
-        assert len(read(folder / "swept" / "comparison.json")["seeds"]) == 3
+    if how:  # by other processes than the sweep's own
         return
     code = (folder / "mine" / "my_choices.py").read_text()
     (folder / "mine" / "my_choices.py").write_text("raise SystemExit(9)")
@@ -329,6 +325,15 @@ def test_a_sweep_ends_in_verdicts(how: list[str], tmp_path: Path, capsys: pytest
     assert comparing.command([str(folder / "swept"), str(folder / "other"), "--out", str(tmp_path / "both")]) == 2
     said = "optimizer._target_=my_choices.Signs: its code was changed between the runs"
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_isolated_job_takes_them(tmp_path: Path) -> None:
+    write(tmp_path / "mine")
+    words = ["--config-dir", "mine", *SMALL, "metric=spread", "optimizer=signs", "train.steps=2", QUIET]
+    done = run(tmp_path, "-m", *words, "seed=1", "sweep.isolate=true", "hydra.sweep.dir=swept")
+    assert done.returncode == 0, done.stderr
+    assert "spread" in read(tmp_path / "swept" / "000" / "summary.json")
 
 
 def test_a_run_from_python_takes_them(mine: Path) -> None:
@@ -360,6 +365,7 @@ def test_samples_and_exports_run_no_code_unasked(
     assert (
         "model/mlp=swiglu: Hugging Face's GPT-2 has no such choice; it takes model/mlp=gpt2" in capsys.readouterr().err
     )
+    section.OUTSIDE.clear()  # as in a new process
     assert sample.command(["second", "--tokens", "1"]) == 2
     assert f"would run code of {EXAMPLES}/swiglu.py" in capsys.readouterr().err
     assert sample.command(["second", "--tokens", "1", "--trust"]) == 0
@@ -377,13 +383,12 @@ def test_schedules_of_ours_and_others_are_one_axis(mine: Path) -> None:
 
 
 @pytest.mark.slow
-def test_under_torchrun(tmp_path: Path) -> None:
+def test_in_two_processes(tmp_path: Path) -> None:
     write(tmp_path / "work" / "mine")
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = ["--config-dir", "mine", *SMALL, *ALL, "train.steps=8", QUIET]
-    for name, how in (("two", [*program, "-m", "gpt2exp.train"]), ("one", None)):
-        done = run(tmp_path / "work", *args, f"hydra.run.dir={name}", program=how)
-        assert done.returncode == 0, done.stderr
+    in_ranks(2, typed_in, tmp_path / "work", *args, "hydra.run.dir=two")
+    done = run(tmp_path / "work", *args, "hydra.run.dir=one")
+    assert done.returncode == 0, done.stderr
     two, one = (torch.tensor(losses(tmp_path / "work" / name)) for name in ("two", "one"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=0)
 

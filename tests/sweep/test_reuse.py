@@ -14,10 +14,13 @@ import pytest
 from support import SMALL, read
 from test_engines import here, the_sweep
 
+from gpt2exp.compare.comparison import compare
+from gpt2exp.compare.comparison import read as rows_of
 from gpt2exp.run import record
-from gpt2exp.sweep import launch, request
+from gpt2exp.sweep import launch, request, reuse
+from gpt2exp.sweep.composing import arguments
 
-TINY = [*SMALL, "train.steps=3", "train.batch_size=1", "train.seq_len=8", "wandb.mode=disabled", "data=text"]
+TINY = [*SMALL, "train.steps=3", "wandb.mode=disabled", "data=text"]
 BASE = ["-m", "optimizer.lr=1e-3,3e-3", "seed=1,2"]
 MORE = ["-m", "optimizer.lr=1e-3,1e-2", "seed=1,2,3"]
 
@@ -50,28 +53,39 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
     return begun
 
 
-def test_what_is_there_is_not_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts as this sweep's, in the comparison too; the other sweep keeps every byte."""
+@pytest.fixture(scope="module")
+def later(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The later sweep. It counts the other's runs as its own, in the comparison too, and leaves them every byte."""
+    folder = tmp_path_factory.mktemp("later")
     before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
-    begun = counted(monkeypatch)
-    code, out, err = here(tmp_path, *words(base))
+    with pytest.MonkeyPatch.context() as patch:
+        begun = counted(patch)
+        code, out, err = here(folder, *words(base))
     assert (code, err) == (0, "")
     asked = {(seed, lr) for seed in (1, 2, 3) for lr in (1e-3, 1e-2)}
     there = {(seed, lr) for seed in (1, 2) for lr in (1e-3, 3e-3)}
     assert sorted(begun) == sorted(asked - there)
     assert f"sweep.reuse: 2 of 4 runs are taken from {base}, and not run" in out
     assert f"sweep.reuse: {base}: not taken, 2: optimizer.lr=0.003, here 0.001\n" in out, "as the first arm has it"
-    sweep = the_sweep(tmp_path)
+    assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
+    return the_sweep(folder)
+
+
+def test_what_is_there_is_not_run(base: Path, later: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is taken keeps its figures; the sweep is gone on with as any."""
+    sweep = shutil.copytree(later, tmp_path / "sweep")
     for seed in (1, 2):
         (mine,), (theirs,) = (folder.glob(f"*lr=0.001,seed={seed}") for folder in (sweep, base))
         assert (mine / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
-        assert read(mine / "summary.json")["reused"] == {"from": str(theirs), "shared": False}
+        told = read(mine / "summary.json")
+        assert told.pop("reused") == {"from": str(theirs), "shared": False}
+        known = read(theirs / "summary.json")
+        assert {key for key, value in told.items() if value != known[key]} <= {"overrides", "config"}
     (loss,) = [row for row in read(sweep / "comparison.json")["axes"] if row["metric"] == "loss_mean_last10"]
     assert (loss["n_seeds"], loss["arm"]) == (3, "0.01")
     for page in ("report.md", "report.html"):
         text = (sweep / page).read_text(encoding="utf-8")
         assert f"taken from other sweeps, not run here (sweep.reuse): 2 from {base}" in text.replace("\\_", "_")
-    assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
     again = counted(monkeypatch)
     assert here(tmp_path, f"resume={sweep}", "seed=4")[0] == 0
     assert sorted(again) == [(4, 1e-3), (4, 1e-2)]
@@ -133,18 +147,24 @@ def test_what_stands_in_the_way(facts: dict[str, Any], line: str, base: Path, tm
     ],
 )  # fmt: skip
 def test_a_speed_that_was_measured_otherwise(
-    facts: dict[str, Any], reason: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts: dict[str, Any], reason: str, base: Path, later: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss is compared, the speed is not, and the reason is said."""
     monkeypatch.setattr("gpt2exp.training.load.TOO_MANY", 0.8)
-    copy = changed(base, tmp_path, **facts)
+    copy, sweep = changed(base, tmp_path, **facts), shutil.copytree(later, tmp_path / "later")
     asked = [word for word in words(base) if not word.startswith("sweep.reuse=")]
-    assert here(tmp_path / "there", *asked, f"sweep.reuse={copy}")[0] == 0
-    rows = {row["metric"]: row for row in read(the_sweep(tmp_path / "there") / "comparison.json")["axes"]}
-    assert rows["loss_mean_last10"]["n_seeds"] == 3
-    assert rows["loss_mean_last10"]["ci95"] is not None
-    assert rows["tokens_per_second"]["verdict"] == "not_comparable"
-    assert re.fullmatch(reason, rows["tokens_per_second"]["reason"])
+    plan = request.make(arguments([*map(request.as_meant, [*asked, f"sweep.reuse={copy}"])]))
+    texts = {job.config.data.text: read(copy / "000_optimizer.lr=0.001,seed=1" / "summary.json")["data"]["sha256"]
+             for job in plan.jobs}  # fmt: skip
+    taken = [job for job in reuse.found(plan.jobs, texts, sweep)[0] if job.reused]
+    assert len(taken) == 2
+    for job in taken:
+        reuse.take(job, sweep / job.folder)
+    rows = {effect.metric: effect for effect in compare(rows_of([sweep])).axes}
+    assert rows["loss_mean_last10"].n_seeds == 3
+    assert rows["loss_mean_last10"].ci95 is not None
+    assert rows["tokens_per_second"].verdict == "not_comparable"
+    assert re.fullmatch(reason, rows["tokens_per_second"].reason)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +194,7 @@ def test_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_code_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its hash changes with any file that a loss depends on, and with no other."""
-    package = Path(record.__file__).parents[1]
+    was, package = record.facts()["versions"]["code"], Path(record.__file__).parents[1]
     copy = tmp_path / "gpt2exp"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(record, "__file__", str(copy / "run" / "record.py"))
@@ -186,3 +206,4 @@ def test_the_code_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (copy / name).write_text((copy / name).read_text() + "# another\n")
         assert record._code() not in seen
         seen.add(record._code())
+        assert record.facts()["versions"]["code"] == was, "a process says what it runs, whatever is edited meanwhile"
