@@ -1,4 +1,4 @@
-"""Small trainings that a lone process and several must agree on; run by torchrun, this file is the several.
+"""Small trainings that a lone process and several must agree on; `several` is what each of these does.
 
 torchrun ... shared_runs.py FILE DEVICE CASE ...
 """
@@ -6,7 +6,6 @@ torchrun ... shared_runs.py FILE DEVICE CASE ...
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,10 +70,9 @@ def train(case: str, distributed: str, kind: str = "cpu") -> dict[str, Tensor]:
     return found | {f"weight.{name}": weight.detach().clone() for name, weight in weights.items()}
 
 
-def main() -> None:
+def several(file: str, kind: str, *cases: str) -> None:
     """The cases named under DDP and FSDP; the first process writes them all to one safetensors file."""
     torch.set_num_threads(1)
-    kind, *cases = sys.argv[2:]
     found: dict[str, Tensor] = {}
     with dist.process_group():
         for distributed in ("ddp", "fsdp"):
@@ -82,8 +80,8 @@ def main() -> None:
                 result = train(case, distributed, kind)
                 found |= {f"{distributed}/{case}/{name}": tensor.contiguous() for name, tensor in result.items()}
     if dist.is_main():
-        save_file(found, Path(sys.argv[1]))
+        save_file(found, file)
 
 
 if __name__ == "__main__":
-    main()
+    several(*sys.argv[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -231,6 +232,7 @@ class TestVariables:
             wandb, "init", lambda **words: given.update(words) or (_ for _ in ()).throw(OSError("stop"))
         )
         tracking.Mirror(WandbConfig(mode=WandbMode.offline), tmp_path, about("x") | {"notes": "x"}).ready()
+        assert given["settings"].init_timeout == 15, "of a server that does not answer"
         fields = given.pop("settings").model_fields_set | given.keys() - {"config"}
         fields = {{"x_": "_"}.get(field[:2], field[:2]) + field[2:] for field in fields}
         known = {name for names in tracking.KEYS.values() for name in names} | tracking.FIXED.keys()
@@ -270,7 +272,9 @@ AGENT = """
 import os, signal, sys, threading
 import wandb
 from gpt2exp import train
+from gpt2exp.compare import figures
 from gpt2exp.run import process
+figures.draw = lambda _: []
 wandb.setup()
 codes = []
 def trial():
@@ -407,7 +411,7 @@ class TestFailingWandb:
 
     def test_an_unreachable_server(self, tmp_path: Path) -> None:
         """Exit code 0, one warning, the local record whole, the offline file there, the key nowhere."""
-        surroundings = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "3"}
+        surroundings = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2"}
         done = run(tmp_path / "here", *SMALL, "train.steps=3", "wandb.mode=online", **surroundings)
         assert done.returncode == 0
         ours = [line for line in done.stderr.splitlines() if not line.startswith("wandb: ")]
@@ -449,11 +453,12 @@ class TestFailingWandb:
 
     @pytest.mark.slow
     def test_a_server_that_never_answers(self, tmp_path: Path) -> None:
-        """It accepts the connection and says nothing: the run waits for `INIT_TIMEOUT`, not for ever."""
+        """It accepts the connection and says nothing: the run does not wait for ever."""
         with socket.socket() as mute:
             mute.bind(("127.0.0.1", 0))
             mute.listen()
-            surroundings = {"WANDB_BASE_URL": f"http://127.0.0.1:{mute.getsockname()[1]}", "WANDB_API_KEY": KEY}
+            server = f"http://127.0.0.1:{mute.getsockname()[1]}"
+            surroundings = {"WANDB_BASE_URL": server, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2"}
             done = run(tmp_path / "here", *SMALL, "train.steps=3", "wandb.mode=online", **surroundings)
         assert done.returncode == 0
         assert "warning: wandb could not start online (" in done.stderr
@@ -477,10 +482,9 @@ class TestFailingWandb:
         with at_step(tmp_path / "here", process) as (_, job):
             os.kill(core(job.pid), signal.SIGKILL)
         done = finish(process)
-        assert (done.returncode, done.stderr.splitlines()) == (
-            0,
-            ["warning: wandb stopped (Connection lost); the local record goes on"],
-        )
+        assert done.returncode == 0
+        lost = r"warning: wandb stopped \((Connection lost|.* reset by peer)\); the local record goes on\n"
+        assert re.fullmatch(lost, done.stderr)
         first, second = run_folders(tmp_path / "here")
         assert [read(folder / "summary.json")["state"] for folder in (first, second)] == ["done", "done"]
         assert len(losses(first)) == 60

@@ -1,5 +1,8 @@
 """`gpt2exp-bench` times the real training step beside a real peer, and its last line is what it printed. The roofline
 script of the throughput finding adds the machine's limits to that. No time is asserted.
+
+What a contestant's process does is done here in this one (`timed`), but for the peer's; the rehearsal in
+tests/experiments/test_gpu.py starts them all.
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ import io
 import json
 import runpy
 import statistics
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,42 @@ TINY = [*SMALL, "train.seq_len=16", "wandb.mode=disabled"]
 ONCE = [*TINY, "--pairs", "1", "--steps", "3", "--peer-command"]
 
 
+REAL = bench.timed
+OURS = [sys.executable, "-m", "gpt2exp.bench"]
+
+
+def script(name: str) -> Any:
+    """A script of the throughput finding."""
+    return runpy.run_path(str(THROUGHPUT / name))["main"]
+
+
+def carried_out(command: Any, words: Sequence[str], answer: str = "") -> tuple[int, str]:
+    """A command in this process with `answer` to read: its code and what it printed."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "stdin", io.StringIO(answer))
+        return command(list(words)), out.getvalue()
+
+
+def timed(line: Sequence[str]) -> dict[str, Any]:
+    """`bench.timed` without a process, where the line is a command of ours."""
+    if line[:3] == OURS:
+        code, out = carried_out(bench.command, line[3:])
+    elif line[0] == sys.executable and Path(line[1]).parent == THROUGHPUT:
+        code, out = carried_out(script(Path(line[1]).name), line[2:])
+    else:
+        return REAL(line)
+    return bench.printed(line, code, out, "") | {"process_seconds": 1.0}
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One round of ours, transformers and a peer's command, each a process of its own."""
+    """One round of ours, transformers and a peer's command, which is a process of its own."""
     folder, out = tmp_path_factory.mktemp("bench"), io.StringIO()
     peer = """python -c 'print("noise"); print("{\\"ms_median\\": 5, \\"first_ms\\": 6, \\"peak_rss_mib\\": 7}")'"""
     args = [*TINY, "--peer", "hf", "--peer-command", peer, "--pairs", "1", "--steps", "4"]
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out):
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "timed", timed)
         assert bench.command([*args, "--out", "found/bench.json"]) == 0
     found: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
     assert json.loads((folder / "found" / "bench.json").read_text()) == found
@@ -46,12 +78,14 @@ def with_roof(result: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     """The same with the machine's limits, added by the script."""
     file = tmp_path_factory.mktemp("roof") / "bench.json"
     file.write_text(json.dumps(result))
-    line = [sys.executable, str(THROUGHPUT / "roofline.py"), *TINY, "--steps", "4", "--verify", "--bench", str(file)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=file.parent, check=False)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "timed", timed)
+        words = [*TINY, "--steps", "4", "--verify", "--bench", str(file)]
+        code, out = carried_out(script("roofline.py"), words)
+    assert code == 0
     for text in ("matrix products alone", "of it", "losses of 4 steps are off the plain path's by at most"):
-        assert text in done.stdout
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        assert text in out
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
     assert json.loads(file.read_text()) == found
     assert {key: value for key, value in found.items() if key not in ("roofline", "verified")} == result
     return found
@@ -78,18 +112,32 @@ def test_ratios_are_taken_pair_by_pair(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert found["ratios"]["hf"]["peak_rss_mib"] == {"median": 1, "min": 1, "max": 1, "n": 2}
 
 
-def test_two_at_once_are_timed_beside_one_alone(tmp_path: Path) -> None:
-    line = [sys.executable, str(THROUGHPUT / "beside.py"), "2", *TINY, "--pairs", "1", "--steps", "3"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "2 at once: a step takes" in done.stdout
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_two_at_once_are_timed_beside_one_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each, here one after the other, says that it is built before it is told to begin."""
+    beside = script("beside.py")
+
+    def at_once(line: Sequence[str], copies: int) -> list[dict[str, Any]]:
+        assert line[:2] == [sys.executable, str(THROUGHPUT / "beside.py")]
+        found = []
+        for _ in range(copies):
+            code, out = carried_out(beside, line[2:], "begin\n")
+            assert out.startswith("built\n")
+            found.append(bench.printed(line, code, out, ""))
+        return found
+
+    monkeypatch.setattr(bench, "timed", timed)
+    monkeypatch.setitem(beside.__globals__, "at_once", at_once)
+    code, out = carried_out(beside, ["2", *TINY, "--pairs", "1", "--steps", "3"])
+    assert code == 0
+    assert "2 at once: a step takes" in out
+    found = json.loads(out.splitlines()[-1])
     (alone,), (several,) = found["alone"], found["ms_medians"]
     assert (found["processes"], len(several)) == (2, 2)
     assert found["ratio"]["median"] == max(several) / alone
-    line[2] = "1"
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert (done.returncode, done.stderr[:14]) == (2, "beside.py: 1 -")
+    assert beside(["1", *TINY, "--pairs", "1", "--steps", "3"]) == 2
+    assert capsys.readouterr().err.startswith("beside.py: 1 -")
 
 
 def test_processes_at_once_begin_together(tmp_path: Path) -> None:
@@ -131,7 +179,7 @@ def test_the_floor_is_its_parts(with_roof: dict[str, Any]) -> None:
     gflop = sum(product["gflop"] for product in roof["products"])
     model = result["model"]
     weights = 12 * model["n_layer"] * model["n_embd"] ** 2 + model["vocab_size"] * model["n_embd"]
-    assert gflop == pytest.approx(6 * weights * 4 * 16 / 1e9)
+    assert gflop == pytest.approx(6 * weights * 2 * 16 / 1e9)
     assert roof["parts"]["matrix products"] > 0
     assert roof["parts"]["AdamW"] > 0
 

@@ -13,11 +13,10 @@ import threading
 from pathlib import Path
 
 import pytest
-import support
 from filelock import FileLock
 from safetensors.torch import load_file
 from support import (
-    PROGRAM,
+    SMALL,
     OfflineRun,
     at_step,
     finish,
@@ -38,7 +37,6 @@ from gpt2exp.sweep import resume
 from gpt2exp.sweep.composing import arguments
 from gpt2exp.training import load
 
-SMALL = [*support.SMALL, "train.seq_len=8"]
 QUIET = "wandb.mode=disabled"
 STEPS = "train.steps=16"
 LAST = "checkpoint.save_last=true"
@@ -386,12 +384,11 @@ def stamps(folders: list[Path]) -> list[int]:
 @pytest.mark.slow
 def test_out_of_memory(tmp_path: Path) -> None:
     """The allocator itself refuses, under a limit that the estimate cannot see; smaller, the run would go."""
-    limited = ["bash", "-c", 'ulimit -v 5000000 && exec "$0" "$@"', *PROGRAM]
-    args = [*SMALL, "train.batch_size=512", "train.seq_len=64", "train.loss_chunk=32768", "train.steps=2", QUIET]
-    done = run(tmp_path / "here", *args, program=limited)
+    args = [*SMALL, "train.batch_size=128", "train.seq_len=64", "train.loss_chunk=8192", "train.steps=2", QUIET]
+    done = run(tmp_path / "here", *args, ROOM="800")
     assert done.returncode == 1
     error = read(the_run(tmp_path / "here") / "summary.json")["error"]
-    assert re.fullmatch(r"out of memory, where about \d\.\d GiB were expected .*; try train\.batch_size=256", error)
+    assert re.fullmatch(r"out of memory, where about \d\.\d GiB were expected .*; try train\.batch_size=64", error)
     assert done.stderr.splitlines() == [f"error: {error}"]
 
 
