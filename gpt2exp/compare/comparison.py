@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2exp.compare import multiplier, tuned
-from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_change, paired
+from gpt2exp.compare.effect import FEWEST_POINTS, Effect, judge, late_change
 from gpt2exp.compare.history import History, history
-from gpt2exp.compare.inference import holm
+from gpt2exp.compare.inference import holm, pairing
 from gpt2exp.compare.rows import Grid, Group, Row, axes_of, compared, figures, of_today, read
 from gpt2exp.config import CONTROL
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
@@ -131,7 +131,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     done = [row for row in known if row["state"] == "done"]
     grid, loss = Grid(known, axes_of(known)), _loss(done)
     stated, notes = _margin(known) if margin is None else (margin, [])
-    before = _history(known, grid, out)
+    before = history(known, grid, out)
     own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
     BY_KEY.update(own)
     effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, contended(known), stated)
@@ -149,7 +149,16 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         axes=effects,
         interactions=_interactions(grid, loss, before),
         distances=_distances(grid),
-        failed=[_failed(row) for row in rows if row["state"] != "done"],
+        failed=[
+            {
+                "name": row["name"],
+                "state": row["state"],
+                "step": row.get("steps", row.get("step")),
+                "error": row["error"],
+            }
+            for row in rows
+            if row["state"] != "done"
+        ],
         swept=grid.axes,
         seeds=grid.seeds,
         metric=loss.key,
@@ -169,24 +178,15 @@ def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
     """
     rows, _ = tuned.apart([of_today(row) for row in rows if "config" in row])
     grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
-    before, (margin, _), seeds = _history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
-    return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]
+    before, (margin, _), seeds = history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
+    parts = (grid.part(lambda seed, _, first=seeds[:n]: seed in first) for n in looks)
+    return [_effects(part, (loss,), before, set(), margin) for part in parts]
 
 
 def _loss(done: Sequence[Row]) -> Metric:
     """The loss to compare: the last that all of them have."""
     everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
     return everywhere[-1] if everywhere else LOSSES[0]
-
-
-def _history(known: Sequence[Row], grid: Grid, out: Path | None = None) -> History:
-    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
-    return history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
-
-
-def _failed(row: Row) -> dict[str, Any]:
-    step = row.get("steps", row.get("step"))
-    return {"name": row["name"], "state": row["state"], "step": step, "error": row.get("error")}
 
 
 def _margin(known: Sequence[Row]) -> tuple[float | None, list[str]]:
@@ -210,16 +210,15 @@ def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[st
         yield "nothing but the seed varies, so there is no axis to compare"
     if gone := sorted({key for row in known for key in row.get("gone", {})} - set(grid.axes)):
         yield f"{', '.join(gone)}: no key of this version, recorded by another; taken to make no difference"
-    for key, arms in grid.axes.items():
-        for arm in arms[1:]:
-            settings: dict[int, set[tuple[str, ...]]] = defaultdict(set)
-            for group in grid.groups({key: (arms[0], arm)})[0]:
-                settings[group.seed].add(group.where)
-            if len(set(map(frozenset, settings.values()))) > 1:
-                yield (
-                    f"{key}: for lack of some runs the seeds of {arm} average over different settings of the other "
-                    "axes; where the effect differs between those, it weighs the settings unequally"
-                )
+    for key, arm in grid.arms:
+        settings: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+        for group in grid.pairs(key, arm):
+            settings[group.seed].add(group.where)
+        if len(set(map(frozenset, settings.values()))) > 1:
+            yield (
+                f"{key}: for lack of some runs the seeds of {arm} average over different settings of the other "
+                "axes; where the effect differs between those, it weighs the settings unequally"
+            )
     made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
     changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
     if changed:
@@ -231,12 +230,11 @@ def _effects(
 ) -> list[Effect]:
     """Each arm against the baseline of its axis in each metric, judged; the margin is of the first metric.
 
-    Within each budget, where an axis is one: that has no verdict of its own.
+    If an axis is a budget, this is done within each budget, and the budget itself has no verdict.
     """
     parts = [grid.within(budget) for budget in grid.budgets]
-    arms = [(key, arm) for key, arms in grid.axes.items() for arm in arms[1:] if key != grid.over]
-    each = itertools.product(arms, parts, metrics)
-    effects = [_effect(part, key, arm, metric, before, contended) for (key, arm), part, metric in each]
+    each = itertools.product((arm for arm in grid.arms if arm[0] != grid.over), parts, metrics)
+    effects = [_effect(part, *arm, metric, before, contended) for arm, part, metric in each]
     # the control is no question of the study: its p is its own
     for metric, control in itertools.product(metrics, (False, True)):
         tested = [one for one in effects if (one.metric, one.control) == (metric.key, control) and one.ci95 is not None]
@@ -255,13 +253,14 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     control = grid.controlled and key == CONTROL
     effect = Effect(key, baseline, arm, metric.key, grid.budget, control, n_pairs=len(groups), dropped_pairs=broken)
     effect.n_seeds = len({group.seed for group in groups})
+    effect.verdict = "not_comparable"
     if not groups:
-        effect.verdict, effect.reason = "not_comparable", f"no two finished runs differ in {key} alone"
+        effect.reason = f"no two finished runs differ in {key} alone"
         return effect
-    first = groups[0].runs
-    effect.parameters = {side: row["parameters"]["total"] for side, row in zip(("baseline", "arm"), first, strict=True)}
+    one, other = groups[0].runs
+    effect.parameters = {"baseline": one["parameters"]["total"], "arm": other["parameters"]["total"]}
     if any(number_of(row, metric.key) is None for group in groups for row in group.runs):
-        effect.verdict, effect.reason = "not_comparable", "not measured in every run"
+        effect.reason = "not measured in every run"
         return effect
     effect.seed_std, effect.baseline_std, effect.arm_std = (
         grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
@@ -270,7 +269,9 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     if metric in LOSSES:
         effect.tuning = tuned.condition(key, baseline, arm, groups, grid.axes)
     if obstacle := _obstacle(key, metric, groups, contended) or (metric is MEMORY and _by_order(effect, groups)):
-        effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
+        effect.reason, effect.ci95, effect.p_value = obstacle, None, None
+    else:
+        effect.verdict = None
     return effect
 
 
@@ -281,9 +282,8 @@ def _estimate(effect: Effect, by_seed: dict[int, list[float]], metric: Metric, b
     values = [other - one for one, other in by_seed.values()]
     effect.baseline_mean, effect.arm_mean = back(statistics.fmean(ones)), back(statistics.fmean(others))
     effect.differences = {str(seed): back(value) for seed, value in zip(by_seed, values, strict=True)}
-    looks = before.of(len(values), effect.key, (effect.baseline, effect.arm))
-    found = infer(values, looks, before.schedule)
-    effect.inference, effect.looks = found.inference, list(before.schedule) if found.inference == "declared" else looks
+    found, effect.looks = before.infer(values, effect.key, (effect.baseline, effect.arm))
+    effect.inference = found.inference
     if metric.ratio:
         effect.speed_ratio = back(found.mean)
     else:
@@ -292,20 +292,20 @@ def _estimate(effect: Effect, by_seed: dict[int, list[float]], metric: Metric, b
         effect.reason = f"n={found.n}: no interval, add seeds"
         return
     effect.ci95, effect.p_value = [back(found.low), back(found.high)], found.p
-    paired(effect, ones, others)
+    effect.pair_correlation, effect.seeds_saved = pairing(ones, others)
 
 
 def _trend(effect: Effect, grid: Grid, before: History) -> None:
     """Set the trend of the training losses' difference, by seed like the effect; of runs too short for one, none."""
     changes: dict[int, list[float]] = {seed: [] for seed in map(int, effect.differences)}
-    for group in grid.groups({effect.key: (effect.baseline, effect.arm)})[0]:
-        one, other = ({step["tokens"]: step["loss"] for step in grid.metrics(row)} for row in group.runs)
-        tokens = sorted(one.keys() & other.keys())
+    for group in grid.pairs(effect.key, effect.arm):
+        one, other = (grid.curve(row, "loss") for row in group.runs)
+        tokens = [at for at in one if at in other]
         if len(tokens) < FEWEST_POINTS:
             return
         changes[group.seed].append(late_change(tokens, [other[at] - one[at] for at in tokens]))
-    looks = before.of(len(changes), effect.key, (effect.baseline, effect.arm))
-    found = infer([statistics.fmean(each) for each in changes.values()], looks, before.schedule)
+    values = [statistics.fmean(each) for each in changes.values()]
+    found, _ = before.infer(values, effect.key, (effect.baseline, effect.arm))
     if math.isfinite(found.low):
         effect.trend = [found.mean, found.low, found.high]
 
@@ -319,14 +319,14 @@ def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interacti
     for (at_a, (a, a_arms)), (at_b, (b, b_arms)) in itertools.combinations(enumerate(grid.axes.items()), 2):
         met = {(arms[at_a], arms[at_b]) for _, arms in grid.planned}
         for pair in itertools.product(a_arms[1:], b_arms[1:]):
-            four = grid.groups({a: (a_arms[0], pair[0]), b: (b_arms[0], pair[1])})[0] if pair in met else []
+            two = a_arms[0], pair[0]
+            four = grid.groups({a: two, b: (b_arms[0], pair[1])})[0] if pair in met else []
             four = [group for group in four if all(number_of(row, metric.key) is not None for row in group.runs)]
             if not four:
                 continue
             corners = figures(four, metric, declared=bool(before.schedule)).values()
             by_seed = [both - a_alone - b_alone + neither for neither, b_alone, a_alone, both in corners]
-            spread = grid.spread(metric, a, (a_arms[0], pair[0]))
-            of = infer(by_seed, before.of(len(by_seed), a, (a_arms[0], pair[0])), before.schedule)
+            spread, (of, _) = grid.spread(metric, a, two), before.infer(by_seed, a, two)
             interval, p_value = ([of.low, of.high], of.p) if math.isfinite(of.low) else (None, None)
             large = (of.low > 0 or of.high < 0) and spread is not None and abs(of.mean) > spread
             found.append(Interaction((a, b), pair, metric.key, of.n, of.mean, interval, p_value, large))
@@ -343,9 +343,13 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Group], contended: set[s
     def differ(of: Callable[[Row], Any]) -> bool:
         return any(of(one) != of(other) for one, other in (pair.runs for pair in pairs))
 
+    def arithmetic(row: Row) -> tuple[str, str | None]:
+        """What its products were computed in and, where that is emulated, how they are rounded."""
+        return row["precision"]["effective"], row["config"]["precision"]["rounding"] if _emulated(row) else None
+
     if key in ("precision", "precision.name"):
         for one, other in (pair.runs for pair in pairs):
-            if _arithmetic(one) == _arithmetic(other):
+            if arithmetic(one) == arithmetic(other):
                 return f"both arms computed in {one['precision']['effective']} on this hardware"
     if metric in LOSSES:
         if differ(lambda row: row["data"]["sha256"]):
@@ -374,12 +378,6 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Group], contended: set[s
 
 def _emulated(row: Row) -> bool:
     return bool(row["precision"]["emulated"])
-
-
-def _arithmetic(row: Row) -> tuple[str, str | None]:
-    """What a run's products were computed in, and how the emulation rounds if it was one."""
-    precision = row["precision"]
-    return precision["effective"], row["config"]["precision"]["rounding"] if precision["emulated"] else None
 
 
 def contended(rows: Sequence[Row]) -> set[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from gpt2exp.compare import report, words
 from gpt2exp.compare.effect import Effect
-from gpt2exp.compare.words import Column, Table
 from gpt2exp.files import walk
 from gpt2exp.run.terminal import printable
 from gpt2exp.section import BadRequest
@@ -80,10 +79,9 @@ def table(found: Sequence[Finding], out: Path) -> list[str]:
         arms += f", {printable(effect.budget)}" * bool(effect.budget)
         worth = f"{factor} × {of} ({interval})" if interval and factor != "–" else f"{factor} {interval} {of}".strip()
         cells = [arms, *words.amounts(effect), worth if of else "", str(effect.n_seeds)]
-        linked = f"[{report.escaped(one.question)}]({report.address(one.link, out)})"
-        verdict = report.verdict_text(effect.verdict or "")
-        rows.append([linked, *map(report.escaped, cells), verdict, one.date, one.commit])
-    return report.md_table(Table([Column(name, name == "n" or "," in name) for name in COLUMNS], rows))
+        linked, verdict = report.linked(one.question, one.link, out), report.verdict_text(effect.verdict or "")
+        rows.append(dict(zip(COLUMNS, [linked, *cells, verdict, one.date, one.commit], strict=True)))
+    return report.md_table(words.Table(rows, ("difference, nats", "n")))
 
 
 def page(found: Sequence[Finding], unread: Sequence[str], out: Path) -> str:

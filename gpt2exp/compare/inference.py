@@ -96,6 +96,18 @@ def open_ended(differences: ArrayLike, looks: Iterable[int] | None = None) -> In
     return _interval(path, so_far, "open", min(1.0, 1 / largest))
 
 
+def infer(values: Sequence[float], looks: Iterable[int] = (), schedule: Sequence[int] = ()) -> Interval:
+    """The interval of differences, by what was fixed before they were known.
+
+    `looks`: the numbers of differences at which somebody looked before adding more. `schedule`: the looks declared
+    beforehand, if any. If this look or an earlier one is not among them, the e-process holds.
+    """
+    n, before = len(values), [look for look in looks if look < len(values)]
+    if schedule and {*before, n} <= {*schedule}:
+        return declared(values, schedule)
+    return open_ended(values, before) if before or schedule else fixed(values)
+
+
 class Moments(NamedTuple):
     """Of the first n differences, for every n from 1, along the last axis.
 
@@ -224,46 +236,24 @@ def nominal(looks: tuple[int, ...]) -> float:
 # --- how many more ---------------------------------------------------------------------------------------------------
 
 
-class Needed(NamedTuple):
-    """Seeds in all that would settle a question with probability POWER, if the differences stay as they are.
-
-    `tell`: to tell the observed difference from zero. `equal`: to show that it is within the margin; None without one.
-    `_at_most`: by the upper limit of the standard deviation (`upper_std`), since few seeds may show too small a one.
-    None: more than LARGEST or than the declared maximum, or no number of seeds would.
-    """
-
-    tell: int | None
-    tell_at_most: int | None
-    equal: int | None
-    equal_at_most: int | None
-
-
 def needed(
-    differences: ArrayLike, margin: float | None = None, inference: Inference = "fixed", looks: Iterable[int] = ()
-) -> Needed:
-    """How many seeds in all, by these differences (at least two), under an inference.
+    mean: float, std: float, margin: float | None = None, inference: Inference = "fixed", looks: tuple[int, ...] = ()
+) -> tuple[int | None, int | None]:
+    """Seeds in all that tell a mean difference from zero with probability POWER, and that show it within the margin.
 
-    Somewhat too many for `declared` and `open`, where an earlier look may already decide.
+    None: more than LARGEST or than the last declared look; or no number would do; or there is no margin. Somewhat too
+    many for `declared` and `open`, where an earlier look may already decide.
+
+    `std`: of the differences between seeds. Few seeds may show too small a one: `upper_std` is its upper limit.
     """
-    path, looks = moments(differences), tuple(sorted(set(looks)))
-    n, mean = len(path.mean), abs(float(path.mean[-1]))
-    std = float(path.error[-1]) * math.sqrt(n)
     numbers: Sequence[int] = looks if inference == "declared" else range(2, LARGEST + 1)
 
-    def first(power: Callable[[int], float]) -> int | None:
-        at = bisect_left(numbers, POWER, key=power)
+    def first(power: Callable[[int, float], float]) -> int | None:
+        at = bisect_left(numbers, POWER, key=lambda n: power(n, reach(n, inference, looks)))
         return numbers[at] if at < len(numbers) else None
 
-    def tell(std: float) -> int | None:
-        return first(lambda m: power_to_tell(mean, std, m, reach(m, inference, looks)))
-
-    def equal(std: float) -> int | None:
-        if margin is None:
-            return None
-        return first(lambda m: power_within(margin, mean, std, m, reach(m, inference, looks)))
-
-    most = upper_std(std, n)
-    return Needed(tell(std), tell(most), equal(std), equal(most))
+    tell = first(lambda n, times: power_to_tell(mean, std, n, times))
+    return tell, None if margin is None else first(lambda n, times: power_within(margin, abs(mean), std, n, times))
 
 
 def power_to_tell(difference: float, std: float, n: int, times: float) -> float:
@@ -312,19 +302,11 @@ def upper_std(std: float, n: int) -> float:
     return std * math.sqrt((n - 1) / float(special.chdtri(n - 1, 0.8)))
 
 
-class Pairing(NamedTuple):
-    """What sharing seeds gained.
+def pairing(baseline: ArrayLike, arm: ArrayLike) -> tuple[float | None, int | None]:
+    """What sharing n >= 2 seeds gained: the arms' correlation, and the seeds that it saved each arm.
 
-    `correlation`: of the arms over seeds; None where an arm does not vary or n < 3. `unpaired`: seeds an arm that
-    unpaired runs would need for an interval as narrow; None above LARGEST.
-    """
-
-    correlation: float | None
-    unpaired: int | None
-
-
-def pairing(baseline: ArrayLike, arm: ArrayLike) -> Pairing:
-    """What pairing gained over n >= 2 seeds: `unpaired` - n seeds; where that is below 0, it lost.
+    The correlation is None where an arm does not vary or n is 2. Saved is how many seeds more each of two unpaired arms
+    would need for an interval as narrow: below 0 pairing lost, None above LARGEST in all.
 
     The paired interval's half width is t(ν)·√((a² + b² - 2rab)/n), where a, b are the arms' standard deviations and
     ν = n-1; that of m unpaired seeds an arm is t(2m-2)·√((a² + b²)/m). So r must first make up for half the degrees
@@ -337,7 +319,7 @@ def pairing(baseline: ArrayLike, arm: ArrayLike) -> Pairing:
     numbers = range(2, LARGEST + 1)
     at = bisect_left(numbers, True, key=lambda m: reach(2 * m - 1, "fixed") * math.sqrt((a2 + b2) / m) <= half_width)
     correlation = float(ab / math.sqrt(a2 * b2)) if n > 2 and a2 * b2 > 0 else None
-    return Pairing(correlation, numbers[at] if at < len(numbers) else None)
+    return correlation, numbers[at] - n if at < len(numbers) else None
 
 
 # --- many at once ----------------------------------------------------------------------------------------------------
@@ -345,12 +327,11 @@ def pairing(baseline: ArrayLike, arm: ArrayLike) -> Pairing:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (Holm 1979): the k-th smallest of m times m-k+1, made monotone, at most 1."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
+    p = np.asarray(p_values, float)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return [float(value) for value in adjusted]
 
 
 def pooled_std(groups: Iterable[Sequence[float]]) -> float | None:

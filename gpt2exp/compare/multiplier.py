@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer
+from gpt2exp.compare.effect import FEWEST_POINTS, Effect
 from gpt2exp.compare.history import History
 from gpt2exp.compare.inference import ALPHA, Floats, Interval
 from gpt2exp.compare.rows import Grid, Group
@@ -208,11 +208,9 @@ def measure(effect: Effect, speed: Effect | None, grid: Grid, before: History) -
 
 
 def _curve(grid: Grid, group: Group, place: int, key: str) -> tuple[Tokens, Floats]:
-    """The losses of a run and the tokens trained on by then; of a step done twice, the last."""
-    points = {
-        float(line["tokens"]): line[key] for line in grid.metrics(group.runs[place]) if key in line and line["tokens"]
-    }
-    tokens = tuple(sorted(points))
+    """The tokens trained on, and a run's losses there."""
+    points = grid.curve(group.runs[place], key)
+    tokens = tuple(float(at) for at in points if at)
     return tokens, np.array([points[at] for at in tokens], float)
 
 
@@ -228,8 +226,7 @@ def _over_seeds(
     effect: Effect, factors: Floats, before: History, beyond: Sequence[float]
 ) -> tuple[float, list[float | None] | None]:
     """The mean factor of logarithms (seeds, 1 + PARTS), and its interval; where a bound is all, that end is None."""
-    looks = before.of(len(factors), effect.key, (effect.baseline, effect.arm))
-    found = infer(list(map(float, factors[:, 0])), looks, before.schedule)
+    found, _ = before.infer(list(map(float, factors[:, 0])), effect.key, (effect.baseline, effect.arm))
     if not math.isfinite(found.low):
         return math.exp(found.mean), None
     found = widened(found, float(shared_error(factors)))
