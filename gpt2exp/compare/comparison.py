@@ -150,14 +150,9 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         interactions=_interactions(grid, loss, before),
         distances=_distances(grid),
         failed=[
-            {
-                "name": row["name"],
-                "state": row["state"],
-                "step": row.get("steps", row.get("step")),
-                "error": row["error"],
-            }
-            for row in rows
-            if row["state"] != "done"
+            {"name": of["name"], "state": of["state"], "step": of.get("steps", of.get("step")), "error": of["error"]}
+            for of in rows
+            if of["state"] != "done"
         ],
         swept=grid.axes,
         seeds=grid.seeds,

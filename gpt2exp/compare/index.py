@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -94,6 +93,9 @@ def page(found: Sequence[Finding], unread: Sequence[str], out: Path) -> str:
 
 def as_csv(found: Sequence[Finding], out: Path) -> str:
     """The findings with exact numbers, a row each, with every column of `comparison.csv`."""
-    head, rows = report.records([one.effect for one in found])
-    own = [[one.question, one.date, one.commit, report.address(one.link, out)] for one in found]
-    return report.csv_of([["question", "date", "commit", "report", *head], *map(operator.add, own, rows)])
+    rows = [
+        {"question": one.question, "date": one.date, "commit": one.commit, "report": report.address(one.link, out)}
+        | report.record_of(one.effect)
+        for one in found
+    ]
+    return report.csv_of(rows, rows[0])

@@ -241,10 +241,10 @@ def needed(
 ) -> tuple[int | None, int | None]:
     """Seeds in all that tell a mean difference from zero with probability POWER, and that show it within the margin.
 
-    None: more than LARGEST or than the last declared look; or no number would do; or there is no margin. Somewhat too
-    many for `declared` and `open`, where an earlier look may already decide.
+    None where it would take more than LARGEST seeds or the last declared look, where no number would do, and without a
+    margin. For `declared` and `open` somewhat too many, since an earlier look may already decide.
 
-    `std`: of the differences between seeds. Few seeds may show too small a one: `upper_std` is its upper limit.
+    `std`: of the differences over seeds. Few seeds may show too small a one, so ask again with `upper_std`.
     """
     numbers: Sequence[int] = looks if inference == "declared" else range(2, LARGEST + 1)
 
@@ -283,12 +283,11 @@ def power_within(margin: float, difference: float, std: float, n: int, times: fl
     return float(np.mean(special.ndtr((room - difference) / error) - special.ndtr((-room - difference) / error)))
 
 
-def tells(std: float, n: int, times: float | None = None) -> float:
-    """The difference that n seeds tell from zero with probability POWER; inf where n seeds tell none.
+def tells(std: float, n: int, times: float) -> float:
+    """The difference that n seeds tell from zero with probability POWER, by the `reach`; inf where n seeds tell none.
 
-    The δ at which P(t < times) = 1 - POWER for noncentral t, over √n. `times`: the interval's `reach`; None: `fixed`'s.
+    The δ at which P(t < times) = 1 - POWER for noncentral t, over √n.
     """
-    times = reach(n, "fixed") if times is None else times
     if times == math.inf:
         return math.inf
     return std * float(special.nctdtrinc(n - 1, 1 - POWER, times)) / math.sqrt(n)

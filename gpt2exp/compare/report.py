@@ -16,8 +16,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -111,31 +110,28 @@ def finite(value: Any) -> Any:
     return json.loads(to_json(value, inf_nan_mode="null"))
 
 
-def records(effects: Sequence[Effect]) -> tuple[list[str], list[list[Any]]]:
-    """Effects as column names and rows of exact values: of each interval and `parameters` two columns."""
-    ends = [item.name for item in fields(Effect) if item.name.endswith("ci95")]
-    single = [item.name for item in fields(Effect) if item.name not in (*ends, "parameters")]
-    rows = []
-    for row in finite(list(effects)):
-        row["differences"] = json.dumps(row["differences"])
-        values = [row[name] for name in single]
-        values += itertools.chain(*(row[name] or (None, None) for name in ends))
-        values += [row["parameters"].get(side) for side in ("baseline", "arm")]
-        rows.append([printable(value) if isinstance(value, str) else value for value in values])
-    bounds = [f"{name}_{side}" for name in ends for side in ("low", "high")]
-    return [*single, *bounds, "baseline_parameters", "arm_parameters"], rows
+def record_of(effect: Effect) -> dict[str, Any]:
+    """An effect as exact values by column: of each interval and of `parameters` two."""
+    row = finite(effect)
+    ends = {name: row.pop(name) or (None, None) for name in list(row) if name.endswith("ci95")}
+    row |= {f"{name}_{side}": end for name, of in ends.items() for side, end in zip(("low", "high"), of, strict=True)}
+    sides = row.pop("parameters")
+    row |= {f"{side}_parameters": sides.get(side) for side in ("baseline", "arm")}
+    row["differences"] = json.dumps(row["differences"])
+    return {name: printable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def table(comparison: Comparison) -> str:
     """`comparison.csv`: a row an axis, arm and metric; empty cells where there is nothing."""
-    head, rows = records(comparison.axes)
-    return csv_of([head, *rows])
+    return csv_of(map(record_of, comparison.axes), record_of(Effect("", "", "", "")))
 
 
-def csv_of(rows: Sequence[Sequence[Any]]) -> str:
+def csv_of(rows: Iterable[Mapping[str, Any]], head: Iterable[str]) -> str:
     """Rows as CSV; None is an empty cell."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    writer = csv.DictWriter(buffer, list(head), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return buffer.getvalue()
 
 
@@ -354,14 +350,14 @@ def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> 
 def _for_wandb(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> dict[str, Any]:
     import wandb
 
-    runs, (head, effects) = words.runs_table(comparison).rows, records(comparison.axes)
-    verdicts = [[name_of(verdict), text] for verdict, text in words.sentences(comparison)]
+    verdicts = [{"verdict": name_of(verdict), "sentence": text} for verdict, text in words.sentences(comparison)]
+    tables = {"runs": words.runs_table(comparison).rows, "verdicts": verdicts}
+    tables["effects"] = [record_of(effect) for effect in comparison.axes]
     shown: dict[str, Any] = {
-        "runs": wandb.Table(columns=list[str | int](runs[0]), data=[[*row.values()] for row in runs]),
-        "verdicts": wandb.Table(columns=["verdict", "sentence"], data=verdicts),
+        name: wandb.Table(columns=list[str | int](rows[0]), data=[[*row.values()] for row in rows])
+        for name, rows in tables.items()
+        if rows
     }
-    if effects:
-        shown["effects"] = wandb.Table(columns=list[str | int](head), data=effects)
     for item in (item for section in sections for item in section.drawings):
         path = str(sweep / "figures" / f"{item.name}.png")
         shown[f"figures/{item.name}"] = wandb.Image(path, caption=f"{item.title}. {item.caption}")

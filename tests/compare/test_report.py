@@ -217,16 +217,14 @@ class TestWords:
         effects = effect("better", -0.0102, -0.0192, -0.0012, baseline_std=0.088, arm_std=0.015)
         assert sentence(effects).endswith("the seed-to-seed std is 0.015 (0.088).")
         axes = {"init.residual_scaling": ["true", "false"]}
-        table = words.effects_table(_comparison(list(effects.values()), axes))
-        row = dict(zip([column.name for column in table.columns], table.rows[0], strict=True))
+        row = words.effects_table(_comparison(list(effects.values()), axes)).rows[0]
         assert row["seed std"] == "0.015 (0.088)"
 
     def test_what_pairing_gained_stands_on_its_row(self) -> None:
         axes = {"init.residual_scaling": ["true", "false"]}
         for r, seeds, told in ((0.84, 5, ["0.84", "5"]), (-0.3, -2, ["−0.3", "−2"]), (0.99996, None, ["1", ">9,997"])):
             effects = effect("better", -0.01, -0.02, -0.001, pair_correlation=r, seeds_saved=seeds)
-            table = words.effects_table(_comparison(list(effects.values()), axes))
-            row = dict(zip([column.name for column in table.columns], table.rows[0], strict=True))
+            row = words.effects_table(_comparison(list(effects.values()), axes)).rows[0]
             assert [row["r"], row["saved"]] == told
         spoken_ = spoken(_comparison(list(effects.values()), axes))
         assert "saved" not in spoken_  # there is no room
@@ -294,17 +292,16 @@ class TestFiles:
         comparison = compare.compare(compare.read([folder]))
         lines = (folder / "report.md").read_text().splitlines()
         table = [line for line in lines if line.startswith("| init.residual_scaling ")]
-        shown = words.effects_table(comparison)
-        reasons = ["", *words.reasons_of(shown)]
+        rows, _, reasons = words.effects_table(comparison)
         assert [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table] == [
             [
                 *(cell.replace("<", "&lt;") for cell in cells),
-                (report.verdict_text(verdict) + (f" \\[{reasons.index(reason)}\\]" if reason else "")).strip(),
+                (report.verdict_text(verdict) + (f" {report.escaped(reason)}" if reason else "")).strip(),
             ]
-            for *cells, verdict, reason in shown.rows
+            for *cells, verdict, reason in (row.values() for row in rows)
         ]
         assert [line for line in lines if line.startswith("- \\[")] == [
-            f"- \\[{number}\\] {reason}" for number, reason in enumerate(reasons) if reason
+            f"- \\[{number}\\] {reason}" for number, reason in enumerate(reasons, 1)
         ]
         for item in words.sentences(comparison):
             assert f"- {report.verdict_text(item.verdict)} {item.text.replace('<', '&lt;')}" in lines
@@ -315,15 +312,14 @@ class TestFiles:
             leave(tmp_path / tie, summary(7, f"model.tie_weights={tie}"))
         comparison = compare.compare(compare.read([tmp_path]))
         runs = words.runs_table(comparison)
-        numbers = {column.name for column in runs.columns if column.number}
-        assert numbers == {"seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"}
-        wider = words.Table([*runs.columns, words.Column("remark")], [[*row, "none"] for row in runs.rows])
+        assert {*runs.numbers} == {"seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"}
+        wider = runs._replace(rows=[row | {"remark": "none"} for row in runs.rows])
         monkeypatch.setattr(words, "runs_table", lambda _: wider)
         text = report.markdown(comparison, tmp_path, [])
         rules = [line for line in text.splitlines() if line.startswith("| -")]
         assert rules == [
             "| --- | --- | --- | --: | --: | --- | --: | --: | --: | --: | --- |",
-            f"| {' | '.join('--:' if column.number else '---' for column in wider.columns)} |",
+            "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --- |",
         ]
         page = report.page(text, words.title(comparison), tmp_path)
         assert page.count("<td>none</td>") == 2
