@@ -77,22 +77,19 @@ def write(comparison: Comparison, out: Path) -> list[Section]:
 
     sections = figures.draw(comparison)
     text = report.markdown(comparison, out, sections)
-    files = {
-        "comparison.csv": report.table(comparison).encode(),
-        **{f"figures/{drawing.name}.png": drawing.png for section in sections for drawing in section.drawings},
-        "report.md": text.encode(),
-        "report.html": report.page(text, words.title(comparison), out, sections).encode(),
-    }
     write_json(out / "comparison.json", report.finite(comparison.as_dict()))
-    _write(files, out)
+    _write(out / "comparison.csv", report.table(comparison))
+    for drawing in (drawing for section in sections for drawing in section.drawings):
+        _write(out / "figures" / f"{drawing.name}.png", drawing.png)
+    _write(out / "report.md", text)
+    _write(out / "report.html", report.page(text, words.title(comparison), out, sections))
     return sections
 
 
-def _write(files: dict[str, bytes], out: Path) -> None:
-    for name, content in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out / name) as part:
-            part.write_bytes(content)
+def _write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_index(folders: Sequence[Path], out: Path) -> str:
@@ -103,8 +100,9 @@ def write_index(folders: Sequence[Path], out: Path) -> str:
     """
     found, unread = index.below(folders)
     text = index.page(found, unread, out)
-    files = {"index.csv": index.as_csv(found, out), "index.md": text, "index.html": report.page(text, "Findings", out)}
-    _write({name: content.encode() for name, content in files.items()}, out)
+    _write(out / "index.csv", index.as_csv(found, out))
+    _write(out / "index.md", text)
+    _write(out / "index.html", report.page(text, "Findings", out))
     place = printable(short((out / "index.html").absolute()))
     return "\n".join([*(f"note: {printable(line)}" for line in unread), f"{len(found)} arms: {place}"])
 

@@ -32,10 +32,8 @@ from gpt2exp.training import load
 __all__ = ["Comparison", "Distance", "Grid", "Interaction", "Row", "compare", "read"]
 
 LOSSES = tuple(metric for metric in METRICS if metric.compared == "loss")
-"""The one that counts is the last that every finished run has."""
-
+"""The last that every finished run has is compared."""
 SPEED = BY_KEY["tokens_per_second"]
-
 MEMORY = BY_KEY["peak_memory_bytes"]
 
 
@@ -72,28 +70,22 @@ class Distance:
 
 @dataclass
 class Comparison:
-    """Everything a comparison says; `as_dict` is `comparison.json`.
+    """Everything a comparison says; `as_dict` is `comparison.json`."""
 
-    `distances` are of each precision from fp64, where that is an arm; `swept` has the arms of each axis, the baseline
-    first; `metric` is the loss compared; within `margin` nats a difference in it counts as none. `looks` are the
-    comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`. `over`
-    is the axis that is a budget, within each of which `axes` has the arms of the others.
-    `tuning` has the curve of each arm that was tuned; `runs` are without the runs that tuned it.
-    """
-
-    runs: list[Row]
+    runs: list[Row]  # without those that tuned an arm
     axes: list[Effect]
     interactions: list[Interaction]
-    distances: list[Distance]
+    distances: list[Distance]  # of each precision from fp64, if that is an arm
     failed: list[dict[str, Any]]
-    swept: dict[str, list[str]]
+    swept: dict[str, list[str]]  # the arms of each axis, the baseline first
     seeds: list[int]
-    metric: str
+    metric: str  # the loss that is compared
     notes: list[str]
-    margin: float | None = None
+    margin: float | None = None  # nats, within which a difference in the loss counts as none
     looks: list[dict[str, Any]] = field(default_factory=list)
-    over: str = ""
-    tuning: list[tuned.Curve] = field(default_factory=list)
+    """The comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`."""
+    over: str = ""  # the axis that is a budget, if one is: `axes` has the arms of the others within each budget
+    tuning: list[tuned.Curve] = field(default_factory=list)  # of each arm that was tuned
 
     @property
     def searched(self) -> bool:
@@ -185,7 +177,7 @@ def _loss(done: Sequence[Row]) -> Metric:
 
 
 def _margin(known: Sequence[Row]) -> tuple[float | None, list[str]]:
-    """The margin stated before the runs, and a note where they disagree: the strictest counts, which is none."""
+    """The margin stated before the runs, and a note where they disagree: then the strictest counts, none before all."""
     found = {row["config"]["sweep"]["margin"] for row in known}
     margin = None if None in found else min(found)
     if len(found) == 1:
@@ -211,8 +203,8 @@ def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[st
             settings[group.seed].add(group.where)
         if len(set(map(frozenset, settings.values()))) > 1:
             yield (
-                f"{key}: for lack of some runs the seeds of {arm} average over different settings of the other "
-                "axes; where the effect differs between those, it weighs the settings unequally"
+                f"{key}: some runs are missing, so the seeds of {arm} average over different settings of the other "
+                "axes; if its effect depends on the setting, the mean favours the settings with more seeds"
             )
     made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
     changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})

@@ -14,10 +14,8 @@ from scipy import special
 
 from gpt2exp.compare.inference import ALPHA, LARGEST, Inference, infer, needed, upper_std
 
-FAR_OFF = 0.01
-"""Level of the test for a seed whose difference is far off the others'."""
-FEWEST_POINTS = 16
-"""Places along a run at which both losses are known, for a trend: 8 in the last half."""
+FAR_OFF = 0.01  # level of the test for an outlier among the seeds
+FEWEST_POINTS = 16  # places along a run at which both losses must be known for a trend: 8 in the last half
 
 
 @dataclass
@@ -28,26 +26,26 @@ class Effect:
     baseline: str
     arm: str
     metric: str
-    budget: str = ""  # within which the arms are compared, a value of the axis that `sweep.over` names
+    budget: str = ""  # within which the arms are compared, such as `train.steps=50` (`sweep.over`)
     control: bool = False  # the baseline against itself with another data order (`sweep.control`)
     n_pairs: int = 0
     n_seeds: int = 0
-    dropped_pairs: int = 0  # planned, but a failed or missing run broke them
+    dropped_pairs: int = 0  # planned, but a run of each is missing or did not finish
     mean_difference: float | None = None
     speed_ratio: float | None = None
     ci95: list[float] | None = None
     p_value: float | None = None
     p_holm: float | None = None  # after Holm's correction over the arms of all axes in this metric
-    inference: Inference = "fixed"  # what the interval takes for fixed beforehand: how many seeds, the looks, nothing
-    looks: list[int] = field(default_factory=list)  # seeds at which was looked before more were added, or all declared
+    inference: Inference = "fixed"  # what was fixed beforehand: number of seeds, looks, nothing
+    looks: list[int] = field(default_factory=list)  # numbers of seeds: of earlier looks, or all declared
     seed_std: float | None = None  # of the metric itself (its logarithm, for a ratio), pooled over both arms
     baseline_std: float | None = None
     arm_std: float | None = None
-    pair_correlation: float | None = None  # of the two arms over seeds: what pairing lives on
-    seeds_saved: int | None = None  # that an arm would need beyond `n_seeds` without sharing; below 0 pairing lost
+    pair_correlation: float | None = None  # of the two arms over seeds
+    seeds_saved: int | None = None  # that each arm would need more if the arms shared none; below 0, pairing lost
     trend: list[float] | None = None  # change of the training losses' difference over the last half, low, high
-    steps_factor: float | None = None  # of a loss: what `multiplier` says; above 1 the arm is the better one
-    steps_factor_ci95: list[float | None] | None = None  # an end is None where only the other is known
+    steps_factor: float | None = None  # of a loss, see `multiplier`: above 1 the arm is better
+    steps_factor_ci95: list[float | None] | None = None  # one end is None if only a bound is known
     compute_multiplier: float | None = None  # the same times the ratio of speeds
     compute_multiplier_ci95: list[float | None] | None = None
     multiplier_reason: str = ""
@@ -135,7 +133,7 @@ def _advice(effect: Effect, margin: float | None) -> str:
 
 
 def far_off(seeds: Iterable[str], values: Sequence[float]) -> str | None:
-    """The seed whose difference is too far from the others' to be one of theirs, if there is one.
+    """The seed whose difference is an outlier, if there is one.
 
     Grubbs' test (1969): the farthest one's distance from the mean of the others, over their standard deviation, has
     Student's t with n-2 degrees of freedom but for a factor; times n, since the farthest was picked.

@@ -36,20 +36,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C26A9B", "#B47D00", "#3D94CC")
 """Told apart with any colour vision: Okabe and Ito 2008 without yellow and black; pink, orange and sky blue darker than
 theirs, which are too faint on white and, inverted, on black.
 """
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-"""A second mark, for more arms than colours."""
-SIZE = (5.0, 3.4)
-"""Inches; 360 units of an SVG, in which text of 11 stays readable on a telephone."""
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # a second mark, for more arms than colours
+SIZE = (5.0, 3.4)  # inches; 360 units of an SVG, in which text of 11 stays readable on a telephone
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 ZERO: dict[str, Any] = {"color": "black", "linewidth": 0.9}
 REFERENCE: dict[str, Any] = {"color": "black", "alpha": 0.55, "linewidth": 0.9, "linestyle": (0, (2, 2))}
-POINTS = 300
-"""Points of a curve; longer runs are averaged in equal stretches."""
+POINTS = 300  # of a curve; longer runs are averaged in equal stretches
 
-Curve = tuple[Floats, Floats]
-"""Places along x and the values there."""
-Replicates = list[tuple[int, Curve]]
-"""Curves with the seed of each."""
+Curve = tuple[Floats, Floats]  # places along x and the values there
+Replicates = list[tuple[int, Curve]]  # with the seed of each
 
 
 @dataclass
@@ -67,7 +62,7 @@ class Axis:
     """What the figures of an axis are drawn from; without a key, all runs as one arm."""
 
     key: str | None
-    arms: list[Arm]
+    arms: dict[str, Arm]
     grid: Grid
     comparison: Comparison
     clock: str  # along x: `step`, or `tokens` where a step does not cost the same in every run
@@ -77,10 +72,6 @@ class Axis:
         found = [effect for effect in self.comparison.axes if (effect.key, effect.metric) == (self.key, metric)]
         return [one for one in found if one.arm_mean is not None and one.budget == self.grid.budget]
 
-    def arm(self, effect: Effect) -> Arm:
-        """The arm of an effect."""
-        return next(arm for arm in self.arms if arm.name == effect.arm)
-
     def curves(self, runs: Iterable[tuple[int, Row]], key: str) -> Replicates:
         """A metric along the clock, of those runs that measured it; `runs` with their seeds."""
         points = ((seed, self.grid.curve(row, key, self.clock)) for seed, row in runs)
@@ -88,7 +79,7 @@ class Axis:
 
     def by_arm(self, key: str) -> list[tuple[Arm, Curve]]:
         """A metric's curves, stacked by `by_seed`, of the arms that have any."""
-        curves = ((arm, by_seed(self.curves(arm.cells, key))) for arm in self.arms)
+        curves = ((arm, by_seed(self.curves(arm.cells, key))) for arm in self.arms.values())
         return [(arm, stacked) for arm, stacked in curves if stacked is not None]
 
 
@@ -124,11 +115,9 @@ def draw(comparison: Comparison) -> list[Section]:
         sections.append(Section(tuning_heading(comparison), _drawn("0-tuning", title, title, SIZE[1], paint)))
     for number, key in enumerate(comparison.swept or [None]):
         names = ["all runs"] if key is None else grid.axes[key]
-        cells = [
-            [(seed, row) for (seed, of), row in grid.cells.items() if key is None or of[number] == name]
-            for name in names
-        ]
-        arms = [Arm(name, *_look(place), cells[place]) for place, name in enumerate(names)]
+        arms = {name: Arm(name, *_look(place), []) for place, name in enumerate(names)}
+        for (seed, of), row in grid.cells.items():
+            arms[names[0] if key is None else of[number]].cells.append((seed, row))
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", key or "seeds").strip("-.")[:60] or "axis"
         axis = Axis(key, arms, grid, comparison, clock)
         sections.append(Section(key, list(_drawings(axis, f"{number + 1}-{slug}"))))
@@ -290,7 +279,7 @@ def _loss(ax: Axes, axis: Axis) -> str | None:
 
 def _baselines(ax: Axes, axis: Axis) -> list[str]:
     """Lines at what simple predictors cost, labelled; those far outside the picture are returned as text."""
-    rows = [row for arm in axis.arms for _, row in arm.cells]
+    rows = [row for arm in axis.arms.values() for _, row in arm.cells]
     known: dict[str, set[float | None]] = {
         "ln V, a uniform guess": {math.log(row["config"]["model"]["vocab_size"]) for row in rows},
         "ln of the ids that occur": {math.log(row["data"]["distinct_tokens"]) for row in rows},
@@ -317,7 +306,7 @@ def _gap(ax: Axes, axis: Axis) -> str | None:
     """The paired difference in training loss at every step."""
     if axis.key is None or len(axis.arms) < 2:
         return None
-    base, *others = axis.arms
+    base, *others = axis.arms.values()
     curves = []
     for arm in others:
         gaps: Replicates = []
@@ -343,7 +332,7 @@ def _unseen(ax: Axes, axis: Axis) -> str | None:
 
 
 def _residual(ax: Axes, axis: Axis) -> str | None:
-    for arm in axis.arms:
+    for arm in axis.arms.values():
         streams = [[*axis.grid.curve(row, "residual_rms").values()] for _, row in arm.cells]
         streams = [measured for of_run in streams if (measured := [*filter(None, of_run)])]
         line = None
@@ -384,7 +373,7 @@ def _pairs(ax: Axes, axis: Axis) -> str | None:
     if shaded:
         ax.axvspan(-std, std, color="black", alpha=0.08, linewidth=0)
     for row, effect in enumerate(effects):
-        colour, values = axis.arm(effect).colour, list(effect.differences.values())
+        colour, values = axis.arms[effect.arm].colour, list(effect.differences.values())
         places = row + (np.arange(len(values)) + 0.5) / (len(values) + 1.5) * 0.62 + 0.28
         ax.vlines(0, row + 0.3, row + 1, **ZERO)
         ax.hlines(places, 0, values, color=colour, linewidth=1.0, alpha=0.75)
@@ -413,7 +402,7 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
         ends = [n for n in schedule or range(3, len(values) + 1) if n <= len(values)]
         found = [declared(values[:n], schedule) if schedule else open_ended(values[:n]) for n in ends]
         x, means = np.array([item.n for item in found]) + shift, [item.mean for item in found]
-        arm, bounds = axis.arm(effect), [(item.low, item.high) for item in found]
+        arm, bounds = axis.arms[effect.arm], [(item.low, item.high) for item in found]
         ax.vlines(x, *zip(*bounds, strict=True), color=arm.colour, linewidth=1.4, linestyle=arm.dash)
         face = arm.colour if arm.dash == DASHES[0] else "white"
         ax.plot(x, means, "o", color=arm.colour, markersize=4, markerfacecolor=face, label=_named(arm.name))
@@ -459,7 +448,7 @@ def _bars(ax: Axes, axis: Axis, metric: Metric) -> str | None:
     """A bar an arm, a tick a run; hatched where arms cannot be compared, with the reasons in the caption."""
     refused = dict.fromkeys(effect.reason for effect in axis.effects(metric.key) if effect.verdict == "not_comparable")
     values = []
-    for arm in axis.arms:
+    for arm in axis.arms.values():
         rows = [row for _, row in arm.cells if number_of(row, metric.key)]
         if metric is SPEED and not refused:  # as the comparison has it: where pairs were not emulated, those count
             rows = [row for row in rows if not row["precision"]["emulated"]] or rows
@@ -467,7 +456,7 @@ def _bars(ax: Axes, axis: Axis, metric: Metric) -> str | None:
     if not any(values):
         return None
     far = max(max(some) for some in values if some)
-    for row, (arm, some) in enumerate(zip(axis.arms, values, strict=True)):
+    for row, (arm, some) in enumerate(zip(axis.arms.values(), values, strict=True)):
         ax.text(0, row + 0.2, shorten(arm.name, 44), va="center")
         if not some:
             ax.text(0, row + 0.62, "no finished run", va="center", fontsize=9, alpha=0.7)

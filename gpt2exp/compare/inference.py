@@ -27,14 +27,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # scipy.stats would take a second to import
 
-ALPHA = 0.05
-"""Level of every test; intervals are 1 - ALPHA."""
-C2 = 0.1
-"""Of the e-process, fixed before any data: it expects effects of about 1/√C2 = 3 standard deviations."""
-POWER = 0.8
-"""Probability with which the number of seeds named will do."""
-LARGEST = 10_000
-"""Seeds beyond which no number is named."""
+ALPHA = 0.05  # level of every test; intervals are 1 - ALPHA
+C2 = 0.1  # of the e-process, fixed before any data: it expects effects of about 1/√C2 = 3 standard deviations
+POWER = 0.8  # probability with which the number of seeds that is named will do
+LARGEST = 10_000  # seeds beyond which no number is named
 Inference = Literal["fixed", "declared", "open"]
 Floats = NDArray[np.float64]
 

@@ -1,6 +1,6 @@
-"""How the arms of a comparison came to their learning rate: each at its own best value of a tuned key, or untuned.
+"""At which learning rate the arms of a comparison ran: each at its own best value of a tuned key, or untuned.
 
-The runs that tune an arm have seeds of their own (`sweep.tune_seeds`) and are never among those compared. No torch.
+The runs that tune an arm have seeds of their own (`sweep.tune_seeds`) and are never compared. No torch.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def key_of(row: Row) -> str:
 def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The runs to compare, and those that only tuned them.
 
-    Where all of those to compare were tuned in one key they are marked with it: it is no axis.
+    If all of those to compare were tuned in one key, they are marked with it, since then it is no axis.
     """
     trials, others = list["Row"](), list["Row"]()
     for row in rows:
@@ -134,7 +134,7 @@ def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def arm_of(overrides: Sequence[str], key: str) -> tuple[str, ...]:
-    """What makes an arm of a run's overrides: all but its seed, data order, tuned key, and what changes no result."""
+    """The overrides that make a run's arm: all but its seed, data order, tuned key, and what changes no result."""
     told, others = {text: override_key(text) for text in overrides}, ("seed", CONTROL, key)
     return tuple(text for text, name in told.items() if name not in others and not is_housekeeping(name))
 

@@ -18,12 +18,9 @@ from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
-OTHERS = {"budget": "⇢", "interaction": "×", "from fp64": "↔"}
-"""Signs of the sentences that are no verdicts."""
-UNJUDGED = "unjudged"
-"""In place of a verdict, in a row that has none of its own."""
-WORTH = "compute, or steps alone: above 1 the arm is worth that many times the baseline's"
-"""How to read such a row."""
+OTHERS = {"budget": "⇢", "interaction": "×", "from fp64": "↔"}  # signs of the sentences that are no verdicts
+UNJUDGED = "unjudged"  # in place of a verdict, in a row of what the arm is worth
+WORTH = "compute, or steps alone: above 1 the arm is worth that many times the baseline's"  # how to read such a row
 
 
 class Table(NamedTuple):
@@ -199,7 +196,7 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
         text += "; the two arms go against each other over the seeds (r below 0): unpaired runs would do better"
     text += _worth(loss) + _trend(loss, margin)
     if loss.dropped_pairs:
-        text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
+        text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, since a run did not finish"
     return f"{at}{text}."
 
 

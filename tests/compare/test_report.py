@@ -211,7 +211,7 @@ class TestWords:
         why = "the interval lies inside ± the seed-to-seed std"
         text = sentence(effect("indistinguishable", 1.2e-4, -3e-4, 5e-4, reason=why, dropped_pairs=2))
         assert "cannot be told apart from true: a difference of +0.00012 nats (95 % interval −0.00030 to" in text
-        assert text.endswith(f"{why} 0.021; 2 pairs dropped, for want of a finished run.")
+        assert text.endswith(f"{why} 0.021; 2 pairs dropped, since a run did not finish.")
 
     def test_the_stds_of_unequal_arms_stand_apart(self) -> None:
         effects = effect("better", -0.0102, -0.0192, -0.0012, baseline_std=0.088, arm_std=0.015)
