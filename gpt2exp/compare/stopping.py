@@ -90,8 +90,8 @@ def compared(rows: Sequence[Row], *, margin: float | None = None, out: Path | No
     at, there = decide(known, runs), {Path(row["folder"]).name for row in runs}
     beyond = list(known.by_seed.items())[at.seeds :] if at.why else []
     late = {name for _, names in beyond for name in names}
-    counted = [row for row in runs if Path(row["folder"]).name not in late]
-    comparison = compare([*counted, *trials], margin=margin, out=out)
+    kept = [row for row in runs if Path(row["folder"]).name not in late]
+    comparison = compare([*kept, *trials], margin=margin, out=out)
     axes, nats = ", ".join(known.rule["axes"]), known.rule["margin"]
     within = "no margin" if nats is None else f"a margin of ±{nats:g} nats"
     rule = f"decided before the first run: seeds 1, 2, 3, ... until each arm of {axes} has a verdict, with {within}"
