@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gpt2exp.compare import index, report, words
 from gpt2exp.compare.comparison import Comparison, read
-from gpt2exp.compare.report import Section, mirror, show
+from gpt2exp.compare.report import Drawing, mirror, show
 from gpt2exp.compare.stopping import compared
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
@@ -67,7 +67,7 @@ def command(argv: list[str]) -> int:
     return process.carry_out("gpt2exp-compare", carry_out)
 
 
-def write(comparison: Comparison, out: Path) -> list[Section]:
+def write(comparison: Comparison, out: Path) -> list[Drawing]:
     """Write `comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` to a folder; what was drawn.
 
     Each file is written whole.
@@ -75,15 +75,15 @@ def write(comparison: Comparison, out: Path) -> list[Section]:
     out.mkdir(parents=True, exist_ok=True)
     from gpt2exp.compare import figures  # with matplotlib: half a second
 
-    sections = figures.draw(comparison)
-    text = report.markdown(comparison, out, sections)
+    drawings = figures.draw(comparison)
+    text = report.markdown(comparison, out, drawings)
     write_json(out / "comparison.json", report.finite(comparison.as_dict()))
     _write(out / "comparison.csv", report.table(comparison))
-    for drawing in (drawing for section in sections for drawing in section.drawings):
+    for drawing in drawings:
         _write(out / "figures" / f"{drawing.name}.png", drawing.png)
     _write(out / "report.md", text)
-    _write(out / "report.html", report.page(text, words.title(comparison), out, sections))
-    return sections
+    _write(out / "report.html", report.page(text, words.title(comparison), out, drawings))
+    return drawings
 
 
 def _write(path: Path, content: str | bytes) -> None:
@@ -115,9 +115,9 @@ def conclude(sweep: Path, console: Console) -> Path | None:
     again = f"{pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
         comparison = compared(read([sweep]))
-        sections = write(comparison, sweep)
+        drawings = write(comparison, sweep)
         show(comparison, console, sweep, failed=False)
-        return mirror(comparison, sweep, sections)
+        return mirror(comparison, sweep, drawings)
     except Exception as error:
         expected = isinstance(error, (BadRequest, OSError))
         why = printable(error if expected else f"{type(error).__name__}: {error}")

@@ -417,7 +417,7 @@ def _distances(grid: Grid) -> list[Distance]:
     found, arms = [], grid.axes.get("precision", [])
     for arm in arms if "fp64" in arms else ():
         pairs = grid.groups({"precision": ("fp64", arm)})[0] if arm != "fp64" else []
-        both = [tuple([step["loss"] for step in grid.metrics(row)] for row in pair.runs) for pair in pairs]
+        both = [tuple([*grid.curve(row, "loss", "step").values()] for row in pair.runs) for pair in pairs]
         both = [(one, other) for one, other in both if one and len(one) == len(other)]
         if not both:
             continue

@@ -28,7 +28,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid, Row
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import Floats, declared, open_ended, reach
-from gpt2exp.compare.report import Drawing, Section, tuning_heading
+from gpt2exp.compare.report import Drawing, tuning_heading
 from gpt2exp.run.metrics import BY_KEY, Metric, number_of, shown
 from gpt2exp.run.terminal import printable
 
@@ -99,7 +99,7 @@ def by_seed(curves: Replicates) -> Curve | None:
     return x, y
 
 
-def draw(comparison: Comparison) -> list[Section]:
+def draw(comparison: Comparison) -> list[Drawing]:
     """Every figure the finished runs have something for."""
     done = [row for row in comparison.runs if row["state"] == "done"]
     if not done:
@@ -108,11 +108,11 @@ def draw(comparison: Comparison) -> list[Section]:
     grid = whole.within(whole.budgets[-1])  # what is drawn step by step is drawn of the largest budget
     per_step = {row["tokens"] / row["steps"] for row in done if row["steps"]}
     clock = "step" if len(per_step) == 1 else "tokens"
-    sections = []
+    drawings = []
     if comparison.tuning:
-        title = f"Loss against {comparison.tuning[0].key}"
+        title, heading = f"Loss against {comparison.tuning[0].key}", tuning_heading(comparison)
         paint = functools.partial(_values, comparison=comparison)
-        sections.append(Section(tuning_heading(comparison), _drawn("0-tuning", title, title, SIZE[1], paint)))
+        drawings += _drawn(heading, "0-tuning", title, title, SIZE[1], paint)
     for number, key in enumerate(comparison.swept or [None]):
         names = ["all runs"] if key is None else grid.axes[key]
         arms = {name: Arm(name, *_look(place), []) for place, name in enumerate(names)}
@@ -120,8 +120,8 @@ def draw(comparison: Comparison) -> list[Section]:
             arms[names[0] if key is None else of[number]].cells.append((seed, row))
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", key or "seeds").strip("-.")[:60] or "axis"
         axis = Axis(key, arms, grid, comparison, clock)
-        sections.append(Section(key, list(_drawings(axis, f"{number + 1}-{slug}"))))
-    return sections
+        drawings += _drawings(axis, f"{number + 1}-{slug}")
+    return drawings
 
 
 def _look(place: int) -> tuple[str, Any]:
@@ -150,11 +150,14 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
         heading = title if axis.key is None else f"{shorten(axis.key, 30)}: {title[0].lower()}{title[1:]}"
         heading += f" ({shorten(axis.grid.budget, 30)})" * (kind != "budgets" and bool(axis.grid.budget))
         paint = functools.partial(painter, axis=axis)
-        yield from _drawn(f"{stem}-{kind}", title, heading, min(0.75 + rows, 14.0) if rows else SIZE[1], paint)
+        height = min(0.75 + rows, 14.0) if rows else SIZE[1]
+        yield from _drawn(printable(axis.key or "Figures"), f"{stem}-{kind}", title, heading, height, paint)
 
 
-def _drawn(name: str, title: str, heading: str, height: float, paint: Callable[[Axes], str | None]) -> list[Drawing]:
-    """A figure as it is saved, `height` in inches; none if there is nothing to draw."""
+def _drawn(
+    of: str, name: str, title: str, heading: str, height: float, paint: Callable[[Axes], str | None]
+) -> list[Drawing]:
+    """A figure `of` an axis as it is saved, `height` in inches; none if there is nothing to draw."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that the font lacks is no news to the user
         figure = Figure(figsize=(SIZE[0], height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
@@ -165,7 +168,7 @@ def _drawn(name: str, title: str, heading: str, height: float, paint: Callable[[
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         figure.suptitle(heading, x=0.02, ha="left", fontweight="bold", fontsize=11)
         figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-        return [Drawing(name, title, caption, svg.getvalue(), png.getvalue())]
+        return [Drawing(of, name, title, caption, svg.getvalue(), png.getvalue())]
 
 
 # --- what figures share ----------------------------------------------------------------------------------------------

@@ -24,8 +24,7 @@ class Finding:
 
     question: str
     link: Path
-    date: str
-    """The day on which its first run began."""
+    date: str  # the day on which its first run began
     commit: str
     effect: Effect
 

@@ -44,20 +44,14 @@ TUNING = (
 
 
 class Drawing(NamedTuple):
-    """A figure under the name of its file, without ending; the SVG is a document of its own, on no background."""
+    """A figure; the SVG is a document of its own, on no background."""
 
-    name: str
+    heading: str  # under which it stands: its axis
+    name: str  # of its file, without ending
     title: str
     caption: str
     svg: bytes
     png: bytes
-
-
-class Section(NamedTuple):
-    """The figures of one axis; of all runs together, without a key, where nothing but the seed varies."""
-
-    key: str | None
-    drawings: list[Drawing]
 
 
 def show(comparison: Comparison, console: Console, out: Path | None = None, *, failed: bool = True) -> None:
@@ -265,7 +259,7 @@ def tuning(comparison: Comparison) -> list[str]:
     return [TUNING, "", *md_table(words.tuning_table(comparison)), "", *lines]
 
 
-def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> str:
+def markdown(comparison: Comparison, out: Path, drawings: Sequence[Drawing]) -> str:
     """`report.md`, whose links and figures are relative to `out`."""
     runs = words.runs_table(comparison)
     for row, cells in zip(comparison.runs, runs.rows, strict=True):
@@ -273,11 +267,9 @@ def markdown(comparison: Comparison, out: Path, sections: Sequence[Section]) -> 
         cells["state"] = Marked(cells["state"] if row["state"] == "done" else f"**{cells['state']}**")
     typed = commands(comparison.runs)
     ticks = max((len(found) for text in typed for found in re.findall(r"`+", text)), default=0)
-    if comparison.tuning:
-        sections = sections or [Section(tuning_heading(comparison), [])]
     text = _template("report.md.j2").render(
         comparison=comparison,
-        sections=sections,
+        drawings=drawings,
         runs=runs,
         commands=typed,
         fence="`" * max(3, ticks + 1),  # longer than any in the commands
@@ -291,17 +283,17 @@ def _template(name: str) -> Template:
 
     loader, page = jinja2.PackageLoader("gpt2exp.compare", "."), name.endswith(".html.j2")
     made = jinja2.Environment(loader=loader, autoescape=page, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    made.filters |= {"escaped": escaped, "md_table": md_table, "printable": printable}
-    made.globals |= {"words": words, "verdicts": verdicts, "effects": effects, "tuning": tuning, "facts": facts}
+    made.filters |= {"escaped": escaped, "md_table": md_table}
+    made.globals |= {of.__name__: of for of in (verdicts, effects, tuning, tuning_heading, facts)} | {"words": words}
     return made.get_template(name)
 
 
-def page(text: str, title: str, out: Path, sections: Sequence[Section] = ()) -> str:
+def page(text: str, title: str, out: Path, drawings: Sequence[Drawing] = ()) -> str:
     """The Markdown `text` of a file in `out` as one HTML page that needs nothing else, the figures inside it."""
     from markdown_it import MarkdownIt
     from markupsafe import Markup
 
-    figures = {f"figures/{item.name}.png": item.svg for section in sections for item in section.drawings}
+    figures = {f"figures/{item.name}.png": item.svg for item in drawings}
     classes = {sign: verdict for verdict, sign in words.SIGNS.items()}
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = reader.parse(text)
@@ -322,7 +314,7 @@ def page(text: str, title: str, out: Path, sections: Sequence[Section] = ()) -> 
     )
 
 
-def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> Path | None:
+def mirror(comparison: Comparison, sweep: Path, drawings: Sequence[Drawing]) -> Path | None:
     """The comparison as a wandb run of its own beside the sweep's runs; the folder to sync if offline.
 
     Where the runs' settings for wandb differ, the first that is not disabled counts.
@@ -341,13 +333,13 @@ def mirror(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> 
         "config": {"swept": comparison.swept, "seeds": comparison.seeds, "metric": comparison.metric},
     }
     wandb = Mirror(config, sweep, about, job_type="comparison", own=True)
-    wandb.show(lambda: _for_wandb(comparison, sweep, sections))
+    wandb.show(lambda: _for_wandb(comparison, sweep, drawings))
     verdicts = [text for _, text in words.sentences(comparison)]
     found = {"runs": len(comparison.runs), "failed": len(comparison.failed), "verdicts": verdicts}
     return wandb.finish(found, failed=False)
 
 
-def _for_wandb(comparison: Comparison, sweep: Path, sections: Sequence[Section]) -> dict[str, Any]:
+def _for_wandb(comparison: Comparison, sweep: Path, drawings: Sequence[Drawing]) -> dict[str, Any]:
     import wandb
 
     verdicts = [{"verdict": name_of(verdict), "sentence": text} for verdict, text in words.sentences(comparison)]
@@ -358,7 +350,7 @@ def _for_wandb(comparison: Comparison, sweep: Path, sections: Sequence[Section])
         for name, rows in tables.items()
         if rows
     }
-    for item in (item for section in sections for item in section.drawings):
+    for item in drawings:
         path = str(sweep / "figures" / f"{item.name}.png")
         shown[f"figures/{item.name}"] = wandb.Image(path, caption=f"{item.title}. {item.caption}")
     return shown

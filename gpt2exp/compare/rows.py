@@ -30,12 +30,9 @@ class Row(Summary, total=False):
     """A run as it is compared: its summary, or of one that left none its state, `config` and `overrides`."""
 
     folder: str
-    gone: dict[str, Any]
-    """Keys of its configuration that this version does not know."""
-    pid: int | None
-    """The process that ran it, or its last part."""
-    tuned: str
-    """The key of which it has its arm's best value, which is no axis."""
+    gone: dict[str, Any]  # keys of its configuration that this version does not know
+    pid: int | None  # of the process that ran it, or its last part
+    tuned: str  # the key of which it has its arm's best value; that key is no axis
 
 
 Settings = dict[str, str]
@@ -222,13 +219,11 @@ class Group(NamedTuple):
     """
 
     seed: int
-    where: tuple[str, ...]
-    """The arms of all axes, the baselines of those that vary."""
+    where: tuple[str, ...]  # the arms of all axes, the baselines of those that vary
     runs: tuple[Row, ...]
 
 
-Cell = tuple[int, tuple[str, ...]]
-"""A seed, and an arm of each axis."""
+Cell = tuple[int, tuple[str, ...]]  # a seed, and an arm of each axis
 
 
 def cell_of(row: Row, axes: Mapping[str, Sequence[str]]) -> Cell:
@@ -243,19 +238,18 @@ class Grid:
     def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
         self.controlled, self.selective = controlled(rows), selective(rows)
         overs = {(row["config"]["sweep"].get("over") or "").partition("=")[0].strip() for row in rows}
+        # the axis that is a budget (`sweep.over`), its arms in ascending order; empty without one
         self.over = next(iter(overs), "") if len(overs) == 1 and overs <= axes.keys() else ""
-        """The axis that is a budget (`sweep.over`), its arms in ascending order; empty without."""
         if self.over:
             axes = {**axes, self.over: sorted(axes[self.over], key=float)}
         self.axes, self.budget = axes, ""
-        self._metrics: dict[str, list[dict[str, Any]]] = {}
+        self._metrics: dict[str, list[dict[str, Any]]] = {}  # by folder, read once
         in_order = sorted(rows, key=lambda row: str(row.get("started")))
         cells = [(cell_of(row, axes), row) for row in in_order]
         self.cells = {cell: row for cell, row in cells if row["state"] == "done"}  # of a repeated run the last counts
-        ranks = [{arm: rank for rank, arm in enumerate(arms)} for arms in axes.values()]
         self.planned = sorted(
             {cell for cell, _ in cells},
-            key=lambda cell: (cell[0], [rank[arm] for rank, arm in zip(ranks, cell[1], strict=True)]),
+            key=lambda cell: (cell[0], [arms.index(arm) for arms, arm in zip(axes.values(), cell[1], strict=True)]),
         )
         self.seeds = sorted({seed for seed, _ in self.cells})
 
@@ -277,16 +271,12 @@ class Grid:
         at = [*self.axes].index(over) if budget else 0
         return self.part(lambda _, arms: not budget or arms[at] == arm, budget)
 
-    def metrics(self, row: Row) -> list[dict[str, Any]]:
-        """The lines of a run's `metrics.jsonl`, read once."""
-        if row["folder"] not in self._metrics:
-            self._metrics[row["folder"]] = record.read_metrics(Path(row["folder"]))
-        return self._metrics[row["folder"]]
-
     def curve(self, row: Row, key: str, clock: str = "tokens") -> dict[float, Any]:
         """A metric of a run along its steps or tokens, ascending; of a step that a resumed run did twice the last."""
-        points = {line[clock]: line[key] for line in self.metrics(row) if key in line}
-        return {at: points[at] for at in sorted(points)}
+        if row["folder"] not in self._metrics:
+            self._metrics[row["folder"]] = record.read_metrics(Path(row["folder"]))
+        points = {line[clock]: line[key] for line in self._metrics[row["folder"]] if key in line}
+        return dict(sorted(points.items()))
 
     @property
     def arms(self) -> list[tuple[str, str]]:

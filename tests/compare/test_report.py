@@ -451,8 +451,7 @@ class TestEnds:
                 facts = summary(seed, f"train.batch_size={size}", steps=steps, tokens=20 * 128)
                 leave(tmp_path / f"{seed}-{size}", facts, steps)
         comparison = compare.compare(compare.read([tmp_path]))
-        (section,) = figures.draw(comparison)
-        assert b"tokens trained on" in section.drawings[0].svg
+        assert b"tokens trained on" in figures.draw(comparison)[0].svg
 
 
 def _contrast(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
@@ -486,8 +485,7 @@ def test_intervals_after_each_seed(tmp_path: Path) -> None:
             loss = 3 + 0.01 * at + float(rng.normal(0, 0.01))
             leave(tmp_path / f"{std}-{seed}", summary(seed, f"init.std={std}", loss=loss))
     comparison = compare.compare(compare.read([tmp_path]))
-    (section,) = figures.draw(comparison)
-    (drawing,) = (item for item in section.drawings if item.name.endswith("intervals"))
+    (drawing,) = (item for item in figures.draw(comparison) if item.name.endswith("intervals"))
     marks = set(re.findall(rb'<use [^>]*style="(fill: [^"]+)"', drawing.svg))
     assert len(marks) >= 7, "seven arms, six colours: the seventh is hollow"
     assert "the first intervals are wider than the picture" in drawing.caption
@@ -579,8 +577,7 @@ class TestEscaping:
 
     def test_figures_have_the_words_as_text(self, hostile: Path) -> None:
         """Well-formed, with no mathtext made of a name, and no axis labelled in it either."""
-        (section,) = figures.draw(compare.compare(compare.read([hostile])))
-        for drawing in section.drawings:
+        for drawing in figures.draw(compare.compare(compare.read([hostile]))):
             root = ElementTree.fromstring(drawing.svg)
             words = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
             assert not [word for word in words if "mathdefault" in word]
