@@ -166,8 +166,7 @@ def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
     rows, _ = tuned.apart([of_today(row) for row in rows if "config" in row])
     grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
     before, (margin, _), seeds = history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
-    parts = (grid.part(lambda seed, _, first=seeds[:n]: seed in first) for n in looks)
-    return [_effects(part, (loss,), before, set(), margin) for part in parts]
+    return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]
 
 
 def _loss(done: Sequence[Row]) -> Metric:

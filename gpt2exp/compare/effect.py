@@ -121,8 +121,8 @@ def _advice(effect: Effect, margin: float | None) -> str:
     limit = f"more than {looks[-1] if declared else LARGEST:,}"
     values, n = effect.scaled, effect.n_seeds
     mean, std = statistics.fmean(values), statistics.stdev(values)
-    both = [needed(mean, each, margin, way, looks) for each in (std, upper_std(std, n))]
-    both = [[number and max(number, n + 1) for number in numbers] for numbers in both]
+    by_std = (needed(mean, each, margin, way, looks) for each in (std, upper_std(std, n)))
+    both = [[number and max(number, n + 1) for number in numbers] for numbers in by_std]
     effect.n_needed, effect.n_needed_at_most = (min(filter(None, numbers), default=None) for numbers in both)
     tell, equal = (
         f"about {number:,} (perhaps {f'{most:,}' if most else limit})" if number else limit

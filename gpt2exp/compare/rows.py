@@ -260,6 +260,10 @@ class Grid:
         part.planned, part.budget = [cell for cell in self.planned if keep(*cell)], budget
         return part
 
+    def of(self, seeds: set[int]) -> Grid:
+        """Its part of these seeds."""
+        return self.part(lambda seed, _: seed in seeds)
+
     @property
     def budgets(self) -> list[str]:
         """The budgets, such as `train.steps=50`, ascending; one without a name where no axis is one."""
