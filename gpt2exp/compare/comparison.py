@@ -103,15 +103,12 @@ class Comparison:
 
 
 def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
-    """The comparison of a set of runs, finished or not.
+    """The comparison of a set of runs, finished or not, as `read` gives them.
 
-    Args:
-        rows: As `read` gives them.
-        margin: Nats, instead of the `sweep.margin` that the runs have.
-        out: Where an earlier comparison may lie, besides the runs' sweeps.
+    `margin`: nats, instead of the runs' `sweep.margin`. `out`: a folder where an earlier comparison may lie.
 
     Raises:
-        BadRequest: nothing to compare, or the runs differ in something unswept.
+        BadRequest: nothing to compare, or the runs differ in something that was not typed.
     """
     rows, trials = tuned.apart([of_today(row) for row in rows])
     if trials and not rows:
