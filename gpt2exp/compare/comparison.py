@@ -58,7 +58,7 @@ class Interaction:
 class Distance:
     """How far a precision's training losses lie from fp64's at the same seed and step, in nats, means over seeds.
 
-    `largest` and `mean` are over the steps. `seed_std`, the yardstick: that of fp64's own losses, its mean over steps.
+    `largest` and `mean` are over the steps. `seed_std` is that of fp64's own losses, its mean over the steps.
     """
 
     arm: str
@@ -366,10 +366,9 @@ def _emulated(row: Row) -> bool:
 def contended(rows: Sequence[Row]) -> set[str]:
     """Folders of runs that overlapped in time with another run on the same machine, finished or not.
 
-    A run that was taken from another sweep says itself whether it did there.
-
-    Each part of a run that was stopped and went on counts by itself: for the `span` it has recorded, of older records
-    from `started`, kept to the second, for as long as it trained, since what its start-up took before is unknown.
+    Each part of a resumed run counts by itself, for the `span` that it recorded. Older records have none: they count
+    from `started`, which is kept to the second, for as long as they trained. A run that was taken from another sweep
+    says itself whether it overlapped there.
     """
     spans: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:
@@ -392,8 +391,8 @@ def contended(rows: Sequence[Row]) -> set[str]:
 def _by_order(effect: Effect, pairs: Sequence[Group]) -> str:
     """Why the memory cannot be compared where one process ran several of the runs; empty if it can.
 
-    What an earlier job leaves in the process adds to a later one's peak: by how much shows in runs that are equal but
-    for their seed. No smaller difference between the arms is one.
+    What an earlier job leaves in the process adds to a later one's peak. By how much shows in runs that differ in the
+    seed alone; a smaller difference between the arms is none.
     """
     runs = {row["folder"]: row for pair in pairs for row in pair.runs}.values()
     processes = [(row.get("machine"), row["pid"]) for row in runs if row.get("pid")]

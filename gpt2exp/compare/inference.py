@@ -1,12 +1,8 @@
 """Paired differences to intervals: how sure, and how many seeds more.
 
-A difference is the arm's figure minus the baseline's at one seed, in the order in which the seeds were run. All that
-is said here takes the differences for independent and normal, with one mean and one unknown standard deviation. Three
-ways to infer the mean, by what was fixed beforehand:
-
-- `fixed`: the number of seeds. Student's t (1908), right at one look only.
-- `declared`: the looks, such as after every seed from 3 to 30. Student's t at a smaller p, the same at every look.
-- `open_ended`: nothing. Right at every look, whatever made one stop there; the widest.
+A difference is the arm's figure minus the baseline's at one seed, in the order in which the seeds were run. The
+differences are taken for independent and normal, with one mean and one unknown standard deviation. Three ways infer
+the mean, by what was fixed beforehand: `fixed` the number of seeds, `declared` the looks, `open_ended` nothing.
 
 Every interval is mean ± `reach` · s/√n, where s is the standard deviation of the n differences. Every test depends on
 the differences only through `share`, the part of their sum of squares that is spread about the mean:
@@ -53,7 +49,7 @@ class Interval:
 
 
 def fixed(differences: ArrayLike) -> Interval:
-    """The paired t test, as scipy.stats.ttest_rel of the two arms. Right if n was fixed beforehand.
+    """The paired t test, as scipy.stats.ttest_rel of the two arms: right at one look, at an n fixed beforehand.
 
     Differences that are all equal have p = 0, or 1 at zero, and the interval is the point.
     """
@@ -64,8 +60,8 @@ def fixed(differences: ArrayLike) -> Interval:
 def declared(differences: ArrayLike, looks: Iterable[int]) -> Interval:
     """The group-sequential t test: right at every look, if the looks (numbers of seeds) were fixed beforehand.
 
-    Pocock's design (1977), one nominal p for all looks, with `overall_p` in place of his large-sample approximation.
-    A look left out does no harm. p is the overall one of the least nominal p at the looks so far.
+    Pocock's design (1977): Student's t at a smaller p, the same at every look, with `overall_p` in place of his
+    large-sample approximation. A look may be left out. p is the overall one of the least nominal p at the looks so far.
 
     Raises:
         ValueError: the number of differences is no look; then `open_ended` is right.
@@ -80,7 +76,9 @@ def declared(differences: ArrayLike, looks: Iterable[int]) -> Interval:
 
 
 def open_ended(differences: ArrayLike, looks: Iterable[int] | None = None) -> Interval:
-    """The t e-process: right at every look, whatever made one stop. `looks`: those so far; None: after every seed.
+    """The t e-process: right at every look, whatever made one stop there; the widest.
+
+    `looks`: those so far; None: after every seed.
 
     p is 1 over the largest of `e_values` at the looks: with probability 1 - p at least, an e-process stays below 1/p
     for ever under the null (Ville 1939). Holm's correction applies to it.

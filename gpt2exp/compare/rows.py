@@ -194,9 +194,9 @@ def _joined(keys: list[str], rows: Sequence[Row]) -> list[str]:
 
 
 def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
-    """Whether a key follows others in every run, alike, as `${train.steps}` does: typed, or written in a preset.
+    """Whether a key refers to other keys, such as `${train.steps}`, alike in every run: as typed or in a preset.
 
-    What a resolver gives (`${oc.env:LR}`) may be anything; so may what a run's unreadable `.hydra` says.
+    A resolver such as `${oc.env:LR}` may give anything, and so does not count; nor does an unreadable `.hydra`.
     """
 
     def written(row: Row) -> str:
@@ -254,14 +254,14 @@ class Grid:
         self.seeds = sorted({seed for seed, _ in self.cells})
 
     def part(self, keep: Callable[[int, tuple[str, ...]], bool], budget: str = "") -> Grid:
-        """Its cells that are to keep, by seed and arms."""
+        """The part whose cells, of a seed and arms, are to `keep`."""
         part = copy.copy(self)
         part.cells = {cell: row for cell, row in self.cells.items() if keep(*cell)}
         part.planned, part.budget = [cell for cell in self.planned if keep(*cell)], budget
         return part
 
     def of(self, seeds: set[int]) -> Grid:
-        """Its part of these seeds."""
+        """The part of these seeds."""
         return self.part(lambda seed, _: seed in seeds)
 
     @property
@@ -270,7 +270,7 @@ class Grid:
         return [f"{self.over}={arm}" for arm in self.axes[self.over]] if self.over else [""]
 
     def within(self, budget: str) -> Grid:
-        """Its part of a budget."""
+        """The part of a budget."""
         over, _, arm = budget.partition("=")
         at = [*self.axes].index(over) if budget else 0
         return self.part(lambda _, arms: not budget or arms[at] == arm, budget)
@@ -292,9 +292,9 @@ class Grid:
         return self.groups({key: (self.axes[key][0], arm)})[0]
 
     def groups(self, varied: Mapping[str, tuple[str, str]]) -> tuple[list[Group], int]:
-        """A group for every seed and setting of the other axes, and how many lack a finished run.
+        """A group for every seed and setting of the other axes, and how many more lack a finished run.
 
-        Where not every combination was to be run, those without a folder for each of their runs were not.
+        If not every combination was to be run, a group counts only if each of its runs has a folder.
 
         `varied`: by axis, its baseline and an arm.
         """

@@ -192,37 +192,32 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     else:
         where = "above" if (loss.mean_difference or 0) > 0 else "below"
         text = f"{name} ended {size} nats {where} {base} ({reason}){costs}"
-    if loss.pair_correlation is not None and loss.pair_correlation < 0 and loss.verdict != "not_comparable":
-        text += "; the two arms go against each other over the seeds (r below 0): unpaired runs would do better"
-    text += _worth(loss) + _trend(loss, margin)
-    if loss.dropped_pairs:
-        text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, since a run did not finish"
-    return f"{at}{text}."
+    return f"{at}{'; '.join([text, *_remarks(loss, margin)])}."
 
 
-def _worth(loss: Effect) -> str:
-    """What the arm is worth, as a clause."""
+def _remarks(loss: Effect, margin: float | None) -> Iterable[str]:
+    """Whether pairing lost, what the arm is worth, how the difference moves along the run, what is missing: clauses."""
+    comparable = loss.verdict != "not_comparable"
+    if comparable and loss.pair_correlation is not None and loss.pair_correlation < 0:
+        yield "the two arms go against each other over the seeds (r below 0): unpaired runs would do better"
     of, factor, interval = worth(loss)
-    if not of:
-        return ""
     if factor == "–":
-        return f"; worth {interval} times the baseline's {of}"
-    at = " at the baseline's final loss" if float(factor) > 1 else ""
-    return f"; worth {factor} times the baseline's {of}{at}" + (f" (95 % interval {interval})" if interval else "")
-
-
-def _trend(loss: Effect, margin: float | None) -> str:
-    """Whether the difference grows, fades or holds along the run, as a clause; empty where that cannot be told."""
-    if loss.trend is None or loss.verdict == "not_comparable":
-        return ""
-    change, low, high = loss.trend
-    if low <= 0 <= high:
-        holds = margin is not None and -margin <= low and high <= margin
-        return f"; over the last half of the run the difference holds within ±{margin:g} nats" if holds else ""
-    way = "grows" if (change > 0) == ((loss.mean_difference or 0) > 0) else "fades"
-    near, far = sorted((abs(low), abs(high)))
-    size, *ends = (spell(value, (far - near) / 2) for value in (abs(change), near, far))
-    return f"; over the last half of the run the difference {way} by {size} nats (95 % interval {' to '.join(ends)})"
+        yield f"worth {interval} times the baseline's {of}"
+    elif of:
+        at = " at the baseline's final loss" if float(factor) > 1 else ""
+        yield f"worth {factor} times the baseline's {of}{at}" + (f" (95 % interval {interval})" if interval else "")
+    if comparable and loss.trend is not None:
+        change, low, high = loss.trend
+        late = "over the last half of the run the difference"
+        near, far = sorted((abs(low), abs(high)))
+        size, *ends = (spell(value, (far - near) / 2) for value in (abs(change), near, far))
+        if low > 0 or high < 0:
+            way = "grows" if (change > 0) == ((loss.mean_difference or 0) > 0) else "fades"
+            yield f"{late} {way} by {size} nats (95 % interval {' to '.join(ends)})"
+        elif margin is not None and far <= margin:
+            yield f"{late} holds within ±{margin:g} nats"
+    if loss.dropped_pairs:
+        yield f"{counted(loss.dropped_pairs, 'pair')} dropped, since a run did not finish"
 
 
 def _costs(effects: dict[str, Effect], loss: Effect) -> Iterable[str]:
