@@ -17,10 +17,8 @@ from scipy import stats
 from test_compare import TIE, effect, run
 
 from gpt2exp.compare import comparison as comparisons
-from gpt2exp.compare import effect as effects
 from gpt2exp.compare import figures, multiplier, report, words
 from gpt2exp.compare.comparison import Comparison, Row
-from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import Floats
 
 STEPS = np.arange(1, 201.0)
@@ -353,10 +351,3 @@ def test_figures_are_of_the_largest_budget_and_one_is_over_all(monkeypatch: pyte
     assert [kind for of, kind in kinds if of == "train.steps"] == ["budgets"]
     assert (TIE, "difference") in kinds
     assert f"{TIE}: difference at the end, seed by seed (train.steps=200)" in drawn
-
-
-def test_an_effect_has_no_budget_without_that_axis() -> None:
-    assert Effect("k", "a", "b", "val_loss").budget == ""
-    rows = [run(f"{TIE}={arm}", seed=seed, loss=3.0 + seed) for arm in ("true", "false") for seed in range(2)]
-    assert comparisons.compare(rows).over == ""
-    assert effects.FEWEST_POINTS == 16

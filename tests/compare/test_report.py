@@ -34,7 +34,7 @@ from gpt2exp.compare import figures, report, words
 from gpt2exp.compare.comparison import Comparison, Distance
 from gpt2exp.compare.effect import Effect
 from gpt2exp.config import RunConfig
-from gpt2exp.run import record, terminal
+from gpt2exp.run import terminal
 from gpt2exp.schema import plain
 
 Done = subprocess.CompletedProcess[str]
@@ -421,13 +421,6 @@ class TestEnds:
         assert not (tmp_path / "figures").exists()
         assert spoken(comparison).count("diverged after step 20: loss became nan at step 3") == 4
         assert "cannot be compared" in (tmp_path / "report.md").read_text()
-
-    def test_a_torn_line_of_metrics_is_skipped(self, tmp_path: Path) -> None:
-        folder = leave(tmp_path / "run", summary(1))
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 20, "lo')
-        assert [row["step"] for row in record.read_metrics(folder)] == list(range(20))
-        assert record.read_metrics(tmp_path) == []
 
     def test_no_comparison_is_a_line_and_no_failure(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         leave(tmp_path / "1", summary(1))
