@@ -11,12 +11,14 @@ import csv
 import io
 import itertools
 import json
+import math
 import operator
 import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -98,15 +100,17 @@ def _show_effects(comparison: Comparison, console: Console) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Dataclasses and all as JSON's own types, with null for what no JSON number can be."""
-    from pydantic_core import to_json
-
-    return json.loads(to_json(value, inf_nan_mode="null"))
+    """JSON's own types with null for what no JSON number can be."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def record_of(effect: Effect) -> dict[str, Any]:
     """An effect as exact values by column: of each interval and of `parameters` two."""
-    row = finite(effect)
+    row = finite(asdict(effect))
     ends = {name: row.pop(name) or (None, None) for name in list(row) if name.endswith("ci95")}
     row |= {f"{name}_{side}": end for name, of in ends.items() for side, end in zip(("low", "high"), of, strict=True)}
     sides = row.pop("parameters")
@@ -264,7 +268,8 @@ def markdown(comparison: Comparison, out: Path, drawings: Sequence[Drawing]) -> 
     runs = words.runs_table(comparison)
     for row, cells in zip(comparison.runs, runs.rows, strict=True):
         cells["run"] = linked(cells["run"], Path(row["folder"]), out, "/")
-        cells["state"] = Marked(cells["state"] if row["state"] == "done" else f"**{cells['state']}**")
+        if row["state"] != "done":
+            cells["state"] = Marked(f"**{escaped(cells['state'])}**")
     typed = commands(comparison.runs)
     ticks = max((len(found) for text in typed for found in re.findall(r"`+", text)), default=0)
     text = _template("report.md.j2").render(

@@ -374,6 +374,13 @@ class TestFiles:
         assert report.finite(comparison.as_dict())["axes"][0]["ci95"] == [None, 1.0]
         assert ",nan" not in report.table(comparison)
 
+    def test_a_folder_of_any_name(self, tmp_path: Path) -> None:
+        """Also one whose name is no text, as a disk from elsewhere may have it."""
+        folder = tmp_path / os.fsdecode(b"\xff\xfe")
+        leave(folder, summary(1))
+        conclude.write(compare.compare(compare.read([tmp_path])), tmp_path / "out")
+        assert read(tmp_path / "out" / "comparison.json")["runs"][0]["name"] == folder.name
+
 
 class TestEnds:
     """Sweeps with little or nothing to compare."""
