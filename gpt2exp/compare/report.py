@@ -183,10 +183,8 @@ def commands(rows: Sequence[Row]) -> list[str]:
     found: dict[str, None] = {}
     for row in rows:
         sweep = record.sweep_of(Path(row["folder"]))
-        argv = row.get("overrides", [])
-        if sweep is not None:
-            known = record.Sweep.read(sweep)
-            argv = known.argv if known else []
+        known = record.Sweep.read(sweep) if sweep else None
+        argv = known.argv if known else row.get("overrides", [])
         found[shlex.join(["gpt2exp", *(printable(word) for word in argv)])] = None
     return list(found)
 
@@ -326,8 +324,7 @@ def mirror(comparison: Comparison, sweep: Path, drawings: Sequence[Drawing]) -> 
     """
     from gpt2exp.run.tracking import Mirror, resolve_mode
 
-    sections_of = (row.get("config", {}).get("wandb", {"mode": "disabled"}) for row in comparison.runs)
-    known = (parse({"wandb": section}).wandb for section in sections_of)
+    known = (parse({"wandb": row["config"]["wandb"]}).wandb for row in comparison.runs if "config" in row)
     config = next((config for config in known if resolve_mode(config) != "disabled"), None)
     if config is None:
         return None
