@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.compare import figures, index, inference, report
+from gpt2exp.compare import figures, index, inference, report, words
 from gpt2exp.compare.comparison import Comparison, Distance, Row, compare, read
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.stopping import compared
@@ -108,11 +108,13 @@ def results(study: str, comparison: Comparison) -> str:
     table = report.effects(comparison, METRICS[study]) if study in METRICS else losses(comparison)
     # where GPT-2's own part leads, the small model's sentences would repeat it
     leads = Record(f"{study}/gpt2").stem.with_suffix(".csv").is_file()
-    told = [line for line in report.verdicts(comparison) if not line.startswith("- note: no compute multiplier")]
+    spared = ("- note: no compute multiplier", "- **↔")  # `gaps` says in a line how far precisions stray
+    told = [line for line in report.verdicts(comparison) if not line.startswith(spared)]
     if record.block in ("until", "equal_parameters"):
         told, table = [line for line in told if not line.startswith("- note: ")], []
     parts = [
         [] if leads else told,
+        gaps(comparison),
         table,
         [line for line in report.tuning(comparison) if ": best at " not in line]
         if comparison.tuning and not leads
@@ -122,6 +124,19 @@ def results(study: str, comparison: Comparison) -> str:
         *([extra(runs_of(study))] for extra in EXTRAS.get(study, [])),
     ]
     return "\n\n".join("\n".join(part).strip() for part in parts if part)
+
+
+def gaps(comparison: Comparison) -> list[str]:
+    """How far each precision's training loss lies from fp64's, in a line."""
+    if not comparison.distances:
+        return []
+    far = [f"{item.arm} {words.spell(item.mean)} ({words.spell(item.largest)})" for item in comparison.distances]
+    std = comparison.distances[0].seed_std
+    return [
+        "How far the training loss lies from fp64's at the same seed and step, in nats, on average (and at the worst "
+        f"step, mean over seeds): {', '.join(far)}."
+        + (f" Between seeds fp64's own losses have a std of {words.spell(std)}." if std is not None else "")
+    ]
 
 
 def losses(comparison: Comparison) -> list[str]:
