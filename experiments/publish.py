@@ -149,7 +149,7 @@ def losses(comparison: Comparison) -> list[str]:
 
 def draw(record: Record, comparison: Comparison) -> None:
     """Replace those of a study's figures for which the comparison has something."""
-    for drawing in (drawing for section in figures.draw(comparison) for drawing in section.drawings):
+    for drawing in figures.draw(comparison):
         number, kind = drawing.name.split("-", 1)[0], drawing.name.rsplit("-", 1)[-1]
         if kind in FIGURES.get(record.study, ()) and number in ("0", "1"):
             record.beside(f"{kind}.png").write_bytes(drawing.png)
