@@ -260,7 +260,7 @@ def _row(run: Run, folder: Path, shared: Mapping[str, Any]) -> Row:
     row: dict[str, Any] = {"name": run["name"], "folder": str(folder / run["name"]), "error": None}
     row |= {key: run[key] for key in ("state", "started")} | {"overrides": run["overrides"].split()}
     row |= {key: float(run[key]) for key in run if key in NUMBERS and run[key]}
-    row |= {key: int(run[key]) for key in ("steps", "tokens", "seed")}
+    row |= {key: int(run[key]) for key in ("steps", "tokens", "seed", "pid") if run.get(key)}
     row["parameters"] = {"total": int(run["parameters"])}
     row["wall_seconds"] = {"train": float(run["wall_total"]) - float(run["wall_startup"])}
     for key, value in {**shared, **{key: json.loads(text) for key, text in run.items() if "." in key and text}}.items():
