@@ -160,7 +160,7 @@ def command(argv: list[str]) -> int:
         with process.writing(f"{args.out}: cannot be written", "name another folder"):
             step = write(args.run, args.out)
         text = f"{args.out}: the weights after step {step}, for transformers' from_pretrained, pipeline, or init.path"
-        terminal.terminal().print(text, markup=False, soft_wrap=True)
+        terminal.say(text)
 
     return process.carry_out("gpt2exp-export", export)
 

@@ -125,6 +125,11 @@ class Section:
     def agree(self) -> None:
         """Raise `BadRequest` unless the values go together."""
 
+    def require(self, ok: bool, name: str, reason: str, remedy: str) -> None:
+        """Raise `BadRequest` about the field `name` of this section, or of one inside, unless `ok`."""
+        value = operator.attrgetter(name)(self)
+        require(ok, self.key(name), "''" if value == "" else value, reason, remedy)
+
     inside: ClassVar[str] = ""  # the section around it, with a dot
 
     @classmethod

@@ -84,6 +84,11 @@ def terminal(*, stderr: bool = False) -> Console:
     return console
 
 
+def say(text: str) -> None:
+    """Print a text on standard output as it is, its lines unbroken."""
+    terminal().print(text, markup=False, soft_wrap=True)
+
+
 def show_warnings(*, traces: bool = False) -> None:
     """Print the package's warnings on standard error; a second call changes nothing."""
     log.propagate = False

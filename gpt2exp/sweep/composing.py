@@ -14,7 +14,6 @@ import importlib.util
 import itertools
 import json
 import operator
-import os
 import re
 import sys
 import textwrap
@@ -37,6 +36,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
+from hydra.core.utils import env_override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -96,16 +96,11 @@ class Job:
 
     overrides: tuple[str, ...]
     config: RunConfig
-    own: dict[str, Any] | None = None
-    """Its configuration as its folder's `.hydra` is to hold it, interpolations as they stand; None: as it holds it."""
-    hydra: dict[str, Any] = field(default_factory=dict)
-    """Hydra's section of it; empty: as the folder holds it."""
-    folder: str = ""
-    """Its name in the sweep's folder; empty for a run alone, and where a sweeper makes up the jobs as it goes."""
-    reused: dict[str, Any] = field(default_factory=dict)
-    """The run that counts as this one: `from`, its folder, and whether it `shared` its machine; empty: it is run."""
-    done: bool = False
-    """An earlier launch came to its end: it is kept and not run again."""
+    own: dict[str, Any] | None = None  # `config` as written to `.hydra`, interpolations kept; None: it is there already
+    hydra: dict[str, Any] = field(default_factory=dict)  # Hydra's section, written too; empty: it is there already
+    folder: str = ""  # its name in the sweep's folder; empty for a run alone, and until a sweeper makes up the job
+    reused: dict[str, Any] = field(default_factory=dict)  # an earlier run taken as this one: see `reuse.found`
+    done: bool = False  # it ended in an earlier launch, and is not run again
 
 
 class Composer:
@@ -134,11 +129,8 @@ class Composer:
     def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
         """The configuration of a command line; keys with several values are left as they are."""
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-
-        def load(texts: list[str]) -> DictConfig:
-            return self.loader.load_configuration(self.name, texts, run_mode=mode, validate_sweep_overrides=False)
-
-        return self._with_schedule(load, texts)
+        load = functools.partial(self.loader.load_configuration, self.name, run_mode=mode)
+        return self._with_schedule(functools.partial(load, validate_sweep_overrides=False), texts)
 
     def _with_schedule(self, load: Callable[[list[str]], DictConfig], texts: Sequence[str]) -> DictConfig:
         """A configuration with the file of the group `schedule` that its `optimizer.schedule` names, if any."""
@@ -191,9 +183,8 @@ class _Base:
         live = {key: _value(self.own, key) for key in (*changed, *self.following)}
         secret.check_values(live)
         self.config = with_values(self.config, live)
-        told = [str(override.input_line) for override in overrides if not override.is_hydra_override()]
-        settings = self.hydra | {"overrides": self.hydra["overrides"] | {"task": told}}
-        return Job(tuple(told), self.config, as_plain(self.own), settings)
+        told = (str(override.input_line) for override in overrides if not override.is_hydra_override())
+        return Job(tuple(told), self.config, as_plain(self.own), self.hydra)
 
 
 def _of_type(config: RunConfig, key: str, value: object) -> Any:
@@ -332,8 +323,11 @@ def describe(folder: Path, job: Job, place: Path | None = None) -> None:
         return
     texts = {"overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(list(job.overrides))), "config.yaml": _yaml(job.own)}
     if job.hydra:
-        here = job.hydra["runtime"] | {"output_dir": str((place or folder).absolute())}
-        texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(job.hydra | {'runtime': here}), '  ')}"} | texts
+        own = {
+            "overrides": job.hydra["overrides"] | {"task": [text for text in job.overrides if not is_hydra(text)]},
+            "runtime": job.hydra["runtime"] | {"output_dir": str((place or folder).absolute())},
+        }
+        texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(job.hydra | own), '  ')}"} | texts
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         with replacing(folder / ".hydra" / name) as part:
@@ -352,18 +346,17 @@ def _section(text: str) -> str:  # most sections are alike in all jobs of a swee
 # --- what Hydra still runs -------------------------------------------------------------------------------------------
 
 
+JOB = "gpt2exp_job"  # where a launcher's configuration has the job
+
+
 class _Listed:
-    """Stands in for Hydra's loader in a launcher: what makes a job is in its text, for `work` to read."""
+    """Stands in for Hydra's loader in a launcher, whose overrides are here one text: the job, for `work` to read."""
 
     def load_sweep_config(self, master: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         config = copy.deepcopy(master)
         with open_dict(config):
             config[JOB] = sweep_overrides[0].encode()  # bytes: nothing in them is an interpolation
         return config
-
-
-JOB = "gpt2exp_job"
-"""Under which key."""
 
 
 def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable[[DictConfig], Any]) -> None:
@@ -374,8 +367,8 @@ def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable
     context = HydraContext(_Listed(), Callbacks())  # type: ignore[arg-type]
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=master)
     handing = ("overrides", "own", "hydra", "folder", "reused")
-    told = [{name: getattr(job, name) for name in handing} for job in jobs]
-    for done in launcher.launch([[json.dumps(job)] for job in told], initial_job_idx=0):
+    told = [[json.dumps({name: getattr(job, name) for name in handing})] for job in jobs]
+    for done in launcher.launch(told, initial_job_idx=0):
         done.return_value  # noqa: B018 - raises what ended the job
 
 
@@ -401,15 +394,13 @@ def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Pat
     Its exceptions are let through to us instead of ending the process.
     """
     pins = [] if sweep is None else [typed("hydra.sweep.dir", sweep.absolute()), "hydra.output_subdir=null"]
-    before, had = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv[1:], os.environ["HYDRA_FULL_ERROR"] = [*map(_located, argv), *pins], "1"
+    before = list(sys.argv)
+    sys.argv[1:] = [*map(_located, argv), *pins]
     try:
-        hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(work)()
+        with env_override({"HYDRA_FULL_ERROR": "1"}):
+            hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(work)()
     finally:
         sys.argv = before
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if had is not None:
-            os.environ["HYDRA_FULL_ERROR"] = had
 
 
 register()

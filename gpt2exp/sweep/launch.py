@@ -79,7 +79,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _understand(argv: list[str]) -> int:
     args, argv = parsed(argv)
     if args.help:
-        terminal.terminal().print(help.text(composing.config_folder(args)), markup=False)
+        terminal.say(help.text(composing.config_folder(args)))
         return 0
     with distributed.process_group():
         if not distributed.is_main():
@@ -127,12 +127,12 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
     if any(job.config.dry_run for job in request.jobs):
         _show_dry([job for job in to_do if not request.looks or job.config.seed == to_do[0].config.seed])
         if request.looks:
-            terminal.terminal().print(f"the runs of one seed, of {request.rule['max_seeds']} at most", markup=False)
+            terminal.say(f"the runs of one seed, of {request.rule['max_seeds']} at most")
         if request.tuning:
-            terminal.terminal().print(tuning.announced(request.tuning, len(trials), len(to_do)), markup=False)
+            terminal.say(tuning.announced(request.tuning, len(trials), len(to_do)))
         return 0
     for note in _notes(request, to_do):
-        terminal.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
+        terminal.say(f"note: {note}")
     if not to_do and not request.multirun:
         return 0
     with contextlib.ExitStack() as engine:
@@ -146,7 +146,7 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
                 to_do, said = tuning.settle(request.folder, to_do)
                 to_do = _reusing(to_do, texts, request.folder)
                 for line in said:
-                    terminal.terminal().print(line, markup=False, soft_wrap=True)
+                    terminal.say(line)
             needless = _needless(request.folder)
             if to_do := [job for job in to_do if job.config.seed not in needless]:
                 _launch(request, to_do, argv, began)
@@ -158,7 +158,7 @@ def _reusing(jobs: list[Job], texts: dict[tuple[Any, ...], str], folder: Path) -
     """The jobs, those with the run that counts as theirs which have one, which is said."""
     jobs, lines = reuse.found(jobs, texts, folder)
     for line in lines:
-        terminal.terminal().print(f"sweep.reuse: {line}", markup=False, soft_wrap=True)
+        terminal.say(f"sweep.reuse: {line}")
     return jobs
 
 
@@ -203,11 +203,11 @@ def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -
 def _say_how_to_go_on(request: Request) -> None:
     if request.launcher is not None and request.launcher._target_ == engines.SLURM:
         text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
-        terminal.terminal().print(text, markup=False)
+        terminal.say(text)
     if request.names:
         configs = [job.config for job in request.jobs]
         line = f"to go on: {terminal.to_go_on(request.folder.absolute(), *configs)}"
-        terminal.terminal().print(line, markup=False, soft_wrap=True)
+        terminal.say(line)
 
 
 def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str]:
@@ -344,7 +344,7 @@ def _needless(sweep: Path, ended: int | None = None) -> set[int]:
         return set()
     stand = stopping.stand(sweep)
     for line in stand.lines(known.rule["max_seeds"]) if ended is not None else ():
-        terminal.terminal().print(line, markup=False, soft_wrap=True)
+        terminal.say(line)
     begun = {path.parent.name for path in sweep.glob("*/status.json")}
     return {seed for seed, names in known.by_seed.items() if not begun & {*names}} if stand.why else set()
 

@@ -21,7 +21,7 @@ import shutil
 import time
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -35,51 +35,31 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2exp.config import CONTROL, InitConfig, InitScheme, SweepConfig
+from gpt2exp.config import CONTROL, Design, InitConfig, InitScheme, SweepConfig
 from gpt2exp.files import beside
 from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
 from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
 from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show
-from gpt2exp.sweep import design, engines, tuning
-from gpt2exp.sweep.composing import (
-    BASIC_SWEEPER,
-    SECTIONS,
-    Composer,
-    Job,
-    as_plain,
-    checked,
-    composing,
-    describe,
-    identified,
-    is_hydra,
-    schema_of,
-)
+from gpt2exp.sweep import composing, design, engines, tuning
+from gpt2exp.sweep.composing import SECTIONS, Composer, Job, as_plain, is_hydra
 
 
 @dataclass(frozen=True)
 class Request:
     """The checked jobs, whether they form a sweep, and where the results go."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[Job, ...]  # to be compared
     multirun: bool
     folder: Path
-    master: DictConfig | None = None
-    """Of a sweep: its configuration, with Hydra's section, before a job's values are in it."""
-    argv: tuple[str, ...] = ()
-    """Of what goes on: a command line that asks for all of it."""
-    resumed: bool = False
-    """The folder is there, and is gone on with."""
-    cwd: Path | None = None
-    """Where the relative paths of the configuration start, if not here."""
-    notes: tuple[str, ...] = ()
-    """What the user should know before it begins."""
-    looks: tuple[int, ...] = ()
-    """Numbers of seeds at which a sweep that runs until it is answered looks; empty for any other."""
-    trials: tuple[Job, ...] = ()
-    """The runs that tune each arm before `jobs` are run at its best value; none without `sweep.tune`."""
-    tuned: record.Tuning | None = None
-    """What was chosen by them in an earlier launch."""
+    master: DictConfig | None = None  # of a sweep: what its jobs share, with Hydra's section
+    argv: tuple[str, ...] = ()  # of what goes on: a command line that asks for all of it
+    resumed: bool = False  # the folder is there, and is gone on with
+    cwd: Path | None = None  # where relative paths start, if not here
+    notes: tuple[str, ...] = ()  # what the user should know before it begins
+    looks: tuple[int, ...] = ()  # with `sweep.until`: the numbers of seeds at which the sweep looks
+    trials: tuple[Job, ...] = ()  # with `sweep.tune`: the runs that tune each arm before `jobs` are run
+    tuned: record.Tuning | None = None  # what an earlier launch chose by them
 
     @property
     def tuning(self) -> record.Tuning | None:
@@ -119,7 +99,8 @@ class Request:
         if not self.looks:
             return {}
         settings = self.jobs[-1].config.sweep
-        axes = {key: values for key, values in design.arms(self.jobs).items() if len(values) > 1}
+        found = design.arms((job.overrides for job in self.jobs), settings)
+        axes = {key: values for key, values in found.items() if len(values) > 1}
         axes = {key: values for key, values in axes.items() if key not in ("seed", settings.budget)}
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
@@ -147,7 +128,7 @@ def make(args: argparse.Namespace) -> Request:
     Raises:
         BadRequest: anything in it that cannot be carried out.
     """
-    with composing(args) as composer:
+    with composing.composing(args) as composer:
         return compose(composer, read(composer, args.overrides), multirun=args.multirun)
 
 
@@ -288,7 +269,7 @@ def _check_type(key: str, value: Any) -> None:
             raise ValueError("a bool is no number")
         if isinstance(value, (int, float)) and expected == (bool,) and value not in (0, 1):
             raise ValueError("a number is no bool")
-        OmegaConf.update(schema_of(section), name, value)
+        OmegaConf.update(composing.schema_of(section), name, value)
     except (OmegaConfBaseException, ValueError) as error:
         shown = show(default_of(section.__dataclass_fields__[name]))
         for kind in expected:
@@ -312,8 +293,13 @@ def is_text(kinds: tuple[Any, ...]) -> bool:
     return list[str] in kinds or (str in kinds and not {int, bool} & set(kinds))
 
 
-def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) -> Request:
-    """The request of overrides that were checked one by one."""
+def compose(
+    composer: Composer, typed: Sequence[Override], *, multirun: bool, absent: Collection[str] | None = None
+) -> Request:
+    """The request of overrides that were checked one by one.
+
+    `absent`: of a sweep that goes on, and so brings no axes along, the keys that one of its arms is not told.
+    """
     texts = [str(override.input_line) for override in typed]
     master = composer.compose(texts, multirun=multirun)
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
@@ -325,8 +311,9 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     check_hydra(master.hydra)
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
-    if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
-        found = axes([*read(composer, preset(master)), *typed])
+    if basic := multirun and master.hydra.sweeper._target_ == composing.BASIC_SWEEPER:
+        found = axes([*(read(composer, preset(master)) if absent is None else ()), *typed])
+        design.check_single(found)
         together, rule = moving(composer, master.sweep.together), as_plain(master.sweep) | {"control": False}
         if master.sweep.over is not None:
             found |= budgets(composer, master.sweep.over, {**found, **together})
@@ -335,22 +322,24 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
             end = parse({"sweep": rule}).sweep.looks.stop
             found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
         found |= tuning.first(composer, parse({"sweep": rule}).sweep, {**found, **together})
-        single = {key: [(text,) for text in texts] for key, texts in found.items()}
+        single: dict[str, list[design.Arm]] = {key: [(text,) for text in texts] for key, texts in found.items()}
+        for key in single.keys() & {*(absent or ())}:  # the arm without it is the baseline's
+            single[key].insert(len(single[key]) if master.sweep.design is Design.leave_one_out else 0, ())
         plan = single | design.together(together, found)
-        design.check_single(found)
         control = (f"{CONTROL}={master.data.redraw + 1}",) if master.sweep.control else None
-        jobs = list(map(tuning.bare, named(list(composer.jobs(master, design.jobs(plan, master.sweep, control))))))
+        jobs = named(list(composer.jobs(master, design.jobs(plan, master.sweep, control))))
+        jobs = [
+            dataclasses.replace(job, overrides=tuple(tuning.untold(job.overrides, job.config.sweep.tune)))
+            for job in jobs
+        ]
     else:  # a sweeper that makes up its jobs has the others' keys checked
-        design.check_unused(master.sweep, "it takes the basic sweeper" if multirun else "one run has no arms; add -m")
+        design.check_unused(master.sweep, multirun=multirun)
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
-        alone = identified(composer.compose(constant) if multirun else master)
+        alone = composing.identified(composer.compose(constant) if multirun else master)
         own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
-        jobs = [Job(tuple(texts), checked(alone), own, settings)]
-    if not basic and (over := jobs[0].config.sweep.over):
-        why = "a sweep by the basic sweeper alone has budgets; add -m, and what to compare within each"
-        raise BadRequest(f"sweep.over={over}: {why}")
-    looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
-    tuning.check(jobs, multirun=multirun, basic=bool(basic))
+        jobs = [Job(tuple(texts), composing.checked(alone), own, settings)]
+    looks = _looks(jobs, typed)
+    tuning.check(jobs)
     trials = named(tuning.trials(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
@@ -361,22 +350,18 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks, trials=tuple(trials))
 
 
-def _looks(jobs: Sequence[Job], typed: Sequence[Override], *, single: bool, until: str | None) -> tuple[int, ...]:
-    """The looks of a sweep that runs until it is answered, by one rule for all its jobs; of any other none."""
-    rules = {(one.until, one.looks, one.max_hours, one.margin) for one in (job.config.sweep for job in jobs)}
-    if not any(asked for asked, *_ in rules):
+def _looks(jobs: Sequence[Job], typed: Sequence[Override]) -> tuple[int, ...]:
+    """The looks of a sweep that runs until it is answered; of any other none."""
+    sweep = jobs[0].config.sweep
+    if not sweep.until:
         return ()
+    if seeds := [one.input_line for one in typed if one.key_or_group == "seed"]:
+        why = f"it takes the seeds 1, 2, 3, ... one after another; leave out {seeds[0]}"
+        raise BadRequest(f"sweep.until=answered: {why}")
     arms = {tuple(text for text in job.overrides if not text.startswith("seed=")) for job in jobs}
-    seeds, what = [one.input_line for one in typed if one.key_or_group == "seed"], "model.tie_weights=true,false"
-    for wrong, why in (
-        (single, f"one run has no arms to compare; add -m, and what to compare, such as {what}"),
-        (not until or len(rules) > 1, "it takes the basic sweeper and one rule for all jobs; name one value of each"),
-        (seeds, f"it takes the seeds 1, 2, 3, ... one after another; leave out {seeds and seeds[0]}"),
-        (len(arms) < 2, f"nothing varies but the seed; add what to compare, such as {what}"),
-    ):
-        if wrong:
-            raise BadRequest(f"sweep.until=answered: {why}")
-    return tuple(jobs[0].config.sweep.looks)
+    remedy = "add what to compare, such as model.tie_weights=true,false"
+    require(len(arms) > 1, "sweep.until", "answered", "nothing varies but the seed", remedy)
+    return tuple(sweep.looks)
 
 
 def _check_several(composer: Composer, override: Override, *, multirun: bool) -> None:
@@ -415,9 +400,8 @@ def check_hydra(settings: DictConfig) -> None:
     if settings.launcher._target_ == engines.BASIC:
         found = settings.verbose, settings.runtime.choices["hydra/job_logging"]
         for key, value, usual in zip(LOGGING, found, (False, "none"), strict=True):
-            require(
-                value == usual, key, value, "has no effect without a launcher", "leave it out; run.log has all lines"
-            )
+            remedy = "leave it out; run.log has all lines"
+            require(value == usual, key, value, "has no effect without a launcher", remedy)
     known = sorted(Plugins.instance().class_name_to_class)
     for part in ("launcher", "sweeper"):
         target = settings[part]._target_
@@ -460,14 +444,15 @@ def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict
     again = "try sweep.over=train.steps=50,100,200"
     require("=" in over, "sweep.over", over, "must be KEY=A,B", again)
     ((key, texts),) = axes(read(composer, [over])).items()
-    counts = not is_housekeeping(key) and key != "seed" and {int, float} & {*kinds(key)} if key in keys() else False
-    require(bool(counts), "sweep.over", over, f"{key} is no number that makes a run larger", again)
-    require(len({*texts}) > 1, "sweep.over", over, "one value is no axis", again)
-    require(key not in others, "sweep.over", over, f"{key} is given twice", f"leave out {key}=...")
-    several = [name for name, each in others.items() if len(each) > 1 and name != "seed"]
-    require(
-        bool(several), "sweep.over", over, "nothing else varies", "add what to compare: model.tie_weights=true,false"
-    )
+    counts = key in keys() and not is_housekeeping(key) and key != "seed" and bool({int, float} & {*kinds(key)})
+    vary = any(len(each) > 1 for name, each in others.items() if name != "seed")
+    for ok, why, remedy in (
+        (counts, f"{key} is no number that makes a run larger", again),
+        (len({*texts}) > 1, "one value is no axis", again),
+        (key not in others, f"{key} is given twice", f"leave out {key}=..."),
+        (vary, "nothing else varies", "add what to compare: model.tie_weights=true,false"),
+    ):
+        require(ok, "sweep.over", over, why, remedy)
     return {key: sorted(texts, key=lambda text: float(text.partition("=")[2]))}
 
 
@@ -541,4 +526,4 @@ def _write(request: Request, argv: Sequence[str], folder: Path) -> None:
         # a sweep that ends as soon as it is answered makes a folder as its run begins
         later = (request.multirun and not job.folder) or (request.looks and not request.trials and not place.exists())
         if not job.done and not later:
-            describe(place, job, request.folder / job.folder)
+            composing.describe(place, job, request.folder / job.folder)

@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import choices, schema, section
-from gpt2exp.config import DataName, RunConfig, Schedule
+from gpt2exp.config import DataName, Design, RunConfig, Schedule, key_and_values
 from gpt2exp.run import record, terminal
-from gpt2exp.section import BadRequest, override_key, show
-from gpt2exp.sweep import composing, design, engines, request, tuning
+from gpt2exp.section import BadRequest, override_key, quoted, show
+from gpt2exp.sweep import composing, design, request
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
 MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
@@ -203,6 +203,7 @@ def _flat(of: RunConfig) -> dict[str, Any]:
 
 
 def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> request.Request:
+    """The whole sweep, composed again with what is typed beside; the jobs of before keep their folders."""
     known = record.Sweep.read(folder)
     if known is None:
         raise BadRequest(f"resume={folder}: its {record.SWEEP} cannot be read; put it back")
@@ -217,59 +218,125 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         choices.allow(args.config_dir, Path.cwd(), flags.config_dir, began_in)
     _check_rule(folder, known, typed)
     runs, gone = _recorded(folder)
-    listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
-    tried = {name for name in runs if name.startswith(f"{record.TUNING}/")}
-    listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items() if name not in tried}
+    listed = dict(zip(known.folders, known.jobs, strict=True))
+    listed |= {name: texts for name, (_, texts) in runs.items() if not name.startswith(f"{record.TUNING}/")}
+    listed = {name: _of_today(texts, gone) for name, texts in listed.items()}
     with composing.composing(flags) as composer:
-        added = request.axes(typed)
-        settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
-        if place := added.get("hydra.sweep.subdir"):
-            raise BadRequest(f"{place[0]}: the jobs of a sweep that goes on keep their folders; leave it out")
-        kept = [texts[-1] for key, texts in added.items() if schema.is_housekeeping(override_key(key))]
-        most = [text for text in kept if text.startswith("sweep.max_seeds=")]
         before = [text for text in _of_today(flags.overrides, gone) if override_key(text) not in request.LOGGING]
-        master = composer.compose([*before, *settings, *most], multirun=True)
-        request.check_hydra(master.hydra)
-        more = {override_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
-        axes: dict[str, list[design.Arm]] = {key: [(text,) for text in texts] for key, texts in more.items()}
-        if known.looks:
-            more_seeds = range(len(known.by_seed) + 1, (master.sweep.max_seeds or 0) + 1)
-            axes["seed"] = [(f"seed={seed}",) for seed in more_seeds]
-        axes |= _together(composer, list(master.sweep.together), kept, more)
-        jobs, trials = _tuned(composer, master, folder, known, listed, runs, axes, kept)
-    for device in {job.config.train.device for job in jobs}:
-        engines.check(master.hydra.launcher, device)
-    hydra = [*(text for text in flags.overrides if is_hydra(text)), *settings]
-    told = [text for key, text in design.asked(jobs).items() if key != "seed" or not known.looks]
-    argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *told, *hydra]
-    where, notes = began_in if began_in.is_dir() else None, tuple(_gone_note(gone))
-    looks = tuple(known.looks)
-    asked = request.Request(tuple(jobs), True, folder, master, tuple(argv), resumed=True, cwd=where, notes=notes)
-    return dataclasses.replace(asked, looks=looks, trials=tuple(trials), tuned=known.tuning)
+        words, absent = _words(composer, before, list(listed.values()), typed)
+        whole = request.compose(composer, request.read(composer, words), multirun=True, absent=absent)
+    key, tried = "", dict[str, list[str]]()
+    if known.tuning:
+        key = known.tuning.key
+        tried = {
+            name: [*arm.overrides, f"{key}={value}", f"seed={seed}"]
+            for arm in known.tuning.arms
+            for value, names in arm.runs.items()
+            for name, seed in zip(names, known.tuning.seeds, strict=True)
+        }
+    again = any(schema.is_housekeeping(override.key_or_group) for override in typed)
+    return dataclasses.replace(
+        whole,
+        jobs=tuple(_placed(whole.jobs, listed, runs, folder, tuned=key, again=again)),
+        trials=tuple(_placed(whole.trials, tried, runs, folder, again=again)),
+        tuned=known.tuning,
+        looks=tuple(known.looks),
+        folder=folder,
+        argv=("-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *words),
+        resumed=True,
+        cwd=began_in if began_in.is_dir() else None,
+        notes=tuple(_gone_note(gone)),
+    )
 
 
-def _together(
-    composer: Composer, had: Sequence[str], kept: list[str], typed: Mapping[str, Sequence[str]]
-) -> dict[str, list[design.Arm]]:
-    """The arms that a `sweep.together` among the overrides `kept` adds; that one gets those of before too.
+def _words(
+    composer: Composer, before: list[str], listed: Sequence[Sequence[str]], typed: Sequence[Override]
+) -> tuple[list[str], set[str]]:
+    """What to type to ask for the jobs of before with what is typed now, and the keys that some jobs are not told.
 
-    `typed`: the overrides of the keys typed by themselves.
+    `before`: the command line of before; `listed`: the overrides of its jobs.
     """
-    before = request.moving(composer, had)
-    arms = itertools.chain(*design.together(before, typed).values())
-    at = next((at for at, text in enumerate(kept) if text.startswith("sweep.together=")), None)
-    if at is None:
-        return {}
-    value = request.read(composer, [kept[at]])[0].value()
+    sweep = composer.compose(before, multirun=True).sweep
+    told = design.asked(listed, sweep)
+    keys = [{*map(override_key, texts)} for texts in listed]
+    absent = {key for key in told if not (schema.is_housekeeping(key) or all(key in each for each in keys))}
+    hydra = [text for text in before if is_hydra(text)]
+    for key, texts in request.axes(typed).items():
+        values, had = list(map(_value, texts)), told.get(key, [])
+        if is_hydra(key):
+            hydra += texts
+        elif key == "sweep.together":
+            told[key] = [_together(composer, list(sweep.together), texts)]
+        elif schema.is_housekeeping(key):
+            told[key] = values
+        elif key == "experiment" and values != had:
+            raise BadRequest(f"{texts[0]}: a study is a sweep of its own; leave out resume to start it")
+        elif key == key_and_values(sweep.over)[0]:
+            told["sweep.over"] = [quoted(",".join([sweep.over, *values]))]
+        else:
+            absent |= {key} - told.keys()
+            full_set = sweep.design is Design.leave_one_out and key != "seed"  # whose value is the last
+            told[key] = list(dict.fromkeys([*values, *had] if full_set else [*had, *values]))
+    return [*(f"{key}={','.join(values)}" for key, values in told.items()), *hydra], absent
+
+
+def _together(composer: Composer, had: Sequence[str], texts: list[str]) -> str:
+    """The value of `sweep.together` with the arms of before and then those typed, `texts`."""
+    before, value = request.moving(composer, had), request.read(composer, texts)[0].value()
     more = request.moving(composer, value if isinstance(value, list) else [])
     if before and before.keys() != more.keys():
         why = f"the sweep began with {' and '.join(before)}"
         raise BadRequest(f"sweep.together: {', '.join(more)}: {why}; name those, or start a new sweep")
-    axis = design.together({key: more[key] for key in before or more}, typed)
-    each = zip(*dict.fromkeys([*arms, *itertools.chain(*axis.values())]), strict=True)
-    lists = (f"{key}={','.join(map(_value, texts))}" for key, texts in zip(before or more, each, strict=True))
-    kept[at] = f"sweep.together={request.as_list(lists)}"
-    return axis
+    axes = (design.together({key: each[key] for key in before or more}, {}) for each in (before or more, more))
+    arms = dict.fromkeys(itertools.chain.from_iterable(itertools.chain(*axis.values()) for axis in axes))
+    columns = zip(before or more, zip(*arms, strict=True), strict=True)
+    return request.as_list(f"{key}={','.join(map(_value, column))}" for key, column in columns)
+
+
+def _placed(
+    jobs: Sequence[Job],
+    listed: Mapping[str, list[str]],
+    runs: Mapping[str, tuple[RunConfig, list[str]]],
+    folder: Path,
+    *,
+    tuned: str = "",
+    again: bool,
+) -> list[Job]:
+    """The jobs of before in their folders, then those of `jobs` that compute something else, in new folders.
+
+    Args:
+        jobs: Of the whole sweep.
+        listed: The overrides of the jobs of before, by folder.
+        runs: By folder the configuration and the overrides of those that were begun.
+        folder: The sweep's.
+        tuned: The key of which each job has the value of its arm.
+        again: Whether what is not done gets its configuration anew, for a key that changes no result.
+    """
+
+    def computing(texts: Iterable[str]) -> frozenset[str]:
+        told = {text: override_key(text) for text in texts}
+        return frozenset(text for text, key in told.items() if key != tuned and not schema.is_housekeeping(key))
+
+    told, found = {computing(job.overrides): dataclasses.replace(job, folder="") for job in jobs}, list[Job]()
+    for name, texts in listed.items():
+        job = told.pop(computing(texts), None)
+        if name in runs:
+            of, overrides = runs[name]
+            alike = job is not None and (tuned or schema.identity(job.config) == schema.identity(of))
+            if job is None or not (again and alike):
+                job = Job(tuple(overrides), of)
+            # a diverged run would diverge again: that is its result
+            done = record.row(folder / name, folder)["state"] in ("done", "diverged")
+            found.append(dataclasses.replace(job, folder=name, done=done))
+        elif job is not None:  # where the folder is there it is damaged, and the job gets another
+            found.append(job if (folder / name).exists() else dataclasses.replace(job, folder=name))
+    known = {schema.identity(job.config) for job in found}
+    for job in told.values():
+        if (identity := schema.identity(job.config)) not in known:
+            known.add(identity)
+            found.append(job)
+    place = next(iter(listed), "").rpartition("/")[0]
+    return request.named(found, _free(folder / place, listed), f"{place}/" if place else "")
 
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
@@ -304,106 +371,6 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
                 raise BadRequest(f"resume={folder}: {why}; go on with the version that began it, or start a new sweep")
         runs[str(run.relative_to(folder))] = of, overrides
     return runs, gone
-
-
-def _tuned(
-    composer: Composer,
-    master: Any,
-    folder: Path,
-    known: record.Sweep,
-    listed: Mapping[str, list[str]],
-    runs: Mapping[str, tuple[RunConfig, list[str]]],
-    axes: dict[str, list[design.Arm]],
-    kept: Sequence[str],
-) -> tuple[list[Job], list[Job]]:
-    """The jobs as `_jobs` has them, and the runs that tune their arms, those of new arms too."""
-    if known.tuning is None:
-        return _jobs(composer, master, folder, listed, runs, axes, kept), []
-    key, now = (
-        known.tuning.key,
-        [text for text in listed[(known.folders or [""])[0]] if schema.is_housekeeping(override_key(text))],
-    )
-    first = next(iter(known.tuning.arms[0].runs))
-    # a job whose arm has no value yet is composed with one
-    listed = {
-        name: texts if key in map(override_key, texts) else [*texts, f"{key}={first}"] for name, texts in listed.items()
-    }
-    jobs = _jobs(composer, master, folder, listed, runs, axes, kept, key)
-    tuning.check(jobs, multirun=True, basic=True)
-    tried = {
-        name: [*now, *arm.overrides, f"{key}={value}", f"seed={seed}"]
-        for arm in known.tuning.arms
-        for value, names in arm.runs.items()
-        for name, seed in zip(names, known.tuning.seeds, strict=True)
-    }
-    trials = tuning.trials(composer, master, jobs, _jobs(composer, master, folder, tried, runs, {}, kept))
-    return jobs, request.named(trials, _free(folder / record.TUNING, tried), f"{record.TUNING}/")
-
-
-def _jobs(
-    composer: Composer,
-    master: Any,
-    folder: Path,
-    listed: Mapping[str, list[str]],
-    runs: Mapping[str, tuple[RunConfig, list[str]]],
-    axes: dict[str, list[design.Arm]],
-    kept: Sequence[str],
-    key: str = "",
-) -> list[Job]:
-    """The jobs of before, then those that they become with each value of the axes, where there is none yet.
-
-    `kept`: overrides that change no result, for all that is to do. `key`: that makes no other job, for it is tuned.
-    """
-    study = axes.pop("experiment", [])
-    if study and any(study[0][0] not in overrides for overrides in listed.values()):
-        raise BadRequest(f"{study[0][0]}: a study is a sweep of its own; leave out resume to start it")
-    changed = {override_key(text): text for text in kept}
-    told = {
-        name: list(({override_key(text): text for text in texts} | changed).values()) for name, texts in listed.items()
-    }
-    again = {name: texts for name, texts in told.items() if kept or name not in runs}
-    new = _gained(list(told.values()), axes, master.sweep, key)
-    composed = list(composer.jobs(master, [*again.values(), *new]))
-    at_place, jobs = dict(zip(again, composed, strict=False)), list[Job]()
-    for name in listed:
-        job = at_place.get(name)
-        if name in runs:
-            of, overrides = runs[name]
-            if job is None or schema.identity(job.config) != schema.identity(of):
-                job = Job(tuple(overrides), of)
-            # a diverged run would diverge again: that is its result
-            done = record.row(folder / name, folder)["state"] in ("done", "diverged")
-            jobs.append(dataclasses.replace(job, folder=name, done=done))
-        elif job is not None:  # where the folder is there it is damaged, and the job gets another
-            jobs.append(job if (folder / name).exists() else dataclasses.replace(job, folder=name))
-    known = {schema.identity(job.config) for job in jobs}
-    for job in composed[len(again) :]:
-        if (identity := schema.identity(job.config)) not in known:
-            known.add(identity)
-            jobs.append(job)
-    jobs = list(map(tuning.bare, jobs)) if key else jobs
-    place = next(iter(listed)).rpartition("/")[0]
-    return request.named(jobs, _free(folder / place, listed), f"{place}/" if place else "")
-
-
-def _gained(
-    told: Sequence[list[str]], axes: Mapping[str, list[design.Arm]], sweep: Any, key: str
-) -> Iterable[list[str]]:
-    """What jobs, by their overrides, become with each value of the axes, where the design of their sweep has it."""
-
-    def untuned(texts: Sequence[str]) -> frozenset[str]:
-        return frozenset(text for text in texts if override_key(text) != key)
-
-    new = dict[frozenset[str], list[str]]()
-    for arms in itertools.product(*([(), *arms] for arms in axes.values())):
-        more = {override_key(text): text for text in itertools.chain(*arms)}
-        for texts in told if more else ():
-            whole = list(({override_key(text): text for text in texts} | more).values())
-            if design.belongs(whole, told[0], sweep):
-                new.setdefault(untuned(whole), whole)
-    for texts in told:
-        new.pop(untuned(texts), None)
-    return new.values()
 
 
 def _free(folder: Path, names: Iterable[str]) -> int:
