@@ -195,17 +195,13 @@ class DataConfig(Section):
     """What text is trained on and in which order."""
 
     name: DataName = option(DataName.tinyshakespeare, "where the text comes from; chosen by data=NAME")
-    path: str | None = option(
-        None, "data=text: a file (UTF-8 text, JSONL, Parquet) or a folder of them; data=hub: OWNER/NAME, or a folder"
-    )
+    path: str | None = option(None, "data=text: a text, JSONL or Parquet file, or a folder; data=hub: OWNER/NAME")
     field: str = option("text", "the field of a row (JSONL, Parquet, data=hub) that holds a document")
     subset: str | None = option(None, "data=hub: the dataset's configuration, where it has several")
     split: str = option("train", "data=hub: the split to read")
     revision: str | None = option(None, "data=hub: a branch, tag or commit, looked up once; null: the main branch")
     max_tokens: int | None = option(None, "read no more tokens than this; null: all", at_least=2)
-    val_fraction: float = option(
-        0.0, "share of the tokens, from the end, kept for validation; 0: train on all", at_least=0, below=1
-    )
+    val_fraction: float = option(0.0, "share of the tokens, the last, for validation; 0: none", at_least=0, below=1)
     order: DataOrder = option(DataOrder.sequential, "of the windows of text; shuffled: anew for each seed and epoch")
     redraw: int = option(0, "of shuffled order: another permutation of the same seed, by number", at_least=0)
 
@@ -238,9 +234,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How long to train, in which batches, on which device."""
 
-    batch_size: int | str = option(
-        4, "sequences in a micro-batch; auto: as many as fit, a power of two, 24 or 48", at_least=1, choices=(AUTO,)
-    )
+    batch_size: int | str = option(4, "sequences in a micro-batch; auto: as many as fit", at_least=1, choices=(AUTO,))
     seq_len: int = option(32, "tokens in a sequence, at most model.block_size", at_least=1)
     steps: int = option(50, "optimizer steps", at_least=1)
     grad_accum_steps: int = option(1, "micro-batches whose mean gradient makes one step", at_least=1)
@@ -248,21 +242,13 @@ class TrainConfig(Section):
     device: DeviceName = option(DeviceName.auto, "where to compute; auto: cuda, then mps, then cpu")
     compile: bool | str = option(AUTO, "torch.compile the blocks; auto: on CUDA, from 1,000 steps on", choices=SWITCH)
     loss_chunk: int | str = option(AUTO, "rows of logits in memory at a time; auto: 1024", at_least=1, choices=(AUTO,))
-    pad_vocab: bool | str = option(
-        AUTO,
-        "keep zero rows up to a multiple of 64 behind the head, for speed; auto: on CUDA, and where AVX2 is all",
-        choices=SWITCH,
-    )
+    pad_vocab: bool | str = option(AUTO, "pad the head's rows to a multiple of 64; auto: CUDA, AVX2", choices=SWITCH)
     activation_checkpointing: bool | str = option(
-        AUTO, "compute a block's activations again in backward; auto: where the run fits only so", choices=SWITCH
+        AUTO, "recompute activations; auto: if memory is short", choices=SWITCH
     )
     log_every: int = option(1, "steps between printed lines and wandb points; metrics.jsonl has every step", at_least=1)
-    eval_every: int = option(
-        0, "steps between validations; 0: only after the last; needs data.val_fraction", at_least=0
-    )
-    measure_every: int = option(
-        10, "steps between the costlier measures, grad_norm and loss_unseen; first and last step always", at_least=1
-    )
+    eval_every: int = option(0, "steps between validations; 0: after the last alone", at_least=0)
+    measure_every: int = option(10, "steps between grad_norm and loss_unseen; first and last too", at_least=1)
     warmup_steps: int = option(3, "first steps left out of the timing; the last step is always kept", at_least=0)
 
     def agree(self) -> None:
@@ -404,42 +390,21 @@ less than it does.
 class SweepConfig(Section):
     """Which jobs a multirun has, and how they are treated."""
 
-    together: list[str] = option(
-        [],
-        "keys that move together as one axis: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4' has two arms; "
-        "in a file a list, a key an entry",
-    )
-    design: Design = option(
-        Design.product,
-        "product: every combination; one_at_a_time: the baseline, the first value of each axis, and each other value "
-        "alone against it; leave_one_out: the full set, of each axis the last of two values, and each alone put back",
-    )
-    control: bool = option(
-        False, "an A/A check: the baseline once more with another data order, which must come out indistinguishable"
-    )
+    together: list[str] = option([], "keys that move as one: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4'")
+    design: Design = option(Design.product, "product: every combination; else a baseline, and one change at a time")
+    control: bool = option(False, "an A/A check: the baseline again in another data order must be indistinguishable")
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
     margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
-    over: str | None = option(
-        None, "a budget as an axis, such as train.steps=50,100,200: each arm has a verdict within each budget"
-    )
-    until: str | None = option(
-        None, "answered: run seeds 1, 2, 3, ... until every axis has its verdict; null: all jobs", choices=("answered",)
-    )
+    over: str | None = option(None, "a budget as an axis: train.steps=50,100,200 has a verdict within each")
+    until: str | None = option(None, "answered: seeds 1, 2, ... until each axis has a verdict", choices=("answered",))
     min_seeds: int = option(3, "of sweep.until: seeds before the first look", at_least=2)
     max_seeds: int | None = option(None, "of sweep.until: how many seeds at most; null: 30", at_least=2, below=1001)
     max_hours: float | None = option(None, "of sweep.until: hours after which no seed is begun", above=0)
     prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
-    reuse: list[str] = option(
-        [],
-        "FOLDER,...: runs there count as this sweep's, and are not run, where configuration, text and versions agree",
-    )
-    tune: str | None = option(
-        None, "KEY=A,B,C: each arm is compared at its own best value of this key, found first on sweep.tune_seeds"
-    )
-    tune_seeds: list[int] = option(
-        [101, 102], "of sweep.tune: the seeds, none of them compared; typed as one number: so many from 101", at_least=0
-    )
+    reuse: list[str] = option([], "FOLDER,...: runs there of the same configuration are taken, not run")
+    tune: str | None = option(None, "KEY=A,B,C: each arm is compared at its own best value, found on sweep.tune_seeds")
+    tune_seeds: list[int] = option([101, 102], "of sweep.tune: seeds, none compared; 2: 101, 102", at_least=0)
 
     def agree(self) -> None:
         needs = dict.fromkeys(("min_seeds", "max_seeds", "max_hours"), ("until", "answered"))
