@@ -243,9 +243,7 @@ class TrainConfig(Section):
     compile: bool | str = option(AUTO, "torch.compile the blocks; auto: on CUDA, from 1,000 steps on", choices=SWITCH)
     loss_chunk: int | str = option(AUTO, "rows of logits in memory at a time; auto: 1024", at_least=1, choices=(AUTO,))
     pad_vocab: bool | str = option(AUTO, "pad the head's rows to a multiple of 64; auto: CUDA, AVX2", choices=SWITCH)
-    activation_checkpointing: bool | str = option(
-        AUTO, "recompute activations; auto: if memory is short", choices=SWITCH
-    )
+    activation_checkpointing: bool | str = option(AUTO, "recompute activations; auto: to fit in memory", choices=SWITCH)
     log_every: int = option(1, "steps between printed lines and wandb points; metrics.jsonl has every step", at_least=1)
     eval_every: int = option(0, "steps between validations; 0: after the last alone", at_least=0)
     measure_every: int = option(10, "steps between grad_norm and loss_unseen; first and last too", at_least=1)
