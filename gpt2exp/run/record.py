@@ -58,10 +58,9 @@ def facts() -> dict[str, Any]:
 def _code() -> str:
     """A hash of the package's files that a run's losses depend on."""
     package = Path(__file__).parents[1]
-    computing = itertools.chain.from_iterable((package / name).rglob("*.py") for name in ("data", "model", "training"))
-    return joint([sha256(path) for path in sorted([package / "config.py", package / "run" / "job.py", *computing])])[
-        :12
-    ]
+    computing = [path for name in ("data", "model", "training") for path in (package / name).rglob("*.py")]
+    computing += [package / "config.py", package / "run" / "job.py"]
+    return joint([sha256(path) for path in sorted(computing)])[:12]
 
 
 def _git() -> dict[str, Any] | None:

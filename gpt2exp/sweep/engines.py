@@ -26,21 +26,18 @@ from gpt2exp.run import process, record
 from gpt2exp.section import BadRequest, first_line, require
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
-
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
-
 SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+EXTRAS = {
+    "joblib": "joblib",
+    "ray": "ray",
+    "submitit": "slurm",
+    "optuna": "optuna",
+}  # ours, for each of Hydra's plugins
 
-EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit": "slurm", "optuna": "optuna"}
-"""The extra of ours that brings each of Hydra's plugins."""
-
-_launching = False
-"""Whether this process launches a sweep: what its workers do to themselves is not for it."""
-
-_gpu: FileLock | None = None
-"""Held by a worker for as long as it lives."""
+_launching = False  # whether this process launches a sweep: `enter` is for its workers alone
+_gpu: FileLock | None = None  # a worker's, for as long as it lives
 
 
 def missing(choice: str) -> str:
@@ -121,8 +118,8 @@ def _ray(settings: DictConfig) -> Iterator[None]:
         with process.handling({signal.SIGTERM: signal.getsignal(signal.SIGTERM)}):
             ray.init(**cast("dict[str, Any]", OmegaConf.to_container(settings, resolve=True)))
     except (ValueError, TypeError, RuntimeError, ConnectionError) as error:
-        why = first_line(error)
-        raise BadRequest(f"hydra.launcher.ray.init: {why}; these are the arguments of ray.init") from error
+        why = f"{first_line(error)}; these are the arguments of ray.init"
+        raise BadRequest(f"hydra.launcher.ray.init: {why}") from error
     try:
         yield
     finally:
@@ -153,9 +150,7 @@ def enter(launcher: str, sweep: Path, device: DeviceName) -> None:
     if _launching or launcher == BASIC:
         return
     if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # a terminal's Ctrl-C reaches the launching process, which tells us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the launching process, which tells us
     with contextlib.suppress(OSError):  # relative paths are as typed
         if known := record.Sweep.read(sweep):
             os.chdir(known.cwd)

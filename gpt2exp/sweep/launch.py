@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import gc
 import itertools
-import json
 import logging
 import signal
 import subprocess
@@ -25,23 +24,21 @@ from hydra.core.utils import env_override
 from omegaconf import DictConfig
 
 from gpt2exp import choices
-from gpt2exp.config import DeviceName, Distributed, Fallback, PrecisionName
+from gpt2exp.config import DeviceName, Distributed, Fallback, PrecisionName, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import size
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, check_same_text, follow, run
 from gpt2exp.run.metrics import TAKEN
-from gpt2exp.schema import is_housekeeping, plain
-from gpt2exp.section import BadRequest, first_line, home, require
+from gpt2exp.schema import is_housekeeping
+from gpt2exp.section import BadRequest, first_line, home, override_key, require
 from gpt2exp.sweep import composing, engines, help, resume, reuse, tuning
 from gpt2exp.sweep.composing import Job
 from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered
 from gpt2exp.training import distributed, outside, setup
 
-FEW = 12
-"""Runs of a sweep that its closing table still shows one by one."""
-
+FEW = 12  # runs of a sweep that its closing table still shows one by one
 log = logging.getLogger("gpt2exp")
 
 
@@ -113,17 +110,16 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
         KeyboardInterrupt: a signal stopped it; the runs that had begun are saved.
     """
     if request.multirun and distributed.world_size() > 1:
-        why = "under torchrun every job would share out its batch over the same processes"
-        remedy = "start sweeps as gpt2exp -m ..., a device a job by hydra/launcher, or torchrun for one run at a time"
-        raise BadRequest(f"a sweep: {why}; {remedy}")
+        why = "torchrun would share out every job over the same processes"
+        raise BadRequest(f"a sweep: {why}; start sweeps as gpt2exp -m ..., a device a job by hydra/launcher")
     to_do, trials = request.to_do, request.trials_to_do
     texts = _make_ready(request, [*trials, *to_do])
     if request.trials:  # what is compared has its settings once its arm is tuned
         trials = _reusing(trials, texts, request.folder)
     elif request.multirun:
         to_do = _reusing(to_do, texts, request.folder)
-    for place in {job.config.sweep.prior: None for job in to_do if job.config.sweep.prior}:
-        _show_prior(Path(home(place)), to_do[0].config.sweep.looks)
+    if to_do and (prior := to_do[0].config.sweep.prior):
+        _show_prior(Path(home(prior)), to_do[0].config.sweep.looks)
     if any(job.config.dry_run for job in request.jobs):
         _show_dry([job for job in to_do if not request.looks or job.config.seed == to_do[0].config.seed])
         if request.looks:
@@ -249,10 +245,9 @@ def _show_prior(earlier: Path, looks: Sequence[int]) -> None:
     """What numbers of seeds can tell, by an earlier sweep."""
     from gpt2exp.compare import stopping
 
-    table = stopping.prior(earlier, looks)
     text = "differences in nats that so many seeds tell from zero in four of five studies, by the std of the"
-    text += f" differences in {terminal.short(earlier.absolute())} (in brackets by its upper 80 % limit)"
-    terminal.terminal().print(text, terminal.table(table), markup=False)
+    terminal.say(f"{text} differences in {terminal.short(earlier.absolute())} (in brackets by its upper 80 % limit)")
+    terminal.terminal().print(terminal.table(stopping.prior(earlier, looks)))
 
 
 def _show_dry(to_do: list[Job]) -> None:
@@ -261,18 +256,17 @@ def _show_dry(to_do: list[Job]) -> None:
         return
     rows, known = list[dict[str, str]](), dict[str, dict[str, str]]()
     for job in to_do:
-        config = plain(job.config)
-        shape = json.dumps([config[key] for key in ("model", "precision", "data", "train", "distributed")])
-        length = job.config.optimizer.schedule_steps
-        shape = f"{shape} {length} {job.config.optimizer.name}"
-        known[shape] = known.get(shape) or _dry_row(job)
-        told = " ".join(text for text in job.overrides if not is_housekeeping(text.partition("=")[0]))
+        of = job.config
+        optimizer = of.optimizer.name, of.optimizer.schedule_steps
+        shape = repr((of.model, of.precision, of.data, of.train, of.distributed, *optimizer))
+        known[shape] = known.get(shape) or _dry_row(of)
+        told = " ".join(text for text in job.overrides if not is_housekeeping(override_key(text)))
         rows.append({"run": (told or "defaults") + " (taken)" * bool(job.reused), **known[shape]})
     terminal.terminal().print(terminal.table(rows))
 
 
-def _dry_row(job: Job) -> dict[str, str]:
-    with setup.ready(job.config) as ready:
+def _dry_row(config: RunConfig) -> dict[str, str]:
+    with setup.ready(config) as ready:
         config, got, length = ready.config, ready.got, ready.config.optimizer.schedule_steps
     return {
         "parameters": f"{size.parameters(config.model)['total']:,}",
