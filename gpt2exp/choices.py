@@ -166,10 +166,8 @@ def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
     places += [recorded] if _trusting else []
     there = [path for path in places if path.is_file()]
     if not there:
-        where = shlex.quote(str(recorded.parent))
-        raise Refused(
-            f"{said} would run code of {recorded}; if it is yours, add --trust (gpt2exp: or --config-dir {where})"
-        )
+        remedy = f"add --trust (gpt2exp: or --config-dir {shlex.quote(str(recorded.parent))})"
+        raise Refused(f"{said} would run code of {recorded}; if it is yours, {remedy}")
     text = {path: path.read_bytes() for path in there}
     same = [path for path in there if hashlib.sha256(text[path]).hexdigest() == sha256]
     if not same:
@@ -199,9 +197,8 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
         exec(compile(text, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise BadRequest(
-            f"{said}: {path} raised {type(error).__name__} as it was imported: {first_line(error)}"
-        ) from error
+        why = f"{path} raised {type(error).__name__} as it was imported: {first_line(error)}"
+        raise BadRequest(f"{said}: {why}") from error
     _loaded[name] = path, sha256
     return module
 
@@ -227,14 +224,11 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
             default = list(default) if isinstance(default, tuple) else default
             kind = _kind(parameter, hints.get(parameter.name))
             fields[parameter.name] = parameter.name, kind, option(default, f"argument of {target}")
+    tuples = [of.name for of in parameters if tuple in (type(of.default), typing.get_origin(hints.get(of.name)))]
     namespace: dict[str, Any] = {
         "code": staticmethod(code),
         "arguments": tuple(item.name for item in parameters),
-        "tuples": tuple(
-            item.name
-            for item in parameters
-            if isinstance(item.default, tuple) or typing.get_origin(hints.get(item.name)) is tuple
-        ),
+        "tuples": tuple(tuples),
         "needed": frozenset(item.name for item in parameters if item.default is item.empty and item.name in fields),
     }
     if issubclass(base, SlotConfig):

@@ -38,8 +38,12 @@ def quoted(text: str) -> str:
 
 
 def typed(key: str, value: object) -> str:
-    """`key=value` in Hydra's grammar, quoted where the plain text would be read as something else."""
+    """`key=value` in Hydra's grammar, a text quoted where it would be read as something else."""
+    if isinstance(value, list):
+        return f"{key}=[{','.join(quoted(part) if isinstance(part, str) else show(part) for part in value)}]"
     text = show(value)
+    if value is None or isinstance(value, bool | int | float):
+        return f"{key}={text}"
     plain = re.fullmatch(r"\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
     if not plain or text.lower() in ("null", "true", "false", "nan", "inf"):
         text = quoted(text)

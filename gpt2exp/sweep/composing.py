@@ -167,7 +167,7 @@ class _Base:
         self.values, self.config, self.hydra = values, checked(composed), as_plain(composed.hydra)
         # the rest goes by the overrides of the one job, and out with Hydra 1.4
         self.hydra["job"] = {key: self.hydra["job"][key] for key in ("name", "chdir", "env_set", "env_copy")}
-        self.own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        self.own = _own(composed)
         own = as_plain(self.own)
         self.outside = bool(choices.found_in(own))
         """Whether it has a choice from outside: then `own` has no types, but `config` has."""
@@ -215,12 +215,21 @@ def with_values(section: SectionT, values: dict[str, Any]) -> SectionT:
 
 def checked(composed: DictConfig) -> RunConfig:
     """The configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
-    own = {str(key): composed._get_node(key) for key in composed if key != "hydra"}
-    if outside := choices.found_in(as_plain(OmegaConf.masked_copy(composed, list(own)))):
-        choices.admit(outside)
+    own = _own(composed)
+    choices.admit(as_plain(own))
     parsed = parse(own)
     secret.check_values(plain(parsed))
     return parsed
+
+
+def _own(composed: DictConfig) -> DictConfig:
+    """A composed configuration without Hydra's section."""
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+
+
+def job_of(composed: DictConfig, overrides: Iterable[str]) -> Job:
+    """The job of one composed configuration that has Hydra's section."""
+    return Job(tuple(overrides), checked(composed), as_plain(_own(composed)), as_plain(composed.hydra))
 
 
 def identified(composed: DictConfig) -> DictConfig:
@@ -228,7 +237,7 @@ def identified(composed: DictConfig) -> DictConfig:
 
     With such a choice the sections have no types any more; `checked` gives each its own.
     """
-    own = as_plain(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+    own = as_plain(_own(composed))
     outside = choices.found_in(own)
     if not outside:
         return composed
@@ -298,9 +307,8 @@ def config_folder(args: argparse.Namespace) -> Path | None:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags of Hydra's that cannot be carried out here, or not together."""
-    modes = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
-    asked = [flag for flag, given in modes.items() if given]
-    shaping = [flag for flag, given in {"--package": args.package, "--resolve": args.resolve}.items() if given]
+    asked = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(args, name)]
+    shaping = [f"--{name}" for name in ("package", "resolve") if getattr(args, name)]
     for refused, why in (
         (args.experimental_rerun, "--experimental-rerun: reads a pickle, which can run any code; repeat the overrides"),
         (args.config_path, f"--config-path {args.config_path}: hides the shipped groups; add yours with --config-dir"),

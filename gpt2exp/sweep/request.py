@@ -40,7 +40,7 @@ from gpt2exp.files import beside
 from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
 from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
-from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show
+from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show, typed
 from gpt2exp.sweep import composing, design, engines, tuning
 from gpt2exp.sweep.composing import SECTIONS, Composer, Job, as_plain, is_hydra
 
@@ -132,11 +132,9 @@ def make(args: argparse.Namespace) -> Request:
         return compose(composer, read(composer, args.overrides), multirun=args.multirun)
 
 
-LOGGING = ("hydra.verbose", "hydra/job_logging")
-"""Hydra's settings that have an effect in the workers of a launcher alone."""
+LOGGING = ("hydra.verbose", "hydra/job_logging")  # have an effect in a launcher's workers alone
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
-LISTS = {"sweep.together": ";", "sweep.reuse": ","}
-"""Keys of lists that may be typed as one text, and what separates its parts."""
+LISTS = {"sweep.together": ";", "sweep.reuse": ","}  # lists that may be typed as one text, and what separates its parts
 PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
 QUOTES = "'\""
 ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
@@ -162,11 +160,7 @@ def as_meant(text: str) -> str:
         return text
     parser = OverridesParser.create()
     if bare in OUTPUT or (bare in PLACES and value != "null" and os.path.exists(home(value))):  # noqa: PTH110
-        with contextlib.suppress(HydraException):
-            read = parser.parse_override(text)
-            if not read.is_sweep_override() and read.value() == value:
-                return text
-        return f"{key}={quoted(value)}"
+        return typed(key, value)
     expected = kinds(bare)
 
     def name(found: re.Match[str]) -> str:
@@ -328,16 +322,13 @@ def compose(
         plan = single | design.together(together, found)
         control = (f"{CONTROL}={master.data.redraw + 1}",) if master.sweep.control else None
         jobs = named(list(composer.jobs(master, design.jobs(plan, master.sweep, control))))
-        jobs = [
-            dataclasses.replace(job, overrides=tuple(tuning.untold(job.overrides, job.config.sweep.tune)))
-            for job in jobs
-        ]
+        bare = (tuple(tuning.untold(job.overrides, master.sweep.tune)) for job in jobs)
+        jobs = [dataclasses.replace(job, overrides=texts) for job, texts in zip(jobs, bare, strict=True)]
     else:  # a sweeper that makes up its jobs has the others' keys checked
         design.check_unused(master.sweep, multirun=multirun)
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
         alone = composing.identified(composer.compose(constant) if multirun else master)
-        own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
-        jobs = [Job(tuple(texts), composing.checked(alone), own, settings)]
+        jobs = [composing.job_of(alone, texts)]
     looks = _looks(jobs, typed)
     tuning.check(jobs)
     trials = named(tuning.trials(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")
@@ -391,17 +382,19 @@ def _check_path_used(inits: Sequence[InitConfig]) -> None:
 def check_hydra(settings: DictConfig) -> None:
     """Refuse settings of Hydra's own that name a credential, or under which no run could be kept or begun."""
     secret.check_values(as_plain(settings), "hydra")
-    place, subdir, called = settings.output_subdir, as_plain(settings.sweep)["subdir"], list(settings.callbacks)
-    require(place == ".hydra", "hydra.output_subdir", place, "a run is known by its folder .hydra", "leave it out")
-    require(subdir == ".", "hydra.sweep.subdir", subdir, "resume= and the comparison name the folders", "leave it out")
-    require(not called, "hydra.callbacks", called, "Hydra starts no run here, and calls none", "leave it out")
-    why, remedy = "relative paths would start in the run's folder", "leave it out, and set hydra.run.dir"
-    require(not settings.job.chdir, "hydra.job.chdir", settings.job.chdir, why, remedy)
-    if settings.launcher._target_ == engines.BASIC:
-        found = settings.verbose, settings.runtime.choices["hydra/job_logging"]
-        for key, value, usual in zip(LOGGING, found, (False, "none"), strict=True):
-            remedy = "leave it out; run.log has all lines"
-            require(value == usual, key, value, "has no effect without a launcher", remedy)
+    local, unheard = (
+        settings.launcher._target_ == engines.BASIC,
+        "has no effect without a launcher; run.log has all lines",
+    )
+    for key, value, usual, why in (
+        ("hydra.output_subdir", settings.output_subdir, ".hydra", "a run is known by its folder .hydra"),
+        ("hydra.sweep.subdir", as_plain(settings.sweep)["subdir"], ".", "resume= and the comparison name the folders"),
+        ("hydra.callbacks", list(settings.callbacks), [], "Hydra starts no run here, and calls none"),
+        ("hydra.job.chdir", bool(settings.job.chdir), False, "relative paths would start in the run's folder"),
+        ("hydra.verbose", local and settings.verbose, False, unheard),
+        ("hydra/job_logging", settings.runtime.choices["hydra/job_logging"] if local else "none", "none", unheard),
+    ):
+        require(value == usual, key, value, why, "leave it out")
     known = sorted(Plugins.instance().class_name_to_class)
     for part in ("launcher", "sweeper"):
         target = settings[part]._target_

@@ -141,7 +141,7 @@ FLAGS = [
     Bad("-m --config-dir conf +study=idle,idle", "+study=idle,idle: each is a sweep of its own", "gpt2exp +study=idle"),
     Bad("hydra.run.dirr=x", "Could not override 'hydra.run.dirr'", "+hydra.run.dirr=x"),
     Bad("hydra.output_subdir=null", "hydra.output_subdir=null: a run is known by", "leave it out"),
-    Bad("hydra.job.chdir=true", "hydra.job.chdir=true: relative paths", "leave it out, and set hydra.run.dir"),
+    Bad("hydra.job.chdir=true", "hydra.job.chdir=true: relative paths", "leave it out"),
     Bad("hydra.verbose=true", "hydra.verbose=true: has no effect without a launcher", "leave it out"),
     Bad("hydra/job_logging=default", "hydra/job_logging=default: has no effect", "leave it out"),
     Bad("hydra/launcher=nope", "In 'hydra/config': Could not find 'hydra/launcher/nope'", "basic"),
