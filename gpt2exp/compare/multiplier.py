@@ -47,6 +47,11 @@ KNOWN = 50
 """Standard errors that a smoothed curve must move in its last octave, or its noise says more than its slope."""
 CURVE = 3
 """Places at which a validation loss must be known to make a curve."""
+CROSSING = (
+    "the final losses are undecided, yet the arms first reach the higher of them at different steps: curves that "
+    "flatten or rise at the end tell no worth"
+)
+"""Why a steps' factor is dropped that would say what the losses do not."""
 Tokens = tuple[float, ...]
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -187,6 +192,11 @@ def measure(effect: Effect, speed: Effect | None, grid: Grid, before: History) -
         better += bool(difference < 0)
     factors = np.stack([np.mean(by_seed[seed], axis=0) for seed in effect.differences])
     effect.steps_factor, effect.steps_factor_ci95 = _over_seeds(effect, factors, before, beyond)
+    low, high = effect.steps_factor_ci95 or (None, None)
+    if effect.verdict not in ("better", "worse") and ((low or 0) > 1 or (high or math.inf) < 1):
+        effect.steps_factor = effect.steps_factor_ci95 = None
+        effect.multiplier_reason = CROSSING
+        return
     if better:
         where = f"in {better} of {len(groups)} pairs " if better < len(groups) else ""
         said.append(

@@ -38,21 +38,26 @@ if TYPE_CHECKING:
 
 def facts() -> dict[str, Any]:
     """Versions, revision and variables: an allow-list, so that nothing else of the environment is recorded."""
+    # what changes the arithmetic or the speed, and no key shows
+    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {
+        "environment": {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ},
+        **loaded(),
+        "platform": platform.platform(terse=True),
+        "machine": process.machine(),
+    }
+
+
+@functools.cache
+def loaded() -> dict[str, Any]:
+    """Of the program that this process has loaded: versions, commit. Looked up once: a sweep's jobs all run by it."""
     import torch
 
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     versions["code"] = _code()
     versions["torch"] = str(torch.__version__)  # with the build, such as +cu130, which the package index leaves out
-    # what changes the arithmetic or the speed, and no key shows
-    arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    return {
-        "environment": {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ},
-        "versions": versions,
-        "git": _git(),
-        "platform": platform.platform(terse=True),
-        "machine": process.machine(),
-    }
+    return {"versions": versions, "git": _git()}
 
 
 def _code() -> str:

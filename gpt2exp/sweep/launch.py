@@ -186,6 +186,9 @@ def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -
                 for job in to_do:
                     if job.config.seed not in needless:
                         needless = _work(job, request.folder, began if job is to_do[0] else time.monotonic())
+                    if job is to_do[0]:  # each run begins with a collection: what is loaded by now stays out of it
+                        gc.collect()
+                        gc.freeze()
     except KeyboardInterrupt:
         _say_how_to_go_on(request)
         raise
@@ -194,6 +197,8 @@ def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -
             raise
         terminal.refuse(f"the sweep ended early: {first_line(problem)}", trace=terminal.wants_traces())
         _say_how_to_go_on(request)
+    finally:
+        gc.unfreeze()
 
 
 def _say_how_to_go_on(request: Request) -> None:

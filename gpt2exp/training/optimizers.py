@@ -6,7 +6,10 @@ makes PyTorch's. No torch before `build`: a request is checked without it.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,7 +51,7 @@ class AdamW(OptimizerConfig):
 
         groups = decay_groups(model, self.weight_decay)
         betas = (self.betas[0], self.betas[1])
-        return [torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)]
+        return [undecorated(torch.optim.AdamW)(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)]
 
 
 @choice_of("optimizer")
@@ -71,7 +74,21 @@ class SGD(OptimizerConfig):
         import torch
 
         groups = decay_groups(model, self.weight_decay)
-        return [torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)]
+        kind = undecorated(torch.optim.SGD)
+        return [kind(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)]
+
+
+@functools.cache
+def undecorated(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """The class with its own methods, but without the decorators that import TorchDynamo at their first call.
+
+    They keep it from tracing these methods, and here it traces blocks alone; the import takes a second of a run's
+    start. `functools.wraps` leaves the method in `__wrapped__`; `step` then has to turn gradients off itself.
+    """
+    import torch
+
+    own = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
+    return type(kind.__name__, (kind,), {**own, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

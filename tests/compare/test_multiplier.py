@@ -157,6 +157,19 @@ def test_a_curve_that_rises_again_counts_from_where_it_first_fell(tmp_path: Path
     assert worse.steps_factor == pytest.approx(np.exp(by_hand(overfits, law(0.5))))
 
 
+def test_undecided_losses_have_no_factor(tmp_path: Path) -> None:
+    """The arm is ahead at every place but the last, where chance alone tells the two apart."""
+
+    def ahead(end: float) -> Curve:
+        return lambda steps: np.where(steps < PLACES[-1], law(1.5)(steps), law()(steps) + end)
+
+    base, arm = [law()] * 4, [ahead(end) for end in (0.02, -0.01, 0.01, -0.02)]
+    comparison = comparisons.compare(trained(tmp_path, {"true": base, "false": arm}))
+    found = next(one for one in comparison.axes if one.metric == "val_loss")
+    assert (found.verdict, found.steps_factor, found.steps_factor_ci95) == ("inconclusive", None, None)
+    assert any("curves that flatten or rise" in note for note in comparison.notes)
+
+
 def test_one_seed_gives_no_interval(tmp_path: Path) -> None:
     found = effect(trained(tmp_path, {"true": [law()], "false": [law(0.8)]}), TIE, "val_loss")
     assert found.steps_factor == pytest.approx(0.8, rel=0.01)

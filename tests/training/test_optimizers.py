@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,17 @@ def test_what_it_keeps_goes_in_and_out(asked: OptimizerConfig, keys: set[str]) -
     assert all(torch.equal(twice[name], expected[name]) for name in expected)
     with pytest.raises(BadRequest, match=r"odd\.weight is not kept by this optimizer"):
         stepped(1, {**once, "odd.weight": torch.ones(2, 3)})
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_run_does_without_dynamo(tmp_path: Path, name: str) -> None:
+    """PyTorch's optimizers import it, which takes a second, to keep it from tracing what nothing traces here."""
+    program = [sys.executable, "-X", "importtime", "-m", "gpt2exp.train"]
+    done = run(tmp_path, *SMALL, f"optimizer={name}", "train.steps=2", "wandb.mode=disabled", program=program)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0, done.stderr
+    assert "torch" in imported
+    assert "torch._dynamo" not in imported
 
 
 def test_its_moments_are_counted() -> None:
