@@ -365,8 +365,7 @@ class Design(StrEnum):
     leave_one_out = "leave_one_out"
 
 
-TOGETHER = " + "
-"""Joins the keys of an axis that moves together, where a comparison names it."""
+TOGETHER = " + "  # joins the keys of an axis that moves together, where a comparison names it
 
 
 def moving(together: Iterable[str]) -> list[str]:

@@ -17,8 +17,7 @@ from gpt2exp.schema import flatten, plain
 from gpt2exp.section import BadRequest, home, show
 from gpt2exp.sweep.composing import Job
 
-COMPUTING = ("code", "torch", "numpy", "tiktoken")
-"""Versions that a run's losses may depend on."""
+COMPUTING = ("code", "torch", "numpy", "tiktoken")  # versions that a run's losses may depend on
 
 
 def found(jobs: Sequence[Job], texts: Mapping[tuple[Any, ...], str], own: Path) -> tuple[list[Job], list[str]]:
