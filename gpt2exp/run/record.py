@@ -367,9 +367,14 @@ class Tuning:
     arms: list[Tuned]
 
     @property
-    def folders(self) -> list[str]:
-        """Of all tuning runs."""
-        return [name for arm in self.arms for names in arm.runs.values() for name in names]
+    def jobs(self) -> dict[str, list[str]]:
+        """By folder the overrides of each tuning run, without those that change no result."""
+        return {
+            name: [*arm.overrides, f"{self.key}={value}", f"seed={seed}"]
+            for arm in self.arms
+            for value, names in arm.runs.items()
+            for name, seed in zip(names, self.seeds, strict=True)
+        }
 
 
 @dataclass
@@ -420,7 +425,7 @@ def progress(folder: Path, job: Path) -> str:
     sweep, others = Sweep.read(folder), [other for other in runs_below(folder) if other != job]
     if sweep is None or not sweep.folders:
         return f"job {len(others) + 1}"
-    place, tried = str(job.relative_to(folder)), sweep.tuning.folders if sweep.tuning else []
+    place, tried = str(job.relative_to(folder)), list(sweep.tuning.jobs) if sweep.tuning else []
     stage = tried if place in tried else sweep.folders
     text = f"job {(stage.index(place) if place in stage else len(others)) + 1} of {len(stage)}"
     if stage is tried:

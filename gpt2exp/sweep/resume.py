@@ -225,15 +225,7 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         before = [text for text in _of_today(flags.overrides, gone) if override_key(text) not in request.LOGGING]
         words, absent = _words(composer, before, list(listed.values()), typed)
         whole = request.compose(composer, request.read(composer, words), multirun=True, absent=absent)
-    key, tried = "", dict[str, list[str]]()
-    if known.tuning:
-        key = known.tuning.key
-        tried = {
-            name: [*arm.overrides, f"{key}={value}", f"seed={seed}"]
-            for arm in known.tuning.arms
-            for value, names in arm.runs.items()
-            for name, seed in zip(names, known.tuning.seeds, strict=True)
-        }
+    key, tried = (known.tuning.key, known.tuning.jobs) if known.tuning else ("", {})
     again = any(schema.is_housekeeping(override.key_or_group) for override in typed)
     return dataclasses.replace(
         whole,
@@ -304,13 +296,8 @@ def _placed(
 ) -> list[Job]:
     """The jobs of before in their folders, then those of `jobs` that compute something else, in new folders.
 
-    Args:
-        jobs: Of the whole sweep.
-        listed: The overrides of the jobs of before, by folder.
-        runs: By folder the configuration and the overrides of those that were begun.
-        folder: The sweep's.
-        tuned: The key of which each job has the value of its arm.
-        again: Whether what is not done gets its configuration anew, for a key that changes no result.
+    `listed`, `runs`: by folder the overrides of the jobs of before, and what those that were begun have on disk.
+    `tuned`: the key of which each job has its arm's value. `again`: the configuration is written anew where not done.
     """
 
     def computing(texts: Iterable[str]) -> frozenset[str]:
