@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, cast
 from gpt2exp import choices
 from gpt2exp.config import RunConfig
 from gpt2exp.files import joint, replacing, sha256, walk, write_json
-from gpt2exp.run import process
+from gpt2exp.run import process, terminal
 from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, from_outside, judged, losses, number_of
 from gpt2exp.schema import leaves, parse, plain, put, stored
-from gpt2exp.section import BadRequest, first_line
+from gpt2exp.section import BadRequest, first_line, typed
 from gpt2exp.training import load
 
 if TYPE_CHECKING:
@@ -259,19 +259,33 @@ def run_around(folder: Path) -> Path | None:
     return next((above for above in place.parents[:2] if inside and (above / ".hydra").is_dir()), None)
 
 
-def check_run(folder: Path) -> None:
-    """Raise `BadRequest` for a folder that is no run's with a checkpoint, and name the one that was probably meant."""
-    such = "name a run's folder, such as runs/DAY/TIME-ID"
+def check_folder(folder: Path, key: str = "") -> None:
+    """Raise `BadRequest` for a folder that is no run's, and name the one that was probably meant.
+
+    `key`: typed before it, of a request that takes a sweep's folder too.
+    """
+    wanted = "a run's or a sweep's folder" if key else "a run's folder"
+    said, such = f"{key}={folder}" if key else str(folder), f"name {wanted}, such as runs/DAY/TIME-ID"
+
+    def pasted(place: Path) -> str:
+        return terminal.pasted(typed(key, terminal.place(place))) if key else shlex.quote(str(place))
+
     if not folder.is_dir():
-        raise BadRequest(f"{folder}: no such folder; {such}")
-    if not (folder / ".hydra" / "config.yaml").is_file():
-        if above := run_around(folder):
-            raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {shlex.quote(str(above))}")
-        if below := runs_below(folder):
-            newest = max(below, key=lambda run: (bool(saved(run)), run.stat().st_mtime))
-            what = "a sweep" if Sweep.read(folder) else "a folder above runs"
-            raise BadRequest(f"{folder}: {what}; name one run of it, such as {shlex.quote(str(newest))}")
-        raise BadRequest(f"{folder}: no run's folder; {such}")
+        raise BadRequest(f"{said}: no such folder; {such}")
+    if (folder / ".hydra" / "config.yaml").is_file() or (key and (folder / SWEEP).is_file()):
+        return
+    if above := run_around(folder):
+        raise BadRequest(f"{said}: holds checkpoints of a run; name the run: {pasted(above)}")
+    if below := {(sweep_of(run) if key else None) or run for run in runs_below(folder)}:
+        newest = max(below, key=lambda one: (bool(saved(one)), one.stat().st_mtime))
+        what = "a sweep" if Sweep.read(folder) else "a folder above runs"
+        raise BadRequest(f"{said}: {what}; name one, such as {pasted(newest)}")
+    raise BadRequest(f"{said}: not {wanted}; {such}")
+
+
+def check_run(folder: Path) -> None:
+    """Raise `BadRequest` for a folder that is no run's with a checkpoint."""
+    check_folder(folder)
     if not saved(folder):
         remedy = "train with checkpoint.save_last=true (a run that was interrupted has one)"
         raise BadRequest(f"{folder}: this run saved no checkpoint; {remedy}")

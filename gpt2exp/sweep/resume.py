@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import choices, schema, section
+from gpt2exp import choices, schema
 from gpt2exp.config import DataName, Design, RunConfig, Schedule, key_and_values
 from gpt2exp.run import record, terminal
 from gpt2exp.section import BadRequest, override_key, quoted, show
@@ -49,33 +49,10 @@ def make(args: argparse.Namespace) -> request.Request | None:
         if len(values) > 1:
             raise BadRequest(f"resume={','.join(sorted(values))}: one folder at a time; name one run or one sweep")
     folder = Path(values.pop()).expanduser()
-    _check_folder(folder)
+    record.check_folder(folder, "resume")
     if (folder / record.SWEEP).is_file():
         return _sweep(folder.resolve(), args, typed)
     return _run(folder.resolve(), args, typed)
-
-
-def _check_folder(folder: Path) -> None:
-    such = "name a run's or a sweep's folder, such as runs/DAY/TIME-ID"
-    if not folder.is_dir():
-        raise BadRequest(f"resume={folder}: no such folder; {such}")
-    if (folder / record.SWEEP).is_file() or (folder / ".hydra" / "config.yaml").is_file():
-        return
-    if above := record.run_around(folder):
-        raise BadRequest(f"resume={folder}: holds checkpoints of a run; name the run: {_typed(above)}")
-    below = [path.parent for path in folder.glob(f"**/{record.SWEEP}")]
-    below += [run for run in record.runs_below(folder) if record.sweep_of(run) is None]
-    if below:
-        newest = max(below, key=lambda path: path.stat().st_mtime)
-        why = f"a folder above {len(below)} of runs and sweeps"
-        raise BadRequest(f"resume={folder}: {why}; name one, such as {_typed(newest)}")
-    if (folder / "comparison.json").is_file():
-        raise BadRequest(f"resume={folder}: holds a comparison, which gpt2exp-compare makes anew; {such}")
-    raise BadRequest(f"resume={folder}: neither a run's folder nor a sweep's; {such}")
-
-
-def _typed(folder: Path) -> str:
-    return terminal.pasted(section.typed("resume", terminal.place(folder)))
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -92,7 +69,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         raise BadRequest(f"resume={folder}: {error}") from error
     except BadRequest as error:
         raise BadRequest(f"resume={folder}: {error}; put the files back, or start a new run") from error
-    recorded = OmegaConf.create(schema.plain(before))  # resolved: what follows train.steps keeps the value it had
+    recorded = schema.plain(before)  # resolved: what follows train.steps keeps the value it had
     overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
     if args.trust:
@@ -108,7 +85,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
         if key == "data.path" and value is not None and not on_hub:
             value = str(Path(value).expanduser().absolute())  # as typed it starts here, and the run's others there
-        OmegaConf.update(recorded, key, value)
+        schema.put(recorded, key, value)
         overrides = [text for text in overrides if override_key(text) != key]
         overrides.append(f"{key}={show(value)}")
     after = schema.parse(recorded)
@@ -126,7 +103,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         more = f"to train on, add train.steps=N above {steps}"
         notes = [f"{terminal.short(folder)} is done: {steps} of {after.train.steps} steps; {more}"]
     notes += _gone_note(gone)
-    job = Job(tuple(overrides), after, composing.as_plain(recorded) if changed and not done else None, done=done)
+    job = Job(tuple(overrides), after, recorded if changed and not done else None, done=done)
     argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
     return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
 

@@ -257,9 +257,9 @@ class TestRefused:
             (done / "checkpoints", f"name the run: resume={done.resolve()}"),
             (done / "checkpoints" / "step_000006", f"name the run: resume={done.resolve()}"),
             (done.parent, f"name one, such as resume={done}"),
-            (tmp_path / "compared", "holds a comparison"),
+            (tmp_path / "compared", "not a run's or a sweep's folder"),
             (tmp_path, "a folder above"),
-            (done / ".hydra", "neither a run's folder nor a sweep's"),
+            (done / ".hydra", "not a run's or a sweep's folder"),
             (broken, "cannot be read"),
         ):
             with pytest.raises(BadRequest, match=r"^resume=") as caught:
