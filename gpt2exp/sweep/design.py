@@ -8,13 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from omegaconf import DictConfig
-
 from gpt2exp.config import CONTROL, TOGETHER, Design, SweepConfig, key_and_values, moving
 from gpt2exp.schema import is_housekeeping
 from gpt2exp.section import BadRequest, default_of, show
 from gpt2exp.sweep import tuning
-from gpt2exp.sweep.composing import as_plain
 
 Arm = tuple[str, ...]
 RULES = ("together", "design", "control", "reuse", "over", "until", "tune")
@@ -41,9 +38,9 @@ def together(overrides: Mapping[str, Sequence[str]], typed: Mapping[str, Sequenc
     return {TOGETHER.join(overrides): list(zip(*overrides.values(), strict=True))} if overrides else {}
 
 
-def _crossed(sweep: DictConfig) -> set[str]:
+def _crossed(sweep: SweepConfig) -> set[str]:
     """The keys of which every value has all of the design: the seed, a budget, what is tuned for each arm."""
-    return {"seed", *(key_and_values(text)[0] for text in (sweep.over, sweep.tune))}
+    return {"seed", sweep.budget, key_and_values(sweep.tune)[0]}
 
 
 def check_single(typed: Mapping[str, Sequence[str]]) -> None:
@@ -53,17 +50,17 @@ def check_single(typed: Mapping[str, Sequence[str]]) -> None:
             raise BadRequest(f"{', '.join(typed[key])}: it says which jobs there are; name one value of it")
 
 
-def check_unused(sweep: DictConfig, *, multirun: bool) -> None:
+def check_unused(sweep: SweepConfig, *, multirun: bool) -> None:
     """Refuse what says which jobs there are, for one run and for another sweeper, which makes up its jobs."""
     why = "one run has no arms to compare; add -m, and what to compare, such as model.tie_weights=true,false"
     why = "it takes the basic sweeper; leave out hydra/sweeper" if multirun else why
     for name in RULES:
-        value, usual = as_plain(sweep)[name], default_of(SweepConfig.__dataclass_fields__[name])
+        value, usual = getattr(sweep, name), default_of(SweepConfig.__dataclass_fields__[name])
         if value != usual:
             raise BadRequest(f"sweep.{name}={show(value)}: {why}")
 
 
-def arms(jobs: Iterable[Sequence[str]], sweep: SweepConfig | DictConfig) -> dict[str, list[str]]:
+def arms(jobs: Iterable[Sequence[str]], sweep: SweepConfig) -> dict[str, list[str]]:
     """The values of each overridden key over the jobs' overrides; of one that changes no result, the last.
 
     The keys that move together are one, and their values overrides. Without the control's key and a tuned one.
@@ -81,10 +78,9 @@ def arms(jobs: Iterable[Sequence[str]], sweep: SweepConfig | DictConfig) -> dict
     return {key: list(values) for key, values in found.items()}
 
 
-def asked(jobs: Iterable[Sequence[str]], sweep: DictConfig) -> dict[str, list[str]]:
+def asked(jobs: Iterable[Sequence[str]], sweep: SweepConfig) -> dict[str, list[str]]:
     """By key the values that a command line gives to ask for all these jobs."""
-    budget = key_and_values(sweep.over)[0]
-    each = {key: values for key, values in arms(jobs, sweep).items() if TOGETHER not in key and key != budget}
+    each = {key: values for key, values in arms(jobs, sweep).items() if TOGETHER not in key and key != sweep.budget}
     if sweep.until:
         each.pop("seed", None)
     if sweep.design is Design.leave_one_out:  # there the baseline is typed last
@@ -92,7 +88,7 @@ def asked(jobs: Iterable[Sequence[str]], sweep: DictConfig) -> dict[str, list[st
     return each
 
 
-def jobs(axes: Mapping[str, Sequence[Arm]], sweep: DictConfig, control: Arm | None) -> Iterator[list[str]]:
+def jobs(axes: Mapping[str, Sequence[Arm]], sweep: SweepConfig, control: Arm | None) -> Iterator[list[str]]:
     """The overrides of each job; of all designs but the product the baseline's first, at each seed and budget.
 
     The baseline has the first arm of each axis; of `leave_one_out` the last, and is the full set. `control`: what the

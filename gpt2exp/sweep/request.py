@@ -39,7 +39,7 @@ from gpt2exp.config import CONTROL, Design, InitConfig, InitScheme, SweepConfig
 from gpt2exp.files import beside
 from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
-from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
+from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner
 from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show, typed
 from gpt2exp.sweep import composing, design, engines, tuning
 from gpt2exp.sweep.composing import SECTIONS, Composer, Job, as_plain, is_hydra
@@ -305,30 +305,13 @@ def compose(
     check_hydra(master.hydra)
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
-    if basic := multirun and master.hydra.sweeper._target_ == composing.BASIC_SWEEPER:
-        found = axes([*(read(composer, preset(master)) if absent is None else ()), *typed])
-        design.check_single(found)
-        together, rule = moving(composer, master.sweep.together), as_plain(master.sweep) | {"control": False}
-        if master.sweep.over is not None:
-            found |= budgets(composer, master.sweep.over, {**found, **together})
-        if master.sweep.until is not None:  # a study's seeds are replaced
-            found.pop("seed", None)
-            end = parse({"sweep": rule}).sweep.looks.stop
-            found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
-        found |= tuning.first(composer, parse({"sweep": rule}).sweep, {**found, **together})
-        single: dict[str, list[design.Arm]] = {key: [(text,) for text in texts] for key, texts in found.items()}
-        for key in single.keys() & {*(absent or ())}:  # the arm without it is the baseline's
-            single[key].insert(len(single[key]) if master.sweep.design is Design.leave_one_out else 0, ())
-        plan = single | design.together(together, found)
-        control = (f"{CONTROL}={master.data.redraw + 1}",) if master.sweep.control else None
-        jobs = named(list(composer.jobs(master, design.jobs(plan, master.sweep, control))))
-        bare = (tuple(tuning.untold(job.overrides, master.sweep.tune)) for job in jobs)
-        jobs = [dataclasses.replace(job, overrides=texts) for job, texts in zip(jobs, bare, strict=True)]
+    basic = multirun and master.hydra.sweeper._target_ == composing.BASIC_SWEEPER
+    if basic:
+        jobs = _combinations(composer, master, typed, absent)
     else:  # a sweeper that makes up its jobs has the others' keys checked
-        design.check_unused(master.sweep, multirun=multirun)
+        design.check_unused(rules(master), multirun=multirun)
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
-        alone = composing.identified(composer.compose(constant) if multirun else master)
-        jobs = [composing.job_of(alone, texts)]
+        jobs = [composing.job_of(composing.identified(composer.compose(constant) if multirun else master), texts)]
     looks = _looks(jobs, typed)
     tuning.check(jobs)
     trials = named(tuning.trials(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")
@@ -339,6 +322,33 @@ def compose(
     for device in {job.config.train.device for job in jobs} if multirun else ():
         engines.check(master.hydra.launcher, device)
     return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks, trials=tuple(trials))
+
+
+def rules(master: DictConfig) -> SweepConfig:
+    """The keys of `sweep`, which are one for all jobs."""
+    return typing.cast(SweepConfig, OmegaConf.to_object(master.sweep))
+
+
+def _combinations(
+    composer: Composer, master: DictConfig, typed: Sequence[Override], absent: Collection[str] | None
+) -> list[Job]:
+    """The jobs of a sweep of lists."""
+    found, sweep = axes([*(read(composer, preset(master)) if absent is None else ()), *typed]), rules(master)
+    design.check_single(found)
+    together = moving(composer, sweep.together)
+    if sweep.over is not None:
+        found |= budgets(composer, sweep.over, found | together)
+    if sweep.until:  # a study's seeds are replaced
+        found.pop("seed", None)
+        found = {"seed": [f"seed={seed}" for seed in range(1, sweep.looks.stop)], **found}
+    found |= tuning.first(composer, sweep, found | together)
+    single: dict[str, list[design.Arm]] = {key: [(text,) for text in texts] for key, texts in found.items()}
+    for key in single.keys() & {*(absent or ())}:  # the arm without it is the baseline's
+        single[key].insert(len(single[key]) if sweep.design is Design.leave_one_out else 0, ())
+    control = (f"{CONTROL}={master.data.redraw + 1}",) if sweep.control else None
+    texts = design.jobs(single | design.together(together, found), sweep, control)
+    jobs = named(list(composer.jobs(master, texts)))
+    return [dataclasses.replace(job, overrides=tuple(tuning.untold(job.overrides, sweep.tune))) for job in jobs]
 
 
 def _looks(jobs: Sequence[Job], typed: Sequence[Override]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from gpt2exp import choices, schema
-from gpt2exp.config import DataName, Design, RunConfig, Schedule, key_and_values
+from gpt2exp.config import DataName, Design, RunConfig, Schedule
 from gpt2exp.run import record, terminal
 from gpt2exp.section import BadRequest, override_key, quoted, show
 from gpt2exp.sweep import composing, design, request
@@ -225,7 +225,7 @@ def _words(
 
     `before`: the command line of before; `listed`: the overrides of its jobs.
     """
-    sweep = composer.compose(before, multirun=True).sweep
+    sweep = request.rules(composer.compose(before, multirun=True))
     told = design.asked(listed, sweep)
     keys = [{*map(override_key, texts)} for texts in listed]
     absent = {key for key in told if not (schema.is_housekeeping(key) or all(key in each for each in keys))}
@@ -235,13 +235,13 @@ def _words(
         if is_hydra(key):
             hydra += texts
         elif key == "sweep.together":
-            told[key] = [_together(composer, list(sweep.together), texts)]
+            told[key] = [_together(composer, sweep.together, texts)]
         elif schema.is_housekeeping(key):
             told[key] = values
         elif key == "experiment" and values != had:
             raise BadRequest(f"{texts[0]}: a study is a sweep of its own; leave out resume to start it")
-        elif key == key_and_values(sweep.over)[0]:
-            told["sweep.over"] = [quoted(",".join([sweep.over, *values]))]
+        elif key == sweep.budget:
+            told["sweep.over"] = [quoted(",".join([str(sweep.over), *values]))]
         else:
             absent |= {key} - told.keys()
             full_set = sweep.design is Design.leave_one_out and key != "seed"  # whose value is the last
