@@ -143,7 +143,7 @@ def call(section: Any, *leading: Any) -> Any:
 
 
 def _is_ours(section: str, target: str, name: object) -> bool:
-    """Whether the package's own file of this choice names this code; `BadRequest` where no choice may name it."""
+    """Whether a file of the package names this code; `BadRequest` where no file may."""
     key, (module, _, attribute) = f"{section}.{TARGET}={target}", target.rpartition(".")
     if section not in LEADING:
         raise BadRequest(f"{key}: no choice from outside can be made here; it can be of {', '.join(LEADING)}")
@@ -204,7 +204,7 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
 
 
 def _is_installed(name: str, path: Path) -> bool:
-    """Whether a module of that name is found elsewhere than in the folders of choices."""
+    """Whether Python finds a module of that name outside the folders of choices."""
     places = [place for place in sys.path if place and place not in {*_added, *map(str, _folders)}]
     found = importlib.machinery.PathFinder.find_spec(name, places)
     return name in (*sys.builtin_module_names, "gpt2exp") or (found is not None and found.origin != str(path))

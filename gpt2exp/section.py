@@ -161,7 +161,7 @@ def choice_of(section: str) -> Callable[[type[Chosen]], type[Chosen]]:
 
 
 def chosen(section: str, name: object = None) -> type[Any]:
-    """The class of a choice, or of the section's default; of a name that is none `BadRequest`."""
+    """The class of a choice by name, or of the section's default; `BadRequest` for an unknown name."""
     choices = CHOICES[section]
     remedy = f"choose one of {', '.join(choices)}"
     require(name is None or name in choices, f"{section}.name", name, "no such choice", remedy)

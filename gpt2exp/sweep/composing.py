@@ -71,20 +71,20 @@ def register() -> None:
         OmegaConf.set_struct(OmegaConf.select(schema, section), False)
     ConfigStore.instance().store("schema", node=schema)
     # two launches in the same second get two folders
-    resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
+    resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.resolvers()}
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, use_cache=name == "folder_name", replace=True)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """A command line as Hydra parses it; BadRequest for a flag that is none."""
+    """Parse a command line with Hydra's parser; BadRequest for an unknown flag."""
     parser = process.strict(get_args_parser(), "gpt2exp")
     parser.add_argument("--trust", action="store_true", help="run the code that the folder gone on with names")
     return parser.parse_args([_located(word) for word in argv])
 
 
 def _located(word: str) -> str:
-    """A folder given as Hydra names an installed package's, such as pkg://gpt2exp.examples, by its path."""
+    """The path of a package folder given in Hydra's way, such as pkg://gpt2exp.examples."""
     found = re.fullmatch(r"(--config-dir=)?pkg://(gpt2exp\.\w+)", word)
     package = importlib.util.find_spec(found[2]) if found else None
     return f"{found[1] or ''}{Path(package.origin).parent}" if found and package and package.origin else word
@@ -117,7 +117,7 @@ class Composer:
         return names + [f"{folder}/{name}" for folder in below for name in options(f"{group}/{folder}")]
 
     def may_have(self, key: str) -> bool:
-        """Whether a key may be one that a choice has by the code that its file names, beside its section's."""
+        """Whether a key may be an argument of code that a choice of its section names by `_target_`."""
         section, _, name = key.rpartition(".")
         known = section in choices.LEADING and kind_of(section).__dataclass_fields__
         if not known or name in known:
@@ -127,20 +127,20 @@ class Composer:
         return any(TARGET.encode() in path.read_bytes() for path in files)
 
     def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
-        """The configuration of a command line; keys with several values are left as they are."""
+        """Compose a command line; keys with several values keep their defaults."""
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
         load = functools.partial(self.loader.load_configuration, self.name, run_mode=mode)
         return self._with_schedule(functools.partial(load, validate_sweep_overrides=False), texts)
 
     def _with_schedule(self, load: Callable[[list[str]], DictConfig], texts: Sequence[str]) -> DictConfig:
-        """A configuration with the file of the group `schedule` that its `optimizer.schedule` names, if any."""
+        """Compose, with the file of the group `schedule` that `optimizer.schedule` names, if there is one."""
         composed = load(list(texts))
         named = composed.optimizer.schedule
         known = [] if "${" in named else self.offered("schedule")
         return load([*texts, f"schedule={named}"]) if named in known else composed
 
     def jobs(self, master: DictConfig, jobs: Iterable[Sequence[str]]) -> Iterator[Job]:
-        """The jobs of a sweep by their overrides, at most one for a key."""
+        """The jobs of a sweep, from the overrides of each."""
         read = functools.cache(OverridesParser.create().parse_override)
         files = {"optimizer.schedule"} if self.offered("schedule") else set[str]()
         simple, bases = set(keys()) - files, dict[tuple[str, ...], _Base]()
@@ -161,7 +161,7 @@ def _is_plain(override: Override, simple: set[str]) -> bool:
 
 
 class _Base:
-    """A job that Hydra composed, into which the values of other jobs are put."""
+    """A job that Hydra composed; other jobs of its shape are made by changing its values."""
 
     def __init__(self, composed: DictConfig, values: dict[str, Any]) -> None:
         self.values, self.config, self.hydra = values, checked(composed), as_plain(composed.hydra)
@@ -175,7 +175,7 @@ class _Base:
         """Keys whose value is that of another key."""
 
     def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Job:
-        """The job with these values, which are of the keys that the base was told."""
+        """The job with these values, whose keys are the base's."""
         changed = {key: value for key, value in values.items() if repr(value) != repr(self.values[key])}
         for key, value in changed.items():
             OmegaConf.update(self.own, key, _of_type(self.config, key, value) if self.outside else value, merge=True)
@@ -188,7 +188,7 @@ class _Base:
 
 
 def _of_type(config: RunConfig, key: str, value: object) -> Any:
-    """A value as the section that has its key holds it: 1 as 1.0 where that is a number."""
+    """A value converted to its key's type: 1 to 1.0 for a float."""
     *sections, name = key.split(".")
     node = schema_of(type(functools.reduce(getattr, sections, config)))
     OmegaConf.update(node, name, value)
@@ -214,7 +214,7 @@ def with_values(section: SectionT, values: dict[str, Any]) -> SectionT:
 
 
 def checked(composed: DictConfig) -> RunConfig:
-    """The configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
+    """The checked configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
     own = _own(composed)
     choices.admit(as_plain(own))
     parsed = parse(own)
@@ -233,7 +233,7 @@ def job_of(composed: DictConfig, overrides: Iterable[str]) -> Job:
 
 
 def identified(composed: DictConfig) -> DictConfig:
-    """A composed configuration in which every choice from outside has its file's name, and its code's place and sha256.
+    """Record in every choice from outside its file's name, and the path and sha256 of its code.
 
     With such a choice the sections have no types any more; `checked` gives each its own.
     """
@@ -254,7 +254,7 @@ def identified(composed: DictConfig) -> DictConfig:
 
 
 def as_plain(composed: Any) -> dict[str, Any]:
-    """Dicts, lists and values, interpolations as they stand."""
+    """A configuration as dicts, lists and values, interpolations unresolved."""
     return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
 
 
@@ -265,7 +265,7 @@ def is_hydra(key: str) -> bool:
 
 @contextlib.contextmanager
 def composing(args: argparse.Namespace) -> Iterator[Composer]:
-    """Errors of Hydra's inside the block become a `BadRequest`."""
+    """Open Hydra's loader; Hydra's errors inside the block become a `BadRequest`."""
     _check_flags(args)
     register()  # the environment may have changed since
     folder = config_folder(args)
@@ -278,7 +278,7 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
             yield Composer(path, args.config_name or "config", folder)
     except (HydraException, OmegaConfBaseException) as error:
         choice = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
-        if remedy := engines.missing(choice or ""):
+        if remedy := engines.install_hint(choice or ""):
             raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
         text = explain(error)
         unknown = re.match(r"Could not override '([\w.]+)'.*=(\S*)", text)
@@ -323,7 +323,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def describe(folder: Path, job: Job, place: Path | None = None) -> None:
-    """Write a job's `.hydra` as Hydra would, but each file whole, and last the one that makes a folder a run's.
+    """Write a job's `.hydra` as Hydra would, each file atomically; `config.yaml` last, since it makes a folder a run's.
 
     `place`: where the folder will lie, if not where it is. A job whose folder holds what it is to hold stays as it is.
     """
@@ -381,7 +381,7 @@ def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable
 
 
 def handed(cfg: DictConfig, sweep: Path) -> Job:
-    """The job that a launcher or a sweeper calls `work` for; one that a sweeper made up has no folder yet."""
+    """The job with which a launcher or a sweeper calls `work`; one of a sweeper has no folder yet."""
     choices.trust()  # as the command that launched the sweep found
     if JOB in cfg:
         told = json.loads(cfg[JOB])
@@ -397,7 +397,7 @@ def handed(cfg: DictConfig, sweep: Path) -> Job:
 
 
 def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Path | None = None) -> None:
-    """Hydra's own main, which prints what it is asked to, or calls `work` for the jobs of a sweeper that makes them up.
+    """Run Hydra's own main: it prints what it is asked to, or runs a sweeper that makes up jobs and calls `work`.
 
     Its exceptions are let through to us instead of ending the process.
     """

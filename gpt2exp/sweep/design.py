@@ -39,7 +39,7 @@ def together(overrides: Mapping[str, Sequence[str]], typed: Mapping[str, Sequenc
 
 
 def _crossed(sweep: SweepConfig) -> set[str]:
-    """The keys of which every value has all of the design: the seed, a budget, what is tuned for each arm."""
+    """The keys at each value of which the whole design is run: the seed, the budget, the tuned key."""
     return {"seed", sweep.budget, key_and_values(sweep.tune)[0]}
 
 

@@ -56,12 +56,12 @@ def command(argv: list[str]) -> int:
 
 
 def unwritable(error: OSError) -> str:
-    """The line for a disk that filled up or a folder that was taken away."""
+    """The line for a full disk or a folder that is gone."""
     return f"{processes.unwritable(error)}: hydra.run.dir=FOLDER, or hydra.sweep.dir for a sweep"
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """A command line as Hydra parses it, and its words as they were meant; `BadRequest` if one holds a credential.
+    """Parse a command line; returns its words in Hydra's grammar too. `BadRequest` if one holds a credential.
 
     From here on code from outside may run as the command line says, and `--trust` is none of its words.
     """
@@ -151,7 +151,7 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
 
 
 def _reusing(jobs: list[Job], texts: dict[tuple[Any, ...], str], folder: Path) -> list[Job]:
-    """The jobs, those with the run that counts as theirs which have one, which is said."""
+    """Find the earlier runs that count as these jobs, and print what was found."""
     jobs, lines = reuse.found(jobs, texts, folder)
     for line in lines:
         terminal.say(f"sweep.reuse: {line}")
@@ -170,7 +170,7 @@ def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
 
 
 def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -> None:
-    """Run what is to do: a run alone, the jobs of a sweep one by one, or by the launcher or the sweeper it names."""
+    """Run the jobs: a run alone, a sweep's one by one, or by the launcher or sweeper that the request names."""
     if request.master is None:
         with env_override(to_do[0].hydra.get("job", {}).get("env_set", {})):
             run(request.folder, began)
@@ -212,7 +212,7 @@ def _say_how_to_go_on(request: Request) -> None:
 
 
 def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str]:
-    """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine.
+    """Fetch the texts and weights of the jobs, tokenise, and refuse jobs that do not fit them or this machine.
 
     Returns the sha256 of each text.
     """
@@ -247,7 +247,7 @@ def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str
 
 
 def _show_prior(earlier: Path, looks: Sequence[int]) -> None:
-    """What numbers of seeds can tell, by an earlier sweep."""
+    """Print which differences so many seeds can tell, by an earlier sweep."""
     from gpt2exp.compare import stopping
 
     text = "differences in nats that so many seeds tell from zero in four of five studies, by the std of the"
@@ -256,7 +256,7 @@ def _show_prior(earlier: Path, looks: Sequence[int]) -> None:
 
 
 def _show_dry(to_do: list[Job]) -> None:
-    """The table of a dry run; what is alike in jobs of one shape is found once."""
+    """Print the table of a dry run; memory and precision are found once for jobs of one shape."""
     if not to_do:
         return
     rows, known = list[dict[str, str]](), dict[str, dict[str, str]]()
@@ -284,7 +284,7 @@ def _dry_row(config: RunConfig) -> dict[str, str]:
 
 
 def work(cfg: DictConfig) -> float:
-    """Hydra's task: one job of a sweep, in its folder, in whatever process a launcher or a sweeper of Hydra's calls it.
+    """Run one job of a sweep: the function that a launcher's worker or a sweeper of Hydra's calls.
 
     Returns the loss that a sweeper is to minimise, infinite if the run diverged or failed.
     """
@@ -296,14 +296,14 @@ def work(cfg: DictConfig) -> float:
         known = record.Sweep.read(sweep)
         told = sorted(set(job.overrides) - set(known.jobs[0] if known else ()))
         job = replace(job, folder=numbered(hydra.job.num, ",".join(told)))
-    engines.enter(str(hydra.launcher._target_), sweep, job.config.train.device)
+    engines.prepare_worker(str(hydra.launcher._target_), sweep, job.config.train.device)
     if job.config.seed not in _needless(sweep):
         _work(job, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
     return record.objective(sweep / job.folder)
 
 
 def _work(job: Job, sweep: Path, began: float) -> set[int]:
-    """Run one job of a sweep, if that is to do; every outcome is recorded, and only a signal is raised.
+    """Run one job of a sweep unless it is done; every outcome is recorded, and only a signal is raised.
 
     Returns the seeds of which no run is to begin any more.
     """
@@ -329,7 +329,7 @@ def _work(job: Job, sweep: Path, began: float) -> set[int]:
 
 
 def _needless(sweep: Path, ended: int | None = None) -> set[int]:
-    """The seeds of which a sweep that runs until it is answered begins no run any more; of any other none.
+    """The seeds of which no further run is begun, since the sweep is answered; none without `sweep.until`.
 
     `ended`: the seed of a run that has ended. Once all of that seed's have, people see what the seeds say.
     """
@@ -349,7 +349,7 @@ def _needless(sweep: Path, ended: int | None = None) -> set[int]:
 
 
 def _alone(folder: Path) -> int:
-    """The run of a folder, in this process: 0 done, 1 not, 2 another process has it, 130 or 143 interrupted."""
+    """Run a folder in this process; the exit code: 0 done, 1 not."""
     choices.trust()  # as the command that made the folder found
     with processes.held(folder):
         return 0 if run(folder)["state"] == "done" else 1
@@ -386,7 +386,7 @@ def _in_own_process(folder: Path) -> None:
 
 
 def _outcome(request: Request) -> int:
-    """What a sweep came to, if it was one, and the exit code, both from what the folders say."""
+    """Compare and show a sweep's runs; the exit code, from what the folders say."""
     every = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
     trials = [row for row in every if row["name"].startswith(f"{record.TUNING}/")]
     rows = [row for row in every if not row["name"].startswith(f"{record.TUNING}/")]

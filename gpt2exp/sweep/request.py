@@ -63,12 +63,12 @@ class Request:
 
     @property
     def tuning(self) -> record.Tuning | None:
-        """What `sweep.json` says of the trials."""
+        """The trials, as `sweep.json` records them."""
         return tuning.recorded(self.trials, self.tuned)
 
     @property
     def trials_to_do(self) -> list[Job]:
-        """Of the arms whose value is not chosen yet, in the order in which they run."""
+        """The trials of arms whose value is not chosen yet, in running order."""
         arms = self.tuning.arms if self.tuning else []
         settled = {name for arm in arms if arm.best for names in arm.runs.values() for name in names}
         return ordered(job for job in self.trials if not job.done and job.folder not in settled)
@@ -80,12 +80,12 @@ class Request:
 
     @property
     def to_do(self) -> list[Job]:
-        """The jobs to be compared that are not done, in the order in which they run."""
+        """The jobs that are not done, in running order."""
         return ordered(job for job in self.jobs if not job.done)
 
     @property
     def launcher(self) -> DictConfig | None:
-        """Of a sweep: what starts its jobs, and the settings of it."""
+        """A sweep's launcher and its settings."""
         return None if self.master is None else self.master.hydra.launcher
 
     @property
@@ -95,7 +95,7 @@ class Request:
 
     @property
     def rule(self) -> dict[str, Any]:
-        """By what a sweep that runs until it is answered ends, besides its looks; of any other nothing."""
+        """With `sweep.until`: what decides when it ends, besides its looks."""
         if not self.looks:
             return {}
         settings = self.jobs[-1].config.sweep
@@ -107,7 +107,7 @@ class Request:
 
 
 def ordered(jobs: Iterable[Job]) -> list[Job]:
-    """Jobs in the order in which they run: all of a seed before the next seed's.
+    """Jobs in running order: all of a seed before the next seed's.
 
     Within a seed the order is drawn by the seed, so that a machine that becomes slower or warmer favours no arm.
     """
@@ -123,7 +123,7 @@ def ordered(jobs: Iterable[Job]) -> list[Job]:
 
 
 def make(args: argparse.Namespace) -> Request:
-    """The request behind Hydra's parsed command line.
+    """The request of a parsed command line.
 
     Raises:
         BadRequest: anything in it that cannot be carried out.
@@ -141,7 +141,7 @@ ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
 
 
 def as_meant(text: str) -> str:
-    """An argument of the command line in Hydra's grammar, where that would read a name as something else.
+    """An argument in Hydra's grammar, quoted where Hydra would read a name as something else.
 
     `wandb.name=2024_01_15` would be the number 20240115, `resume=None` a folder called None, `hydra.run.dir=~/x` an
     error, and a comma in the name of a file that is there would part it in two. What is quoted stays as it is.
@@ -214,7 +214,7 @@ def example(text: str) -> str:
 
 
 def values(override: Override) -> list[Any]:
-    """What an override gives its key: the choices of a list, or the one."""
+    """The values that an override gives its key, one or several."""
     return list(override.sweep_iterator()) if override.is_discrete_sweep() else [override.value()]
 
 
@@ -276,14 +276,14 @@ def _check_type(key: str, value: Any) -> None:
 
 @functools.cache
 def kinds(key: str) -> tuple[Any, ...]:
-    """The types that a key of the schema takes, None's among them where it may be null."""
+    """The types that a key takes, with None's where it may be null."""
     section, name = owner(key)
     hint = typing.get_type_hints(section)[name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def is_text(kinds: tuple[Any, ...]) -> bool:
-    """Whether a key of these types holds a text of the user's, or several; `auto` beside a number is none."""
+    """Whether a key of these types takes free text; `auto` beside a number is not."""
     return list[str] in kinds or (str in kinds and not {int, bool} & set(kinds))
 
 
@@ -366,7 +366,7 @@ def _looks(jobs: Sequence[Job], typed: Sequence[Override]) -> tuple[int, ...]:
 
 
 def _check_several(composer: Composer, override: Override, *, multirun: bool) -> None:
-    """Refuse several values of a key that has one, and of a group whose files are sweeps: a job takes no axes along."""
+    """Refuse several values without -m, and several studies, each of which is a sweep."""
     key, text = override.key_or_group, str(override.input_line)
     group = not key.startswith("hydra/") and key not in SECTIONS and composer.offered(key)
     for value in values(override) if group and override.is_discrete_sweep() else ():
@@ -381,7 +381,7 @@ def _check_several(composer: Composer, override: Override, *, multirun: bool) ->
 
 
 def _check_path_used(inits: Sequence[InitConfig]) -> None:
-    """Refuse an `init.path` that no job reads; in a sweep over `init` it is for the arm that does."""
+    """Refuse an `init.path` that no job reads."""
     if any(init.scheme is InitScheme.pretrained for init in inits):
         return
     for init in inits:
@@ -390,7 +390,7 @@ def _check_path_used(inits: Sequence[InitConfig]) -> None:
 
 
 def check_hydra(settings: DictConfig) -> None:
-    """Refuse settings of Hydra's own that name a credential, or under which no run could be kept or begun."""
+    """Refuse settings of Hydra's that hold a credential, have no effect here, or that no run could start with."""
     secret.check_values(as_plain(settings), "hydra")
     local, unheard = (
         settings.launcher._target_ == engines.BASIC,
@@ -414,12 +414,12 @@ def check_hydra(settings: DictConfig) -> None:
 
 
 def preset(master: DictConfig) -> list[str]:
-    """The axes that a study brings along, as overrides."""
+    """A study's own axes, as overrides."""
     return [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
 
 
 def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
-    """The overrides of a basic sweep by key: one for a constant, several for an axis; of two for a key the later."""
+    """The overrides by key: one for a constant, several for an axis; a later one replaces an earlier."""
     found: dict[str, list[str]] = {}
     for override in overrides:
         key = override.get_key_element()
@@ -433,13 +433,13 @@ def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
 
 
 def moving(composer: Composer, together: Sequence[str]) -> dict[str, list[str]]:
-    """By key the overrides that `sweep.together` means."""
+    """The overrides in `sweep.together`, by key."""
     SweepConfig(together=list(together))  # checks that each is KEY=A,B
     return axes(read(composer, [as_meant(text) for text in together]))
 
 
 def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The axis that `sweep.over` adds to the others, as `axes`.
+    """The axis that `sweep.over` adds, as `axes` returns it.
 
     Raises:
         BadRequest: it is no list of numbers for a key that counts, is there already, or nothing else varies.
@@ -460,7 +460,7 @@ def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict
 
 
 def named(jobs: Sequence[Job], first: int = 0, place: str = "") -> list[Job]:
-    """The jobs with a folder each: those without are numbered from `first`, and named by what is not alike in all.
+    """Give each job without a folder one: a number from `first`, and the overrides that not all jobs share.
 
     `place`: what the folders lie in, with a slash.
     """
@@ -481,7 +481,7 @@ def numbered(number: int, overrides: str) -> str:
 
 @contextlib.contextmanager
 def claimed(request: Request, argv: Sequence[str]) -> Iterator[None]:
-    """The folder is this process's inside the block; it holds the request: a sweep's `sweep.json`, and every `.hydra`.
+    """Create and lock the request's folder, and write the request into it: `sweep.json`, and every job's `.hydra`.
 
     Raises:
         BadRequest: a new folder holds something already or cannot be created; another process is at work on an old one.
@@ -502,7 +502,7 @@ def claimed(request: Request, argv: Sequence[str]) -> Iterator[None]:
 
 
 def _create(request: Request, argv: Sequence[str]) -> None:
-    """Make the folder with the request in it, in one act: nobody sees, or is left with, a folder without one."""
+    """Create the folder with the request in it, by a rename: there is never one without."""
     if request.folder.exists():
         if any(request.folder.iterdir()):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))

@@ -109,7 +109,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
 
 
 def _steps_done(folder: Path, after: RunConfig) -> tuple[int, bool]:
-    """The steps that a run has done, and whether these are all; `BadRequest` if it cannot go on as far as `after`."""
+    """The steps that a run has done, and whether these are all; `BadRequest` if it cannot go on as `after` says."""
     row = record.row(folder, folder)
     steps = row["steps"] if row["state"] == "done" else len(record.read_metrics(folder))
     if after.train.steps < steps:
@@ -136,7 +136,7 @@ def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, A
 
 
 def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
-    """Recorded overrides without those of the keys `gone`; keys that have moved under today's names."""
+    """Recorded overrides under today's keys, without those of the keys `gone`."""
     lost = {*gone, *(key.split(".")[0] for key in gone)} - set(composing.SECTIONS)
     moved = schema.MOVED.keys() - set(schema.keys())
     told = {text: override_key(text) for text in texts}
@@ -165,7 +165,7 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 
 
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
-    """What typing more changes in a configuration: new values by dotted key."""
+    """The values, by dotted key, that the overrides `typed` change."""
     with composing.composing(args) as composer:
         composed = (composing.identified(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
         before, after = (_flat(composing.checked(one)) for one in composed)
@@ -304,7 +304,7 @@ def _placed(
 
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
-    """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
+    """Refuse to change a sweep's design or its rule of when to end, once it has begun."""
     fixed = ["sweep.until", "sweep.over", "sweep.min_seeds", "sweep.tune", "sweep.tune_seeds"]
     fixed += ["sweep.design", "sweep.control", *["sweep.margin", "sweep.together"] * bool(known.looks)]
     fixed += [known.tuning.key] if known.tuning else []
@@ -316,7 +316,7 @@ def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) ->
 
 
 def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dict[str, Any]]:
-    """The runs of a sweep by folder, with their overrides, and what they have for keys that are none today.
+    """The runs of a sweep by folder, with their overrides; and their values of keys that no longer exist.
 
     Raises:
         BadRequest: they differ in such a key, so that which of them is which job cannot be told.
@@ -338,7 +338,7 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
 
 
 def _free(folder: Path, names: Iterable[str]) -> int:
-    """A number above those of the folders in a folder, and of others that were planned."""
+    """The first number that no folder there has, nor any of the planned `names`."""
     known = [*map(Path, names), *(folder.iterdir() if folder.is_dir() else ())]
     heads = [path.name.partition("_")[0] for path in known]
     return max((int(head) for head in heads if head.isdigit()), default=-1) + 1

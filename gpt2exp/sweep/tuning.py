@@ -25,7 +25,7 @@ from gpt2exp.sweep.composing import Composer, Job, describe
 
 
 def first(composer: Composer, sweep: SweepConfig, told: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The tuned key at the first of its values, with which jobs are composed until their arm's own is known.
+    """The tuned key at its first value, with which jobs are composed until their arm's own is chosen.
 
     Raises:
         BadRequest: it is no key that can be tuned, or one that was `told` a value or swept.
@@ -43,7 +43,7 @@ def first(composer: Composer, sweep: SweepConfig, told: Mapping[str, Sequence[st
 
 
 def check(jobs: Sequence[Job]) -> None:
-    """Refuse jobs of which there are no arms to tune, or whose seeds are those to tune on."""
+    """Refuse `sweep.tune` without arms, or with seeds that are compared too."""
     tune, seeds = jobs[0].config.sweep.tune, jobs[0].config.sweep.tune_seeds
     if not tune:
         return
@@ -75,7 +75,7 @@ def trials(composer: Composer, master: Any, jobs: Sequence[Job]) -> list[Job]:
 
 
 def recorded(jobs: Sequence[Job], known: record.Tuning | None = None) -> record.Tuning | None:
-    """What `sweep.json` says of named tuning runs; the values that are chosen already are those `known`."""
+    """The tuning runs as `sweep.json` records them; `known`: of an earlier launch, with the values it chose."""
     if not jobs:
         return None
     key, values = key_and_values(jobs[0].config.sweep.tune)
@@ -92,7 +92,7 @@ def recorded(jobs: Sequence[Job], known: record.Tuning | None = None) -> record.
 
 
 def announced(tuning: record.Tuning, trials: int, jobs: int) -> str:
-    """How many jobs each stage has to do, for a dry run."""
+    """How many jobs each stage has, for a dry run."""
     shape = f"{len(tuning.arms)} arms x {len(tuning.arms[0].runs)} values x {len(tuning.seeds)} seeds"
     seeds = ", ".join(map(str, tuning.seeds))
     text = f"first {trials} jobs that tune {tuning.key} ({shape}: {seeds}), at {', '.join(tuning.arms[0].runs)}"
@@ -128,7 +128,7 @@ def settle(sweep: Path, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
 
 
 def _at(job: Job, key: str, value: str) -> Job:
-    """A job at a value of a key; one that has begun has it already."""
+    """A job at a value of a key; a job that has begun has it already."""
     if job.own is None:
         return job
     own, told = copy.deepcopy(job.own), (*job.overrides, f"{key}={value}")
