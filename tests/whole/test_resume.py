@@ -547,5 +547,5 @@ class TestSweep:
         assert {job.config.wandb.mode.value for job in request.jobs} == {"offline"}
         with pytest.raises(BadRequest, match="a study is a sweep of its own"):
             asked(f"resume={sweep}", "experiment=precision")
-        with pytest.raises(BadRequest, match=r"^hydra\.sweep\.subdir=x: the jobs of a sweep that goes on keep their"):
+        with pytest.raises(BadRequest, match=r"^hydra\.sweep\.subdir=x: resume= and the comparison name the folders"):
             asked(f"resume={sweep}", "hydra.sweep.subdir=x")
