@@ -251,8 +251,10 @@ def _show_prior(earlier: Path, looks: Sequence[int]) -> None:
     from gpt2exp.compare import stopping
 
     text = "differences in nats that so many seeds tell from zero in four of five studies, by the std of the"
-    terminal.say(f"{text} differences in {terminal.short(earlier.absolute())} (in brackets by its upper 80 % limit)")
-    terminal.terminal().print(terminal.table(stopping.prior(earlier, looks)))
+    text += f" differences in {terminal.short(earlier.absolute())} (in brackets by its upper 80 % limit)"
+    table = stopping.prior(earlier, looks)
+    terminal.say(text)
+    terminal.terminal().print(terminal.table(table))
 
 
 def _show_dry(to_do: list[Job]) -> None:
