@@ -44,7 +44,7 @@ def typed(key: str, value: object) -> str:
     text = show(value)
     if value is None or isinstance(value, bool | int | float):
         return f"{key}={text}"
-    plain = re.fullmatch(r"\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
+    plain = re.fullmatch(r"\.{1,2}|\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
     if not plain or text.lower() in ("null", "true", "false", "nan", "inf"):
         text = quoted(text)
     return f"{key}={text}"

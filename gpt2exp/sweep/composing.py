@@ -172,7 +172,7 @@ class _Base:
         self.outside = bool(choices.found_in(own))
         """Whether it has a choice from outside: then `own` has no types, but `config` has."""
         self.following = [key for key, value in leaves(own).items() if "${" in str(value)]
-        """Keys whose value is that of another key."""
+        self.following += ["train.grad_accum_steps"]  # these have another key's value; the last by tokens_per_step
 
     def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Job:
         """The job with these values, whose keys are the base's."""

@@ -95,7 +95,7 @@ class TestTogether:
             (["-m", "sweep.together=model.n_embd=16,x;optimizer.lr=1e-3,5e-4"], r"model\.n_embd=x: must be a whole"),
             (["-m", "sweep.together=model.n_embd=16,32;seed=1,2"], r"sweep\.together: seed=1 is no arm to compare"),
             (["-m", "sweep.together=model.n_embd=16,32;wandb.project=a,b"], r"sweep\.together: wandb\.project=a is no"),
-            ([SIZES], r"sweep\.together=\[model\.n_embd=16,32,optimizer\.lr=1e-3,5e-4\]: one run has no arms to compare; add -m"),
+            ([SIZES], r"sweep\.together=\[model\.n_embd=16,32,optimizer\.lr=1e-3,5e-4\]: one run has no arms"),
             (["-m", SIZES, "hydra/sweeper=lr_search"], r"sweep\.together=.*: it takes the basic sweeper"),
         ],
     )  # fmt: skip
