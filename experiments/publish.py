@@ -34,14 +34,18 @@ from gpt2exp.section import show
 HERE = Path(__file__).parent
 FIGURES = {
     "precision": ("gap", "difference"),
+    "precision/gpt2": ("gap", "difference"),
     "weight_tying": ("loss", "difference"),
     "weight_tying/gpt2": ("loss", "difference"),
+    "weight_tying/equal_parameters": (),
     "residual_scaling": ("residual", "difference"),
     "residual_scaling/gpt2": ("residual", "difference"),
     "init_std": ("loss", "intervals"),
     "init_std/gpt2": ("loss", "intervals"),
     "first_steps": ("loss", "unseen"),
     "gpt2_choices": ("tuning", "difference"),
+    "gpt2_choices/gpt2": ("difference",),
+    "second_text": ("difference",),
     "throughput": ("speed", "memory"),
 }
 """Which of the report's figures of the first axis a record's part of the page shows; of other records none."""
@@ -102,17 +106,18 @@ def results(study: str, comparison: Comparison) -> str:
     record = Record(study)
     pictures = [path for kind in sorted(FIGURES.get(study, ())) if (path := record.beside(f"{kind}.png")).is_file()]
     table = report.effects(comparison, METRICS[study]) if study in METRICS else losses(comparison)
-    leads = (
-        Record(f"{study}/gpt2").stem.with_suffix(".csv").is_file()
-    )  # then the small model's sentences would repeat it
+    # where GPT-2's own part leads, the small model's sentences would repeat it
+    leads = Record(f"{study}/gpt2").stem.with_suffix(".csv").is_file()
     told = [line for line in report.verdicts(comparison) if not line.startswith("- note: no compute multiplier")]
-    if record.block == "until":
+    if record.block in ("until", "equal_parameters"):
         told, table = [line for line in told if not line.startswith("- note: ")], []
     parts = [
         [] if leads else told,
         table,
-        [line for line in report.tuning(comparison) if ": best at " not in line] if comparison.tuning else [],
-        [] if leads else [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
+        [line for line in report.tuning(comparison) if ": best at " not in line]
+        if comparison.tuning and not leads
+        else [],
+        [] if leads and not comparison.tuning else [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
         [provenance(record.stem.with_suffix(".json"))],
         *([extra(runs_of(study))] for extra in EXTRAS.get(study, [])),
     ]
