@@ -128,7 +128,7 @@ def _on_disk(config: DataConfig, path: Path, rows: Mapping[str, Any], limit: Map
     seen = [(item.name, item.size, item.mtime_ns) for item in found]
     place = {"path": str(path.expanduser().absolute()), "files": seen}
     fields = [item.has_fields for item in found]
-    chosen = {**limit, **({"field": config.field, "of": fields} if any(fields) else {})}
+    chosen: Mapping[str, Any] = {**limit, **({"field": config.field, "of": fields} if any(fields) else {})}
     size: int | None = sum(item.size for item in found)
     if config.name is DataName.hub:
         why = f"{path} is a folder here and has none"
