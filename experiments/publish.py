@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.compare import figures, index, inference, report
+from gpt2exp.compare import figures, index, inference, report, words
 from gpt2exp.compare.comparison import Comparison, Distance, Row, compare, read
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.stopping import compared
@@ -108,11 +108,13 @@ def results(study: str, comparison: Comparison) -> str:
     table = report.effects(comparison, METRICS[study]) if study in METRICS else losses(comparison)
     # where GPT-2's own part leads, the small model's sentences would repeat it
     leads = Record(f"{study}/gpt2").stem.with_suffix(".csv").is_file()
-    told = [line for line in report.verdicts(comparison) if not line.startswith("- note: no compute multiplier")]
+    spared = ("- note: no compute multiplier", "- **↔")  # `gaps` says in a line how far precisions stray
+    told = [line for line in report.verdicts(comparison) if not line.startswith(spared)]
     if record.block in ("until", "equal_parameters"):
         told, table = [line for line in told if not line.startswith("- note: ")], []
     parts = [
         [] if leads else told,
+        gaps(comparison),
         table,
         [line for line in report.tuning(comparison) if ": best at " not in line]
         if comparison.tuning and not leads
@@ -122,6 +124,19 @@ def results(study: str, comparison: Comparison) -> str:
         *([extra(runs_of(study))] for extra in EXTRAS.get(study, [])),
     ]
     return "\n\n".join("\n".join(part).strip() for part in parts if part)
+
+
+def gaps(comparison: Comparison) -> list[str]:
+    """How far each precision's training loss lies from fp64's, in a line."""
+    if not comparison.distances:
+        return []
+    far = [f"{item.arm} {words.spell(item.mean)} ({words.spell(item.largest)})" for item in comparison.distances]
+    std = comparison.distances[0].seed_std
+    return [
+        "How far the training loss lies from fp64's at the same seed and step, in nats, on average (and at the worst "
+        f"step, mean over seeds): {', '.join(far)}."
+        + (f" Between seeds fp64's own losses have a std of {words.spell(std)}." if std is not None else "")
+    ]
 
 
 def losses(comparison: Comparison) -> list[str]:
@@ -134,7 +149,7 @@ def losses(comparison: Comparison) -> list[str]:
 
 def draw(record: Record, comparison: Comparison) -> None:
     """Replace those of a study's figures for which the comparison has something."""
-    for drawing in (drawing for section in figures.draw(comparison) for drawing in section.drawings):
+    for drawing in figures.draw(comparison):
         number, kind = drawing.name.split("-", 1)[0], drawing.name.rsplit("-", 1)[-1]
         if kind in FIGURES.get(record.study, ()) and number in ("0", "1"):
             record.beside(f"{kind}.png").write_bytes(drawing.png)
@@ -245,7 +260,7 @@ def _row(run: Run, folder: Path, shared: Mapping[str, Any]) -> Row:
     row: dict[str, Any] = {"name": run["name"], "folder": str(folder / run["name"]), "error": None}
     row |= {key: run[key] for key in ("state", "started")} | {"overrides": run["overrides"].split()}
     row |= {key: float(run[key]) for key in run if key in NUMBERS and run[key]}
-    row |= {key: int(run[key]) for key in ("steps", "tokens", "seed")}
+    row |= {key: int(run[key]) for key in ("steps", "tokens", "seed", "pid") if run.get(key)}
     row["parameters"] = {"total": int(run["parameters"])}
     row["wall_seconds"] = {"train": float(run["wall_total"]) - float(run["wall_startup"])}
     for key, value in {**shared, **{key: json.loads(text) for key, text in run.items() if "." in key and text}}.items():
@@ -376,33 +391,20 @@ def equal_parameters(runs: Sequence[Run]) -> str:
     )
 
 
-def stream_table(runs: Sequence[Run]) -> str:
-    """The residual stream at init, as embedded and after the last block, by depth and scaling."""
-    rows = ["| layers | scaling | stream as embedded | after the last block | growth |", "|--:|---|--:|--:|--:|"]
-    depths = sorted({int(word.partition("=")[2]) for run in runs for word in run["overrides"].split() if DEPTH in word})
-    for depth in depths:
-        for scaling in ("true", "false"):
-            alike = having(runs, f"{DEPTH}{depth}", f"init.residual_scaling={scaling}")
-            first, last = (column(alike, f"stream_first_{where}") for where in ("embedded", "last_block"))
-            growth = [b / a for a, b in zip(first, last, strict=True)]
-            cells = [spread(first, ".4f"), spread(last, ".4f"), spread(growth, ".2f")]
-            rows.append(f"| {depth} | {'on' if scaling == 'true' else 'off'} | {' | '.join(cells)} |")
-    return "Before the first step, root mean square of the stream, mean ± std over seeds:\n\n" + "\n".join(rows)
-
-
-DEPTH = "model.n_layer="
-
-
 def stream_growth(runs: Sequence[Run]) -> str:
-    """How the residual stream grows at init at one depth, in a sentence."""
-    told = []
-    for scaling, name in (("true", "with scaling"), ("false", "without")):
-        alike = having(runs, f"init.residual_scaling={scaling}")
-        first, last = (column(alike, f"stream_first_{where}") for where in ("embedded", "last_block"))
-        told.append(f"{spread([b / a for a, b in zip(first, last, strict=True)], '.2f')} times {name}")
+    """How the residual stream grows at init, by depth and scaling, in a sentence."""
+    key, told = "model.n_layer=", []
+    words_of = (word for run in runs for word in run["overrides"].split())
+    for depth in sorted({int(word.removeprefix(key)) for word in words_of if word.startswith(key)}):
+        times = []
+        for scaling, name in (("true", "with scaling"), ("false", "without")):
+            alike = having(runs, f"{key}{depth}", f"init.residual_scaling={scaling}")
+            first, last = (column(alike, f"stream_first_{where}") for where in ("embedded", "last_block"))
+            times.append(f"{spread([b / a for a, b in zip(first, last, strict=True)], '.2f')} times {name}")
+        told.append(f"at {depth} layers {' and '.join(times)}")
     return (
-        "Before the first step the stream's root mean square grows, from the embedding to the last block, "
-        f"{' and '.join(told)} (mean ± std over {len(runs) // 2} seeds)."
+        "Before the first step the stream's root mean square grows from the embedding to the last block, "
+        f"mean ± std over seeds, {', '.join(told)}."
     )
 
 
@@ -447,7 +449,7 @@ EXTRAS: dict[str, list[Callable[[Sequence[Run]], str]]] = {
     "weight_tying": [equal_parameters],
     "weight_tying/until": [duration],
     "init_std/until": [duration],
-    "residual_scaling": [stream_table],
+    "residual_scaling": [stream_growth],
     "residual_scaling/gpt2": [stream_growth],
     "first_steps": [unused_share],
     "throughput": [speed_table],

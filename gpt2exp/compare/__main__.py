@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gpt2exp.compare import index, report, words
 from gpt2exp.compare.comparison import Comparison, read
-from gpt2exp.compare.report import Section, mirror, show
+from gpt2exp.compare.report import Drawing, mirror, show
 from gpt2exp.compare.stopping import compared
 from gpt2exp.files import replacing, write_json
 from gpt2exp.run import process
@@ -67,7 +67,7 @@ def command(argv: list[str]) -> int:
     return process.carry_out("gpt2exp-compare", carry_out)
 
 
-def write(comparison: Comparison, out: Path) -> list[Section]:
+def write(comparison: Comparison, out: Path) -> list[Drawing]:
     """Write `comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` to a folder; what was drawn.
 
     Each file is written whole.
@@ -75,24 +75,21 @@ def write(comparison: Comparison, out: Path) -> list[Section]:
     out.mkdir(parents=True, exist_ok=True)
     from gpt2exp.compare import figures  # with matplotlib: half a second
 
-    sections = figures.draw(comparison)
-    text = report.markdown(comparison, out, sections)
-    files = {
-        "comparison.csv": report.table(comparison).encode(),
-        **{f"figures/{drawing.name}.png": drawing.png for section in sections for drawing in section.drawings},
-        "report.md": text.encode(),
-        "report.html": report.page(text, words.title(comparison), out, sections).encode(),
-    }
+    drawings = figures.draw(comparison)
+    text = report.markdown(comparison, out, drawings)
     write_json(out / "comparison.json", report.finite(comparison.as_dict()))
-    _write(files, out)
-    return sections
+    _write(out / "comparison.csv", report.table(comparison))
+    for drawing in drawings:
+        _write(out / "figures" / f"{drawing.name}.png", drawing.png)
+    _write(out / "report.md", text)
+    _write(out / "report.html", report.page(text, words.title(comparison), out, drawings))
+    return drawings
 
 
-def _write(files: dict[str, bytes], out: Path) -> None:
-    for name, content in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out / name) as part:
-            part.write_bytes(content)
+def _write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_index(folders: Sequence[Path], out: Path) -> str:
@@ -103,8 +100,9 @@ def write_index(folders: Sequence[Path], out: Path) -> str:
     """
     found, unread = index.below(folders)
     text = index.page(found, unread, out)
-    files = {"index.csv": index.as_csv(found, out), "index.md": text, "index.html": report.page(text, "Findings", out)}
-    _write({name: content.encode() for name, content in files.items()}, out)
+    _write(out / "index.csv", index.as_csv(found, out))
+    _write(out / "index.md", text)
+    _write(out / "index.html", report.page(text, "Findings", out))
     place = printable(short((out / "index.html").absolute()))
     return "\n".join([*(f"note: {printable(line)}" for line in unread), f"{len(found)} arms: {place}"])
 
@@ -117,9 +115,9 @@ def conclude(sweep: Path, console: Console) -> Path | None:
     again = f"{pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:
         comparison = compared(read([sweep]))
-        sections = write(comparison, sweep)
+        drawings = write(comparison, sweep)
         show(comparison, console, sweep, failed=False)
-        return mirror(comparison, sweep, sections)
+        return mirror(comparison, sweep, drawings)
     except Exception as error:
         expected = isinstance(error, (BadRequest, OSError))
         why = printable(error if expected else f"{type(error).__name__}: {error}")

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2exp.compare import multiplier, tuned
-from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer, judge, late_change, paired
+from gpt2exp.compare.effect import FEWEST_POINTS, Effect, judge, late_change
 from gpt2exp.compare.history import History, history
-from gpt2exp.compare.inference import holm
+from gpt2exp.compare.inference import holm, pairing
 from gpt2exp.compare.rows import Grid, Group, Row, axes_of, compared, figures, of_today, read
 from gpt2exp.config import CONTROL
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
@@ -32,10 +32,8 @@ from gpt2exp.training import load
 __all__ = ["Comparison", "Distance", "Grid", "Interaction", "Row", "compare", "read"]
 
 LOSSES = tuple(metric for metric in METRICS if metric.compared == "loss")
-"""The one that counts is the last that every finished run has."""
-
+"""The last that every finished run has is compared."""
 SPEED = BY_KEY["tokens_per_second"]
-
 MEMORY = BY_KEY["peak_memory_bytes"]
 
 
@@ -60,7 +58,7 @@ class Interaction:
 class Distance:
     """How far a precision's training losses lie from fp64's at the same seed and step, in nats, means over seeds.
 
-    `largest` and `mean` are over the steps. `seed_std`, the yardstick: that of fp64's own losses, its mean over steps.
+    `largest` and `mean` are over the steps. `seed_std` is that of fp64's own losses, its mean over the steps.
     """
 
     arm: str
@@ -72,28 +70,22 @@ class Distance:
 
 @dataclass
 class Comparison:
-    """Everything a comparison says; `as_dict` is `comparison.json`.
+    """Everything a comparison says; `as_dict` is `comparison.json`."""
 
-    `distances` are of each precision from fp64, where that is an arm; `swept` has the arms of each axis, the baseline
-    first; `metric` is the loss compared; within `margin` nats a difference in it counts as none. `looks` are the
-    comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`. `over`
-    is the axis that is a budget, within each of which `axes` has the arms of the others.
-    `tuning` has the curve of each arm that was tuned; `runs` are without the runs that tuned it.
-    """
-
-    runs: list[Row]
+    runs: list[Row]  # without those that tuned an arm
     axes: list[Effect]
     interactions: list[Interaction]
-    distances: list[Distance]
+    distances: list[Distance]  # of each precision from fp64, if that is an arm
     failed: list[dict[str, Any]]
-    swept: dict[str, list[str]]
+    swept: dict[str, list[str]]  # the arms of each axis, the baseline first
     seeds: list[int]
-    metric: str
+    metric: str  # the loss that is compared
     notes: list[str]
-    margin: float | None = None
+    margin: float | None = None  # nats, within which a difference in the loss counts as none
     looks: list[dict[str, Any]] = field(default_factory=list)
-    over: str = ""
-    tuning: list[tuned.Curve] = field(default_factory=list)
+    """The comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`."""
+    over: str = ""  # the axis that is a budget, if one is: `axes` has the arms of the others within each budget
+    tuning: list[tuned.Curve] = field(default_factory=list)  # of each arm that was tuned
 
     @property
     def searched(self) -> bool:
@@ -111,15 +103,12 @@ class Comparison:
 
 
 def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
-    """The comparison of a set of runs, finished or not.
+    """The comparison of a set of runs, finished or not, as `read` gives them.
 
-    Args:
-        rows: As `read` gives them.
-        margin: Nats, instead of the `sweep.margin` that the runs have.
-        out: Where an earlier comparison may lie, besides the runs' sweeps.
+    `margin`: nats, instead of the runs' `sweep.margin`. `out`: a folder where an earlier comparison may lie.
 
     Raises:
-        BadRequest: nothing to compare, or the runs differ in something unswept.
+        BadRequest: nothing to compare, or the runs differ in something that was not typed.
     """
     rows, trials = tuned.apart([of_today(row) for row in rows])
     if trials and not rows:
@@ -131,7 +120,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     done = [row for row in known if row["state"] == "done"]
     grid, loss = Grid(known, axes_of(known)), _loss(done)
     stated, notes = _margin(known) if margin is None else (margin, [])
-    before = _history(known, grid, out)
+    before = history(known, grid, out)
     own = {metric.key: metric for row in done for metric in from_outside(row["config"])}
     BY_KEY.update(own)
     effects = _effects(grid, (loss, SPEED, MEMORY, *own.values()), before, contended(known), stated)
@@ -149,7 +138,11 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         axes=effects,
         interactions=_interactions(grid, loss, before),
         distances=_distances(grid),
-        failed=[_failed(row) for row in rows if row["state"] != "done"],
+        failed=[
+            {"name": of["name"], "state": of["state"], "step": of.get("steps", of.get("step")), "error": of["error"]}
+            for of in rows
+            if of["state"] != "done"
+        ],
         swept=grid.axes,
         seeds=grid.seeds,
         metric=loss.key,
@@ -169,7 +162,7 @@ def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
     """
     rows, _ = tuned.apart([of_today(row) for row in rows if "config" in row])
     grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
-    before, (margin, _), seeds = _history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
+    before, (margin, _), seeds = history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
     return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]
 
 
@@ -179,18 +172,8 @@ def _loss(done: Sequence[Row]) -> Metric:
     return everywhere[-1] if everywhere else LOSSES[0]
 
 
-def _history(known: Sequence[Row], grid: Grid, out: Path | None = None) -> History:
-    sweeps = list(dict.fromkeys(Path(row["folder"]).parent for row in known))
-    return history(sweeps, grid.axes, len(grid.seeds), (seed for seed, _ in grid.planned), out)
-
-
-def _failed(row: Row) -> dict[str, Any]:
-    step = row.get("steps", row.get("step"))
-    return {"name": row["name"], "state": row["state"], "step": step, "error": row.get("error")}
-
-
 def _margin(known: Sequence[Row]) -> tuple[float | None, list[str]]:
-    """The margin stated before the runs, and a note where they disagree: the strictest counts, which is none."""
+    """The margin stated before the runs, and a note where they disagree: then the strictest counts, none before all."""
     found = {row["config"]["sweep"]["margin"] for row in known}
     margin = None if None in found else min(found)
     if len(found) == 1:
@@ -210,16 +193,15 @@ def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[st
         yield "nothing but the seed varies, so there is no axis to compare"
     if gone := sorted({key for row in known for key in row.get("gone", {})} - set(grid.axes)):
         yield f"{', '.join(gone)}: no key of this version, recorded by another; taken to make no difference"
-    for key, arms in grid.axes.items():
-        for arm in arms[1:]:
-            settings: dict[int, set[tuple[str, ...]]] = defaultdict(set)
-            for group in grid.groups({key: (arms[0], arm)})[0]:
-                settings[group.seed].add(group.where)
-            if len(set(map(frozenset, settings.values()))) > 1:
-                yield (
-                    f"{key}: for lack of some runs the seeds of {arm} average over different settings of the other "
-                    "axes; where the effect differs between those, it weighs the settings unequally"
-                )
+    for key, arm in grid.arms:
+        settings: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+        for group in grid.pairs(key, arm):
+            settings[group.seed].add(group.where)
+        if len(set(map(frozenset, settings.values()))) > 1:
+            yield (
+                f"{key}: some runs are missing, so the seeds of {arm} average over different settings of the other "
+                "axes; if its effect depends on the setting, the mean favours the settings with more seeds"
+            )
     made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
     changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
     if changed:
@@ -231,12 +213,11 @@ def _effects(
 ) -> list[Effect]:
     """Each arm against the baseline of its axis in each metric, judged; the margin is of the first metric.
 
-    Within each budget, where an axis is one: that has no verdict of its own.
+    If an axis is a budget, this is done within each budget, and the budget itself has no verdict.
     """
     parts = [grid.within(budget) for budget in grid.budgets]
-    arms = [(key, arm) for key, arms in grid.axes.items() for arm in arms[1:] if key != grid.over]
-    each = itertools.product(arms, parts, metrics)
-    effects = [_effect(part, key, arm, metric, before, contended) for (key, arm), part, metric in each]
+    each = itertools.product((arm for arm in grid.arms if arm[0] != grid.over), parts, metrics)
+    effects = [_effect(part, *arm, metric, before, contended) for arm, part, metric in each]
     # the control is no question of the study: its p is its own
     for metric, control in itertools.product(metrics, (False, True)):
         tested = [one for one in effects if (one.metric, one.control) == (metric.key, control) and one.ci95 is not None]
@@ -255,13 +236,14 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     control = grid.controlled and key == CONTROL
     effect = Effect(key, baseline, arm, metric.key, grid.budget, control, n_pairs=len(groups), dropped_pairs=broken)
     effect.n_seeds = len({group.seed for group in groups})
+    effect.verdict = "not_comparable"
     if not groups:
-        effect.verdict, effect.reason = "not_comparable", f"no two finished runs differ in {key} alone"
+        effect.reason = f"no two finished runs differ in {key} alone"
         return effect
-    first = groups[0].runs
-    effect.parameters = {side: row["parameters"]["total"] for side, row in zip(("baseline", "arm"), first, strict=True)}
+    one, other = groups[0].runs
+    effect.parameters = {"baseline": one["parameters"]["total"], "arm": other["parameters"]["total"]}
     if any(number_of(row, metric.key) is None for group in groups for row in group.runs):
-        effect.verdict, effect.reason = "not_comparable", "not measured in every run"
+        effect.reason = "not measured in every run"
         return effect
     effect.seed_std, effect.baseline_std, effect.arm_std = (
         grid.spread(metric, key, among) for among in ((baseline, arm), (baseline,), (arm,))
@@ -270,7 +252,9 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     if metric in LOSSES:
         effect.tuning = tuned.condition(key, baseline, arm, groups, grid.axes)
     if obstacle := _obstacle(key, metric, groups, contended) or (metric is MEMORY and _by_order(effect, groups)):
-        effect.verdict, effect.reason, effect.ci95, effect.p_value = "not_comparable", obstacle, None, None
+        effect.reason, effect.ci95, effect.p_value = obstacle, None, None
+    else:
+        effect.verdict = None
     return effect
 
 
@@ -281,9 +265,8 @@ def _estimate(effect: Effect, by_seed: dict[int, list[float]], metric: Metric, b
     values = [other - one for one, other in by_seed.values()]
     effect.baseline_mean, effect.arm_mean = back(statistics.fmean(ones)), back(statistics.fmean(others))
     effect.differences = {str(seed): back(value) for seed, value in zip(by_seed, values, strict=True)}
-    looks = before.of(len(values), effect.key, (effect.baseline, effect.arm))
-    found = infer(values, looks, before.schedule)
-    effect.inference, effect.looks = found.inference, list(before.schedule) if found.inference == "declared" else looks
+    found, effect.looks = before.infer(values, effect.key, (effect.baseline, effect.arm))
+    effect.inference = found.inference
     if metric.ratio:
         effect.speed_ratio = back(found.mean)
     else:
@@ -292,20 +275,20 @@ def _estimate(effect: Effect, by_seed: dict[int, list[float]], metric: Metric, b
         effect.reason = f"n={found.n}: no interval, add seeds"
         return
     effect.ci95, effect.p_value = [back(found.low), back(found.high)], found.p
-    paired(effect, ones, others)
+    effect.pair_correlation, effect.seeds_saved = pairing(ones, others)
 
 
 def _trend(effect: Effect, grid: Grid, before: History) -> None:
     """Set the trend of the training losses' difference, by seed like the effect; of runs too short for one, none."""
     changes: dict[int, list[float]] = {seed: [] for seed in map(int, effect.differences)}
-    for group in grid.groups({effect.key: (effect.baseline, effect.arm)})[0]:
-        one, other = ({step["tokens"]: step["loss"] for step in grid.metrics(row)} for row in group.runs)
-        tokens = sorted(one.keys() & other.keys())
+    for group in grid.pairs(effect.key, effect.arm):
+        one, other = (grid.curve(row, "loss") for row in group.runs)
+        tokens = [at for at in one if at in other]
         if len(tokens) < FEWEST_POINTS:
             return
         changes[group.seed].append(late_change(tokens, [other[at] - one[at] for at in tokens]))
-    looks = before.of(len(changes), effect.key, (effect.baseline, effect.arm))
-    found = infer([statistics.fmean(each) for each in changes.values()], looks, before.schedule)
+    values = [statistics.fmean(each) for each in changes.values()]
+    found, _ = before.infer(values, effect.key, (effect.baseline, effect.arm))
     if math.isfinite(found.low):
         effect.trend = [found.mean, found.low, found.high]
 
@@ -319,14 +302,14 @@ def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interacti
     for (at_a, (a, a_arms)), (at_b, (b, b_arms)) in itertools.combinations(enumerate(grid.axes.items()), 2):
         met = {(arms[at_a], arms[at_b]) for _, arms in grid.planned}
         for pair in itertools.product(a_arms[1:], b_arms[1:]):
-            four = grid.groups({a: (a_arms[0], pair[0]), b: (b_arms[0], pair[1])})[0] if pair in met else []
+            two = a_arms[0], pair[0]
+            four = grid.groups({a: two, b: (b_arms[0], pair[1])})[0] if pair in met else []
             four = [group for group in four if all(number_of(row, metric.key) is not None for row in group.runs)]
             if not four:
                 continue
             corners = figures(four, metric, declared=bool(before.schedule)).values()
             by_seed = [both - a_alone - b_alone + neither for neither, b_alone, a_alone, both in corners]
-            spread = grid.spread(metric, a, (a_arms[0], pair[0]))
-            of = infer(by_seed, before.of(len(by_seed), a, (a_arms[0], pair[0])), before.schedule)
+            spread, (of, _) = grid.spread(metric, a, two), before.infer(by_seed, a, two)
             interval, p_value = ([of.low, of.high], of.p) if math.isfinite(of.low) else (None, None)
             large = (of.low > 0 or of.high < 0) and spread is not None and abs(of.mean) > spread
             found.append(Interaction((a, b), pair, metric.key, of.n, of.mean, interval, p_value, large))
@@ -343,9 +326,13 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Group], contended: set[s
     def differ(of: Callable[[Row], Any]) -> bool:
         return any(of(one) != of(other) for one, other in (pair.runs for pair in pairs))
 
+    def arithmetic(row: Row) -> tuple[str, str | None]:
+        """What its products were computed in and, where that is emulated, how they are rounded."""
+        return row["precision"]["effective"], row["config"]["precision"]["rounding"] if _emulated(row) else None
+
     if key in ("precision", "precision.name"):
         for one, other in (pair.runs for pair in pairs):
-            if _arithmetic(one) == _arithmetic(other):
+            if arithmetic(one) == arithmetic(other):
                 return f"both arms computed in {one['precision']['effective']} on this hardware"
     if metric in LOSSES:
         if differ(lambda row: row["data"]["sha256"]):
@@ -376,19 +363,12 @@ def _emulated(row: Row) -> bool:
     return bool(row["precision"]["emulated"])
 
 
-def _arithmetic(row: Row) -> tuple[str, str | None]:
-    """What a run's products were computed in, and how the emulation rounds if it was one."""
-    precision = row["precision"]
-    return precision["effective"], row["config"]["precision"]["rounding"] if precision["emulated"] else None
-
-
 def contended(rows: Sequence[Row]) -> set[str]:
     """Folders of runs that overlapped in time with another run on the same machine, finished or not.
 
-    A run that was taken from another sweep says itself whether it did there.
-
-    Each part of a run that was stopped and went on counts by itself: for the `span` it has recorded, of older records
-    from `started`, kept to the second, for as long as it trained, since what its start-up took before is unknown.
+    Each part of a resumed run counts by itself, for the `span` that it recorded. Older records have none: they count
+    from `started`, which is kept to the second, for as long as they trained. A run that was taken from another sweep
+    says itself whether it overlapped there.
     """
     spans: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:
@@ -411,8 +391,8 @@ def contended(rows: Sequence[Row]) -> set[str]:
 def _by_order(effect: Effect, pairs: Sequence[Group]) -> str:
     """Why the memory cannot be compared where one process ran several of the runs; empty if it can.
 
-    What an earlier job leaves in the process adds to a later one's peak: by how much shows in runs that are equal but
-    for their seed. No smaller difference between the arms is one.
+    What an earlier job leaves in the process adds to a later one's peak. By how much shows in runs that differ in the
+    seed alone; a smaller difference between the arms is none.
     """
     runs = {row["folder"]: row for pair in pairs for row in pair.runs}.values()
     processes = [(row.get("machine"), row["pid"]) for row in runs if row.get("pid")]
@@ -432,7 +412,7 @@ def _distances(grid: Grid) -> list[Distance]:
     found, arms = [], grid.axes.get("precision", [])
     for arm in arms if "fp64" in arms else ():
         pairs = grid.groups({"precision": ("fp64", arm)})[0] if arm != "fp64" else []
-        both = [tuple([step["loss"] for step in grid.metrics(row)] for row in pair.runs) for pair in pairs]
+        both = [tuple([*grid.curve(row, "loss", "step").values()] for row in pair.runs) for pair in pairs]
         both = [(one, other) for one, other in both if one and len(one) == len(other)]
         if not both:
             continue

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy import special
 
-from gpt2exp.compare.inference import ALPHA, LARGEST, Inference, Interval, declared, fixed, needed, open_ended, pairing
+from gpt2exp.compare.inference import ALPHA, LARGEST, Inference, infer, needed, upper_std
 
-FAR_OFF = 0.01
-"""Level of the test for a seed whose difference is far off the others'."""
-FEWEST_POINTS = 16
-"""Places along a run at which both losses are known, for a trend: 8 in the last half."""
+FAR_OFF = 0.01  # level of the test for an outlier among the seeds
+FEWEST_POINTS = 16  # places along a run at which both losses must be known for a trend: 8 in the last half
 
 
 @dataclass
@@ -28,26 +26,26 @@ class Effect:
     baseline: str
     arm: str
     metric: str
-    budget: str = ""  # within which the arms are compared, a value of the axis that `sweep.over` names
+    budget: str = ""  # within which the arms are compared, such as `train.steps=50` (`sweep.over`)
     control: bool = False  # the baseline against itself with another data order (`sweep.control`)
     n_pairs: int = 0
     n_seeds: int = 0
-    dropped_pairs: int = 0  # planned, but a failed or missing run broke them
+    dropped_pairs: int = 0  # planned, but a run of each is missing or did not finish
     mean_difference: float | None = None
     speed_ratio: float | None = None
     ci95: list[float] | None = None
     p_value: float | None = None
     p_holm: float | None = None  # after Holm's correction over the arms of all axes in this metric
-    inference: Inference = "fixed"  # what the interval takes for fixed beforehand: how many seeds, the looks, nothing
-    looks: list[int] = field(default_factory=list)  # seeds at which was looked before more were added, or all declared
+    inference: Inference = "fixed"  # what was fixed beforehand: number of seeds, looks, nothing
+    looks: list[int] = field(default_factory=list)  # numbers of seeds: of earlier looks, or all declared
     seed_std: float | None = None  # of the metric itself (its logarithm, for a ratio), pooled over both arms
     baseline_std: float | None = None
     arm_std: float | None = None
-    pair_correlation: float | None = None  # of the two arms over seeds: what pairing lives on
-    seeds_saved: int | None = None  # that an arm would need beyond `n_seeds` without sharing; below 0 pairing lost
+    pair_correlation: float | None = None  # of the two arms over seeds
+    seeds_saved: int | None = None  # that each arm would need more if the arms shared none; below 0, pairing lost
     trend: list[float] | None = None  # change of the training losses' difference over the last half, low, high
-    steps_factor: float | None = None  # of a loss: what `multiplier` says; above 1 the arm is the better one
-    steps_factor_ci95: list[float | None] | None = None  # an end is None where only the other is known
+    steps_factor: float | None = None  # of a loss, see `multiplier`: above 1 the arm is better
+    steps_factor_ci95: list[float | None] | None = None  # one end is None if only a bound is known
     compute_multiplier: float | None = None  # the same times the ratio of speeds
     compute_multiplier_ci95: list[float | None] | None = None
     multiplier_reason: str = ""
@@ -69,18 +67,6 @@ class Effect:
         return [math.log(value) for value in values] if self.speed_ratio is not None else list(values)
 
 
-def infer(values: Sequence[float], looks: Sequence[int] = (), schedule: Sequence[int] = ()) -> Interval:
-    """The interval of differences, by what was fixed before they were known.
-
-    `looks`: at how many of them somebody looked before more were added; `schedule`: the looks declared beforehand, if
-    any. Where this look or an earlier one is none of the declared, or none was declared, the e-process holds.
-    """
-    n, before = len(values), [look for look in looks if look < len(values)]
-    if schedule and {*before, n} <= {*schedule}:
-        return declared(values, schedule)
-    return open_ended(values, before) if before or schedule else fixed(values)
-
-
 def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> None:
     """Set the verdict of an effect with an interval, its reason and the seeds it needs.
 
@@ -89,14 +75,14 @@ def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> Non
        1987, at 95 % rather than his 90 %). An interval that is zero itself lies inside any margin;
     2. Holm's p below 0.05: better or worse;
     3. else inconclusive.
-    How the interval compares with the seed-to-seed std is a remark: that depends on the data, so a noisier study would
-    find no difference more easily.
+    How the interval compares with the seed-to-seed std is a remark. It decides nothing: the std depends on the data, so
+    a noisier study would find no difference more easily.
     """
+    ratio = effect.speed_ratio
+    mean = effect.mean_difference if ratio is None else math.log(ratio)
     assert effect.ci95 is not None
-    values = effect.scaled
-    mean = effect.mean_difference if effect.speed_ratio is None else math.log(effect.speed_ratio)
-    low, high = effect.ci95 if effect.speed_ratio is None else map(math.log, effect.ci95)
     assert mean is not None
+    low, high = effect.ci95 if ratio is None else map(math.log, effect.ci95)
     within, std = margin or 0.0, effect.seed_std
     if -within <= low and high <= within:
         effect.verdict = "indistinguishable"
@@ -104,6 +90,7 @@ def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> Non
     elif effect.p_holm is not None and effect.p_holm < ALPHA:
         said = ["smaller than the seed-to-seed std"] if std is not None and abs(mean) < std else []
         if low <= 0 <= high:  # p keeps the strongest look, the interval is this look's
+            values = effect.scaled
             found = infer(values, effect.looks, effect.looks if effect.inference == "declared" else ())
             mean = statistics.fmean(values[: found.decided])
             said.append(f"decided at n={found.decided}, though the interval of all seeds holds zero again")
@@ -118,44 +105,35 @@ def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> Non
             reaches = "lies inside" if std is not None and -std <= low and high <= std else "reaches beyond"
             said = [f"the interval holds zero and {reaches} ± the seed-to-seed std"]
         said.append(_advice(effect, margin))
-    effect.reason = "; ".join([*said, *_remarks(effect)])
-
-
-def _advice(effect: Effect, margin: float | None) -> str:
-    """How many seeds in all would settle an effect; seeds added to it now come after a look."""
-    way: Inference = "declared" if effect.inference == "declared" else "open"
-    found = needed(effect.scaled, margin, way, effect.looks if way == "declared" else ())
-    limit = f"more than {effect.looks[-1] if way == 'declared' else LARGEST:,}"
-    tell, equal = (
-        [None if number is None else max(number, effect.n_seeds + 1) for number in numbers]
-        for numbers in ((found.tell, found.tell_at_most), (found.equal, found.equal_at_most))
-    )
-    effect.n_needed, effect.n_needed_at_most = (
-        min((number for number in both if number is not None), default=None) for both in zip(tell, equal, strict=True)
-    )
-
-    def count(number: int | None, most: int | None) -> str:
-        if number is None:
-            return limit
-        return f"about {number:,} (perhaps {limit if most is None else f'{most:,}'})"
-
-    said = f"{count(*tell)} seeds in all would tell a difference of this size"
-    return f"{said}, {count(*equal)} to call it indistinguishable within ±{margin:g}" if margin else said
-
-
-def _remarks(effect: Effect) -> list[str]:
-    """What must be known beside a verdict."""
-    said = []
     if effect.inference == "open":
         at = f"seeds were added after a look at n={', '.join(map(str, effect.looks))}"
         said.append(f"{at if effect.looks else 'these are not the looks declared'}: the interval holds at every look")
     if (seed := far_off(effect.differences, effect.scaled)) is not None:
         said.append(f"seed {seed} is far off the others: look at its runs, for intervals assume normal differences")
-    return said
+    effect.reason = "; ".join(said)
 
 
-def far_off(seeds: Sequence[str] | dict[str, float], values: Sequence[float]) -> str | None:
-    """The seed whose difference is too far from the others' to be one of theirs, if there is one.
+def _advice(effect: Effect, margin: float | None) -> str:
+    """How many seeds in all would settle an effect; seeds that are added now come after a look."""
+    declared = effect.inference == "declared"
+    way: Inference = "declared" if declared else "open"
+    looks = tuple(effect.looks) if declared else ()
+    limit = f"more than {looks[-1] if declared else LARGEST:,}"
+    values, n = effect.scaled, effect.n_seeds
+    mean, std = statistics.fmean(values), statistics.stdev(values)
+    by_std = (needed(mean, each, margin, way, looks) for each in (std, upper_std(std, n)))
+    both = [[number and max(number, n + 1) for number in numbers] for numbers in by_std]
+    effect.n_needed, effect.n_needed_at_most = (min(filter(None, numbers), default=None) for numbers in both)
+    tell, equal = (
+        f"about {number:,} (perhaps {f'{most:,}' if most else limit})" if number else limit
+        for number, most in zip(*both, strict=True)
+    )
+    said = f"{tell} seeds in all would tell a difference of this size"
+    return f"{said}, {equal} to call it indistinguishable within ±{margin:g}" if margin else said
+
+
+def far_off(seeds: Iterable[str], values: Sequence[float]) -> str | None:
+    """The seed whose difference is an outlier, if there is one.
 
     Grubbs' test (1969): the farthest one's distance from the mean of the others, over their standard deviation, has
     Student's t with n-2 degrees of freedom but for a factor; times n, since the farthest was picked.
@@ -173,17 +151,10 @@ def far_off(seeds: Sequence[str] | dict[str, float], values: Sequence[float]) ->
 
 
 def late_change(x: Sequence[float], y: Sequence[float]) -> float:
-    """By how much `y` moves over the last half of `x` (ascending): the slope of least squares there, times its length.
+    """By how much `y` changes over the last half of `x` (ascending): the least-squares slope there, times its length.
 
     Steps of one run are no replicates, since a run's noise lasts: the interval must be over the changes of the seeds.
     """
     at = bisect_left(x, (x[0] + x[-1]) / 2)
     slope, _ = np.polyfit(np.asarray(x[at:], float) - x[at], y[at:], 1)
     return float(slope) * (x[-1] - x[at])
-
-
-def paired(effect: Effect, baseline: Sequence[float], arm: Sequence[float]) -> None:
-    """Set what sharing seeds gained, by the arms' figures at the same seeds."""
-    found = pairing(baseline, arm)
-    effect.pair_correlation = found.correlation
-    effect.seeds_saved = None if found.unpaired is None else found.unpaired - len(arm)

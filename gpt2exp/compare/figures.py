@@ -14,6 +14,7 @@ import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +25,81 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid
-from gpt2exp.compare.curves import Arm, Axis, Replicates, by_seed
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid, Row
 from gpt2exp.compare.effect import Effect
-from gpt2exp.compare.inference import declared, open_ended, reach
-from gpt2exp.compare.report import Drawing, Section, tuning_heading
-from gpt2exp.compare.tuned import Curve
+from gpt2exp.compare.inference import Floats, declared, open_ended, reach
+from gpt2exp.compare.report import Drawing, tuning_heading
 from gpt2exp.run.metrics import BY_KEY, Metric, number_of, shown
 from gpt2exp.run.terminal import printable
-
-Draw = Callable[[Axes, "Axis"], str | None]
-"""Draws an axis of the comparison and returns the caption; None if there is nothing to draw."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C26A9B", "#B47D00", "#3D94CC")
 """Told apart with any colour vision: Okabe and Ito 2008 without yellow and black; pink, orange and sky blue darker than
 theirs, which are too faint on white and, inverted, on black.
 """
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-"""A second mark, for more arms than colours."""
-SIZE = (5.0, 3.4)
-"""Inches; 360 units of an SVG, in which text of 11 stays readable on a telephone."""
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # a second mark, for more arms than colours
+SIZE = (5.0, 3.4)  # inches; 360 units of an SVG, in which text of 11 stays readable on a telephone
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 ZERO: dict[str, Any] = {"color": "black", "linewidth": 0.9}
 REFERENCE: dict[str, Any] = {"color": "black", "alpha": 0.55, "linewidth": 0.9, "linestyle": (0, (2, 2))}
+POINTS = 300  # of a curve; longer runs are averaged in equal stretches
+
+Curve = tuple[Floats, Floats]  # places along x and the values there
+Replicates = list[tuple[int, Curve]]  # with the seed of each
 
 
-def shorten(text: str, most: int) -> str:
-    """The two ends of a long text, without what neither a terminal nor an SVG can hold."""
-    text, half = printable(text), (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+@dataclass
+class Arm:
+    """The finished runs of one arm, by seed, and how it is drawn."""
+
+    name: str
+    colour: str
+    dash: Any
+    cells: list[tuple[int, Row]]
 
 
-def draw(comparison: Comparison) -> list[Section]:
+@dataclass
+class Axis:
+    """What the figures of an axis are drawn from; without a key, all runs as one arm."""
+
+    key: str | None
+    arms: dict[str, Arm]
+    grid: Grid
+    comparison: Comparison
+    clock: str  # along x: `step`, or `tokens` where a step does not cost the same in every run
+
+    def effects(self, metric: str) -> list[Effect]:
+        """Of its arms, in one metric, where there is a difference."""
+        found = [effect for effect in self.comparison.axes if (effect.key, effect.metric) == (self.key, metric)]
+        return [one for one in found if one.arm_mean is not None and one.budget == self.grid.budget]
+
+    def curves(self, runs: Iterable[tuple[int, Row]], key: str) -> Replicates:
+        """A metric along the clock, of those runs that measured it; `runs` with their seeds."""
+        points = ((seed, self.grid.curve(row, key, self.clock)) for seed, row in runs)
+        return [(seed, (np.array([*of], float), np.array([*of.values()], float))) for seed, of in points if of]
+
+    def by_arm(self, key: str) -> list[tuple[Arm, Curve]]:
+        """A metric's curves, stacked by `by_seed`, of the arms that have any."""
+        curves = ((arm, by_seed(self.curves(arm.cells, key))) for arm in self.arms.values())
+        return [(arm, stacked) for arm, stacked in curves if stacked is not None]
+
+
+def by_seed(curves: Replicates) -> Curve | None:
+    """Where all curves have points (points,), and a row a seed (seeds, points): a seed's curves are averaged first."""
+    x = functools.reduce(np.intersect1d, [own for _, (own, _) in curves]) if curves else np.array([])
+    if not len(x):
+        return None
+    seeds: dict[int, list[Floats]] = defaultdict(list)
+    for seed, (own, y) in curves:
+        seeds[seed].append(y[np.searchsorted(own, x)])
+    y = np.stack([np.mean(rows, axis=0) for rows in seeds.values()])
+    if len(x) > POINTS:
+        starts = np.arange(0, len(x), math.ceil(len(x) / POINTS))
+        sizes = np.diff([*starts, len(x)])
+        x, y = np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts, axis=1) / sizes
+    return x, y
+
+
+def draw(comparison: Comparison) -> list[Drawing]:
     """Every figure the finished runs have something for."""
     done = [row for row in comparison.runs if row["state"] == "done"]
     if not done:
@@ -64,23 +108,33 @@ def draw(comparison: Comparison) -> list[Section]:
     grid = whole.within(whole.budgets[-1])  # what is drawn step by step is drawn of the largest budget
     per_step = {row["tokens"] / row["steps"] for row in done if row["steps"]}
     clock = "step" if len(per_step) == 1 else "tokens"
-    sections = [_tuning(comparison)] if comparison.tuning else []
+    drawings = []
+    if comparison.tuning:
+        title, heading = f"Loss against {comparison.tuning[0].key}", tuning_heading(comparison)
+        paint = functools.partial(_values, comparison=comparison)
+        drawings += _drawn(heading, "0-tuning", title, title, SIZE[1], paint)
     for number, key in enumerate(comparison.swept or [None]):
-        arms = []
-        for place, name in enumerate(["all runs"] if key is None else grid.axes[key]):
-            cells = [(seed, row) for (seed, of), row in grid.cells.items() if key is None or of[number] == name]
-            turn, colour = divmod(place, len(COLOURS))
-            arms.append(Arm(name, COLOURS[colour], DASHES[turn % len(DASHES)], cells))
-        axis = Axis(key, arms, grid, comparison, clock)
+        names = ["all runs"] if key is None else grid.axes[key]
+        arms = {name: Arm(name, *_look(place), []) for place, name in enumerate(names)}
+        for (seed, of), row in grid.cells.items():
+            arms[names[0] if key is None else of[number]].cells.append((seed, row))
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", key or "seeds").strip("-.")[:60] or "axis"
-        sections.append(Section(key, list(_drawings(axis, f"{number + 1}-{slug}"))))
-    return sections
+        axis = Axis(key, arms, grid, comparison, clock)
+        drawings += _drawings(axis, f"{number + 1}-{slug}")
+    return drawings
+
+
+def _look(place: int) -> tuple[str, Any]:
+    """The colour and the dash of an arm by its place."""
+    turn, colour = divmod(place, len(COLOURS))
+    return COLOURS[colour], DASHES[turn % len(DASHES)]
 
 
 def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
+    """The figures of an axis. A painter draws on axes and returns the caption; None if there is nothing to draw."""
     arms, seeds = 0.62 * len(axis.arms), len(axis.grid.seeds)
     differences = len(axis.effects(axis.comparison.metric)) * (0.55 + 0.16 * min(seeds, 12))
-    kinds: list[tuple[str, str, float, Draw]] = [
+    kinds: list[tuple[str, str, float, Callable[..., str | None]]] = [
         ("loss", "Loss over the run", 0, _loss),
         ("gap", "Difference along the way", 0, _gap),
         ("difference", "Difference at the end, seed by seed", differences, _pairs),
@@ -95,122 +149,131 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
     for kind, title, rows, painter in kinds:  # `rows`: inches of a figure that grows with them
         heading = title if axis.key is None else f"{shorten(axis.key, 30)}: {title[0].lower()}{title[1:]}"
         heading += f" ({shorten(axis.grid.budget, 30)})" * (kind != "budgets" and bool(axis.grid.budget))
-        paint = functools.partial(_painted, painter, axis)
-        yield from _drawn(f"{stem}-{kind}", title, heading, min(0.75 + rows, 14.0) if rows else SIZE[1], paint)
-
-
-def _painted(painter: Draw, axis: Axis, ax: Axes) -> str | None:
-    return painter(ax, axis)
+        paint = functools.partial(painter, axis=axis)
+        height = min(0.75 + rows, 14.0) if rows else SIZE[1]
+        yield from _drawn(printable(axis.key or "Figures"), f"{stem}-{kind}", title, heading, height, paint)
 
 
 def _drawn(
-    name: str, title: str, heading: str, height: float, paint: Callable[[Axes], str | None]
-) -> Iterable[Drawing]:
-    """A figure as it is saved, `height` in inches; nothing if `paint`, which returns the caption, draws nothing."""
+    of: str, name: str, title: str, heading: str, height: float, paint: Callable[[Axes], str | None]
+) -> list[Drawing]:
+    """A figure `of` an axis as it is saved, `height` in inches; none if there is nothing to draw."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that the font lacks is no news to the user
         figure = Figure(figsize=(SIZE[0], height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
         caption = paint(figure.add_subplot())
         if caption is None:
-            return
+            return []
         svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         figure.suptitle(heading, x=0.02, ha="left", fontweight="bold", fontsize=11)
         figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-        yield Drawing(name, title, caption, svg.getvalue(), png.getvalue())
+        return [Drawing(of, name, title, caption, svg.getvalue(), png.getvalue())]
 
 
-def _tuning(comparison: Comparison) -> Section:
-    """The curves of all arms over the values of the tuned key."""
-    title = f"Loss against {comparison.tuning[0].key}"
-    paint = functools.partial(_values, curves=comparison.tuning)
-    return Section(tuning_heading(comparison), list(_drawn("0-tuning", title, title, SIZE[1], paint)))
+# --- what figures share ----------------------------------------------------------------------------------------------
 
 
-def _values(ax: Axes, curves: Sequence[Curve]) -> str | None:
-    """A line an arm through its mean losses, a dot a tuning seed, a diamond where it is compared."""
-    handles, every = [], dict[float, str]()
+def shorten(text: str, most: int) -> str:
+    """The two ends of a long text, without what neither a terminal nor an SVG can hold."""
+    text, half = printable(text), (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
+def _named(arm: str) -> str:
+    """An arm in a legend; with a space, since matplotlib leaves out a name that begins with _."""
+    return " " + shorten(arm, 26)
+
+
+def _label(ax: Axes, x: str, y: str) -> None:
+    """Names along both axes, rules across, and above a legend of the arms where there are several."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(axis="y", color="black", alpha=0.12, linewidth=0.7)
+    ax.set_axisbelow(True)
+    handles, labels = ax.get_legend_handles_labels()
+    if len(handles) > 1:
+        columns = max(1, min(4, int(44 / (max(map(len, labels)) + 5))))
+        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns,
+                  borderaxespad=0.1, handlelength=2.2, columnspacing=1.2)  # fmt: skip
+
+
+def _zero(ax: Axes, margin: float | None) -> str:
+    """Lines at no difference and at the margin, if there is one; what to add to the caption."""
+    ax.axhline(0, **ZERO)
+    for bound in (-margin, margin) if margin else ():
+        ax.axhline(bound, **REFERENCE)
+    return f" Dotted: the margin, ±{margin:g} nats." if margin else ""
+
+
+def _curves(ax: Axes, axis: Axis, label: str, curves: Sequence[tuple[Arm, Curve]], *, interval: bool = False) -> bool:
+    """A line for the mean of each arm's seeds in a band of ± their standard deviation, or its 95 % t interval.
+
+    Returns whether there was any to draw.
+    """
+    for arm, (x, y) in curves:
+        mean, n = y.mean(axis=0), len(y)
+        if n > 1:
+            half = y.std(axis=0, ddof=1) * (reach(n, "fixed") / math.sqrt(n) if interval else 1)
+            ax.fill_between(x, mean - half, mean + half, color=arm.colour, alpha=0.2, linewidth=0)
+        ax.plot(x, mean, color=arm.colour, linestyle=arm.dash, linewidth=1.6, marker="o" if len(x) < 8 else None,
+                markersize=3.5, label=_named(arm.name))  # fmt: skip
+    if curves:
+        _label(ax, "step" if axis.clock == "step" else "tokens trained on", label)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if axis.clock == "tokens":
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return bool(curves)
+
+
+def _rows(ax: Axes, rows: float, *sides: str) -> None:
+    """One row below the other, without a scale on the left and without these sides."""
+    ax.set_ylim(rows, 0)
+    ax.set_yticks([])
+    for side in ("left", *sides):
+        ax.spines[side].set_visible(False)
+
+
+# --- along the run ---------------------------------------------------------------------------------------------------
+
+
+def _values(ax: Axes, comparison: Comparison) -> str | None:
+    """Each arm over the values of the tuned key: a line through its mean losses, a dot a tuning seed."""
+    curves, every = comparison.tuning, dict[float, str]()
     for place, curve in enumerate(curves):
-        turn, colour = divmod(place, len(COLOURS))
-        look = {"color": COLOURS[colour], "linestyle": DASHES[turn % len(DASHES)]}
+        colour, dash = _look(place)
         known = {value: [n for n in losses if not isinstance(n, str)] for value, losses in curve.losses.items()}
         means = {float(value): statistics.fmean(found) for value, found in known.items() if found}
         every |= {float(value): value for value, found in known.items() if found}
-        (line,) = ax.plot(sorted(means), [means[at] for at in sorted(means)], linewidth=1.6, **look)
         own = [text for text in curve.arm.split(", ") if place == 0 or text not in curves[0].arm.split(", ")]
-        handles.append((", ".join(own), line))  # all but what it shares with the first
+        ax.plot(sorted(means), [means[at] for at in sorted(means)], linewidth=1.6, color=colour, linestyle=dash,
+                label=_named(", ".join(own)))  # fmt: skip
         for value, found in known.items():
-            ax.plot([float(value)] * len(found), found, "o", color=COLOURS[colour], markersize=3.5, alpha=0.6)
-        if curve.best is not None and float(curve.best) in means:
-            best = float(curve.best)
-            ax.plot(best, means[best], "D", color=COLOURS[colour], markersize=7, markeredgecolor="black")
+            ax.plot([float(value)] * len(found), found, "o", color=colour, markersize=3.5, alpha=0.6)
+        if curve.best is not None and (best := float(curve.best)) in means:
+            ax.plot(best, means[best], "D", color=colour, markersize=7, markeredgecolor="black")
     if not every:
         return None
     if min(every) > 0:
         ax.set_xscale("log")
     ax.set_xticks(list(every), list(every.values()))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    _label(ax, curves[0].key, "loss at the end, nats a token", handles)
+    _label(ax, curves[0].key, "loss at the end, nats a token")
     gone = sorted(
-        {f"{curve.arm} at {value}" for curve in curves for value, of in curve.losses.items() if "diverged" in of}
+        f"{curve.arm} at {value}" for curve in curves for value, of in curve.losses.items() if "diverged" in of
     )
-    text = "A dot a tuning seed, a line through their mean; the diamond is the value at which the arm is compared"
-    return f"{text}. Diverged: {shorten(', '.join(gone), 200)}." if gone else f"{text}."
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
-def _curves(
-    ax: Axes, axis: Axis, label: str, curves: Iterable[tuple[Arm, Replicates]], *, interval: bool = False
-) -> bool:
-    """A line for the mean of each arm's seeds in a band of ± their standard deviation, or its 95 % t interval.
-
-    Returns whether there was any to draw.
-    """
-    handles = []
-    for arm, replicates in curves:
-        stacked = by_seed(replicates)
-        if stacked is None:
-            continue
-        (x, y), mean = stacked, stacked[1].mean(axis=0)
-        if (n := len(y)) > 1:
-            half = y.std(axis=0, ddof=1) * (reach(n, "fixed") / math.sqrt(n) if interval else 1)
-            ax.fill_between(x, mean - half, mean + half, color=arm.colour, alpha=0.2, linewidth=0)
-        marker = "o" if len(x) < 8 else None
-        (line,) = ax.plot(x, mean, color=arm.colour, linestyle=arm.dash, linewidth=1.6, marker=marker, markersize=3.5)
-        handles.append((arm.name, line))
-    if not handles:
-        return False
-    _label(ax, "step" if axis.clock == "step" else "tokens trained on", label, handles)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if axis.clock == "tokens":
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    return True
-
-
-def _label(ax: Axes, x: str, y: str, handles: Sequence[tuple[str, Any]]) -> None:
-    """Names along both axes, rules across, and above a legend of arms where there are several."""
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    ax.grid(axis="y", color="black", alpha=0.12, linewidth=0.7)
-    ax.set_axisbelow(True)
-    if len(handles) > 1:
-        labels = [" " + shorten(name, 26) for name, _ in handles]  # with a space: one that begins with _ is left out
-        columns = max(1, min(4, int(44 / (max(map(len, labels)) + 5))))
-        ax.legend([handle for _, handle in handles], labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns,
-                  borderaxespad=0.1, handlelength=2.2, columnspacing=1.2)  # fmt: skip
+    text = "A dot a tuning seed, a line through their mean; the diamond is the value at which the arm is compared."
+    return f"{text} Diverged: {shorten(', '.join(gone), 200)}." if gone else text
 
 
 def _loss(ax: Axes, axis: Axis) -> str | None:
-    if not _curves(ax, axis, "loss, nats a token", axis.replicates("loss")):
+    if not _curves(ax, axis, "loss, nats a token", axis.by_arm("loss")):
         return None
-    validated = [(arm, stacked) for arm, all_ in axis.replicates("val_loss") if (stacked := by_seed(all_)) is not None]
+    validated = axis.by_arm("val_loss")
     for arm, (x, y) in validated:
         ax.plot(x, y.mean(axis=0), color=arm.colour, linestyle="none", marker="D", markersize=4.5,
                 markerfacecolor="none", markeredgewidth=1.2, zorder=3)  # fmt: skip
-    outside = _baselines(ax, axis)
-    seeds = len(axis.grid.seeds)
+    outside, seeds = _baselines(ax, axis), len(axis.grid.seeds)
     text = f"Training loss, the mean of {seeds} seeds; the band is ± one standard deviation between seeds"
     text = text if seeds > 1 else "Training loss of one seed"
     text += ". Open diamonds: validation loss." if validated else "."
@@ -219,7 +282,7 @@ def _loss(ax: Axes, axis: Axis) -> str | None:
 
 def _baselines(ax: Axes, axis: Axis) -> list[str]:
     """Lines at what simple predictors cost, labelled; those far outside the picture are returned as text."""
-    rows = [row for arm in axis.arms for _, row in arm.cells]
+    rows = [row for arm in axis.arms.values() for _, row in arm.cells]
     known: dict[str, set[float | None]] = {
         "ln V, a uniform guess": {math.log(row["config"]["model"]["vocab_size"]) for row in rows},
         "ln of the ids that occur": {math.log(row["data"]["distinct_tokens"]) for row in rows},
@@ -227,8 +290,7 @@ def _baselines(ax: Axes, axis: Axis) -> list[str]:
         "bigram entropy": {row["data"].get("bigram_entropy") for row in rows},
     }
     low, high = ax.get_ylim()
-    room = 0.12 * (high - low)
-    outside = []
+    room, outside = 0.12 * (high - low), []
     for label, values in known.items():
         value = next(iter(values)) if len(values) == 1 else None
         if value is None:
@@ -247,15 +309,16 @@ def _gap(ax: Axes, axis: Axis) -> str | None:
     """The paired difference in training loss at every step."""
     if axis.key is None or len(axis.arms) < 2:
         return None
-    base = axis.arms[0]
+    base, *others = axis.arms.values()
     curves = []
-    for arm in axis.arms[1:]:
-        pairs: Replicates = []
-        for seed, _, (one, other) in axis.grid.groups({axis.key: (base.name, arm.name)})[0]:
-            both = by_seed([(0, axis.curve(one, "loss")), (1, axis.curve(other, "loss"))])
+    for arm in others:
+        gaps: Replicates = []
+        for seed, _, runs in axis.grid.pairs(axis.key, arm.name):
+            both = by_seed(axis.curves(enumerate(runs), "loss"))
             if both is not None and len(both[1]) == 2 and len(both[0]) > 1:
-                pairs.append((seed, (both[0], both[1][1] - both[1][0])))
-        curves.append((arm, pairs))
+                gaps.append((seed, (both[0], both[1][1] - both[1][0])))
+        if (stacked := by_seed(gaps)) is not None:
+            curves.append((arm, stacked))
     if not _curves(ax, axis, "arm minus baseline, nats", curves, interval=True):
         return None
     ax.axhline(0, **ZERO)
@@ -264,7 +327,7 @@ def _gap(ax: Axes, axis: Axis) -> str | None:
 
 
 def _unseen(ax: Axes, axis: Axis) -> str | None:
-    if not _curves(ax, axis, "nats a token", axis.replicates("loss_unseen")):
+    if not _curves(ax, axis, "nats a token", axis.by_arm("loss_unseen")):
         return None
     ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
     text = "The part of the loss spent on tokens that never occur in the text"
@@ -272,20 +335,20 @@ def _unseen(ax: Axes, axis: Axis) -> str | None:
 
 
 def _residual(ax: Axes, axis: Axis) -> str | None:
-    handles = []
-    for arm in axis.arms:
-        lines = [axis.grid.metrics(row) for _, row in arm.cells]
-        streams = [[line["residual_rms"] for line in of_run if line.get("residual_rms")] for of_run in lines]
+    for arm in axis.arms.values():
+        streams = [[*axis.grid.curve(row, "residual_rms").values()] for _, row in arm.cells]
+        streams = [measured for of_run in streams if (measured := [*filter(None, of_run)])]
+        line = None
         for which, dash in ((0, (0, (2, 2))), (-1, "-")):
-            by_depth: dict[int, list[list[float]]] = defaultdict(list)  # depths differ where another axis varies them
-            for measured in filter(None, streams):
+            by_depth: dict[int, list[Any]] = defaultdict(list)  # depths differ where another axis varies them
+            for measured in streams:
                 by_depth[len(measured[which])].append(measured[which])
             for depth, rows in by_depth.items():
                 (line,) = ax.plot(range(depth), np.mean(rows, axis=0), color=arm.colour, linestyle=dash, linewidth=1.5,
                                   marker="o", markersize=3)  # fmt: skip
-        if any(streams):
-            handles.append((arm.name, line))
-    if not handles:
+        if line is not None:
+            line.set_label(_named(arm.name))
+    if not ax.lines:
         return None
     low, high = ax.get_ylim()
     if low <= 0 or high / max(low, 1e-12) > 30:
@@ -294,7 +357,7 @@ def _residual(ax: Axes, axis: Axis) -> str | None:
         ax.yaxis.set_major_formatter("{x:g}")  # the usual 10^n is mathtext, which the style forbids
         ax.yaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    _label(ax, "blocks passed (0: the embedding)", "RMS of the stream", handles)
+    _label(ax, "blocks passed (0: the embedding)", "RMS of the stream")
     text = "Root mean square of the residual stream as embedded and after each block"
     return f"{text}: dotted as first measured, solid as last."
 
@@ -302,26 +365,18 @@ def _residual(ax: Axes, axis: Axis) -> str | None:
 # --- at the end ------------------------------------------------------------------------------------------------------
 
 
-def _rows(ax: Axes, rows: float, *sides: str) -> None:
-    """One row below the other, without a scale on the left and without these sides."""
-    ax.set_ylim(rows, 0)
-    ax.set_yticks([])
-    for side in ("left", *sides):
-        ax.spines[side].set_visible(False)
-
-
 def _pairs(ax: Axes, axis: Axis) -> str | None:
     """A line a seed from zero to the arm's difference, the mean with its interval below them."""
     effects = axis.effects(axis.comparison.metric)
     if not effects:
         return None
-    std = max((effect.seed_std or 0.0 for effect in effects), default=0.0)
+    std = max(effect.seed_std or 0.0 for effect in effects)
     furthest = max(abs(value) for effect in effects for value in (*effect.differences.values(), *(effect.ci95 or [])))
     shaded = 0 < std < 4 * furthest  # a band ten times as wide as the picture would hide the differences
     if shaded:
         ax.axvspan(-std, std, color="black", alpha=0.08, linewidth=0)
     for row, effect in enumerate(effects):
-        colour, values = axis.arm(effect).colour, list(effect.differences.values())
+        colour, values = axis.arms[effect.arm].colour, list(effect.differences.values())
         places = row + (np.arange(len(values)) + 0.5) / (len(values) + 1.5) * 0.62 + 0.28
         ax.vlines(0, row + 0.3, row + 1, **ZERO)
         ax.hlines(places, 0, values, color=colour, linewidth=1.0, alpha=0.75)
@@ -343,68 +398,60 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
     effects = [effect for effect in axis.effects(axis.comparison.metric) if effect.ci95 and effect.n_seeds > 2]
     if not effects:
         return None
-    margin, handles, widest = axis.comparison.margin, [], list[tuple[float, float]]()
-    inside = [0.0]
+    inside, widest = [0.0], list[tuple[float, float]]()
     for number, effect in enumerate(effects):
         shift = (number - (len(effects) - 1) / 2) * 0.5 / len(effects)  # or arms would hide each other
         values, schedule = effect.scaled, effect.looks if effect.inference == "declared" else ()
         ends = [n for n in schedule or range(3, len(values) + 1) if n <= len(values)]
         found = [declared(values[:n], schedule) if schedule else open_ended(values[:n]) for n in ends]
         x, means = np.array([item.n for item in found]) + shift, [item.mean for item in found]
-        arm, bounds = axis.arm(effect), [(item.low, item.high) for item in found]
+        arm, bounds = axis.arms[effect.arm], [(item.low, item.high) for item in found]
         ax.vlines(x, *zip(*bounds, strict=True), color=arm.colour, linewidth=1.4, linestyle=arm.dash)
         face = arm.colour if arm.dash == DASHES[0] else "white"
-        handles.append((arm.name, ax.plot(x, means, "o", color=arm.colour, markersize=4, markerfacecolor=face)[0]))
+        ax.plot(x, means, "o", color=arm.colour, markersize=4, markerfacecolor=face, label=_named(arm.name))
         inside += itertools.chain(means, *bounds[len(bounds) // 2 :])
         widest += bounds
-    ax.axhline(0, **ZERO)
-    for bound in (-margin, margin) if margin else ():
-        ax.axhline(bound, **REFERENCE)
+    dotted = _zero(ax, axis.comparison.margin)
     room = 0.1 * (max(inside) - min(inside))  # the later half fits; the first intervals may be many times as wide
     low, high = ax.set_ylim(min(inside) - room, max(inside) + room)
     ax.margins(x=0.1)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    _label(ax, "seeds, in the order in which they were run", "arm minus baseline, nats", handles)
+    _label(ax, "seeds, in the order in which they were run", "arm minus baseline, nats")
     text = f"Mean difference from {shorten(effects[0].baseline, 60)} over the first seeds"
     text += ", with a 95 % interval that holds however often one looks"
     if any(effect.inference == "fixed" for effect in effects):
         text += ", so wider than the table's, which is right at one look"
     if any(one < low or other > high for one, other in widest):
         text += "; the first intervals are wider than the picture"
-    return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
+    return f"{text}.{dotted}"
 
 
 def _budgets(ax: Axes, axis: Axis) -> str | None:
     """The mean difference of each arm within each budget, with its interval."""
-    comparison, handles, margin = axis.comparison, [], axis.comparison.margin
     by_arm: dict[tuple[str, str], list[Effect]] = defaultdict(list)
-    for effect in comparison.axes:
-        if effect.metric == comparison.metric and effect.mean_difference is not None:
+    for effect in axis.comparison.axes:
+        if effect.metric == axis.comparison.metric and effect.mean_difference is not None:
             by_arm[effect.key, effect.arm].append(effect)
     for place, ((key, arm), each) in enumerate(by_arm.items()):
-        turn, colour = divmod(place, len(COLOURS))
+        colour, dash = _look(place)
         x = [float(effect.budget.partition("=")[2]) for effect in each]
-        look: dict[str, Any] = {"color": COLOURS[colour], "linestyle": DASHES[turn % len(DASHES)], "linewidth": 1.4}
-        (line,) = ax.plot(x, [effect.mean_difference or 0.0 for effect in each], marker="o", markersize=4, **look)
-        handles.append((f"{key}={arm}", line))
+        ax.plot(x, [effect.mean_difference or 0.0 for effect in each], marker="o", markersize=4, color=colour,
+                linestyle=dash, linewidth=1.4, label=_named(f"{key}={arm}"))  # fmt: skip
         sure = [(at, *effect.ci95) for at, effect in zip(x, each, strict=True) if effect.ci95]
         if sure:
-            ax.vlines(*zip(*sure, strict=True), **look)
-    if not handles:
+            ax.vlines(*zip(*sure, strict=True), color=colour, linestyle=dash, linewidth=1.4)
+    if not by_arm:
         return None
-    ax.axhline(0, **ZERO)
-    for bound in (-margin, margin) if margin else ():
-        ax.axhline(bound, **REFERENCE)
-    _label(ax, axis.grid.over, "arm minus baseline, nats", handles)
-    text = "Mean difference in the loss at the end of runs of each budget, with its 95 % interval"
-    return f"{text}. Dotted: the margin, ±{margin:g} nats." if margin else f"{text}."
+    dotted = _zero(ax, axis.comparison.margin)
+    _label(ax, axis.grid.over, "arm minus baseline, nats")
+    return f"Mean difference in the loss at the end of runs of each budget, with its 95 % interval.{dotted}"
 
 
 def _bars(ax: Axes, axis: Axis, metric: Metric) -> str | None:
     """A bar an arm, a tick a run; hatched where arms cannot be compared, with the reasons in the caption."""
     refused = dict.fromkeys(effect.reason for effect in axis.effects(metric.key) if effect.verdict == "not_comparable")
     values = []
-    for arm in axis.arms:
+    for arm in axis.arms.values():
         rows = [row for _, row in arm.cells if number_of(row, metric.key)]
         if metric is SPEED and not refused:  # as the comparison has it: where pairs were not emulated, those count
             rows = [row for row in rows if not row["precision"]["emulated"]] or rows
@@ -412,16 +459,14 @@ def _bars(ax: Axes, axis: Axis, metric: Metric) -> str | None:
     if not any(values):
         return None
     far = max(max(some) for some in values if some)
-    for row, (arm, some) in enumerate(zip(axis.arms, values, strict=True)):
+    for row, (arm, some) in enumerate(zip(axis.arms.values(), values, strict=True)):
         ax.text(0, row + 0.2, shorten(arm.name, 44), va="center")
         if not some:
             ax.text(0, row + 0.62, "no finished run", va="center", fontsize=9, alpha=0.7)
             continue
         mean = statistics.fmean(some)
-        plain, hatched = (
-            {"facecolor": arm.colour, "alpha": 0.65},
-            {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"},
-        )
+        plain: dict[str, Any] = {"facecolor": arm.colour, "alpha": 0.65}
+        hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": arm.colour, "hatch": "////"}
         ax.barh(row + 0.62, mean, height=0.42, **(hatched if refused else plain))
         ax.plot(some, np.full(len(some), row + 0.62), "|", color="black", markersize=9, alpha=0.6)
         amount = f"{shown({metric.key: mean}, metric.key, ',.0f')} {metric.unit}"

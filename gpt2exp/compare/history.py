@@ -1,65 +1,62 @@
-"""How often runs were compared before the last of them was planned: what an interval needs to know. No torch."""
+"""How often runs were compared before the last of them was planned: an interval depends on it. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2exp.run import record
+from gpt2exp.compare.inference import Interval, infer
+from gpt2exp.compare.rows import Grid, Row
+from gpt2exp.run.record import Sweep
 
 
 @dataclass(frozen=True)
 class History:
-    """What was looked at, and what was declared, before the seeds there are now were all run.
+    """The comparisons so far.
 
-    `looks`: as `Comparison.looks`. `schedule`: numbers of seeds at which looks were declared, by `sweep.json`;
-    of several sweeps of which one declared looks a 0: no number of seeds is one then.
+    `looks`: as `Comparison.looks`. `schedule`: the numbers of seeds at which looks were declared (`sweep.json`). If one
+    of several sweeps declared looks, it is (0,): the design of one sweep does not hold for all, and no look is at 0.
     """
 
     looks: list[dict[str, Any]]
     schedule: tuple[int, ...]
 
-    def of(self, n: int, key: str, arms: Sequence[str]) -> list[int]:
-        """Numbers of seeds at which these arms were compared before as many as n were planned.
+    def infer(self, values: Sequence[float], key: str, arms: Sequence[str]) -> tuple[Interval, list[int]]:
+        """The interval of these arms' differences, and the numbers of seeds at which looks count.
 
-        A look at a sweep that was broken off, or still ran, changes nothing if it ends with the seeds planned by then.
+        Those are all declared looks, or the earlier looks at these arms before this many seeds were planned. A look at
+        a sweep that still ran, or was broken off, does not count if the seeds planned by then are all there are now.
         """
-        return sorted(
-            {
-                look["seeds"]
-                for look in self.looks
-                if 1 < look["seeds"] < n and look["planned"] < n and {*arms} <= {*look["arms"].get(key, ())}
-            }
-        )
+        n = len(values)
+        earlier = [look for look in self.looks if 1 < look["seeds"] < n and look["planned"] < n]
+        looks = sorted({look["seeds"] for look in earlier if {*arms} <= {*look["arms"].get(key, ())}})
+        found = infer(values, looks, self.schedule)
+        return found, list(self.schedule) if found.inference == "declared" else looks
 
 
-def history(
-    sweeps: Sequence[Path], arms: Mapping[str, list[str]], seeds: int, planned: Iterable[int], out: Path | None
-) -> History:
-    """Of the runs in some sweeps, by their `comparison.json` and `sweep.json` and an earlier comparison in `out`.
-
-    This comparison is the last look: at that many `seeds` with these `arms`, when the seeds `planned` had a folder.
-    """
+def history(rows: Sequence[Row], grid: Grid, out: Path | None = None) -> History:
+    """The comparisons of some runs: those that their sweeps and the folder `out` have, and this one as the last."""
+    sweeps = dict.fromkeys(Path(row["folder"]).parent for row in rows)
     folders = dict.fromkeys([*sweeps, *([out.resolve()] if out else [])])
-    looks = [look for folder in folders for look in _looks(_json(folder / "comparison.json"))]
-    asked, schedule = {f"seed={seed}" for seed in planned}, tuple[int, ...]()
-    with contextlib.suppress(AttributeError, TypeError, ValueError):  # another program's
-        for sweep in sweeps:
-            request = _json(sweep / record.SWEEP)
-            asked |= {text for job in request.get("jobs", []) for text in job if text.startswith("seed=")}
-            declared = tuple(map(int, request.get("looks", [])))
+    looks = [look for folder in folders for look in _looks(folder / "comparison.json")]
+    planned, schedule = {f"seed={seed}" for seed, _ in grid.planned}, tuple[int, ...]()
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # another program's sweep.json
+        for known in filter(None, map(Sweep.read, sweeps)):
+            planned |= {text for job in known.jobs for text in job if text.startswith("seed=")}
+            declared = tuple(map(int, known.looks))
             schedule = declared if len(sweeps) == 1 else (0,) if declared else schedule
-    looks.append({"seeds": seeds, "planned": len(asked), "arms": dict(arms)})
+    looks.append({"seeds": len(grid.seeds), "planned": len(planned), "arms": dict(grid.axes)})
     return History([look for at, look in enumerate(looks) if look not in looks[:at]], schedule)
 
 
-def _looks(old: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those that an earlier comparison recorded; an older version's is one itself. None if it is another program's."""
-    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+def _looks(path: Path) -> list[dict[str, Any]]:
+    """The looks that an earlier comparison recorded; one of an older version is a look itself."""
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError, AttributeError):  # none, or another program's
+        old: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         seeds = {run["seed"] for run in old["runs"] if "seed" in run}
         itself = {"seeds": len(old["seeds"]), "planned": len(seeds), "arms": old["swept"]}
         return [
@@ -68,10 +65,3 @@ def _looks(old: Mapping[str, Any]) -> list[dict[str, Any]]:
             for look in old.get("looks", [itself])
         ]
     return []
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 from gpt2exp.compare import report, words
 from gpt2exp.compare.effect import Effect
-from gpt2exp.compare.words import Column, Table
 from gpt2exp.files import walk
 from gpt2exp.run.terminal import printable
 from gpt2exp.section import BadRequest
@@ -26,8 +24,7 @@ class Finding:
 
     question: str
     link: Path
-    date: str
-    """The day on which its first run began."""
+    date: str  # the day on which its first run began
     commit: str
     effect: Effect
 
@@ -80,10 +77,9 @@ def table(found: Sequence[Finding], out: Path) -> list[str]:
         arms += f", {printable(effect.budget)}" * bool(effect.budget)
         worth = f"{factor} × {of} ({interval})" if interval and factor != "–" else f"{factor} {interval} {of}".strip()
         cells = [arms, *words.amounts(effect), worth if of else "", str(effect.n_seeds)]
-        linked = f"[{report.escaped(one.question)}]({report.address(one.link, out)})"
-        verdict = report.verdict_text(effect.verdict or "")
-        rows.append([linked, *map(report.escaped, cells), verdict, one.date, one.commit])
-    return report.md_table(Table([Column(name, name == "n" or "," in name) for name in COLUMNS], rows))
+        linked, verdict = report.linked(one.question, one.link, out), report.verdict_text(effect.verdict or "")
+        rows.append(dict(zip(COLUMNS, [linked, *cells, verdict, one.date, one.commit], strict=True)))
+    return report.md_table(words.Table(rows, ("difference, nats", "n")))
 
 
 def page(found: Sequence[Finding], unread: Sequence[str], out: Path) -> str:
@@ -96,6 +92,9 @@ def page(found: Sequence[Finding], unread: Sequence[str], out: Path) -> str:
 
 def as_csv(found: Sequence[Finding], out: Path) -> str:
     """The findings with exact numbers, a row each, with every column of `comparison.csv`."""
-    head, rows = report.records([one.effect for one in found])
-    own = [[one.question, one.date, one.commit, report.address(one.link, out)] for one in found]
-    return report.csv_of([["question", "date", "commit", "report", *head], *map(operator.add, own, rows)])
+    rows = [
+        {"question": one.question, "date": one.date, "commit": one.commit, "report": report.address(one.link, out)}
+        | report.record_of(one.effect)
+        for one in found
+    ]
+    return report.csv_of(rows, rows[0])

@@ -1,12 +1,8 @@
 """Paired differences to intervals: how sure, and how many seeds more.
 
-A difference is the arm's figure minus the baseline's at one seed, in the order in which the seeds were run. All that
-is said here takes the differences for independent and normal, with one mean and one unknown standard deviation. Three
-ways to infer the mean, by what was fixed beforehand:
-
-- `fixed`: the number of seeds. Student's t (1908), right at one look only.
-- `declared`: the looks, such as after every seed from 3 to 30. Student's t at a smaller p, the same at every look.
-- `open_ended`: nothing. Right at every look, whatever made one stop there; the widest.
+A difference is the arm's figure minus the baseline's at one seed, in the order in which the seeds were run. The
+differences are taken for independent and normal, with one mean and one unknown standard deviation. Three ways infer
+the mean, by what was fixed beforehand: `fixed` the number of seeds, `declared` the looks, `open_ended` nothing.
 
 Every interval is mean ± `reach` · s/√n, where s is the standard deviation of the n differences. Every test depends on
 the differences only through `share`, the part of their sum of squares that is spread about the mean:
@@ -27,14 +23,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # scipy.stats would take a second to import
 
-ALPHA = 0.05
-"""Level of every test; intervals are 1 - ALPHA."""
-C2 = 0.1
-"""Of the e-process, fixed before any data: it expects effects of about 1/√C2 = 3 standard deviations."""
-POWER = 0.8
-"""Probability with which the number of seeds named will do."""
-LARGEST = 10_000
-"""Seeds beyond which no number is named."""
+ALPHA = 0.05  # level of every test; intervals are 1 - ALPHA
+C2 = 0.1  # of the e-process, fixed before any data: it expects effects of about 1/√C2 = 3 standard deviations
+POWER = 0.8  # probability with which the number of seeds that is named will do
+LARGEST = 10_000  # seeds beyond which no number is named
 Inference = Literal["fixed", "declared", "open"]
 Floats = NDArray[np.float64]
 
@@ -57,7 +49,7 @@ class Interval:
 
 
 def fixed(differences: ArrayLike) -> Interval:
-    """The paired t test, as scipy.stats.ttest_rel of the two arms. Right if n was fixed beforehand.
+    """The paired t test, as scipy.stats.ttest_rel of the two arms: right at one look, at an n fixed beforehand.
 
     Differences that are all equal have p = 0, or 1 at zero, and the interval is the point.
     """
@@ -68,8 +60,8 @@ def fixed(differences: ArrayLike) -> Interval:
 def declared(differences: ArrayLike, looks: Iterable[int]) -> Interval:
     """The group-sequential t test: right at every look, if the looks (numbers of seeds) were fixed beforehand.
 
-    Pocock's design (1977), one nominal p for all looks, with `overall_p` in place of his large-sample approximation.
-    A look left out does no harm. p is the overall one of the least nominal p at the looks so far.
+    Pocock's design (1977): Student's t at a smaller p, the same at every look, with `overall_p` in place of his
+    large-sample approximation. A look may be left out. p is the overall one of the least nominal p at the looks so far.
 
     Raises:
         ValueError: the number of differences is no look; then `open_ended` is right.
@@ -84,7 +76,9 @@ def declared(differences: ArrayLike, looks: Iterable[int]) -> Interval:
 
 
 def open_ended(differences: ArrayLike, looks: Iterable[int] | None = None) -> Interval:
-    """The t e-process: right at every look, whatever made one stop. `looks`: those so far; None: after every seed.
+    """The t e-process: right at every look, whatever made one stop there; the widest.
+
+    `looks`: those so far; None: after every seed.
 
     p is 1 over the largest of `e_values` at the looks: with probability 1 - p at least, an e-process stays below 1/p
     for ever under the null (Ville 1939). Holm's correction applies to it.
@@ -94,6 +88,18 @@ def open_ended(differences: ArrayLike, looks: Iterable[int] | None = None) -> In
     so_far = sorted({n, *(look for look in looks or range(1, n) if look < n)})
     largest = max(float(e_values(path.share)[look - 1]) for look in so_far)
     return _interval(path, so_far, "open", min(1.0, 1 / largest))
+
+
+def infer(values: Sequence[float], looks: Iterable[int] = (), schedule: Sequence[int] = ()) -> Interval:
+    """The interval of differences, by what was fixed before they were known.
+
+    `looks`: the numbers of differences at which somebody looked before adding more. `schedule`: the looks declared
+    beforehand, if any. If this look or an earlier one is not among them, the e-process holds.
+    """
+    n, before = len(values), [look for look in looks if look < len(values)]
+    if schedule and {*before, n} <= {*schedule}:
+        return declared(values, schedule)
+    return open_ended(values, before) if before or schedule else fixed(values)
 
 
 class Moments(NamedTuple):
@@ -224,46 +230,24 @@ def nominal(looks: tuple[int, ...]) -> float:
 # --- how many more ---------------------------------------------------------------------------------------------------
 
 
-class Needed(NamedTuple):
-    """Seeds in all that would settle a question with probability POWER, if the differences stay as they are.
-
-    `tell`: to tell the observed difference from zero. `equal`: to show that it is within the margin; None without one.
-    `_at_most`: by the upper limit of the standard deviation (`upper_std`), since few seeds may show too small a one.
-    None: more than LARGEST or than the declared maximum, or no number of seeds would.
-    """
-
-    tell: int | None
-    tell_at_most: int | None
-    equal: int | None
-    equal_at_most: int | None
-
-
 def needed(
-    differences: ArrayLike, margin: float | None = None, inference: Inference = "fixed", looks: Iterable[int] = ()
-) -> Needed:
-    """How many seeds in all, by these differences (at least two), under an inference.
+    mean: float, std: float, margin: float | None = None, inference: Inference = "fixed", looks: tuple[int, ...] = ()
+) -> tuple[int | None, int | None]:
+    """Seeds in all that tell a mean difference from zero with probability POWER, and that show it within the margin.
 
-    Somewhat too many for `declared` and `open`, where an earlier look may already decide.
+    None where it would take more than LARGEST seeds or the last declared look, where no number would do, and without a
+    margin. For `declared` and `open` somewhat too many, since an earlier look may already decide.
+
+    `std`: of the differences over seeds. Few seeds may show too small a one, so ask again with `upper_std`.
     """
-    path, looks = moments(differences), tuple(sorted(set(looks)))
-    n, mean = len(path.mean), abs(float(path.mean[-1]))
-    std = float(path.error[-1]) * math.sqrt(n)
     numbers: Sequence[int] = looks if inference == "declared" else range(2, LARGEST + 1)
 
-    def first(power: Callable[[int], float]) -> int | None:
-        at = bisect_left(numbers, POWER, key=power)
+    def first(power: Callable[[int, float], float]) -> int | None:
+        at = bisect_left(numbers, POWER, key=lambda n: power(n, reach(n, inference, looks)))
         return numbers[at] if at < len(numbers) else None
 
-    def tell(std: float) -> int | None:
-        return first(lambda m: power_to_tell(mean, std, m, reach(m, inference, looks)))
-
-    def equal(std: float) -> int | None:
-        if margin is None:
-            return None
-        return first(lambda m: power_within(margin, mean, std, m, reach(m, inference, looks)))
-
-    most = upper_std(std, n)
-    return Needed(tell(std), tell(most), equal(std), equal(most))
+    tell = first(lambda n, times: power_to_tell(mean, std, n, times))
+    return tell, None if margin is None else first(lambda n, times: power_within(margin, abs(mean), std, n, times))
 
 
 def power_to_tell(difference: float, std: float, n: int, times: float) -> float:
@@ -293,12 +277,11 @@ def power_within(margin: float, difference: float, std: float, n: int, times: fl
     return float(np.mean(special.ndtr((room - difference) / error) - special.ndtr((-room - difference) / error)))
 
 
-def tells(std: float, n: int, times: float | None = None) -> float:
-    """The difference that n seeds tell from zero with probability POWER; inf where n seeds tell none.
+def tells(std: float, n: int, times: float) -> float:
+    """The difference that n seeds tell from zero with probability POWER, by the `reach`; inf where n seeds tell none.
 
-    The δ at which P(t < times) = 1 - POWER for noncentral t, over √n. `times`: the interval's `reach`; None: `fixed`'s.
+    The δ at which P(t < times) = 1 - POWER for noncentral t, over √n.
     """
-    times = reach(n, "fixed") if times is None else times
     if times == math.inf:
         return math.inf
     return std * float(special.nctdtrinc(n - 1, 1 - POWER, times)) / math.sqrt(n)
@@ -312,19 +295,11 @@ def upper_std(std: float, n: int) -> float:
     return std * math.sqrt((n - 1) / float(special.chdtri(n - 1, 0.8)))
 
 
-class Pairing(NamedTuple):
-    """What sharing seeds gained.
+def pairing(baseline: ArrayLike, arm: ArrayLike) -> tuple[float | None, int | None]:
+    """What sharing n >= 2 seeds gained: the arms' correlation, and the seeds that it saved each arm.
 
-    `correlation`: of the arms over seeds; None where an arm does not vary or n < 3. `unpaired`: seeds an arm that
-    unpaired runs would need for an interval as narrow; None above LARGEST.
-    """
-
-    correlation: float | None
-    unpaired: int | None
-
-
-def pairing(baseline: ArrayLike, arm: ArrayLike) -> Pairing:
-    """What pairing gained over n >= 2 seeds: `unpaired` - n seeds; where that is below 0, it lost.
+    The correlation is None where an arm does not vary or n is 2. Saved is how many seeds more each of two unpaired arms
+    would need for an interval as narrow: below 0 pairing lost, None above LARGEST in all.
 
     The paired interval's half width is t(ν)·√((a² + b² - 2rab)/n), where a, b are the arms' standard deviations and
     ν = n-1; that of m unpaired seeds an arm is t(2m-2)·√((a² + b²)/m). So r must first make up for half the degrees
@@ -337,7 +312,7 @@ def pairing(baseline: ArrayLike, arm: ArrayLike) -> Pairing:
     numbers = range(2, LARGEST + 1)
     at = bisect_left(numbers, True, key=lambda m: reach(2 * m - 1, "fixed") * math.sqrt((a2 + b2) / m) <= half_width)
     correlation = float(ab / math.sqrt(a2 * b2)) if n > 2 and a2 * b2 > 0 else None
-    return Pairing(correlation, numbers[at] if at < len(numbers) else None)
+    return correlation, numbers[at] - n if at < len(numbers) else None
 
 
 # --- many at once ----------------------------------------------------------------------------------------------------
@@ -345,12 +320,11 @@ def pairing(baseline: ArrayLike, arm: ArrayLike) -> Pairing:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (Holm 1979): the k-th smallest of m times m-k+1, made monotone, at most 1."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
+    p = np.asarray(p_values, float)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return [float(value) for value in adjusted]
 
 
 def pooled_std(groups: Iterable[Sequence[float]]) -> float | None:

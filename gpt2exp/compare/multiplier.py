@@ -1,20 +1,20 @@
 """Loss and speed as one number: how many times the baseline's compute an arm is worth. No torch.
 
-The *steps' factor* of a pair is how many steps the baseline takes to the worse of the two final losses, over how many
-the arm takes: the worse, since both runs reach it. Where the arm is the worse one, that is the factor on the
-baseline's steps at which its own curve reaches the arm's final loss. Where the arm is the better one, the baseline
-does not get there within the run, which bounds that factor by 1 from below; the number is then one at the baseline's
-final loss. So the factors of two arms are each other's inverse, and 1 for equal ones, with nothing cut off at 1. Times
-the ratio of speeds it is the *compute multiplier*: a ratio of times to a loss, as AlgoPerf counts them (Dahl et al.
-2023, arXiv 2306.07179), above 1 where the arm is the faster, as in marin's effective speedup. Steps are counted in
-tokens.
+The *steps' factor* of a pair: the steps (in tokens) that the baseline takes to a loss, over those that the arm takes.
+The loss is the worse of the two final ones, since both runs reach it. If the arm is worse, that is the factor on the
+baseline's steps at which its own curve reaches the arm's final loss. If the arm is better, the baseline does not get
+there within the run; the number is then one at the baseline's final loss. So the factors of two arms are each other's
+inverse, 1 for equal ones, and nothing is cut off at 1.
 
-The curve is a chain of straight lines over tokens^-0.28, in which the loss is straight if it falls to its floor as a
-power law with the exponent of Hoffmann et al. 2022 (arXiv 2203.15556, equation 10): through every point where they are
-few, as on a validation curve, and by least squares where they are dense (linear splines: Hastie, Tibshirani and
-Friedman 2009, section 5.2). It is linear in the losses, so noise that two runs share at a step, such as their batch's,
-leaves their difference. A curve may rise: what counts is where it first reaches a loss, so it stands for its monotone
-envelope. Simulated: experiments/coverage/.
+Times the ratio of speeds it is the *compute multiplier*: a ratio of times to a loss, as AlgoPerf counts them (Dahl et
+al. 2023, arXiv 2306.07179), above 1 where the arm is faster, as in marin's effective speedup.
+
+The curve is a chain of straight lines over tokens^-0.28. There the loss is straight if it falls to its floor as a power
+law with the exponent of Hoffmann et al. 2022 (arXiv 2203.15556, equation 10). The chain goes through every point where
+they are few, as on a validation curve, and is fitted by least squares where they are dense (linear splines: Hastie,
+Tibshirani and Friedman 2009, section 5.2). It is linear in the losses, so noise that two runs share at a step, such as
+their batch's, leaves their difference. A curve may rise; what counts is where it first reaches a loss. Simulated:
+experiments/coverage/.
 """
 
 from __future__ import annotations
@@ -30,23 +30,17 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from gpt2exp.compare.effect import FEWEST_POINTS, Effect, infer
+from gpt2exp.compare.effect import FEWEST_POINTS, Effect
 from gpt2exp.compare.history import History
 from gpt2exp.compare.inference import ALPHA, Floats, Interval
 from gpt2exp.compare.rows import Grid, Group
 
-POWER = 0.28
-"""Of the tokens, over which curves are taken for straight."""
-APART = math.log(2) / 3
-"""Between corners of a smoothed curve, in logarithms: a third of an octave."""
-DENSE = 8
-"""Points in that stretch that are smoothed; where there are fewer, each is a corner."""
-PARTS = 5
-"""Into which the smoothed points are dealt: each left out in turn shows what their noise does."""
-KNOWN = 50
-"""Standard errors that a smoothed curve must move in its last octave, or its noise says more than its slope."""
-CURVE = 3
-"""Places at which a validation loss must be known to make a curve."""
+POWER = 0.28  # over tokens to the minus this, curves are taken for straight
+APART = math.log(2) / 3  # from corner to corner of a smoothed curve, in logarithms: a third of an octave
+DENSE = 8  # points in that stretch from which on they are smoothed; where there are fewer, each is a corner
+PARTS = 5  # of the smoothed points: each left out in turn shows what their noise does
+KNOWN = 50  # standard errors that a smoothed curve must move in its last octave, or its noise hides its slope
+CURVE = 3  # places at which a validation loss must be known to make a curve
 CROSSING = (
     "the final losses are undecided, yet the arms first reach the higher of them at different steps: curves that "
     "flatten or rise at the end tell no worth"
@@ -90,12 +84,6 @@ def smoother(tokens: Tokens) -> Smoother:
     return Smoother(at, makes, hats)
 
 
-def heights(tokens: Tokens, losses: Floats) -> Floats:
-    """Losses (..., tokens) at the corners of their curves (..., 1 + PARTS, corners)."""
-    found: Floats = np.einsum("pct,...t->...pc", smoother(tokens).makes, losses, optimize=True)
-    return found
-
-
 def readable(tokens: Tokens, losses: Floats) -> np.ndarray:
     """Whether curves (..., tokens) move by more than their noise in the last octave; they may rise there.
 
@@ -127,7 +115,8 @@ def log_factors(base: tuple[Tokens, Floats], arm: tuple[Tokens, Floats]) -> tupl
     the baseline's, so that the factor may be less, 1 if the arm's. Last, the arm's final loss minus the baseline's.
     """
     (ones_at, ones), (others_at, others) = (
-        (smoother(tokens).at, heights(tokens, all_)) for tokens, all_ in (base, arm)
+        (made.at, np.einsum("pct,...t->...pc", made.makes, losses, optimize=True))  # (..., 1 + PARTS, corners)
+        for made, losses in ((smoother(tokens), losses) for tokens, losses in (base, arm))
     )
     worse = np.maximum(ones[..., -1], others[..., -1])
     one, other = reaches(ones_at, ones, worse), reaches(others_at, others, worse)
@@ -218,11 +207,9 @@ def measure(effect: Effect, speed: Effect | None, grid: Grid, before: History) -
 
 
 def _curve(grid: Grid, group: Group, place: int, key: str) -> tuple[Tokens, Floats]:
-    """The losses of a run and the tokens trained on by then; of a step done twice, the last."""
-    points = {
-        float(line["tokens"]): line[key] for line in grid.metrics(group.runs[place]) if key in line and line["tokens"]
-    }
-    tokens = tuple(sorted(points))
+    """The tokens trained on, and a run's losses there."""
+    points = grid.curve(group.runs[place], key)
+    tokens = tuple(float(at) for at in points if at)
     return tokens, np.array([points[at] for at in tokens], float)
 
 
@@ -238,8 +225,7 @@ def _over_seeds(
     effect: Effect, factors: Floats, before: History, beyond: Sequence[float]
 ) -> tuple[float, list[float | None] | None]:
     """The mean factor of logarithms (seeds, 1 + PARTS), and its interval; where a bound is all, that end is None."""
-    looks = before.of(len(factors), effect.key, (effect.baseline, effect.arm))
-    found = infer(list(map(float, factors[:, 0])), looks, before.schedule)
+    found, _ = before.infer(list(map(float, factors[:, 0])), effect.key, (effect.baseline, effect.arm))
     if not math.isfinite(found.low):
         return math.exp(found.mean), None
     found = widened(found, float(shared_error(factors)))

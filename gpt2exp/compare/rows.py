@@ -14,28 +14,25 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 from gpt2exp.compare.inference import pooled_std
 from gpt2exp.config import CONTROL, TOGETHER, Design, RunConfig, moving
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
 from gpt2exp.schema import MOVED, flatten, is_housekeeping, plain, stored
-from gpt2exp.section import SHA256, TARGET, BadRequest, show
+from gpt2exp.section import SHA256, TARGET, BadRequest, override_key, show
 
 
 class Row(Summary, total=False):
     """A run as it is compared: its summary, or of one that left none its state, `config` and `overrides`."""
 
     folder: str
-    gone: dict[str, Any]
-    """Keys of its configuration that this version does not know."""
-    pid: int | None
-    """The process that ran it, or its last part."""
-    tuned: str
-    """The key of which it has its arm's best value, which is no axis."""
+    gone: dict[str, Any]  # keys of its configuration that this version does not know
+    pid: int | None  # of the process that ran it, or its last part
+    tuned: str  # the key of which it has its arm's best value; that key is no axis
 
 
 Settings = dict[str, str]
@@ -85,27 +82,26 @@ def of_today(row: Row) -> Row:
     return {**row, "config": config, "gone": row.get("gone", {}) | gone}
 
 
-def _flat(row: Row) -> Settings:
-    """A run's configuration by dotted key, values as shown, without housekeeping; keys of other versions with it."""
+def _settings(row: Row) -> tuple[Settings, Settings]:
+    """A run's configuration by dotted key, values as shown, without housekeeping; and what was typed for it.
+
+    Both are without the tuned key. Keys of other versions are in the first; what was typed is by today's key. Hydra's
+    sweeper records braces with backslashes.
+    """
     of = flatten(row["config"]) | flatten(row.get("gone", {}))
-    return {key: show(value) for key, value in of.items() if key != row.get("tuned")}
-
-
-def _typed(row: Row, flat: Settings) -> Settings:
-    """What was typed for a run, by today's key; Hydra's sweeper records braces with backslashes."""
-    settings: Settings = {}
+    flat = {key: show(value) for key, value in of.items() if key != row.get("tuned")}
+    told: Settings = {}
     for text in row.get("overrides", []):
-        key, _, value = text.lstrip("+").partition("=")
-        if not (
-            is_housekeeping(key) or key in ("experiment", row.get("tuned")) or key.startswith(("hydra.", "hydra/"))
-        ):
-            key = key if key in flat else MOVED.get(key, key)
-            settings[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
-    return settings
+        key, value = override_key(text), text.partition("=")[2]
+        if key in ("experiment", row.get("tuned")) or key.startswith(("hydra.", "hydra/")) or is_housekeeping(key):
+            continue
+        key = key if key in flat else MOVED.get(key, key)
+        told[key] = re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value).strip("'\"")
+    return flat, told
 
 
 def _arm(key: str, flat: Settings, told: Settings, baseline: str = "") -> str:
-    """A run's arm of an axis: the value of a key; of a group its choice, told or as its section names it.
+    """A run's arm of an axis: the value of a key; of a group its choice, as typed or as its section names it.
 
     Of keys that move together `n_embd=128 lr=0.0005`, without the values that it shares with the `baseline`.
     """
@@ -120,60 +116,62 @@ def _arm(key: str, flat: Settings, told: Settings, baseline: str = "") -> str:
 
 
 def _section(group: str) -> str:
-    """What the keys begin with that go with a choice; a schedule from outside has a section of its own."""
+    """What the keys of a group's section begin with; a schedule from outside has a section of its own."""
     return "schedule." if group == "optimizer.schedule" else f"{group.replace('/', '.')}."
 
 
 def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The keys whose values vary and that a run was told, with their arms: the default first, else in order of runs.
+    """The axes: keys that were typed for a run and whose values vary, each with its arms, the baseline first.
 
-    Where not every combination is run, or with a control, the order is that of runs, since the first is the baseline.
-    A control's axis is the first. A group is one axis, of its choices. It stands for what varies in its section with
-    the choice alone: what was not told by itself, or is null by default, such as `data.path`. A value that follows
-    others is no axis.
+    The baseline is the default, if a run has it, else the first run's arm. Where not every combination is run, or with
+    a control, it is always the first run's. A control's axis stands first.
+
+    A group is one axis, of its choices. It stands for what varies in its section with the choice alone and either was
+    not typed or is null by default, such as `data.path`. A value that follows others is no axis.
 
     Raises:
-        BadRequest: the runs also differ in something that was not told.
+        BadRequest: the runs also differ in something that was not typed.
     """
-    flats = [_flat(row) for row in rows]
-    told = [_typed(row, flat) for row, flat in zip(rows, flats, strict=True)]
+    runs = [_settings(row) for row in rows]
     usual = {key: show(value) for key, value in flatten(plain(RunConfig())).items()}
-    keys = {key for flat in flats for key in flat} - {"seed"}
+    keys = {key for flat, _ in runs for key in flat} - {"seed"}
     # a run may lack a key of another version: nobody knows its value there, so it differs from none
-    varying = {key for key in keys if len({flat[key] for flat in flats if key in flat}) > 1}
-    names = dict.fromkeys(key for settings in told for key in settings if key in varying or key not in {*keys, "seed"})
-    arms = {key: [_arm(key, *of_run) for of_run in zip(flats, told, strict=True)] for key in names}
+    varying = {key for key in keys if len({flat[key] for flat, _ in runs if key in flat}) > 1}
+    names = dict.fromkeys(key for _, told in runs for key in told if key in varying or key not in {*keys, "seed"})
+    arms = {key: [_arm(key, *run) for run in runs] for key in names}
     arms = {key: of_runs for key, of_runs in arms.items() if len(set(of_runs)) > 1}
     by_group: set[str] = set()
     for group in arms.keys() - (keys - {"optimizer.schedule"}):
         inside = {key for key in keys if key.startswith(_section(group))}
         for key in {key for key in inside & varying if key not in arms or usual.get(key) == "null"}:
-            both = {(arm, flat.get(key)) for arm, flat in zip(arms[group], flats, strict=True)}
+            both = {(arm, flat.get(key)) for arm, (flat, _) in zip(arms[group], runs, strict=True)}
             if len(both) == len(set(arms[group])):
                 by_group.add(key)
         if inside and not inside & by_group and group not in keys:
-            del arms[group]  # told in some runs, a preset's choice in the others
-    following = {key for key in varying - by_group if _follows(key, rows, told)}
+            del arms[group]  # typed for some runs, a preset's choice in the others
+    following = {key for key in varying - by_group if _follows(key, rows, [told for _, told in runs])}
     if differing := sorted(varying - arms.keys() - by_group - following):
-        if code := [key for key in differing if key.endswith(f".{SHA256}")]:
-            target = code[0].replace(SHA256, TARGET)
+        _refuse(differing, [flat for flat, _ in runs])
+    axes = _joined([key for key in arms if key not in by_group | following], rows)
+    axes.sort(key=lambda key: key != CONTROL or not controlled(rows))
+    found, first = dict[str, list[str]](), selective(rows)
+    for key in axes:
+        of_runs = [_arm(key, *run) for run in runs]
+        baseline = of_runs[0] if first else min(of_runs, key=_arm(key, usual, {}).__ne__)
+        found[key] = list(dict.fromkeys([baseline, *(_arm(key, *run, baseline) for run in runs)]))
+    return found
+
+
+def _refuse(differing: Sequence[str], flats: Sequence[Settings]) -> NoReturn:
+    """Raise `BadRequest` for runs that differ in keys that were not typed."""
+    for key in differing:
+        if key.endswith(f".{SHA256}"):
+            target = key.replace(SHA256, TARGET)
             what = next(flat[target] for flat in flats if target in flat)
             why = "its code was changed between the runs, so that they are no longer one arm"
             raise BadRequest(f"{target}={what}: {why}; compare runs of one version of it")
-        raise BadRequest(
-            f"the runs also differ in {', '.join(differing)}, which none of them was told to vary; "
-            "compare folders whose runs share it"
-        )
-    of_axes = _joined([key for key in arms if key not in by_group | following], rows)
-    of_axes.sort(key=lambda key: key != CONTROL or not controlled(rows))
-    found, first = dict[str, list[str]](), selective(rows)
-    for key in of_axes:
-        of_runs = dict.fromkeys(_arm(key, *of_run) for of_run in zip(flats, told, strict=True))
-        # the default, else the first: False before True; where only some combinations are run, the first's arms
-        baseline = next(iter(of_runs)) if first else min(of_runs, key=_arm(key, usual, {}).__ne__)
-        arms_of = (_arm(key, *of_run, baseline) for of_run in zip(flats, told, strict=True))
-        found[key] = list(dict.fromkeys([baseline, *arms_of]))
-    return found
+    why = "which none of them was told to vary; compare folders whose runs share it"
+    raise BadRequest(f"the runs also differ in {', '.join(differing)}, {why}")
 
 
 def controlled(rows: Sequence[Row]) -> bool:
@@ -196,9 +194,9 @@ def _joined(keys: list[str], rows: Sequence[Row]) -> list[str]:
 
 
 def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
-    """Whether a key follows others in every run, alike, as `${train.steps}` does: typed, or written in a preset.
+    """Whether a key refers to other keys, such as `${train.steps}`, alike in every run: as typed or in a preset.
 
-    What a resolver gives (`${oc.env:LR}`) may be anything; so may what a run's unreadable `.hydra` says.
+    A resolver such as `${oc.env:LR}` may give anything, and so does not count; nor does an unreadable `.hydra`.
     """
 
     def written(row: Row) -> str:
@@ -221,44 +219,50 @@ class Group(NamedTuple):
     """
 
     seed: int
-    where: tuple[str, ...]
-    """The arms of all axes, the baselines of those that vary."""
+    where: tuple[str, ...]  # the arms of all axes, the baselines of those that vary
     runs: tuple[Row, ...]
 
 
+Cell = tuple[int, tuple[str, ...]]  # a seed, and an arm of each axis
+
+
+def cell_of(row: Row, axes: Mapping[str, Sequence[str]]) -> Cell:
+    """Where a run belongs."""
+    settings = _settings(row)
+    return row["config"]["seed"], tuple(_arm(key, *settings, arms[0]) for key, arms in axes.items())
+
+
 class Grid:
-    """Runs by seed and arms; the finished ones are its cells."""
+    """Runs by seed and arms: `cells` are the finished ones, `planned` the cells of all, in order."""
 
     def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
         self.controlled, self.selective = controlled(rows), selective(rows)
         overs = {(row["config"]["sweep"].get("over") or "").partition("=")[0].strip() for row in rows}
+        # the axis that is a budget (`sweep.over`), its arms in ascending order; empty without one
         self.over = next(iter(overs), "") if len(overs) == 1 and overs <= axes.keys() else ""
-        """The axis that is a budget (`sweep.over`), its arms in ascending order; empty without."""
         if self.over:
             axes = {**axes, self.over: sorted(axes[self.over], key=float)}
         self.axes, self.budget = axes, ""
-        self._metrics: dict[str, list[dict[str, Any]]] = {}
-        self.cells: dict[tuple[int, tuple[str, ...]], Row] = {}
-        planned: set[tuple[int, tuple[str, ...]]] = set()
-        for row in sorted(rows, key=lambda row: str(row.get("started"))):  # of a repeated run the last counts
-            flat = _flat(row)
-            told = _typed(row, flat)
-            cell = row["config"]["seed"], tuple(_arm(key, flat, told, arms[0]) for key, arms in axes.items())
-            planned.add(cell)
-            if row["state"] == "done":
-                self.cells[cell] = row
-        ranks = [{arm: rank for rank, arm in enumerate(arms)} for arms in axes.values()]
+        self._metrics: dict[str, list[dict[str, Any]]] = {}  # by folder, read once
+        in_order = sorted(rows, key=lambda row: str(row.get("started")))
+        cells = [(cell_of(row, axes), row) for row in in_order]
+        self.cells = {cell: row for cell, row in cells if row["state"] == "done"}  # of a repeated run the last counts
         self.planned = sorted(
-            planned, key=lambda cell: (cell[0], [rank[arm] for rank, arm in zip(ranks, cell[1], strict=True)])
+            {cell for cell, _ in cells},
+            key=lambda cell: (cell[0], [arms.index(arm) for arms, arm in zip(axes.values(), cell[1], strict=True)]),
         )
         self.seeds = sorted({seed for seed, _ in self.cells})
 
-    def of(self, seeds: set[int]) -> Grid:
-        """Its part of these seeds."""
+    def part(self, keep: Callable[[int, tuple[str, ...]], bool], budget: str = "") -> Grid:
+        """The part whose cells, of a seed and arms, are to `keep`."""
         part = copy.copy(self)
-        part.cells = {cell: row for cell, row in self.cells.items() if cell[0] in seeds}
-        part.planned = [cell for cell in self.planned if cell[0] in seeds]
+        part.cells = {cell: row for cell, row in self.cells.items() if keep(*cell)}
+        part.planned, part.budget = [cell for cell in self.planned if keep(*cell)], budget
         return part
+
+    def of(self, seeds: set[int]) -> Grid:
+        """The part of these seeds."""
+        return self.part(lambda seed, _: seed in seeds)
 
     @property
     def budgets(self) -> list[str]:
@@ -266,48 +270,46 @@ class Grid:
         return [f"{self.over}={arm}" for arm in self.axes[self.over]] if self.over else [""]
 
     def within(self, budget: str) -> Grid:
-        """Its part of a budget."""
-        part, (over, _, arm) = copy.copy(self), budget.partition("=")
-        part.budget, at = budget, [*self.axes].index(over) if budget else 0
-        part.cells = {cell: row for cell, row in self.cells.items() if not budget or cell[1][at] == arm}
-        part.planned = [cell for cell in self.planned if not budget or cell[1][at] == arm]
-        return part
+        """The part of a budget."""
+        over, _, arm = budget.partition("=")
+        at = [*self.axes].index(over) if budget else 0
+        return self.part(lambda _, arms: not budget or arms[at] == arm, budget)
 
-    def metrics(self, row: Row) -> list[dict[str, Any]]:
-        """The lines of a run's `metrics.jsonl`, read once."""
+    def curve(self, row: Row, key: str, clock: str = "tokens") -> dict[float, Any]:
+        """A metric of a run along its steps or tokens, ascending; of a step that a resumed run did twice the last."""
         if row["folder"] not in self._metrics:
             self._metrics[row["folder"]] = record.read_metrics(Path(row["folder"]))
-        return self._metrics[row["folder"]]
+        points = {line[clock]: line[key] for line in self._metrics[row["folder"]] if key in line}
+        return dict(sorted(points.items()))
+
+    @property
+    def arms(self) -> list[tuple[str, str]]:
+        """Every axis with each of its arms but the baseline."""
+        return [(key, arm) for key, arms in self.axes.items() for arm in arms[1:]]
+
+    def pairs(self, key: str, arm: str) -> list[Group]:
+        """The groups of an axis's baseline and an arm."""
+        return self.groups({key: (self.axes[key][0], arm)})[0]
 
     def groups(self, varied: Mapping[str, tuple[str, str]]) -> tuple[list[Group], int]:
-        """A group for every seed and setting of the other axes, and how many lack a finished run.
+        """A group for every seed and setting of the other axes, and how many more lack a finished run.
 
-        Where not every combination was to be run, those without a folder for each of their runs were not.
+        If not every combination was to be run, a group counts only if each of its runs has a folder.
 
         `varied`: by axis, its baseline and an arm.
         """
-
-        def choices(arms: Iterable[str]) -> list[tuple[str, ...]]:
-            return [varied.get(key, (arm,)) for key, arm in zip(self.axes, arms, strict=True)]
-
-        wheres = dict.fromkeys(
-            (seed, tuple(of_axis[0] for of_axis in choices(arms)))
-            for seed, arms in self.planned
-            if all(arm in of_axis for arm, of_axis in zip(arms, choices(arms), strict=True))
-        )
-        if self.selective:
-            planned = {*self.planned}
-            wheres = {
-                (seed, where): None
-                for seed, where in wheres
-                if planned.issuperset((seed, arms) for arms in itertools.product(*choices(where)))
-            }
-        found = []
-        for seed, where in wheres:
-            cells = [self.cells.get((seed, arms)) for arms in itertools.product(*choices(where))]
-            if None not in cells:
-                found.append(Group(seed, where, cast("tuple[Row, ...]", tuple(cells))))
-        return found, len(wheres) - len(found)
+        two, planned, found = [varied.get(key) for key in self.axes], {*self.planned}, dict[Cell, Group | None]()
+        for seed, arms in self.planned:
+            choices = [both or (arm,) for both, arm in zip(two, arms, strict=True)]
+            where = seed, tuple(of_axis[0] for of_axis in choices)
+            if where in found or not all(arm in of_axis for arm, of_axis in zip(arms, choices, strict=True)):
+                continue
+            cells = [(seed, each) for each in itertools.product(*choices)]
+            if not self.selective or planned.issuperset(cells):
+                runs = tuple(self.cells[cell] for cell in cells if cell in self.cells)
+                found[where] = Group(*where, runs) if len(runs) == len(cells) else None
+        whole = [group for group in found.values() if group]
+        return whole, len(found) - len(whole)
 
     def spread(self, metric: Metric, key: str, among: Sequence[str]) -> float | None:
         """Seed-to-seed standard deviation of a metric, pooled over the settings with one of these arms."""

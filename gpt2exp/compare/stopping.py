@@ -18,34 +18,30 @@ from gpt2exp.compare.comparison import Comparison, Row, at_looks, compare, read
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST, Inference, reach, tells, upper_std
 from gpt2exp.compare.tuned import apart
-from gpt2exp.compare.words import amounts, spell, subject
+from gpt2exp.compare.words import amounts, counted, spell, subject
 from gpt2exp.run import record
 from gpt2exp.section import BadRequest, show
 
-ENDED = ("done", "diverged", "failed")
-"""States of runs that are not waited for."""
-COUNTS = (3, 5, 10, 20)
-"""Numbers of seeds of which `prior` says what they can tell."""
+ENDED = ("done", "diverged", "failed")  # states of runs that are not waited for
+COUNTS = (3, 5, 10, 20)  # numbers of seeds of which `prior` says what they can tell
 
 
 @dataclass(frozen=True)
 class Stand:
-    """What the seeds say of which all runs have ended, in order."""
+    """How far a sweep is: its seeds in order, up to the first of which a run has not ended."""
 
     seeds: int = 0
-    effects: Sequence[Effect] = ()
-    """The loss of each arm against its baseline, over those seeds."""
-    why: str = ""
-    """Why the sweep ends with them; empty if it goes on."""
+    effects: Sequence[Effect] = ()  # the loss of each arm against its baseline, over those seeds
+    why: str = ""  # why the sweep ends with them; empty if it goes on
 
     def lines(self, most: int) -> list[str]:
         """Each arm's interval in a line, and about how many seeds more it will take; then why the sweep ends."""
         said = []
         for one in self.effects:
             difference, interval = amounts(one)
-            more = "" if one.verdict != "inconclusive" else f", more than {most} seeds in all"
+            more = f", more than {most} seeds in all" * (one.verdict == "inconclusive")
             if one.n_needed is not None:
-                more = f", about {(number := one.n_needed - one.n_seeds)} more seed{'s' * (number != 1)}"
+                more = f", about {counted(one.n_needed - one.n_seeds, 'more seed')}"
             verdict = (one.verdict or one.reason).replace("_", " ")
             arms = f"{subject(one.key, one.arm)} against {one.baseline}" + f" at {one.budget}" * bool(one.budget)
             said.append(f"seed {self.seeds} of at most {most}: {arms}: {difference} ({interval}) nats, {verdict}{more}")
@@ -53,10 +49,10 @@ class Stand:
 
 
 def decide(known: record.Sweep, rows: Sequence[Row]) -> Stand:
-    """The first end in the order of seeds, or how far the sweep is.
+    """Whether a sweep ends, and at which seed; else how far it is.
 
-    It looks at the seeds 1 to n for each n from the first declared look on, and ends where no arm is left to be
-    answered. An arm that cannot be compared after so many seeds is not answered by more of them.
+    It looks at the seeds 1 to n, for each n from the first declared look on. It ends at the first n at which each arm
+    is answered. More seeds do not answer an arm that cannot be compared, so that counts as answered too.
     """
     ended = {Path(row["folder"]).name: row for row in rows if row["state"] in ENDED}
     whole = itertools.takewhile(lambda names: ended.keys() >= {*names}, known.by_seed.values())
@@ -94,8 +90,8 @@ def compared(rows: Sequence[Row], *, margin: float | None = None, out: Path | No
     at, there = decide(known, runs), {Path(row["folder"]).name for row in runs}
     beyond = list(known.by_seed.items())[at.seeds :] if at.why else []
     late = {name for _, names in beyond for name in names}
-    counted = [row for row in runs if Path(row["folder"]).name not in late]
-    comparison = compare([*counted, *trials], margin=margin, out=out)
+    kept = [row for row in runs if Path(row["folder"]).name not in late]
+    comparison = compare([*kept, *trials], margin=margin, out=out)
     axes, nats = ", ".join(known.rule["axes"]), known.rule["margin"]
     within = "no margin" if nats is None else f"a margin of ±{nats:g} nats"
     rule = f"decided before the first run: seeds 1, 2, 3, ... until each arm of {axes} has a verdict, with {within}"

@@ -1,6 +1,6 @@
-"""How the arms of a comparison came to their learning rate: each at its own best value of a tuned key, or untuned.
+"""At which learning rate the arms of a comparison ran: each at its own best value of a tuned key, or untuned.
 
-The runs that tune an arm have seeds of their own (`sweep.tune_seeds`) and are never among those compared. No torch.
+The runs that tune an arm have seeds of their own (`sweep.tune_seeds`) and are never compared. No torch.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 
 RATE = "optimizer.lr"
 CALLED = {RATE: "learning rate", "optimizer.weight_decay": "weight decay", "optimizer.betas": "betas"}
-"""Keys in words, of those that an optimizer is tuned in."""
+"""The keys that an optimizer is tuned in, in words."""
 NEEDS = ("optimizer", "schedule", "model", "init", "precision", "train.steps", "train.batch_size", "train.seq_len",
          "train.grad_accum_steps", "train.tokens_per_step")  # fmt: skip
-"""Keys, groups and sections with which the best learning rate changes: arms of them at one rate are not on a par.
+"""Keys, groups and sections with which the best learning rate changes: one rate for all their arms is unfair to some.
 
-Of the keys left out, some compute the same another way (`train.device`, `train.compile`), and the data keep their rate.
+The data keep their rate, and other keys compute the same another way (`train.device`, `train.compile`).
 """
-UNLIKE = "at each arm's own learning rate"
 ALSO = {"optimizer": ("optimizer.weight_decay", "optimizer.betas")}
 """By axis, what else would have to be tuned for each arm."""
 
@@ -41,12 +40,9 @@ class Curve:
     """The losses of an arm over the values of the tuned key: an entry of `comparison.json`'s `tuning`."""
 
     key: str
-    arm: str
-    """Its overrides, or its arms of all axes: `optimizer=adamw`."""
-    losses: dict[str, list[float | str]]
-    """By value as typed, of each tuning seed: the loss at the end, or the state of a run that has none."""
-    best: str | None = None
-    """The value at which the arm is compared."""
+    arm: str  # its overrides, or its arms of all axes: `optimizer=adamw`
+    losses: dict[str, list[float | str]]  # by value as typed, of each tuning seed: the final loss, or why there is none
+    best: str | None = None  # the value at which the arm is compared
 
     def mean(self, value: str) -> float | None:
         """Over the tuning seeds, infinite if a run diverged; None if one failed or has not ended."""
@@ -74,11 +70,28 @@ class Curve:
             return ""
         inside = order if self.best == tried[0] else order[::-1]
         edge, inner = float(self.best), float(inside[(inside.index(self.best) + 1) % len(order)])
-        if edge <= 0 or inner <= 0:
-            return "" if edge <= 0 else f"the optimum may lie beyond {self.best}: add {2 * edge:g}"
-        further = float(f"{(more := edge * edge / inner):.0e}")
-        further = further if abs(math.log(further / inner)) > abs(math.log(edge / inner)) else float(f"{more:.1e}")
-        return f"the optimum may lie beyond {self.best}: add {_short(further)}"
+        if edge <= 0:
+            return ""
+        add = f"{2 * edge:g}"
+        if inner > 0:
+            exact = edge * edge / inner
+            further = float(f"{exact:.0e}")
+            further = further if abs(math.log(further / inner)) > abs(math.log(edge / inner)) else float(f"{exact:.1e}")
+            short = np.format_float_scientific(further, trim="-", exp_digits=1)  # as people type it: 3e-3
+            add = f"{further:g}" if 0.01 <= further < 1e4 else short
+        return f"the optimum may lie beyond {self.best}: add {add}"
+
+    def said(self) -> str:
+        """The optimum in a line, what lies beyond it, and the values left out because a run failed there."""
+        if self.best is not None:
+            text = f"best at {self.key}={self.best}"
+            text += f", at the edge of the values: {beyond}" if (beyond := self.beyond()) else ""
+        elif self.left:
+            text = f"{self.left} tuning runs have not ended, so that it is not compared yet"
+        else:
+            text = f"no value of {self.key} has a loss, so that it is not compared: start a sweep with others"
+        text += f"; {', '.join(self.failed)} left out, since a run failed there" if self.failed else ""
+        return f"{self.arm or 'the arm'}: {text}"
 
     @property
     def failed(self) -> list[str]:
@@ -89,23 +102,6 @@ class Curve:
     def doubtful(self) -> bool:
         """Whether the optimum is not known to lie among the values."""
         return self.best is None or bool(self.beyond() or self.failed)
-
-    def said(self) -> str:
-        """The optimum in a line, what lies beyond it, and what was left out."""
-        text = f"{self.arm or 'the arm'}: "
-        if self.best is not None:
-            text += f"best at {self.key}={self.best}"
-            text += f", at the edge of the values: {beyond}" if (beyond := self.beyond()) else ""
-        elif self.left:
-            text += f"{self.left} tuning runs have not ended, so that it is not compared yet"
-        else:
-            text += f"no value of {self.key} has a loss, so that it is not compared: start a sweep with others"
-        return text + (f"; {', '.join(self.failed)} left out, since a run failed there" if self.failed else "")
-
-
-def _short(value: float) -> str:
-    """A number as people type it: 3e-3, 0.3, 30."""
-    return f"{value:g}" if 0.01 <= value < 1e4 else np.format_float_scientific(value, trim="-", exp_digits=1)
 
 
 def final(row: Summary) -> float | str:
@@ -118,17 +114,16 @@ def final(row: Summary) -> float | str:
 
 
 def key_of(row: Row) -> str:
-    """The key that a run's sweep tunes for each arm, or none."""
+    """The key that a run's sweep tunes for each arm; empty without one."""
     return key_and_values(at(row.get("config"), "sweep.tune"))[0]
 
 
 def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The runs to compare, and those that only tuned them.
 
-    Where all of those to compare were tuned in one key they are marked with it: it is no axis.
+    If all of those to compare were tuned in one key, they are marked with it, since then it is no axis.
     """
-    trials: list[Row] = []
-    others: list[Row] = []
+    trials, others = list["Row"](), list["Row"]()
     for row in rows:
         tries = key_of(row) and row["config"]["seed"] in at(row["config"], "sweep.tune_seeds")
         (trials if tries else others).append(row)
@@ -139,7 +134,7 @@ def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def arm_of(overrides: Sequence[str], key: str) -> tuple[str, ...]:
-    """What makes an arm of a run's overrides: all but its seed, data order, tuned key, and what changes no result."""
+    """The overrides that make a run's arm: all but its seed, data order, tuned key, and what changes no result."""
     told, others = {text: override_key(text) for text in overrides}, ("seed", CONTROL, key)
     return tuple(text for text, name in told.items() if name not in others and not is_housekeeping(name))
 
@@ -175,7 +170,7 @@ def condition(key: str, baseline: str, arm: str, groups: Sequence[Group], swept:
     `groups`: the pairs; `swept`: all axes.
     """
     needs = any(key == need or key.startswith((f"{need}.", f"{need}/")) for need in NEEDS)
-    if not groups or not needs or key == RATE:
+    if not needs or key == RATE:
         return ""
     runs = [run for group in groups for run in group.runs]
     by, said = runs[0].get("tuned", ""), list[str]()
@@ -184,8 +179,9 @@ def condition(key: str, baseline: str, arm: str, groups: Sequence[Group], swept:
         each = "; ".join(f"{name} {values}" for name, values in zip((arm, baseline), sides, strict=True))
         said.append(f"each at its own best {CALLED.get(by, by)} ({each})")
     if RATE not in (by, *swept):
-        one = len({at(run["config"], RATE) for run in runs}) == 1
-        said.append(f"{'at one learning rate for all arms' if one else UNLIKE}, not tuned")
+        several = len({at(run["config"], RATE) for run in runs}) > 1
+        rate = "each arm's own learning rate" if several else "one learning rate for all arms"
+        said.append(f"at {rate}, not tuned")
     more = [other for other in ALSO.get(key, ()) if other not in (by, *swept)]
     if more := [CALLED[other] for other in more if any(at(run["config"], other) is not None for run in runs)]:
         said.append(f"{' and '.join(more)} not tuned")

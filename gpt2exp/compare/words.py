@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Grid, Interaction
+from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Distance, Interaction
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST
+from gpt2exp.compare.rows import cell_of
 from gpt2exp.compare.tuned import typed
 from gpt2exp.config import TOGETHER
 from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
 
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
-
-UNJUDGED = "unjudged"
-"""In place of a verdict, in a row that has none of its own."""
-WORTH = "compute, or steps alone: above 1 the arm is worth that many times the baseline's"
-"""How to read such a row."""
+OTHERS = {"budget": "⇢", "interaction": "×", "from fp64": "↔"}  # signs of the sentences that are no verdicts
+UNJUDGED = "unjudged"  # in place of a verdict, in a row of what the arm is worth
+WORTH = "compute, or steps alone: above 1 the arm is worth that many times the baseline's"  # how to read such a row
 
 
-class Column(NamedTuple):
-    """A column of a table; numbers stand to the right."""
+class Table(NamedTuple):
+    """A table as text: rows by column name, the columns whose numbers stand to the right, and notes below."""
 
-    name: str
-    number: bool = False
-
-
-@dataclass
-class Table:
-    """A table as text."""
-
-    columns: list[Column]
-    rows: list[list[str]]
+    rows: list[dict[str, str]]
+    numbers: Sequence[str]
+    notes: Sequence[str] = ()
 
 
 class Sentence(NamedTuple):
-    """An arm's verdict in plain words; the verdict as in `Effect.verdict`, empty where one seed allows none."""
+    """A finding in plain words; what it is: a verdict as in `Effect.verdict`, empty without one, or one of `OTHERS`."""
 
     verdict: str
     text: str
@@ -60,9 +50,14 @@ def spell(value: float, resolution: float = 0.0, *, sign: bool = False) -> str:
         return "–"
     if value == 0:
         return "0"
-    plus, decimals = "+" if sign else "", 1 - _exponent(resolution if resolution > 0 else value)
+
+    def exponent(of: float) -> int:
+        """The power of ten of its first digit, once it is rounded to two."""
+        return int(f"{of:.1e}".partition("e")[2])
+
+    plus, decimals = "+" if sign else "", 1 - exponent(resolution if resolution > 0 else value)
     if decimals > 6:
-        digits = min(max(0, _exponent(value) + decimals), 3)
+        digits = min(max(0, exponent(value) + decimals), 3)
         mantissa, _, power = f"{value:{plus}.{digits}e}".partition("e")
         return f"{mantissa.replace('-', '−')}e{int(power)}"
     text = f"{value:{plus},.{max(0, decimals)}f}"
@@ -70,15 +65,10 @@ def spell(value: float, resolution: float = 0.0, *, sign: bool = False) -> str:
     return (text.lstrip("+-") if rounded_to_nothing else text).replace("-", "−")
 
 
-def _exponent(value: float) -> int:
-    """The power of ten of a number's first digit, once it is rounded to two."""
-    return int(f"{value:.1e}".partition("e")[2])
-
-
-def probability(value: float) -> str:
-    """A p value as `=0.039` or `<0.001`."""
-    if value < 0.001:
-        return "<0.001"
+def probability(value: float | None) -> str:
+    """A p value as `=0.039` or `<0.001`; empty if unknown."""
+    if value is None or value < 0.001:
+        return "" if value is None else "<0.001"
     return f"={value:.2g}" if value < 0.995 else "=1"
 
 
@@ -122,18 +112,18 @@ def subject(key: str, arm: str) -> str:
     return printable(arm if TOGETHER in key else f"{key}={arm}")
 
 
+def deviations(effect: Effect) -> str:
+    """The arm's seed-to-seed std and in brackets the baseline's: pooled, one would hide the other."""
+    arm, baseline = (deviation(std, effect.metric) for std in (effect.arm_std, effect.baseline_std))
+    return f"{arm} ({baseline})" if arm and baseline else arm or baseline
+
+
 def deviation(std: float | None, key: str) -> str:
     """A seed-to-seed std in the metric's unit, in per cent of the speed; empty if unknown."""
     if std is None:
         return ""
     metric = BY_KEY[key]
     return f"{spell(std * 100)} %" if metric.ratio else spell(std / metric.scale)
-
-
-def deviations(effect: Effect) -> str:
-    """The arm's seed-to-seed std and in brackets the baseline's: pooled, one would hide the other."""
-    arm, baseline = (deviation(std, effect.metric) for std in (effect.arm_std, effect.baseline_std))
-    return f"{arm} ({baseline})" if arm and baseline else arm or baseline
 
 
 def counted(number: int, thing: str) -> str:
@@ -144,16 +134,19 @@ def counted(number: int, thing: str) -> str:
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 
+def findings(comparison: Comparison) -> list[Sentence]:
+    """All that a comparison says in sentences: verdicts, interactions, distances from fp64."""
+    distances = (Sentence("from fp64", distance_sentence(item)) for item in comparison.distances)
+    return [*sentences(comparison), *interactions(comparison), *distances]
+
+
 def sentences(comparison: Comparison) -> list[Sentence]:
     """A sentence an arm: the loss first, then what it costs. One for all runs where there are no arms."""
     if comparison.searched or not comparison.axes:
-        text = _least(comparison) if comparison.searched else _seeds_only(comparison)
+        text = _overview(comparison)
         return [Sentence("", text)] if text else []
-    by_arm: dict[tuple[str, str, str], dict[str, Effect]] = {}
-    for effect in comparison.axes:
-        by_arm.setdefault((effect.key, effect.arm, effect.budget), {})[effect.metric] = effect
     found, said = list[Sentence](), set[tuple[str, str]]()
-    for effects in by_arm.values():
+    for effects in by_arm(comparison):
         loss = effects[comparison.metric]
         costs = "".join(_costs(effects, loss))
         if loss.tuning and (loss.key, loss.tuning) not in said:  # once an axis
@@ -163,16 +156,21 @@ def sentences(comparison: Comparison) -> list[Sentence]:
     return found
 
 
+def by_arm(comparison: Comparison) -> Iterable[dict[str, Effect]]:
+    """The effects of each arm in each budget, by metric."""
+    arms: dict[tuple[str, str, str], dict[str, Effect]] = {}
+    for effect in comparison.axes:
+        arms.setdefault((effect.key, effect.arm, effect.budget), {})[effect.metric] = effect
+    return arms.values()
+
+
 def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
-    name, base, std = (
-        subject(loss.key, loss.arm),
-        printable(loss.baseline),
-        deviation(loss.seed_std, loss.metric),
-    )
+    name, base = subject(loss.key, loss.arm), printable(loss.baseline)
+    std = deviation(loss.seed_std, loss.metric)
     difference, interval = amounts(loss)
     size, size_interval = amounts(loss, sign=False)
     reason = printable(loss.reason).replace("the seed-to-seed std", f"the seed-to-seed std {std}".strip(), 1)
-    tested = f"n={counted(loss.n_seeds, 'seed')}, p{probability(1.0 if loss.p_holm is None else loss.p_holm)})"
+    tested = f"n={counted(loss.n_seeds, 'seed')}, p{probability(loss.p_holm)})"
     at = f"at {printable(loss.budget)} " * bool(loss.budget)
     if loss.control and loss.ci95 is None:
         return f"A/A check {at}without an answer: {reason}."
@@ -194,37 +192,32 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
     else:
         where = "above" if (loss.mean_difference or 0) > 0 else "below"
         text = f"{name} ended {size} nats {where} {base} ({reason}){costs}"
-    if loss.pair_correlation is not None and loss.pair_correlation < 0 and loss.verdict != "not_comparable":
-        text += "; the two arms go against each other over the seeds (r below 0): unpaired runs would do better"
-    text += _worth(loss) + _trend(loss, margin)
-    if loss.dropped_pairs:
-        text += f"; {counted(loss.dropped_pairs, 'pair')} dropped, for want of a finished run"
-    return f"{at}{text}."
+    return f"{at}{'; '.join([text, *_remarks(loss, margin)])}."
 
 
-def _worth(loss: Effect) -> str:
-    """What the arm is worth, as a clause."""
+def _remarks(loss: Effect, margin: float | None) -> Iterable[str]:
+    """Whether pairing lost, what the arm is worth, how the difference moves along the run, what is missing: clauses."""
+    comparable = loss.verdict != "not_comparable"
+    if comparable and loss.pair_correlation is not None and loss.pair_correlation < 0:
+        yield "the two arms go against each other over the seeds (r below 0): unpaired runs would do better"
     of, factor, interval = worth(loss)
-    if not of:
-        return ""
     if factor == "–":
-        return f"; worth {interval} times the baseline's {of}"
-    at = " at the baseline's final loss" if float(factor) > 1 else ""
-    return f"; worth {factor} times the baseline's {of}{at}" + (f" (95 % interval {interval})" if interval else "")
-
-
-def _trend(loss: Effect, margin: float | None) -> str:
-    """Whether the difference grows, fades or holds along the run, as a clause; empty where that cannot be told."""
-    if loss.trend is None or loss.verdict == "not_comparable":
-        return ""
-    change, low, high = loss.trend
-    if low <= 0 <= high:
-        holds = margin is not None and -margin <= low and high <= margin
-        return f"; over the last half of the run the difference holds within ±{margin:g} nats" if holds else ""
-    way = "grows" if (change > 0) == ((loss.mean_difference or 0) > 0) else "fades"
-    near, far = sorted((abs(low), abs(high)))
-    size, *ends = (spell(value, (far - near) / 2) for value in (abs(change), near, far))
-    return f"; over the last half of the run the difference {way} by {size} nats (95 % interval {' to '.join(ends)})"
+        yield f"worth {interval} times the baseline's {of}"
+    elif of:
+        at = " at the baseline's final loss" if float(factor) > 1 else ""
+        yield f"worth {factor} times the baseline's {of}{at}" + (f" (95 % interval {interval})" if interval else "")
+    if comparable and loss.trend is not None:
+        change, low, high = loss.trend
+        late = "over the last half of the run the difference"
+        near, far = sorted((abs(low), abs(high)))
+        size, *ends = (spell(value, (far - near) / 2) for value in (abs(change), near, far))
+        if low > 0 or high < 0:
+            way = "grows" if (change > 0) == ((loss.mean_difference or 0) > 0) else "fades"
+            yield f"{late} {way} by {size} nats (95 % interval {' to '.join(ends)})"
+        elif margin is not None and far <= margin:
+            yield f"{late} holds within ±{margin:g} nats"
+    if loss.dropped_pairs:
+        yield f"{counted(loss.dropped_pairs, 'pair')} dropped, since a run did not finish"
 
 
 def _costs(effects: dict[str, Effect], loss: Effect) -> Iterable[str]:
@@ -248,72 +241,55 @@ def _costs(effects: dict[str, Effect], loss: Effect) -> Iterable[str]:
         yield f", with {abs(extra):,} {'more' if extra > 0 else 'fewer'} parameters"
 
 
-def _finished(comparison: Comparison) -> list[tuple[float, list[str]]]:
-    """The losses of the finished runs, with their overrides."""
-    losses = [(number_of(row, comparison.metric), row) for row in comparison.runs if row["state"] == "done"]
-    return [(loss, row["overrides"]) for loss, row in losses if loss is not None]
-
-
-def _seeds_only(comparison: Comparison) -> str:
-    values = [loss for loss, _ in _finished(comparison)]
-    if not values:
+def _overview(comparison: Comparison) -> str:
+    """Of runs that have no arms: the best value of a search, or the mean loss over seeds; empty if none finished."""
+    losses = ((number_of(row, comparison.metric), row) for row in comparison.runs if row["state"] == "done")
+    tried = [(loss, row["overrides"]) for loss, row in losses if loss is not None]
+    if not tried:
         return ""
+    name = BY_KEY[comparison.metric].name
+    if comparison.searched:
+        ((key, _),), (loss, overrides) = comparison.swept.items(), min(tried)
+        arm = next((text for text in overrides if text.lstrip("+").startswith(f"{key}=")), key)
+        text = f"of {len(tried)} values tried, {printable(arm)} ended with the least {name}"
+        return f"{text}, {spell(loss, 0.001)}; each ran once, so that no two can be told apart."
+    values = [loss for loss, _ in tried]
     std = statistics.stdev(values) if len(values) > 1 else 0.0
-    text = f"{BY_KEY[comparison.metric].name}: {spell(statistics.fmean(values), std or 0.005)} nats"
+    text = f"{name}: {spell(statistics.fmean(values), std or 0.005)} nats"
     known = f"on average over {counted(len(values), 'run')}, seed-to-seed std {spell(std)}"
     return f"{text} {known}." if len(values) > 1 else f"{text} in one run."
 
 
-def _least(comparison: Comparison) -> str:
-    """The best value of a search."""
-    (key,), tried = comparison.swept, _finished(comparison)
-    if not tried:
-        return ""
-    loss, overrides = min(tried)
-    arm = next((text for text in overrides if text.lstrip("+").startswith(f"{key}=")), key)
-    text = f"of {len(tried)} values tried, {printable(arm)} ended with the least {BY_KEY[comparison.metric].name}"
-    return f"{text}, {spell(loss, 0.001)}; each ran once, so that no two can be told apart."
+def interactions(comparison: Comparison) -> Iterable[Sentence]:
+    """Whether an arm's effect changes from the least budget to the largest, and with an arm of another axis.
 
-
-def interactions(comparison: Comparison) -> Iterable[str]:
-    """A sentence for each large one: what an axis does to the effect of another; a budget's are `changes`."""
+    Of budgets each arm has a sentence, of other axes only a large interaction.
+    """
+    margin, over = comparison.margin, comparison.over
     for item in comparison.interactions:
-        if item.large and item.p_value is not None and comparison.over not in item.keys:
-            (one, other), base = _subjects(item), printable(comparison.swept[item.keys[1]][0])
-            yield f"under {other} the effect of {one} on the loss is {_how(item)} than under {base} ({_sure(item)})."
-
-
-def changes(comparison: Comparison) -> Iterable[str]:
-    """A sentence an arm: whether the difference that it makes changes from the least budget to the largest."""
-    for item in comparison.interactions:
-        if comparison.over not in item.keys or item.ci95 is None:
+        if item.ci95 is None:
             continue
-        at = item.keys.index(comparison.over)
-        (first, *_, last), (low, high) = comparison.swept[comparison.over], item.ci95
-        if item.arms[at] != last:
-            continue
-        within = comparison.margin is not None and -comparison.margin <= low and high <= comparison.margin
-        text = f"from {comparison.over}={first} to {last} the effect of {_subjects(item)[1 - at]} on the loss"
-        if within:
-            text += f" holds within ±{comparison.margin:g} nats"
-        elif low <= 0 <= high:
-            text += f" may or may not change: a difference of {amounts(item)[0]} nats"
-        else:
-            text += f" changes: at {last} it is {_how(item)} than at {first}"
-        yield f"{text} ({_sure(item)})."
-
-
-def _how(item: Interaction) -> str:
-    return f"{amounts(item, sign=False)[0]} nats {'higher' if item.mean_difference > 0 else 'lower'}"
-
-
-def _sure(item: Interaction) -> str:
-    p = probability(1.0 if item.p_value is None else item.p_value)
-    return f"95 % interval {amounts(item)[1]}, n={counted(item.n_seeds, 'seed')}, p{p}, uncorrected"
-
-
-def _subjects(item: Interaction) -> list[str]:
-    return list(map(subject, item.keys, item.arms))
+        (low, high), (one, other) = item.ci95, map(subject, item.keys, item.arms)
+        (difference, interval), (size, _) = amounts(item), amounts(item, sign=False)
+        how = f"{size} nats {'higher' if item.mean_difference > 0 else 'lower'}"
+        sure = f"95 % interval {interval}, n={counted(item.n_seeds, 'seed')}, p{probability(item.p_value)}, uncorrected"
+        if over in item.keys:
+            first, *_, last = comparison.swept[over]
+            at = item.keys.index(over)
+            text = f"from {over}={first} to {last} the effect of {(one, other)[1 - at]} on the loss"
+            if margin is not None and -margin <= low and high <= margin:
+                text += f" holds within ±{margin:g} nats"
+            elif low <= 0 <= high:
+                text += f" may or may not change: a difference of {difference} nats"
+            else:
+                text += f" changes: at {last} it is {how} than at {first}"
+            if item.arms[at] == last:
+                yield Sentence("budget", f"{text} ({sure}).")
+        elif item.large:
+            base = printable(comparison.swept[item.keys[1]][0])
+            yield Sentence(
+                "interaction", f"under {other} the effect of {one} on the loss is {how} than under {base} ({sure})."
+            )
 
 
 def distance_sentence(item: Distance) -> str:
@@ -356,46 +332,60 @@ def summary(comparison: Comparison) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def effects_table(comparison: Comparison) -> Table:
-    """A row an axis, arm and metric, then what the arm is worth; the verdict and its reason last."""
-    numeric = ("n", "difference", "p", "seed std", "r", "saved")
-    names = ("axis", "arms", "metric", "n", "difference", "95 % interval", "p", "seed std", "r", "saved", "verdict")
-    # in a search a value tried once differs from another by chance
-    effects = [] if comparison.searched else comparison.axes
-    rows = list[list[str]]()
-    for _, of_arm in itertools.groupby(effects, key=lambda effect: (effect.key, effect.arm, effect.budget)):
-        each = list(of_arm)
-        rows += map(_effect_row, each)
-        rows += [_worth_row(effect) for effect in each if worth(effect)[0]]
-    return Table([Column(name, name in numeric) for name in (*names, "reason")], rows)
+def effects_table(comparison: Comparison, metrics: Sequence[str] = ()) -> Table:
+    """A row an axis, arm and metric, or of some `metrics`; then one of what the arm is worth.
+
+    The notes are the reasons of the verdicts. A row refers to its own by number, since most rows share one.
+    """
+    rows = list[dict[str, str]]()
+    for effects in () if comparison.searched else by_arm(comparison):  # in a search values differ by chance
+        rows += map(_effect_row, effects.values())
+        rows += [_worth_row(effect) for effect in effects.values() if worth(effect)[0]]
+    rows = [row for row in rows if row["metric"] in metrics or not metrics]
+    reasons = list(dict.fromkeys(row["reason"] for row in rows if row["reason"]))
+    for row in rows:
+        row["reason"] = f"[{reasons.index(row['reason']) + 1}]" if row["reason"] else ""
+    return Table(rows, ("n", "difference", "p", "seed std", "r", "saved"), reasons)
 
 
-def _effect_row(effect: Effect) -> list[str]:
+def _effect_row(effect: Effect) -> dict[str, str]:
     metric, r, saved = BY_KEY[effect.metric], effect.pair_correlation, effect.seeds_saved
     beyond = "" if effect.ci95 is None else f">{LARGEST - effect.n_seeds:,}"
-    return [
-        printable(effect.key),
-        f"{printable(effect.arm)} against {printable(effect.baseline)}" + f", {effect.budget}" * bool(effect.budget),
-        f"{metric.compared}, {'ratio' if metric.ratio else metric.unit}",
-        str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
-        *amounts(effect),
-        "" if effect.p_holm is None else probability(effect.p_holm).removeprefix("="),
-        deviations(effect),
-        "" if r is None else f"{r:.3g}".replace("-", "−"),
-        beyond if saved is None else str(saved).replace("-", "−"),
-        effect.verdict or "",
-        printable(effect.reason),
-    ]
+    difference, interval = amounts(effect)
+    return {
+        "axis": printable(effect.key),
+        "arms": f"{printable(effect.arm)} against {printable(effect.baseline)}"
+        + f", {effect.budget}" * bool(effect.budget),
+        "metric": f"{metric.compared}, {'ratio' if metric.ratio else metric.unit}",
+        "n": str(effect.n_seeds) + (f" ({effect.n_pairs})" if effect.n_pairs != effect.n_seeds else ""),
+        "difference": difference,
+        "95 % interval": interval,
+        "p": probability(effect.p_holm).removeprefix("="),
+        "seed std": deviations(effect),
+        "r": "" if r is None else f"{r:.3g}".replace("-", "−"),
+        "saved": beyond if saved is None else str(saved).replace("-", "−"),
+        "verdict": effect.verdict or "",
+        "reason": printable(effect.reason),
+    }
+
+
+def _worth_row(loss: Effect) -> dict[str, str]:
+    of, factor, interval = worth(loss)
+    row = _effect_row(loss) | {"metric": f"{of}, ratio", "difference": factor, "95 % interval": interval}
+    row |= dict.fromkeys(("p", "seed std", "r", "saved"), "")
+    return row | {"verdict": UNJUDGED, "reason": printable(loss.multiplier_reason)}
 
 
 def tuning_table(comparison: Comparison) -> Table:
     """A row an arm: over the tuning seeds its loss at each value, and the value at which it is compared."""
     values = sorted({value for curve in comparison.tuning for value in curve.losses}, key=float)
-    rows = []
-    for curve in comparison.tuning:
-        cells = [_tuning_cell(curve.losses.get(value, [])) for value in values]
-        rows.append([curve.arm, *cells, curve.best or "–"])
-    return Table([Column("arm"), *(Column(value, True) for value in values), Column("best", True)], rows)
+    rows = [
+        {"arm": curve.arm}
+        | {value: _tuning_cell(curve.losses.get(value, [])) for value in values}
+        | {"best": curve.best or "–"}
+        for curve in comparison.tuning
+    ]
+    return Table(rows, (*values, "best"))
 
 
 def _tuning_cell(losses: Sequence[float | str]) -> str:
@@ -408,40 +398,30 @@ def _tuning_cell(losses: Sequence[float | str]) -> str:
     return spell(statistics.fmean(known), std or 0.005) + (f" ± {spell(std)}" if std else "")
 
 
-def _worth_row(loss: Effect) -> list[str]:
-    of, factor, interval = worth(loss)
-    first, empty = _effect_row(loss), [""] * 4
-    return [*first[:2], f"{of}, ratio", first[3], factor, interval, *empty, UNJUDGED, printable(loss.multiplier_reason)]
-
-
-def reasons_of(effects: Table) -> list[str]:
-    """The different reasons; verdicts refer to them by number, since most rows share one and room is scarce."""
-    return list(dict.fromkeys(row[-1] for row in effects.rows if row[-1]))
-
-
 def interactions_table(comparison: Comparison) -> Table:
     """A row for each two arms of two axes."""
-    names = ("effect of", "changed by", "n", "difference, nats", "95 % interval", "p", "size")
     rows = []
     for item in comparison.interactions:
-        p_value = "" if item.p_value is None else probability(item.p_value).removeprefix("=")
-        rows.append([*_subjects(item), str(item.n_seeds), *amounts(item), p_value, "large" if item.large else ""])
-    return Table([Column(name, name in ("n", "difference, nats", "p")) for name in names], rows)
+        (one, other), (difference, interval) = map(subject, item.keys, item.arms), amounts(item)
+        row = {"effect of": one, "changed by": other, "n": str(item.n_seeds), "difference, nats": difference}
+        p = probability(item.p_value).removeprefix("=")
+        rows.append(row | {"95 % interval": interval, "p": p, "size": "large" if item.large else ""})
+    return Table(rows, ("n", "difference, nats", "p"))
 
 
 def runs_table(comparison: Comparison) -> Table:
     """A row a run, its name first."""
-    keys, rows = list(comparison.swept), []
+    rows, numbers = [], ("seed", *(metric.column for metric in COLUMNS), "seconds")
     tuned = list(dict.fromkeys(row["tuned"] for row in comparison.runs if "tuned" in row))
     for row in comparison.runs:
-        seed, arms = Grid([row], comparison.swept).planned[0] if "config" in row else ("", ("",) * len(keys))
-        arms = *arms, *(typed(row, key) if "config" in row else "" for key in tuned)
-        cells = [printable(row["name"]), printable(row["state"]), *map(printable, arms), str(seed)]
-        cells += [shown(row, metric.key) for metric in COLUMNS]
-        rows.append([*cells, f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"])
-    numbers = ("seed", *(metric.column for metric in COLUMNS), "seconds")
-    words = ("run", "state", *map(printable, [*keys, *tuned]))
-    return Table([Column(name, at >= len(words)) for at, name in enumerate((*words, *numbers))], rows)
+        seed, arms = cell_of(row, comparison.swept) if "config" in row else ("", [""] * len(comparison.swept))
+        cells = {"run": row["name"], "state": row["state"]} | dict(zip(comparison.swept, arms, strict=True))
+        cells |= {key: typed(row, key) if "config" in row else "" for key in tuned}
+        seconds = f"{row['wall_seconds']['total']:,.1f}" if "wall_seconds" in row else "–"
+        figures = (str(seed), *(shown(row, metric.key) for metric in COLUMNS), seconds)
+        shown_ = {printable(name): printable(cell) for name, cell in cells.items()}
+        rows.append(shown_ | dict(zip(numbers, figures, strict=True)))
+    return Table(rows, numbers)
 
 
 def name_of(verdict: str) -> str:

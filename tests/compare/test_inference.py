@@ -32,6 +32,7 @@ from gpt2exp.compare.inference import (
     pairing,
     pooled_std,
     reach,
+    tells,
 )
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "sequential"
@@ -66,13 +67,6 @@ def test_interval_and_p_value_are_those_of_the_paired_t_test(n: int) -> None:
         assert found.p == pytest.approx(reference.pvalue, rel=1e-9)
         assert (found.low, found.high) == pytest.approx(tuple(reference.confidence_interval(0.95)), rel=1e-9)
         assert found.mean == pytest.approx((arm - baseline).mean())
-
-
-def test_two_values_by_hand() -> None:
-    # mean 2, s = sqrt(2), standard error 1; t with one degree of freedom is Cauchy: quantile tan(pi (q - 1/2))
-    found, radius = fixed([1.0, 3.0]), math.tan(math.pi * 0.475)
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - radius, 2 + radius))
-    assert found.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
 
 
 # --- all three -------------------------------------------------------------------------------------------------------
@@ -221,9 +215,8 @@ def test_looks_that_were_not_declared_are_refused() -> None:
 def test_seeds_to_tell_are_the_textbook_ones() -> None:
     """Paired t test, 5 % two-sided, 80 % (Cohen 1988; G*Power)."""
     for effect, n in ((0.5, 34), (0.8, 15), (1, 10), (1.5, 6), (2, 5), (3, 4)):
-        scaled = np.array([-1, 0, 1]) + effect  # std 1
-        assert needed(scaled).tell == n
-        assert inference.tells(1, n) <= effect < inference.tells(1, n - 1)
+        assert needed(effect, 1) == (n, None)
+        assert tells(1, n, reach(n, "fixed")) <= effect < tells(1, n - 1, reach(n - 1, "fixed"))
 
 
 @pytest.mark.parametrize("way", ["fixed", "open"])
@@ -241,20 +234,19 @@ def test_powers_are_the_simulated_ones(way: inference.Inference) -> None:
 
 
 def test_needed_by_inference_and_spread() -> None:
-    values = [0.5, 1.9, 0.6]
-    at_once, later, at_most = (needed(values, 3.0, *how) for how in ((), ("open",), ("declared", range(3, 9))))
-    assert at_once.tell is not None
-    assert at_once.tell_at_most is not None
-    assert later.tell is not None
-    assert at_once.equal is not None
-    assert later.equal is not None
-    assert 3 < at_once.tell < min(later.tell, at_once.tell_at_most)
-    assert at_once.equal < later.equal
-    assert at_most.tell_at_most is None, "more than the maximum"
-    assert needed(values, 0.9).equal is None, "the mean itself is beyond the margin"
-    assert needed(values).equal is needed(values).equal_at_most is None
-    assert needed([1.0, 1.0], 2.0, "open") == inference.Needed(3, 3, 3, 3)
-    assert needed([0.0, 0.0], 2.0) == inference.Needed(None, None, 2, 2)
+    std = float(np.std([0.5, 1.9, 0.6], ddof=1))
+    tell, equal = needed(1.0, std, 3.0)
+    later_tell, later_equal = needed(1.0, std, 3.0, "open")
+    most_tell, _ = needed(1.0, inference.upper_std(std, 3), 3.0)
+    assert tell is not None
+    assert equal is not None
+    assert 3 < tell < min(later_tell or 0, most_tell or 0)
+    assert equal < (later_equal or 0)
+    assert needed(1.0, inference.upper_std(std, 3), 3.0, "declared", LOOKS[:6])[0] is None, "more than the last look"
+    assert needed(1.0, std, 0.9)[1] is None, "the mean itself is beyond the margin"
+    assert needed(1.0, std)[1] is None, "no margin"
+    assert needed(1.0, 0.0, 2.0, "open") == (3, 3)
+    assert needed(0.0, 0.0, 2.0) == (None, 2)
 
 
 def test_upper_limit_of_a_pilots_std() -> None:
@@ -266,24 +258,23 @@ def test_upper_limit_of_a_pilots_std() -> None:
 def test_pairing_gains_with_correlation_and_loses_without() -> None:
     noise = np.random.default_rng(5).normal(0, 1, (3, 8))
     shared, one, other = noise - noise.mean(axis=1, keepdims=True)
-    gains = pairing(shared + 0.1 * one, shared + 0.1 * other)
-    assert gains.correlation == pytest.approx(np.corrcoef(shared + 0.1 * one, shared + 0.1 * other)[0, 1])
-    assert gains.correlation > 0.95
-    assert gains.unpaired is not None
-    assert gains.unpaired > 8 * 10
-    against = pairing(shared, -shared)
-    assert against.correlation == pytest.approx(-1)
-    assert against.unpaired is not None
-    assert against.unpaired < 8
+    correlation, saved = pairing(shared + 0.1 * one, shared + 0.1 * other)
+    assert correlation == pytest.approx(np.corrcoef(shared + 0.1 * one, shared + 0.1 * other)[0, 1])
+    assert correlation > 0.95
+    assert saved is not None
+    assert saved > 8 * 9
+    against, lost = pairing(shared, -shared)
+    assert against == pytest.approx(-1)
+    assert lost is not None
+    assert lost < 0
     # r = 0 and equal spread: unpaired t(2m-2) against paired t(7) at the same variance
     a, b = np.array([1, -1, 1, -1] * 2), np.array([1, 1, -1, -1] * 2)
-    m = pairing(a, b).unpaired
-    assert m is not None
+    m = 8 + (pairing(a, b)[1] or 0)
     half = [stats.t.ppf(0.975, 2 * k - 2) / math.sqrt(k) for k in (m - 1, m)]
     assert half[1] <= stats.t.ppf(0.975, 7) / math.sqrt(8) < half[0]
-    assert pairing([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == inference.Pairing(pytest.approx(1), None)
-    assert pairing([1.0, 2.0], [1.0, 5.0]).correlation is None
-    assert pairing([1, 1, 1], [1, 2, 3]).correlation is pairing([1, 2, 3], [1, 1, 1]).correlation is None
+    assert pairing([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == (pytest.approx(1), None)
+    assert pairing([1.0, 2.0], [1.0, 5.0])[0] is None
+    assert pairing([1, 1, 1], [1, 2, 3])[0] is pairing([1, 2, 3], [1, 1, 1])[0] is None
 
 
 # --- simulated sweeps ------------------------------------------------------------------------------------------------

@@ -17,10 +17,8 @@ from scipy import stats
 from test_compare import TIE, effect, run
 
 from gpt2exp.compare import comparison as comparisons
-from gpt2exp.compare import effect as effects
 from gpt2exp.compare import figures, multiplier, report, words
 from gpt2exp.compare.comparison import Comparison, Row
-from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import Floats
 
 STEPS = np.arange(1, 201.0)
@@ -313,21 +311,21 @@ def test_whether_it_changes_is_the_difference_of_differences() -> None:
     of = stats.ttest_1samp(values, 0)
     assert change.mean_difference == pytest.approx(np.mean(values))
     assert change.ci95 == pytest.approx(list(of.confidence_interval(0.95)))
-    [said] = words.changes(comparison)
+    [(of, said)] = words.interactions(comparison)  # said once
+    assert of == "budget"
     assert said.startswith(
         "from train.steps=50 to 200 the effect of model.tie_weights=false on the loss changes: at 200 it is 0.20"
     )
     assert "nats higher than at 50 (95 % interval" in said
-    assert list(words.interactions(comparison)) == []  # said once
     assert words.sentences(comparison)[0].text.startswith("at train.steps=50 model.tie_weights=false against true is")
     assert "| false against true, train.steps=200 | loss, nats | 4 |" in "\n".join(report.effects(comparison))
 
 
 def test_a_change_that_the_interval_does_not_show() -> None:
-    [said] = words.changes(budgeted(lambda steps, seed: 0.3 * (-1) ** (seed + steps // 100)))
+    [(_, said)] = words.interactions(budgeted(lambda steps, seed: 0.3 * (-1) ** (seed + steps // 100)))
     assert "may or may not change" in said
     margin = comparisons.compare(budgeted(lambda steps, seed: 0.2 + 1e-4 * (seed + steps % 3)).runs, margin=0.05)
-    [said] = words.changes(margin)
+    [(_, said)] = words.interactions(margin)
     assert "on the loss holds within ±0.05 nats" in said
 
 
@@ -349,15 +347,7 @@ def test_the_trend_has_its_interval(tmp_path: Path) -> None:
 def test_figures_are_of_the_largest_budget_and_one_is_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, str] = {}
     monkeypatch.setattr(figures.Figure, "suptitle", lambda _, text, **how: drawn.update({text: str(how)}))
-    sections = figures.draw(budgeted(growing))
-    kinds = {section.key: [drawing.name.rsplit("-", 1)[-1] for drawing in section.drawings] for section in sections}
-    assert kinds["train.steps"] == ["budgets"]
-    assert "difference" in kinds[TIE]
+    kinds = [(drawing.heading, drawing.name.rsplit("-", 1)[-1]) for drawing in figures.draw(budgeted(growing))]
+    assert [kind for of, kind in kinds if of == "train.steps"] == ["budgets"]
+    assert (TIE, "difference") in kinds
     assert f"{TIE}: difference at the end, seed by seed (train.steps=200)" in drawn
-
-
-def test_an_effect_has_no_budget_without_that_axis() -> None:
-    assert Effect("k", "a", "b", "val_loss").budget == ""
-    rows = [run(f"{TIE}={arm}", seed=seed, loss=3.0 + seed) for arm in ("true", "false") for seed in range(2)]
-    assert comparisons.compare(rows).over == ""
-    assert effects.FEWEST_POINTS == 16

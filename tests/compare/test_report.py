@@ -34,7 +34,7 @@ from gpt2exp.compare import figures, report, words
 from gpt2exp.compare.comparison import Comparison, Distance
 from gpt2exp.compare.effect import Effect
 from gpt2exp.config import RunConfig
-from gpt2exp.run import record, terminal
+from gpt2exp.run import terminal
 from gpt2exp.schema import plain
 
 Done = subprocess.CompletedProcess[str]
@@ -211,22 +211,20 @@ class TestWords:
         why = "the interval lies inside ± the seed-to-seed std"
         text = sentence(effect("indistinguishable", 1.2e-4, -3e-4, 5e-4, reason=why, dropped_pairs=2))
         assert "cannot be told apart from true: a difference of +0.00012 nats (95 % interval −0.00030 to" in text
-        assert text.endswith(f"{why} 0.021; 2 pairs dropped, for want of a finished run.")
+        assert text.endswith(f"{why} 0.021; 2 pairs dropped, since a run did not finish.")
 
     def test_the_stds_of_unequal_arms_stand_apart(self) -> None:
         effects = effect("better", -0.0102, -0.0192, -0.0012, baseline_std=0.088, arm_std=0.015)
         assert sentence(effects).endswith("the seed-to-seed std is 0.015 (0.088).")
         axes = {"init.residual_scaling": ["true", "false"]}
-        table = words.effects_table(_comparison(list(effects.values()), axes))
-        row = dict(zip([column.name for column in table.columns], table.rows[0], strict=True))
+        row = words.effects_table(_comparison(list(effects.values()), axes)).rows[0]
         assert row["seed std"] == "0.015 (0.088)"
 
     def test_what_pairing_gained_stands_on_its_row(self) -> None:
         axes = {"init.residual_scaling": ["true", "false"]}
         for r, seeds, told in ((0.84, 5, ["0.84", "5"]), (-0.3, -2, ["−0.3", "−2"]), (0.99996, None, ["1", ">9,997"])):
             effects = effect("better", -0.01, -0.02, -0.001, pair_correlation=r, seeds_saved=seeds)
-            table = words.effects_table(_comparison(list(effects.values()), axes))
-            row = dict(zip([column.name for column in table.columns], table.rows[0], strict=True))
+            row = words.effects_table(_comparison(list(effects.values()), axes)).rows[0]
             assert [row["r"], row["saved"]] == told
         spoken_ = spoken(_comparison(list(effects.values()), axes))
         assert "saved" not in spoken_  # there is no room
@@ -294,17 +292,16 @@ class TestFiles:
         comparison = compare.compare(compare.read([folder]))
         lines = (folder / "report.md").read_text().splitlines()
         table = [line for line in lines if line.startswith("| init.residual_scaling ")]
-        shown = words.effects_table(comparison)
-        reasons = ["", *words.reasons_of(shown)]
+        rows, _, reasons = words.effects_table(comparison)
         assert [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table] == [
             [
                 *(cell.replace("<", "&lt;") for cell in cells),
-                (report.verdict_text(verdict) + (f" \\[{reasons.index(reason)}\\]" if reason else "")).strip(),
+                (report.verdict_text(verdict) + (f" {report.escaped(reason)}" if reason else "")).strip(),
             ]
-            for *cells, verdict, reason in shown.rows
+            for *cells, verdict, reason in (row.values() for row in rows)
         ]
         assert [line for line in lines if line.startswith("- \\[")] == [
-            f"- \\[{number}\\] {reason}" for number, reason in enumerate(reasons) if reason
+            f"- \\[{number}\\] {reason}" for number, reason in enumerate(reasons, 1)
         ]
         for item in words.sentences(comparison):
             assert f"- {report.verdict_text(item.verdict)} {item.text.replace('<', '&lt;')}" in lines
@@ -315,15 +312,14 @@ class TestFiles:
             leave(tmp_path / tie, summary(7, f"model.tie_weights={tie}"))
         comparison = compare.compare(compare.read([tmp_path]))
         runs = words.runs_table(comparison)
-        numbers = {column.name for column in runs.columns if column.number}
-        assert numbers == {"seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"}
-        wider = words.Table([*runs.columns, words.Column("remark")], [[*row, "none"] for row in runs.rows])
+        assert {*runs.numbers} == {"seed", "loss", "val loss", "tokens/s", "peak MiB", "seconds"}
+        wider = runs._replace(rows=[row | {"remark": "none"} for row in runs.rows])
         monkeypatch.setattr(words, "runs_table", lambda _: wider)
         text = report.markdown(comparison, tmp_path, [])
         rules = [line for line in text.splitlines() if line.startswith("| -")]
         assert rules == [
             "| --- | --- | --- | --: | --: | --- | --: | --: | --: | --: | --- |",
-            f"| {' | '.join('--:' if column.number else '---' for column in wider.columns)} |",
+            "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --- |",
         ]
         page = report.page(text, words.title(comparison), tmp_path)
         assert page.count("<td>none</td>") == 2
@@ -378,6 +374,13 @@ class TestFiles:
         assert report.finite(comparison.as_dict())["axes"][0]["ci95"] == [None, 1.0]
         assert ",nan" not in report.table(comparison)
 
+    def test_a_folder_of_any_name(self, tmp_path: Path) -> None:
+        """Also one whose name is no text, as a disk from elsewhere may have it."""
+        folder = tmp_path / os.fsdecode(b"\xff\xfe")
+        leave(folder, summary(1))
+        conclude.write(compare.compare(compare.read([tmp_path])), tmp_path / "out")
+        assert read(tmp_path / "out" / "comparison.json")["runs"][0]["name"] == folder.name
+
 
 class TestEnds:
     """Sweeps with little or nothing to compare."""
@@ -426,13 +429,6 @@ class TestEnds:
         assert spoken(comparison).count("diverged after step 20: loss became nan at step 3") == 4
         assert "cannot be compared" in (tmp_path / "report.md").read_text()
 
-    def test_a_torn_line_of_metrics_is_skipped(self, tmp_path: Path) -> None:
-        folder = leave(tmp_path / "run", summary(1))
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 20, "lo')
-        assert [row["step"] for row in record.read_metrics(folder)] == list(range(20))
-        assert record.read_metrics(tmp_path) == []
-
     def test_no_comparison_is_a_line_and_no_failure(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         leave(tmp_path / "1", summary(1))
         other = summary(2)
@@ -455,8 +451,7 @@ class TestEnds:
                 facts = summary(seed, f"train.batch_size={size}", steps=steps, tokens=20 * 128)
                 leave(tmp_path / f"{seed}-{size}", facts, steps)
         comparison = compare.compare(compare.read([tmp_path]))
-        (section,) = figures.draw(comparison)
-        assert b"tokens trained on" in section.drawings[0].svg
+        assert b"tokens trained on" in figures.draw(comparison)[0].svg
 
 
 def _contrast(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
@@ -490,8 +485,7 @@ def test_intervals_after_each_seed(tmp_path: Path) -> None:
             loss = 3 + 0.01 * at + float(rng.normal(0, 0.01))
             leave(tmp_path / f"{std}-{seed}", summary(seed, f"init.std={std}", loss=loss))
     comparison = compare.compare(compare.read([tmp_path]))
-    (section,) = figures.draw(comparison)
-    (drawing,) = (item for item in section.drawings if item.name.endswith("intervals"))
+    (drawing,) = (item for item in figures.draw(comparison) if item.name.endswith("intervals"))
     marks = set(re.findall(rb'<use [^>]*style="(fill: [^"]+)"', drawing.svg))
     assert len(marks) >= 7, "seven arms, six colours: the seventh is hollow"
     assert "the first intervals are wider than the picture" in drawing.caption
@@ -583,8 +577,7 @@ class TestEscaping:
 
     def test_figures_have_the_words_as_text(self, hostile: Path) -> None:
         """Well-formed, with no mathtext made of a name, and no axis labelled in it either."""
-        (section,) = figures.draw(compare.compare(compare.read([hostile])))
-        for drawing in section.drawings:
+        for drawing in figures.draw(compare.compare(compare.read([hostile]))):
             root = ElementTree.fromstring(drawing.svg)
             words = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
             assert not [word for word in words if "mathdefault" in word]

@@ -180,7 +180,7 @@ class TestPrior:
             "declared",
         )
         times = reach(5, "declared", tuple(range(3, 31)))
-        for row, reached in ((one, None), (other, times)):
+        for row, reached in ((one, reach(5, "fixed")), (other, times)):
             least, most = row["5"].rstrip(")").split(" (")
             assert float(least) == pytest.approx(tells(std, 5, reached), rel=0.05)
             assert float(most) == pytest.approx(tells(upper_std(std, 3), 5, reached), rel=0.05)

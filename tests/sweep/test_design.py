@@ -423,7 +423,8 @@ def orders(redraw: int) -> list[int]:
 def test_what_a_control_says(shift: float, failed: bool) -> None:
     """It fails if the two orders differ by more than their own scatter."""
     from gpt2exp.compare import words
-    from gpt2exp.compare.effect import Effect, infer, judge
+    from gpt2exp.compare.effect import Effect, judge
+    from gpt2exp.compare.inference import infer
 
     differences = [shift + value for value in (0.01, -0.02, 0.015, -0.01, 0.005)]
     found = infer(differences)
