@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -153,7 +153,7 @@ def widened(found: Interval, error: float) -> Interval:
 # --- of a comparison -------------------------------------------------------------------------------------------------
 
 
-def measure(effect: Effect, speed: Effect | None, grid: Grid, before: History) -> None:
+def measure(effect: Effect, speed: Effect, grid: Grid, before: History) -> None:
     """Set the steps' factor and the compute multiplier of an effect on the loss, with what must be known of them.
 
     `speed`: the effect on the speed; where that is not comparable, the steps' factor stands alone.
@@ -186,17 +186,8 @@ def measure(effect: Effect, speed: Effect | None, grid: Grid, before: History) -
         effect.steps_factor = effect.steps_factor_ci95 = None
         effect.multiplier_reason = CROSSING
         return
-    if better:
-        where = f"in {better} of {len(groups)} pairs " if better < len(groups) else ""
-        said.append(
-            f"{where}the baseline does not reach the arm's final loss within the run, for which its factor is only "
-            "known to be above 1; this one is at the baseline's final loss"
-        )
-    if any(beyond):
-        said.append("one curve lies below the loss from its first point on, so that only a bound is known")
-    if any(row["config"]["optimizer"]["schedule"] != "constant" for group in groups for row in group.runs):
-        said.append("a schedule made for fewer steps would do better than this one half way: sweep.over compares those")
-    ratios = speed.differences if speed is not None and speed.verdict != "not_comparable" else {}
+    said += _remarks(groups, better, beyond)
+    ratios = speed.differences if speed.verdict != "not_comparable" else {}
     if ratios.keys() == effect.differences.keys():
         times = np.log([ratios[seed] for seed in effect.differences])
         found = _over_seeds(effect, factors + times[:, None], before, beyond)
@@ -204,6 +195,20 @@ def measure(effect: Effect, speed: Effect | None, grid: Grid, before: History) -
     else:
         said.append("of the steps alone, since the speed is not compared")
     effect.multiplier_reason = "; ".join(said)
+
+
+def _remarks(groups: Sequence[Group], better: int, beyond: Sequence[float]) -> Iterator[str]:
+    """What must be known of a factor; `better`: in how many pairs the arm ends lower than the baseline."""
+    if better:
+        where = f"in {better} of {len(groups)} pairs " if better < len(groups) else ""
+        yield (
+            f"{where}the baseline does not reach the arm's final loss within the run, for which its factor is only "
+            "known to be above 1; this one is at the baseline's final loss"
+        )
+    if any(beyond):
+        yield "one curve lies below the loss from its first point on, so that only a bound is known"
+    if any(row["config"]["optimizer"]["schedule"] != "constant" for group in groups for row in group.runs):
+        yield "a schedule made for fewer steps would do better than this one half way: sweep.over compares those"
 
 
 def _curve(grid: Grid, group: Group, place: int, key: str) -> tuple[Tokens, Floats]:
