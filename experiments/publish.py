@@ -175,16 +175,14 @@ def write_record(comparison: Comparison, stem: Path) -> None:
     shared = {key: value for key, value in every[0].items() if all(of.get(key, "") == value for of in every)}
     runs = []
     for row, facts in zip(done, every, strict=True):
-        own = {key: json.dumps(facts.get(key)) for key in {**every[0], **facts} if key not in shared}
+        own = {key: json.dumps(value) for key, value in facts.items() if key not in shared}
         runs.append(figures_of(row) | own)
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(runs[0]))
-        writer.writeheader()
-        writer.writerows(runs)
+    write_rows(stem.with_suffix(".csv"), runs)
+    commits = dict.fromkeys((row.get("git") or {}).get("commit", "") for row in done)
     typed = [re.sub(r" hydra\.sweep\.dir=\S+", "", command) for command in report.commands(done)]
     told = {
         "commands": typed,
-        "facts": dict(report.facts(done)),
+        "facts": {**dict(report.facts(done)), "commit": ", ".join(filter(None, commits))},
         "distances": [asdict(item) for item in comparison.distances],
         "curves": {_arms(effect): of for effect in comparison.axes if (of := from_curves(effect))},
         "tuning": [asdict(curve) for curve in comparison.tuning],
@@ -278,16 +276,17 @@ NUMBERS = ("loss_mean_last10", "val_loss", "tokens_per_second", "peak_memory_byt
 def provenance(path: Path) -> str:
     """When and by what the runs of a record were made, and where the rest of it stands."""
     told = json.loads(path.read_text())
-    day, commit = told["facts"]["started"].partition("T")[0], told["facts"].get("commit", "")[:7]
+    day, commits = told["facts"]["started"].partition("T")[0], told["facts"].get("commit", "").split(", ")
     by = ", ".join(f"`{command}`" for command in told["commands"])
     rest = f"machine, versions, text and configuration: [{path.name}]({path.name})"
-    return f"Run on {day} at commit {commit} by {by}; {rest}."
+    return f"Run on {day} at commit {' and '.join(commit[:7] for commit in commits)} by {by}; {rest}."
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table with the first row's keys as its columns; a key that another row lacks is left empty."""
+    """Write a table with all the rows' keys as its columns; what a row lacks is left empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", restval="")
+        names = dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(file, list(names), lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
 

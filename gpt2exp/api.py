@@ -31,7 +31,7 @@ from gpt2exp.model import size
 from gpt2exp.run import process, record, terminal
 from gpt2exp.run.metrics import METRICS, Summary
 from gpt2exp.schema import plain, stored
-from gpt2exp.section import CHOICES, SHA256, SOURCE, TARGET, BadRequest, quoted, show, typed
+from gpt2exp.section import CHOICES, SHA256, SOURCE, TARGET, BadRequest, show, typed
 from gpt2exp.sweep import launch, resume
 from gpt2exp.sweep.composing import checked
 from gpt2exp.sweep.request import Request, make
@@ -140,13 +140,7 @@ def _overrides(config: dict[str, Any]) -> list[str]:
     before = schema.leaves(plain(compose(*(words[key] for key in words if not outside.get(key, {}).get(SOURCE)))))
     said = {f"{section}.{name}" for section in names for name in ("name", TARGET, SOURCE, SHA256)}
     changed = {key: value for key, value in schema.leaves(config).items() if before.get(key) != value}
-    return [*words.values(), *(_typed(key, value) for key, value in changed.items() if key not in said)]
-
-
-def _typed(key: str, value: Any) -> str:
-    if isinstance(value, list):
-        return f"{key}=[{','.join(quoted(part) if isinstance(part, str) else show(part) for part in value)}]"
-    return typed(key, value) if isinstance(value, str) else f"{key}={show(value)}"
+    return [*words.values(), *(typed(key, value) for key, value in changed.items() if key not in said)]
 
 
 def _carry_out(request: Request, words: list[str]) -> None:

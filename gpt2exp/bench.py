@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 
 UNTIMED = 2  # first steps of a process that are left out
 PEAK = "peak_rss_mib"
-COMPARED = {"ms_median": "step time", "process_seconds": "whole process", PEAK: "peak memory"}
-"""The figures of a process whose ratios are taken."""
-
+COMPARED = {"ms_median": "step time", "process_seconds": "whole process", PEAK: "peak memory"}  # what ratios are of
 Result = dict[str, Any]
 
 
@@ -77,22 +75,18 @@ def print_result(result: Result, out: Path | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = process.parser(
-        "gpt2exp-bench",
-        "Time the training step of any configuration, and a peer's beside it.",
-        "train.batch_size=4 train.seq_len=256 --peer hf --pairs 3",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for gpt2exp; none: GPT-2 124M, 4 x 32")
-    parser.add_argument("--peer", choices=["hf"], help="transformers' GPT2LMHeadModel with fused AdamW (extra `bench`)")
-    parser.add_argument("--compile", action="store_true", help="the peer compiled by torch.compile")
-    parser.add_argument(
-        "--peer-command", metavar="TEXT", help="any command whose last line is JSON with `ms_median` (and more)"
-    )
-    parser.add_argument("--peer-name", metavar="TEXT", default="peer", help="what the tables call that command")
-    parser.add_argument("--pairs", type=int, default=3, metavar="N", help="rounds, ours and the peer in turn (3)")
-    parser.add_argument("--steps", type=int, default=12, metavar="N", help="steps in each process (12)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to a file as well")
-    parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
+    what = "Time the training step of any configuration, and a peer's beside it."
+    parser = process.parser("gpt2exp-bench", what, "train.batch_size=4 train.seq_len=256 --peer hf --pairs 3")
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="as for gpt2exp; none: GPT-2 124M, 4 x 32")
+    add("--peer", choices=["hf"], help="transformers' GPT2LMHeadModel with fused AdamW (extra `bench`)")
+    add("--compile", action="store_true", help="the peer compiled by torch.compile")
+    add("--peer-command", metavar="TEXT", help="any command whose last line is JSON with `ms_median` (and more)")
+    add("--peer-name", metavar="TEXT", default="peer", help="what the tables call that command")
+    add("--pairs", type=int, default=3, metavar="N", help="rounds, ours and the peer in turn (3)")
+    add("--steps", type=int, default=12, metavar="N", help="steps in each process (12)")
+    add("--out", type=Path, metavar="FILE", help="the JSON to a file as well")
+    add("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     return parser
 
 
@@ -124,7 +118,8 @@ def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> 
     console.print(terminal.table([_figures(name, [row[name] for row in rounds]) for name in contestants]))
     if len(contestants) > 1:
         result["ratios"] = {name: _ratios(rounds, name) for name in contestants if name != "gpt2exp"}
-        console.print(terminal.table(list(_ratio_rows(result["ratios"]))))
+        rows = [_ratio_row(name, *one) for name, figures in result["ratios"].items() for one in figures.items()]
+        console.print(terminal.table(rows))
     return result
 
 
@@ -177,12 +172,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def _ratios(rounds: Sequence[Mapping[str, Result]], peer: str) -> dict[str, dict[str, float]]:
     """Ours over the peer's, pair by pair: step, whole process, peak memory."""
-    ratios = {}
-    for key in COMPARED:
-        pairs = [row["gpt2exp"][key] / row[peer][key] for row in rounds if row[peer].get(key)]
-        if pairs:
-            ratios[key] = spread(pairs)
-    return ratios
+    pairs = {key: [row["gpt2exp"][key] / row[peer][key] for row in rounds if row[peer].get(key)] for key in COMPARED}
+    return {key: spread(ratios) for key, ratios in pairs.items() if ratios}
 
 
 # --- what a process does ---------------------------------------------------------------------------------------------
@@ -292,16 +283,14 @@ def _figures(name: str, rows: Sequence[Result]) -> dict[str, str]:
     }
 
 
-def _ratio_rows(ratios: dict[str, dict[str, dict[str, float]]]) -> Iterator[dict[str, str]]:
-    for peer, figures in ratios.items():
-        for key, ratio in figures.items():
-            yield {
-                "gpt2exp over": peer,
-                "figure": COMPARED[key],
-                "ratio, median of pairs": f"{ratio['median']:.3f}",
-                "lowest to highest": f"{ratio['min']:.3f} to {ratio['max']:.3f}",
-                "pairs": f"{ratio['n']:.0f}",
-            }
+def _ratio_row(peer: str, key: str, ratio: Mapping[str, float]) -> dict[str, str]:
+    return {
+        "gpt2exp over": peer,
+        "figure": COMPARED[key],
+        "ratio, median of pairs": f"{ratio['median']:.3f}",
+        "lowest to highest": f"{ratio['min']:.3f} to {ratio['max']:.3f}",
+        "pairs": f"{ratio['n']:.0f}",
+    }
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def call(section: Any, *leading: Any) -> Any:
 
 
 def _is_ours(section: str, target: str, name: object) -> bool:
-    """Whether the package's own file of this choice names this code; `BadRequest` where no choice may name it."""
+    """Whether a file of the package names this code; `BadRequest` where no file may."""
     key, (module, _, attribute) = f"{section}.{TARGET}={target}", target.rpartition(".")
     if section not in LEADING:
         raise BadRequest(f"{key}: no choice from outside can be made here; it can be of {', '.join(LEADING)}")
@@ -166,10 +166,8 @@ def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
     places += [recorded] if _trusting else []
     there = [path for path in places if path.is_file()]
     if not there:
-        where = shlex.quote(str(recorded.parent))
-        raise Refused(
-            f"{said} would run code of {recorded}; if it is yours, add --trust (gpt2exp: or --config-dir {where})"
-        )
+        remedy = f"add --trust (gpt2exp: or --config-dir {shlex.quote(str(recorded.parent))})"
+        raise Refused(f"{said} would run code of {recorded}; if it is yours, {remedy}")
     text = {path: path.read_bytes() for path in there}
     same = [path for path in there if hashlib.sha256(text[path]).hexdigest() == sha256]
     if not same:
@@ -199,15 +197,14 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
         exec(compile(text, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise BadRequest(
-            f"{said}: {path} raised {type(error).__name__} as it was imported: {first_line(error)}"
-        ) from error
+        why = f"{path} raised {type(error).__name__} as it was imported: {first_line(error)}"
+        raise BadRequest(f"{said}: {why}") from error
     _loaded[name] = path, sha256
     return module
 
 
 def _is_installed(name: str, path: Path) -> bool:
-    """Whether a module of that name is found elsewhere than in the folders of choices."""
+    """Whether Python finds a module of that name outside the folders of choices."""
     places = [place for place in sys.path if place and place not in {*_added, *map(str, _folders)}]
     found = importlib.machinery.PathFinder.find_spec(name, places)
     return name in (*sys.builtin_module_names, "gpt2exp") or (found is not None and found.origin != str(path))
@@ -227,14 +224,11 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
             default = list(default) if isinstance(default, tuple) else default
             kind = _kind(parameter, hints.get(parameter.name))
             fields[parameter.name] = parameter.name, kind, option(default, f"argument of {target}")
+    tuples = [of.name for of in parameters if tuple in (type(of.default), typing.get_origin(hints.get(of.name)))]
     namespace: dict[str, Any] = {
         "code": staticmethod(code),
         "arguments": tuple(item.name for item in parameters),
-        "tuples": tuple(
-            item.name
-            for item in parameters
-            if isinstance(item.default, tuple) or typing.get_origin(hints.get(item.name)) is tuple
-        ),
+        "tuples": tuple(tuples),
         "needed": frozenset(item.name for item in parameters if item.default is item.empty and item.name in fields),
     }
     if issubclass(base, SlotConfig):

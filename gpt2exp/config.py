@@ -148,8 +148,7 @@ class ModelConfig(Section):
         heads = self.n_head
         near = sorted({max(1, self.n_embd // heads) * heads, (self.n_embd // heads + 1) * heads})
         remedy = f"try model.n_embd={' or '.join(map(str, near))}, or a model.n_head that divides it"
-        why = f"not divisible by model.n_head={heads}"
-        require(self.n_embd % heads == 0, "model.n_embd", self.n_embd, why, remedy)
+        self.require(self.n_embd % heads == 0, "n_embd", f"not divisible by model.n_head={heads}", remedy)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -165,13 +164,13 @@ class InitConfig(Section):
     def agree(self) -> None:
         if self.scheme is InitScheme.pretrained:
             remedy = "try init=pretrained init.path=FOLDER, or a hub id such as gpt2"
-            require(bool(self.path), "init.path", self.path, "init=pretrained needs to know where they are", remedy)
+            self.require(bool(self.path), "path", "init=pretrained needs to know where they are", remedy)
         why, unused = UNUSED.get(self.scheme, ("needs a number", ()))
         for name in unused or ("std", "position_std"):
             value = getattr(self, name)
             ok = value in (None, False) if unused else value is not None
             remedy = "leave it out, or use init=gpt2" if unused else f"try init.{name}=0.02"
-            require(ok, f"init.{name}", value, f"init={self.scheme} {why}", remedy)
+            self.require(ok, name, f"init={self.scheme} {why}", remedy)
 
 
 UNUSED = {
@@ -196,39 +195,33 @@ class DataConfig(Section):
     """What text is trained on and in which order."""
 
     name: DataName = option(DataName.tinyshakespeare, "where the text comes from; chosen by data=NAME")
-    path: str | None = option(
-        None, "data=text: a file (UTF-8 text, JSONL, Parquet) or a folder of them; data=hub: OWNER/NAME, or a folder"
-    )
+    path: str | None = option(None, "data=text: a text, JSONL or Parquet file, or a folder; data=hub: OWNER/NAME")
     field: str = option("text", "the field of a row (JSONL, Parquet, data=hub) that holds a document")
     subset: str | None = option(None, "data=hub: the dataset's configuration, where it has several")
     split: str = option("train", "data=hub: the split to read")
     revision: str | None = option(None, "data=hub: a branch, tag or commit, looked up once; null: the main branch")
     max_tokens: int | None = option(None, "read no more tokens than this; null: all", at_least=2)
-    val_fraction: float = option(
-        0.0, "share of the tokens, from the end, kept for validation; 0: train on all", at_least=0, below=1
-    )
+    val_fraction: float = option(0.0, "share of the tokens, the last, for validation; 0: none", at_least=0, below=1)
     order: DataOrder = option(DataOrder.sequential, "of the windows of text; shuffled: anew for each seed and epoch")
     redraw: int = option(0, "of shuffled order: another permutation of the same seed, by number", at_least=0)
 
     def agree(self) -> None:
         shuffled, why = self.order is DataOrder.shuffled, f"data.order={self.order} draws no permutation"
-        require(shuffled or self.redraw == 0, "data.redraw", self.redraw, why, "add data.order=shuffled")
-        require(bool(self.field), "data.field", "''", "must not be empty", "try data.field=text")
-        if self.name is not DataName.hub:
-            for key, usual in (("subset", None), ("split", "train"), ("revision", None)):
-                value = getattr(self, key)
-                why = f"data={self.name} has none"
-                require(value == usual, f"data.{key}", value, why, "leave it out, or try data=hub data.path=OWNER/NAME")
+        self.require(shuffled or self.redraw == 0, "redraw", why, "add data.order=shuffled")
+        self.require(bool(self.field), "field", "must not be empty", "try data.field=text")
+        for key, usual in (("subset", None), ("split", "train"), ("revision", None)):
+            ok = self.name is DataName.hub or getattr(self, key) == usual
+            remedy = "leave it out, or try data=hub data.path=OWNER/NAME"
+            self.require(ok, key, f"data={self.name} has none", remedy)
         needed = {DataName.text: ("where the text is", "FILE_OR_FOLDER"), DataName.hub: ("which dataset", "OWNER/NAME")}
         if self.name in needed:
             what, example = needed[self.name]
             why, remedy = f"data={self.name} needs to know {what}", f"try data={self.name} data.path={example}"
-            require(bool(self.path), "data.path", self.path, why, remedy)
+            self.require(bool(self.path), "path", why, remedy)
         else:
             why = f"data={self.name} has a text of its own"
-            remedy = f"try data=text {shlex.quote(typed('data.path', self.path))}"
-            require(self.path is None, "data.path", self.path, why, remedy)
-            require(self.field == "text", "data.field", self.field, why, "leave it out")
+            self.require(self.path is None, "path", why, f"try data=text {shlex.quote(typed('data.path', self.path))}")
+            self.require(self.field == "text", "field", why, "leave it out")
 
     @property
     def text(self) -> tuple[Any, ...]:
@@ -241,9 +234,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How long to train, in which batches, on which device."""
 
-    batch_size: int | str = option(
-        4, "sequences in a micro-batch; auto: as many as fit, a power of two, 24 or 48", at_least=1, choices=(AUTO,)
-    )
+    batch_size: int | str = option(4, "sequences in a micro-batch; auto: as many as fit", at_least=1, choices=(AUTO,))
     seq_len: int = option(32, "tokens in a sequence, at most model.block_size", at_least=1)
     steps: int = option(50, "optimizer steps", at_least=1)
     grad_accum_steps: int = option(1, "micro-batches whose mean gradient makes one step", at_least=1)
@@ -251,35 +242,25 @@ class TrainConfig(Section):
     device: DeviceName = option(DeviceName.auto, "where to compute; auto: cuda, then mps, then cpu")
     compile: bool | str = option(AUTO, "torch.compile the blocks; auto: on CUDA, from 1,000 steps on", choices=SWITCH)
     loss_chunk: int | str = option(AUTO, "rows of logits in memory at a time; auto: 1024", at_least=1, choices=(AUTO,))
-    pad_vocab: bool | str = option(
-        AUTO,
-        "keep zero rows up to a multiple of 64 behind the head, for speed; auto: on CUDA, and where AVX2 is all",
-        choices=SWITCH,
-    )
-    activation_checkpointing: bool | str = option(
-        AUTO, "compute a block's activations again in backward; auto: where the run fits only so", choices=SWITCH
-    )
+    pad_vocab: bool | str = option(AUTO, "pad the head's rows to a multiple of 64; auto: CUDA, AVX2", choices=SWITCH)
+    activation_checkpointing: bool | str = option(AUTO, "recompute activations; auto: to fit in memory", choices=SWITCH)
     log_every: int = option(1, "steps between printed lines and wandb points; metrics.jsonl has every step", at_least=1)
-    eval_every: int = option(
-        0, "steps between validations; 0: only after the last; needs data.val_fraction", at_least=0
-    )
-    measure_every: int = option(
-        10, "steps between the costlier measures, grad_norm and loss_unseen; first and last step always", at_least=1
-    )
+    eval_every: int = option(0, "steps between validations; 0: after the last alone", at_least=0)
+    measure_every: int = option(10, "steps between grad_norm and loss_unseen; first and last too", at_least=1)
     warmup_steps: int = option(3, "first steps left out of the timing; the last step is always kept", at_least=0)
 
     def agree(self) -> None:
         """With `tokens_per_step`, sets `grad_accum_steps` once the batch is known."""
         if (tokens := self.tokens_per_step) is None:
             return
-        key, part = "train.tokens_per_step", self.seq_len * (1 if self.batch_size == AUTO else self.sequences)
-        near = max(part, round(tokens / part) * part)
+        part = self.seq_len * (1 if self.batch_size == AUTO else self.sequences)
         why = f"not a multiple of train.batch_size={self.batch_size} x train.seq_len={self.seq_len}"
-        require(tokens % part == 0, key, tokens, why, f"try {key}={near}")
+        near = max(part, round(tokens / part) * part)
+        self.require(tokens % part == 0, "tokens_per_step", why, f"try train.tokens_per_step={near}")
         if self.batch_size != AUTO:
-            given, pieces = self.grad_accum_steps, tokens // part
-            why = f"{key}={tokens} makes it {pieces}"
-            require(given in (1, pieces), "train.grad_accum_steps", given, why, "leave one of them out")
+            pieces = tokens // part
+            why = f"train.tokens_per_step={tokens} makes it {pieces}"
+            self.require(self.grad_accum_steps in (1, pieces), "grad_accum_steps", why, "leave one of them out")
             self.grad_accum_steps = pieces
 
     @property
@@ -318,13 +299,11 @@ class OptimizerConfig(Section):
     moments: ClassVar[int] = 2  # numbers kept for each weight beside it and its gradient; of code from outside a guess
 
     def agree(self) -> None:
-        if self.schedule != Schedule.cosine:
-            for name in ("warmup_steps", "min_lr", "schedule_steps"):
-                value = getattr(self, name)
-                why = f"has no meaning under optimizer.schedule={self.schedule}"
-                require(not value, f"optimizer.{name}", value, why, "add optimizer.schedule=cosine")
+        for name in ("warmup_steps", "min_lr", "schedule_steps"):
+            ok, why = self.schedule == Schedule.cosine, f"has no meaning under optimizer.schedule={self.schedule}"
+            self.require(ok or not getattr(self, name), name, why, "add optimizer.schedule=cosine")
         why = f"above the peak optimizer.lr={self.lr}"
-        require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, why, "try optimizer.min_lr=0")
+        self.require(self.min_lr <= self.lr, "min_lr", why, "try optimizer.min_lr=0")
 
     def build(self, model: Any) -> list[Any]:
         """PyTorch optimizers that together step every parameter of `model` once."""
@@ -370,14 +349,12 @@ class WandbConfig(Section):
 
     def agree(self) -> None:
         self.dir = home(self.dir) if self.dir else None  # wandb would make a folder called ~
-        require(bool(self.project), "wandb.project", "''", "must not be empty", "try wandb.project=gpt2exp")
-        # wandb's own rules, which it would state once training begins, and then record nothing
-        ok = not set(self.project) & set("/\\#?%:") and len(self.project) <= 128
-        why = "must be at most 128 characters and none of / \\ # ? % :"
-        require(ok, "wandb.project", self.project, why, "try wandb.project=gpt2exp")
-        for tag in self.tags:
-            why = "a tag must have 1 to 64 characters"
-            require(1 <= len(tag) <= 64, "wandb.tags", self.tags, why, "try wandb.tags=[short,words]")
+        # wandb's own rules, which it would state only once training begins, and then record nothing
+        ok = not set(self.project) & set("/\\#?%:") and 1 <= len(self.project) <= 128
+        why = "must be 1 to 128 characters and none of / \\ # ? % :"
+        self.require(ok, "project", why, "try wandb.project=gpt2exp")
+        ok = all(1 <= len(tag) <= 64 for tag in self.tags)
+        self.require(ok, "tags", "a tag must have 1 to 64 characters", "try wandb.tags=[short,words]")
 
 
 class Design(StrEnum):
@@ -388,8 +365,7 @@ class Design(StrEnum):
     leave_one_out = "leave_one_out"
 
 
-TOGETHER = " + "
-"""Joins the keys of an axis that moves together, where a comparison names it."""
+TOGETHER = " + "  # joins the keys of an axis that moves together, where a comparison names it
 
 
 def moving(together: Iterable[str]) -> list[str]:
@@ -411,57 +387,35 @@ less than it does.
 class SweepConfig(Section):
     """Which jobs a multirun has, and how they are treated."""
 
-    together: list[str] = option(
-        [],
-        "keys that move together as one axis: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4' has two arms; "
-        "in a file a list, a key an entry",
-    )
-    design: Design = option(
-        Design.product,
-        "product: every combination; one_at_a_time: the baseline, the first value of each axis, and each other value "
-        "alone against it; leave_one_out: the full set, of each axis the last of two values, and each alone put back",
-    )
-    control: bool = option(
-        False, "an A/A check: the baseline once more with another data order, which must come out indistinguishable"
-    )
+    together: list[str] = option([], "keys that move as one: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4'")
+    design: Design = option(Design.product, "product: every combination; else a baseline, and one change at a time")
+    control: bool = option(False, "an A/A check: the baseline again in another data order must be indistinguishable")
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
     margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
-    over: str | None = option(
-        None, "a budget as an axis, such as train.steps=50,100,200: each arm has a verdict within each budget"
-    )
-    until: str | None = option(
-        None, "answered: run seeds 1, 2, 3, ... until every axis has its verdict; null: all jobs", choices=("answered",)
-    )
+    over: str | None = option(None, "a budget as an axis: train.steps=50,100,200 has a verdict within each")
+    until: str | None = option(None, "answered: seeds 1, 2, ... until each axis has a verdict", choices=("answered",))
     min_seeds: int = option(3, "of sweep.until: seeds before the first look", at_least=2)
     max_seeds: int | None = option(None, "of sweep.until: how many seeds at most; null: 30", at_least=2, below=1001)
     max_hours: float | None = option(None, "of sweep.until: hours after which no seed is begun", above=0)
     prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
-    reuse: list[str] = option(
-        [],
-        "FOLDER,...: runs there count as this sweep's, and are not run, where configuration, text and versions agree",
-    )
-    tune: str | None = option(
-        None, "KEY=A,B,C: each arm is compared at its own best value of this key, found first on sweep.tune_seeds"
-    )
-    tune_seeds: list[int] = option(
-        [101, 102], "of sweep.tune: the seeds, none of them compared; typed as one number: so many from 101", at_least=0
-    )
+    reuse: list[str] = option([], "FOLDER,...: runs there of the same configuration are taken, not run")
+    tune: str | None = option(None, "KEY=A,B,C: each arm is compared at its own best value, found on sweep.tune_seeds")
+    tune_seeds: list[int] = option([101, 102], "of sweep.tune: seeds, none compared; 2: 101, 102", at_least=0)
 
     def agree(self) -> None:
         needs = dict.fromkeys(("min_seeds", "max_seeds", "max_hours"), ("until", "answered"))
         for name, (other, example) in {**needs, "tune_seeds": ("tune", "optimizer.lr=1e-4,1e-3")}.items():
-            value, usual = getattr(self, name), default_of(self.__dataclass_fields__[name])
-            why, remedy = f"has no meaning without sweep.{other}", f"add sweep.{other}={example}"
-            require(getattr(self, other) is not None or value == usual, f"sweep.{name}", value, why, remedy)
+            ok = getattr(self, other) is not None or getattr(self, name) == default_of(self.__dataclass_fields__[name])
+            self.require(ok, name, f"has no meaning without sweep.{other}", f"add sweep.{other}={example}")
         if self.tune is not None:
             self._check_tune(self.tune)
         keys = moving(self.together)
         for key, text in zip(keys, self.together, strict=True):
             require("=" in text, "sweep.together", text, "must be KEY=A,B", "separate several by a semicolon")
             require(keys.count(key) == 1, "sweep.together", text, "its key is there twice", "name each key once")
-        why, remedy = "one key has nothing to move with", "add another, or sweep it by itself"
-        require(len(keys) != 1, "sweep.together", self.together, why, remedy)
+        remedy = "add another, or sweep it by itself"
+        self.require(len(keys) != 1, "together", "one key has nothing to move with", remedy)
         most, why = self.looks.stop - 1, f"fewer than sweep.min_seeds={self.min_seeds}"
         require(self.min_seeds <= most, "sweep.max_seeds", most, why, f"try sweep.max_seeds={2 * self.min_seeds}")
 
@@ -470,9 +424,9 @@ class SweepConfig(Section):
         numbers = [float(value) for value in values if re.fullmatch(r"-?[\d.]*\d(e[+-]?\d+)?", value)]
         ok = bool(key) and len(numbers) == len(values) == len({*numbers}) > 1
         remedy = f'try sweep.tune="{key or "optimizer.lr"}=1e-4,3e-4,1e-3"'
-        require(ok, "sweep.tune", tune, "must be a key and two different numbers or more, KEY=A,B,C", remedy)
+        self.require(ok, "tune", "must be a key and two different numbers or more, KEY=A,B,C", remedy)
         ok = len({*self.tune_seeds}) == len(self.tune_seeds) > 0
-        require(ok, "sweep.tune_seeds", self.tune_seeds, "must be different seeds", "try sweep.tune_seeds=101,102")
+        self.require(ok, "tune_seeds", "must be different seeds", "try sweep.tune_seeds=101,102")
 
     @property
     def budget(self) -> str:
@@ -512,26 +466,26 @@ class RunConfig(Section):
     dry_run: bool = option(False, "print what would run and train nothing")
 
     def agree(self) -> None:
-        longest, seq_len = self.model.block_size, self.train.seq_len
+        longest, schedule, train = self.model.block_size, self.optimizer.schedule, self.train
         why, remedy = f"longer than model.block_size={longest}", f"try train.seq_len={longest} or less"
-        require(seq_len <= longest, "train.seq_len", seq_len, why, remedy)
+        self.require(train.seq_len <= longest, "train.seq_len", why, remedy)
         why = "there is no validation data with data.val_fraction=0"
-        ok = self.train.eval_every == 0 or self.data.val_fraction > 0
-        require(ok, "train.eval_every", self.train.eval_every, why, "add data.val_fraction=0.1")
+        ok = train.eval_every == 0 or self.data.val_fraction > 0
+        self.require(ok, "train.eval_every", why, "add data.val_fraction=0.1")
         why = "data.order=sequential has no other order that is as good as the first"
         ok = not self.sweep.control or self.data.order is DataOrder.shuffled
-        require(ok, "sweep.control", True, why, "add data.order=shuffled")
-        named, chosen = self.schedule.name, self.optimizer.schedule
-        known = [*Schedule, *filter(None, [named])]
+        self.require(ok, "sweep.control", why, "add data.order=shuffled")
+        known = [*Schedule, *filter(None, [self.schedule.name])]
         remedy = f"choose one of {', '.join(known)}, or name a file in the folder schedule of --config-dir"
-        require(chosen in known, "optimizer.schedule", chosen, "no such schedule", remedy)
-        require(named in ("", chosen), "schedule", named, "is not chosen", f"write optimizer.schedule={named}")
-        if chosen == Schedule.cosine:
-            warmup, steps, length = self.optimizer.warmup_steps, self.train.steps, self.optimizer.schedule_steps
-            if length is not None and self.optimizer.min_lr == 0:
-                why = f"shorter than train.steps={steps}, and after it the rate would be optimizer.min_lr=0"
-                remedy = f"try optimizer.schedule_steps={steps} or more"
-                require(steps <= length, "optimizer.schedule_steps", length, why, remedy)
-            steps = length or steps
-            why = f"longer than {'the run, train.steps' if length is None else 'optimizer.schedule_steps'}={steps}"
-            require(warmup <= steps, "optimizer.warmup_steps", warmup, why, f"try optimizer.warmup_steps={steps // 10}")
+        self.require(schedule in known, "optimizer.schedule", "no such schedule", remedy)
+        name = self.schedule.name
+        require(name in ("", schedule), "schedule", name, "is not chosen", f"write optimizer.schedule={name}")
+        if schedule == Schedule.cosine:
+            length = self.optimizer.schedule_steps
+            why = f"shorter than train.steps={train.steps}, and after it the rate would be optimizer.min_lr=0"
+            ok = length is None or train.steps <= length or self.optimizer.min_lr > 0
+            self.require(ok, "optimizer.schedule_steps", why, f"try optimizer.schedule_steps={train.steps} or more")
+            steps = length or train.steps
+            why = f"longer than {'optimizer.schedule_steps' if length else 'the run, train.steps'}={steps}"
+            remedy = f"try optimizer.warmup_steps={steps // 10}"
+            self.require(self.optimizer.warmup_steps <= steps, "optimizer.warmup_steps", why, remedy)

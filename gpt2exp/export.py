@@ -145,13 +145,10 @@ def main() -> None:
 
 def command(argv: list[str]) -> int:
     """Carry out a command line; for the exit code see `gpt2exp.run.process.carry_out`."""
-    parser = process.parser(
-        "gpt2exp-export",
-        "Write the newest checkpoint of a run as a Hugging Face folder: config.json, model.safetensors, the "
-        "tokenizer's files and a model card. transformers' from_pretrained and pipeline load it as it is, and so "
-        "does init=pretrained here.",
-        "runs/2026-01-31/12-00-00-abcd my-gpt2",
+    what = (
+        "Write the newest checkpoint of a run as a Hugging Face folder, which transformers loads, and init=pretrained."
     )
+    parser = process.parser("gpt2exp-export", what, "runs/2026-01-31/12-00-00-abcd my-gpt2")
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's folder that holds a checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="a folder that is new or empty")
 
@@ -160,7 +157,7 @@ def command(argv: list[str]) -> int:
         with process.writing(f"{args.out}: cannot be written", "name another folder"):
             step = write(args.run, args.out)
         text = f"{args.out}: the weights after step {step}, for transformers' from_pretrained, pipeline, or init.path"
-        terminal.terminal().print(text, markup=False, soft_wrap=True)
+        terminal.say(text)
 
     return process.carry_out("gpt2exp-export", export)
 

@@ -15,13 +15,13 @@ TIMEOUT = 10  # seconds to wait for a server's answer
 
 
 def beside(path: Path) -> Path:
-    """A new name beside `path`, which no reader looks at and no other process takes."""
+    """A new, hidden name beside `path` that no other process uses."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; when the block ends well the file takes `path`'s place, else it is removed."""
+    """A temporary path to write to; it replaces `path` when the block ends without an error, else it is removed."""
     part = beside(path)
     try:
         yield part

@@ -113,12 +113,9 @@ def main() -> None:
 
 def command(argv: list[str]) -> int:
     """Carry out a command line; for the exit code see `gpt2exp.run.process.carry_out`."""
-    parser = process.parser(
-        "gpt2exp-sample",
-        "Generate text from the newest checkpoint of a run, or from a Hugging Face folder of GPT-2 weights; it streams "
-        "to the terminal.",
-        'runs/2026-01-31/12-00-00-abcd --prompt "To be" --tokens 200 --temperature 0.8',
-    )
+    what = "Generate text from the newest checkpoint of a run, or from a Hugging Face folder of GPT-2 weights."
+    example = 'runs/2026-01-31/12-00-00-abcd --prompt "To be" --tokens 200 --temperature 0.8'
+    parser = process.parser("gpt2exp-sample", what, example)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_DIR", help="a run's folder, or one with config.json and weights")
     add("--prompt", default="\n", help="what the text begins with (a new line); '' for <|endoftext|>")

@@ -38,9 +38,13 @@ def quoted(text: str) -> str:
 
 
 def typed(key: str, value: object) -> str:
-    """`key=value` in Hydra's grammar, quoted where the plain text would be read as something else."""
+    """`key=value` in Hydra's grammar, a text quoted where it would be read as something else."""
+    if isinstance(value, list):
+        return f"{key}=[{','.join(quoted(part) if isinstance(part, str) else show(part) for part in value)}]"
     text = show(value)
-    plain = re.fullmatch(r"\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
+    if value is None or isinstance(value, bool | int | float):
+        return f"{key}={text}"
+    plain = re.fullmatch(r"\.{1,2}|\.{0,2}/[\w./+-]*|[a-z_][\w./+-]*", text, re.ASCII | re.IGNORECASE)
     if not plain or text.lower() in ("null", "true", "false", "nan", "inf"):
         text = quoted(text)
     return f"{key}={text}"
@@ -125,6 +129,11 @@ class Section:
     def agree(self) -> None:
         """Raise `BadRequest` unless the values go together."""
 
+    def require(self, ok: bool, name: str, reason: str, remedy: str) -> None:
+        """Raise `BadRequest` about the field `name` of this section, or of one inside, unless `ok`."""
+        value = operator.attrgetter(name)(self)
+        require(ok, self.key(name), "''" if value == "" else value, reason, remedy)
+
     inside: ClassVar[str] = ""  # the section around it, with a dot
 
     @classmethod
@@ -152,7 +161,7 @@ def choice_of(section: str) -> Callable[[type[Chosen]], type[Chosen]]:
 
 
 def chosen(section: str, name: object = None) -> type[Any]:
-    """The class of a choice, or of the section's default; of a name that is none `BadRequest`."""
+    """The class of a choice by name, or of the section's default; `BadRequest` for an unknown name."""
     choices = CHOICES[section]
     remedy = f"choose one of {', '.join(choices)}"
     require(name is None or name in choices, f"{section}.name", name, "no such choice", remedy)

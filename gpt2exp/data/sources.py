@@ -13,6 +13,7 @@ import codecs
 import contextlib
 import gzip
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -43,7 +44,6 @@ Stream: TypeAlias = "io.BufferedReader[Any] | gzip.GzipFile"
 BLOCK = 2**20  # bytes, or characters, read at a time: about the length of a piece
 ROWS = 256  # rows of a Parquet file that are Python objects at a time
 PATIENCE = 3  # seconds of reading after which a bar appears
-EXTRA = "pip install 'gpt2exp[datasets]'"
 ROWS_OF_JSON = (".jsonl", ".ndjson", ".json")
 
 NOT_TEXT: tuple[tuple[bytes, str, str], ...] = (
@@ -86,55 +86,65 @@ class Text:
 
     name: str
     key: str  # names its tokens in the cache: a hash of the place, or of the Hub's commit, and of what is chosen of it
-    size: int | None  # bytes that reading it will count, where known
     read: Callable[[Advance], Pieces]  # its documents
-    sha256: Callable[[], str]
-    """For the record, to be called after reading: the hash of a plain text's bytes; for rows also of the field, subset,
-    split and limit; for a dataset of its commit and these."""
+    size: int | None = None  # bytes that reading it will count, where known
+    digest: Callable[[], str] | None = None  # of files, for the record: a hash of their bytes, once these are read
     revision: str | None = None  # the commit on the Hub
+
+    @property
+    def sha256(self) -> str:
+        """Of a plain text's bytes; else a hash of these, or of the Hub's commit, with field, subset, split and limit.
+
+        To be asked for after reading.
+        """
+        return self.digest() if self.digest else self.key
 
 
 def find(config: DataConfig) -> Text:
     """The text of a data section; `BadRequest` if it is not there, `AssetError` if the Hub cannot be reached."""
-    path, limit = Path(str(config.path)), {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
-    rows: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split}
+    limit = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
+    rows: dict[str, Any] = {"field": config.field, "subset": config.subset, "split": config.split, **limit}
     if isinstance(config, choices.Outside):
         own = {key: value for key, value in plain(config).items() if key not in (SOURCE, "val_fraction", "order")}
-        known = _hash_with("", own)
-        return Text(str(config.name), known, None, lambda _: _by_code(config), lambda: known)
+        return Text(str(config.name), _hash_with("", own), lambda _: _by_code(config))
     if config.name in assets.TEXTS:
         asset = assets.TEXTS[config.name]  # its hash is known, so that with a warm cache the text is not read
-        known = _hash_with(asset.sha256, limit)
 
         def fetched(advance: Advance) -> Pieces:
             return in_file(_file(assets.fetch(asset), asset.name, asset.name), config.field, advance)
 
-        return Text(config.name.value, known, None, fetched, lambda: known)
+        return Text(config.name.value, _hash_with(asset.sha256, limit), fetched)
+    path = Path(str(config.path))
     if config.name is DataName.hub and not path.expanduser().exists():
         commit = _commit(config)
-        known = _hash_with(commit, {**rows, "path": config.path, **limit})
-        return Text(str(path), known, None, lambda advance: _streamed(config, commit, advance), lambda: known, commit)
+        key = _hash_with(commit, {**rows, "path": config.path})
+        return Text(str(path), key, lambda advance: _streamed(config, commit, advance), revision=commit)
+    return _on_disk(config, path, rows, limit)
+
+
+def _on_disk(config: DataConfig, path: Path, rows: Mapping[str, Any], limit: Mapping[str, Any]) -> Text:
+    """Files, or a dataset of the Hub's in a folder; `rows`, `limit`: what is chosen of rows, and of any text."""
     found = _files(path)
     seen = [(item.name, item.size, item.mtime_ns) for item in found]
     place = {"path": str(path.expanduser().absolute()), "files": seen}
     fields = [item.has_fields for item in found]
-    chosen = ({"field": config.field, "of": fields} if any(fields) else {}) | limit
+    chosen: Mapping[str, Any] = {**limit, **({"field": config.field, "of": fields} if any(fields) else {})}
     size: int | None = sum(item.size for item in found)
     if config.name is DataName.hub:
         why = f"{path} is a folder here and has none"
         require(config.revision is None, "data.revision", config.revision, why, "leave it out")
-        chosen, size = rows | limit, None
+        chosen, size = rows, None
 
     def read(advance: Advance) -> Pieces:
         if config.name is DataName.hub:
             return _streamed(config, None, advance)
         return itertools.chain.from_iterable(in_file(item, config.field, advance) for item in found)
 
-    def sha256() -> str:
+    def digest() -> str:
         return _hash_with(files.joint([item.digest() for item in found]), chosen)
 
     key = _hash_with(hashlib.sha256(json.dumps(place).encode()).hexdigest(), {"name": config.name.value, **chosen})
-    return Text(path.name, key, size, read, sha256)
+    return Text(path.name, key, read, size, digest)
 
 
 def _by_code(config: Any) -> Pieces:
@@ -146,10 +156,9 @@ def _by_code(config: Any) -> Pieces:
             if isinstance(document, str):
                 yield document
                 continue
-            try:
+            ids = np.asarray(None)
+            with contextlib.suppress(ValueError):
                 ids = np.asarray(document)
-            except ValueError:
-                ids = np.asarray(None)
             if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 2**16):
                 why = f"its code yielded {type(document).__name__}, neither a text nor token ids below 65,536"
                 raise BadRequest(f"{said}: {why}; yield str, or lists of int")
@@ -416,11 +425,7 @@ def _jsonl(file: File, stream: Stream, field: str) -> Pieces:
 
 
 def _parquet(file: File, field: str, advance: Advance) -> Pieces:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise BadRequest(f"data.path={file.named}: Parquet needs pyarrow; {EXTRA}") from error
+    arrow, parquet = (_extra(name, f"data.path={file.named}") for name in ("pyarrow", "pyarrow.parquet"))
     try:
         with parquet.ParquetFile(file.path, buffer_size=BLOCK) as table:
             columns = {column.name: "" if "string" in str(column.type) else None for column in table.schema_arrow}
@@ -435,6 +440,14 @@ def _parquet(file: File, field: str, advance: Advance) -> Pieces:
         raise file.refused(f"is no whole Parquet file ({first_line(error)})", "fetch it again") from error
 
 
+def _extra(module: str, said: str) -> Any:
+    """A module that the extra `datasets` brings; `BadRequest` where it is not installed. `said`: who needs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadRequest(f"{said}: needs {module}; pip install 'gpt2exp[datasets]'") from error
+
+
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
@@ -445,36 +458,27 @@ def _commit(config: DataConfig) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not asked yet, or the answer is damaged
         return str(json.loads(memory.read_text(encoding="utf-8"))["commit"])
     key = f"data.path={config.path}"
+    errors = _extra("huggingface_hub.errors", "data=hub")
     try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    except ImportError as error:
-        raise BadRequest(f"data=hub: needs the datasets library; {EXTRA}") from error
-    try:
-        commit = HfApi().dataset_info(str(config.path), revision=config.revision).sha
-    except RevisionNotFoundError as error:
+        commit = _extra("huggingface_hub", "data=hub").HfApi().dataset_info(config.path, revision=config.revision).sha
+    except errors.RevisionNotFoundError as error:
         why = f"{config.path} has no such revision"
         raise BadRequest(f"data.revision={config.revision}: {why}; name a branch, a tag or a commit of it") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         remedy = "name it OWNER/NAME; for a private one log in: hf auth login"
         raise BadRequest(f"{key}: no such dataset on the Hub, nor a folder here; {remedy}") from error
     except Exception as error:  # the library lets its HTTP client's own kinds through
         why = f"the Hub cannot be reached ({first_line(error)})"
         raise assets.AssetError(f"{key}: {why}; try again with a network") from error
-    assert commit is not None, "the Hub names the commit of every dataset"
     with assets.writing(memory.parent):
         memory.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(memory, {"dataset": config.path, "revision": config.revision, "commit": commit})
-    return commit
+    return str(commit)
 
 
 def _streamed(config: DataConfig, commit: str | None, advance: Advance) -> Pieces:
-    try:
-        import datasets
-    except ImportError as error:
-        raise BadRequest(f"data=hub: needs the datasets library; {EXTRA}") from error
-    path = Path(str(config.path)).expanduser()
-    source = str(path) if commit is None else str(config.path)
+    datasets = _extra("datasets", "data=hub")
+    source = str(Path(str(config.path)).expanduser()) if commit is None else str(config.path)
     try:
         rows = datasets.load_dataset(source, config.subset, split=config.split, revision=commit, streaming=True)
     except (ValueError, FileNotFoundError) as error:  # no such split or subset: which there are, it says

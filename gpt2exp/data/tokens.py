@@ -186,7 +186,7 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
         if total < 2:
             why = f"the text has {total} token{'' if total else 's'}"
             raise BadRequest(f"data.path={text.name}: {why}; a target needs at least 2, give a longer text")
-        sha256 = text.sha256()  # which may refuse a text that was changed meanwhile
+        sha256 = text.sha256  # which may refuse a text that was changed meanwhile
         with assets.writing(folder.parent):
             file.seek(0)
             _write_header(file, total)

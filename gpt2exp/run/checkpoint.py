@@ -187,9 +187,8 @@ class Saver:
             return
         if not all(bool(weight.isfinite().all()) for weight in weights.values()):
             return  # the update overflowed: the next loss will say so, and the last good checkpoint stays
-        size = _bytes(weights, training)
         free = hardware.free_memory(torch.device("cpu")) or 0
-        if self.background and free > 2 * size:
+        if self.background and free > 2 * _bytes(weights, training):
             weights, training = (
                 {name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()}
                 for part in (weights, training)

@@ -142,9 +142,8 @@ def _train(session: Session, config: RunConfig) -> None:
             session.saver.wait()
             if run_record.metrics:
                 run_record.measured |= {**trainer.timing(), "peak_memory_bytes": session.peak}
-        run_record.measured["mfu"] = _mfu(
-            ready.config, ready.device, ready.got, run_record.measured["tokens_per_second"]
-        )
+        speed = run_record.measured["tokens_per_second"]
+        run_record.measured["mfu"] = _mfu(ready.config, ready.device, ready.got, speed)
 
 
 def check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:

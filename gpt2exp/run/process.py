@@ -91,7 +91,9 @@ def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
     """Set these signal handlers inside the block; in a thread, where Python allows none, change nothing."""
     before: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        # what a shell starts in the background ignores Ctrl-C, and so it stays
+        heard = [number for number in handlers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, handlers[number]) for number in heard}
     try:
         yield
     finally:
@@ -99,18 +101,9 @@ def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def terminable() -> contextlib.AbstractContextManager[None]:
-    """SIGTERM raises `Terminated` inside the block."""
-
-    def raise_it(*_: object) -> None:
-        raise Terminated
-
-    return handling({signal.SIGTERM: raise_it})
-
-
 @contextlib.contextmanager
-def heralded(herald: Callable[[], object]) -> Iterator[None]:
-    """A first SIGINT or SIGTERM inside the block calls `herald` before it raises; a second raises at once."""
+def heralded(herald: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """SIGINT or SIGTERM inside the block raises, and a first one calls `herald` before."""
     asked: KeyboardInterrupt | None = None
 
     def tell(number: int, _: object) -> None:
@@ -185,10 +178,8 @@ def deferred() -> Iterator[Stop]:
                 os.write(1, b"\x1b[?25h")  # the progress bar had hidden the cursor
             os._exit(128 + number)
 
-    told = (signal.SIGINT, signal.SIGTERM, *requeuing)
     try:
-        # what a shell starts in the background ignores Ctrl-C: so it stays
-        with handling({number: note for number in told if signal.getsignal(number) != signal.SIG_IGN}):
+        with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, *requeuing), note)):
             yield stop
     finally:
         if isinstance(stop.asked, Preempted):
@@ -237,7 +228,7 @@ def carry_out(program: str, action: Callable[[], int | None], unwritable: Callab
     full_error = terminal.wants_traces()
     terminal.show_warnings(traces=full_error)
     try:
-        with terminable():
+        with heralded():
             return action() or 0
     except (BadRequest, AssetError) as error:
         terminal.refuse(str(error), program=program, trace=full_error)

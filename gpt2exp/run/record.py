@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, cast
 from gpt2exp import choices
 from gpt2exp.config import RunConfig
 from gpt2exp.files import joint, replacing, sha256, walk, write_json
-from gpt2exp.run import process
+from gpt2exp.run import process, terminal
 from gpt2exp.run.metrics import ALWAYS, DONE, MEASURED, Status, Summary, from_outside, judged, losses, number_of
 from gpt2exp.schema import leaves, parse, plain, put, stored
-from gpt2exp.section import BadRequest, first_line
+from gpt2exp.section import BadRequest, first_line, typed
 from gpt2exp.training import load
 
 if TYPE_CHECKING:
@@ -63,10 +63,9 @@ def loaded() -> dict[str, Any]:
 def _code() -> str:
     """A hash of the package's files that a run's losses depend on."""
     package = Path(__file__).parents[1]
-    computing = itertools.chain.from_iterable((package / name).rglob("*.py") for name in ("data", "model", "training"))
-    return joint([sha256(path) for path in sorted([package / "config.py", package / "run" / "job.py", *computing])])[
-        :12
-    ]
+    computing = [path for name in ("data", "model", "training") for path in (package / name).rglob("*.py")]
+    computing += [package / "config.py", package / "run" / "job.py"]
+    return joint([sha256(path) for path in sorted(computing)])[:12]
 
 
 def _git() -> dict[str, Any] | None:
@@ -260,19 +259,33 @@ def run_around(folder: Path) -> Path | None:
     return next((above for above in place.parents[:2] if inside and (above / ".hydra").is_dir()), None)
 
 
-def check_run(folder: Path) -> None:
-    """Raise `BadRequest` for a folder that is no run's with a checkpoint, and name the one that was probably meant."""
-    such = "name a run's folder, such as runs/DAY/TIME-ID"
+def check_folder(folder: Path, key: str = "") -> None:
+    """Raise `BadRequest` for a folder that is no run's, and name the one that was probably meant.
+
+    `key`: typed before it, of a request that takes a sweep's folder too.
+    """
+    wanted = "a run's or a sweep's folder" if key else "a run's folder"
+    said, such = f"{key}={folder}" if key else str(folder), f"name {wanted}, such as runs/DAY/TIME-ID"
+
+    def pasted(place: Path) -> str:
+        return terminal.pasted(typed(key, terminal.place(place))) if key else shlex.quote(str(place))
+
     if not folder.is_dir():
-        raise BadRequest(f"{folder}: no such folder; {such}")
-    if not (folder / ".hydra" / "config.yaml").is_file():
-        if above := run_around(folder):
-            raise BadRequest(f"{folder}: holds checkpoints of a run; name the run: {shlex.quote(str(above))}")
-        if below := runs_below(folder):
-            newest = max(below, key=lambda run: (bool(saved(run)), run.stat().st_mtime))
-            what = "a sweep" if Sweep.read(folder) else "a folder above runs"
-            raise BadRequest(f"{folder}: {what}; name one run of it, such as {shlex.quote(str(newest))}")
-        raise BadRequest(f"{folder}: no run's folder; {such}")
+        raise BadRequest(f"{said}: no such folder; {such}")
+    if (folder / ".hydra" / "config.yaml").is_file() or (key and (folder / SWEEP).is_file()):
+        return
+    if above := run_around(folder):
+        raise BadRequest(f"{said}: holds checkpoints of a run; name the run: {pasted(above)}")
+    if below := {(sweep_of(run) if key else None) or run for run in runs_below(folder)}:
+        newest = max(below, key=lambda one: (bool(saved(one)), one.stat().st_mtime))
+        what = "a sweep" if Sweep.read(folder) else "a folder above runs"
+        raise BadRequest(f"{said}: {what}; name one, such as {pasted(newest)}")
+    raise BadRequest(f"{said}: not {wanted}; {such}")
+
+
+def check_run(folder: Path) -> None:
+    """Raise `BadRequest` for a folder that is no run's with a checkpoint."""
+    check_folder(folder)
     if not saved(folder):
         remedy = "train with checkpoint.save_last=true (a run that was interrupted has one)"
         raise BadRequest(f"{folder}: this run saved no checkpoint; {remedy}")
@@ -368,9 +381,14 @@ class Tuning:
     arms: list[Tuned]
 
     @property
-    def folders(self) -> list[str]:
-        """Of all tuning runs."""
-        return [name for arm in self.arms for names in arm.runs.values() for name in names]
+    def jobs(self) -> dict[str, list[str]]:
+        """By folder the overrides of each tuning run, without those that change no result."""
+        return {
+            name: [*arm.overrides, f"{self.key}={value}", f"seed={seed}"]
+            for arm in self.arms
+            for value, names in arm.runs.items()
+            for name, seed in zip(names, self.seeds, strict=True)
+        }
 
 
 @dataclass
@@ -421,7 +439,7 @@ def progress(folder: Path, job: Path) -> str:
     sweep, others = Sweep.read(folder), [other for other in runs_below(folder) if other != job]
     if sweep is None or not sweep.folders:
         return f"job {len(others) + 1}"
-    place, tried = str(job.relative_to(folder)), sweep.tuning.folders if sweep.tuning else []
+    place, tried = str(job.relative_to(folder)), list(sweep.tuning.jobs) if sweep.tuning else []
     stage = tried if place in tried else sweep.folders
     text = f"job {(stage.index(place) if place in stage else len(others)) + 1} of {len(stage)}"
     if stage is tried:

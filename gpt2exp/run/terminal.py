@@ -22,7 +22,7 @@ from rich.text import Text
 
 from gpt2exp import choices
 from gpt2exp.config import InitScheme, RunConfig, TrainConfig
-from gpt2exp.run.metrics import COLUMNS, METRICS, Summary, from_outside, judged, shown
+from gpt2exp.run.metrics import BY_KEY, COLUMNS, METRICS, Summary, from_outside, judged, shown
 from gpt2exp.schema import plain
 from gpt2exp.section import SOURCE, typed
 from gpt2exp.training import distributed, load
@@ -82,6 +82,11 @@ def terminal(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = max(console.width, 110)
     return console
+
+
+def say(text: str) -> None:
+    """Print a text on standard output as it is, its lines unbroken."""
+    terminal().print(text, markup=False, soft_wrap=True)
 
 
 def show_warnings(*, traces: bool = False) -> None:
@@ -241,34 +246,28 @@ def to_go_on(folder: Path, *configs: RunConfig) -> str:
 def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str, str]:
     """The closing table of a run, label to text."""
     rows = {"state": state_line(summary)}
-    falls = {
-        key: f"{shown(summary, f'{key}_first')} → {shown(summary, f'{key}_last')}" for key in ("loss", "loss_unseen")
-    }
+    figures = {key: shown(summary, key) for key in BY_KEY if key != "step_ms"}
     if summary["loss_first"] is not None:
-        vocabulary, data = config.model.vocab_size, summary["data"]
-        rows["loss"] = (
-            f"{falls['loss']}, mean of the last ten {shown(summary, 'loss_mean_last10')} "
-            f"(a uniform guess costs ln {vocabulary} = {math.log(vocabulary):.3f})"
-        )
-        rows["for scale"] = (
-            f"guessing among the {data['distinct_tokens']:,} ids that occur {math.log(data['distinct_tokens']):.3f}, "
-            f"by frequency {data['unigram_entropy']:.3f}"
-        )
+        vocabulary, data, occur = config.model.vocab_size, summary["data"], summary["data"]["distinct_tokens"]
+        rows["loss"] = "{loss_first} → {loss_last}, mean of the last ten {loss_mean_last10}".format(**figures)
+        rows["loss"] += f" (a uniform guess costs ln {vocabulary} = {math.log(vocabulary):.3f})"
+        rows["for scale"] = f"guessing among the {occur:,} ids that occur {math.log(occur):.3f}"
+        rows["for scale"] += f", by frequency {data['unigram_entropy']:.3f}"
         if data["bigram_entropy"] is not None:  # of a long text it is not counted
             rows["for scale"] += f", by the token before {data['bigram_entropy']:.3f}"
     if summary["val_loss"] is not None:
-        rows["validation loss"] = shown(summary, "val_loss")
+        rows["validation loss"] = figures["val_loss"]
     if (first := summary["loss_unseen_first"]) is not None:
         gained = first - cast(float, summary["loss_unseen_last"])
         fall = cast(float, summary["loss_first"]) - cast(float, summary["loss_last"])
         share = f", {gained / fall:.0%} of the fall" if fall > 0 else ""
-        rows["of it, tokens that never occur"] = falls["loss_unseen"] + share
+        rows["of it, tokens that never occur"] = "{loss_unseen_first} → {loss_unseen_last}".format(**figures) + share
     if summary["tokens_per_second"] is not None:
         rows["speed"] = _speed(summary)
     if summary["mfu"] is not None:
-        rows["MFU"] = f"{shown(summary, 'mfu')} of the device's {summary['precision']['effective']} peak"
+        rows["MFU"] = f"{figures['mfu']} of the device's {summary['precision']['effective']} peak"
     if summary["peak_memory_bytes"]:
-        rows["peak memory"] = f"{shown(summary, 'peak_memory_bytes')} MiB"
+        rows["peak memory"] = f"{figures['peak_memory_bytes']} MiB"
     wall = summary["wall_seconds"]
     rows["time"] = f"{wall['total']:.1f} s, of which {wall['startup']:.1f} s to start"
     rows["files"] = f"{short(folder)}: summary.json, metrics.jsonl, run.log"
@@ -282,10 +281,8 @@ def state_line(row: Summary) -> str:
 
 def _speed(summary: Summary) -> str:
     ms = summary["step_ms"] or {"median": math.nan, "p10": math.nan, "p90": math.nan}
-    text = (
-        f"{shown(summary, 'tokens_per_second')} tokens/s: median step {ms['median']:.1f} ms (p10 {ms['p10']:.1f}, "
-        f"p90 {ms['p90']:.1f}, n={summary['timed_steps']}), first step {shown(summary, 'first_step_ms')} ms"
-    )
+    text = f"{shown(summary, 'tokens_per_second')} tokens/s: median step {ms['median']:.1f} ms (p10 {ms['p10']:.1f}, "
+    text += f"p90 {ms['p90']:.1f}, n={summary['timed_steps']}), first step {shown(summary, 'first_step_ms')} ms"
     if summary["precision"]["emulated"]:
         text += "; emulated, not a hardware speed"
     if summary["speed_disturbed"]:
@@ -301,10 +298,8 @@ def closing_line(summary: Summary) -> str:
         return state_line(summary)
     loss = judged(summary)
     waited = " while most steps waited for a core" if load.too_many(summary) else ""
-    return (
-        f"done: {loss} {shown(summary, loss)}, {shown(summary, 'tokens_per_second')} tokens/s{waited}, "
-        f"{summary['wall_seconds']['total']:.1f} s"
-    )
+    speed = f"{shown(summary, 'tokens_per_second')} tokens/s{waited}"
+    return f"done: {loss} {shown(summary, loss)}, {speed}, {summary['wall_seconds']['total']:.1f} s"
 
 
 def runs_table(rows: Iterable[Summary], title: str) -> Table:

@@ -14,7 +14,6 @@ import importlib.util
 import itertools
 import json
 import operator
-import os
 import re
 import sys
 import textwrap
@@ -37,6 +36,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
+from hydra.core.utils import env_override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -63,7 +63,7 @@ def register() -> None:
     schema.wandb.update(tracking.defaults())
     ConfigStore.instance().store("schema", node=schema)
     # two launches in the same second get two folders
-    resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.shares()}
+    resolvers = {"folder_name": lambda: f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{token_hex(2)}", **engines.resolvers()}
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, use_cache=name == "folder_name", replace=True)
 
@@ -84,14 +84,14 @@ def _schema() -> DictConfig:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """A command line as Hydra parses it; BadRequest for a flag that is none."""
+    """Parse a command line with Hydra's parser; BadRequest for an unknown flag."""
     parser = process.strict(get_args_parser(), "gpt2exp")
     parser.add_argument("--trust", action="store_true", help="run the code that the folder gone on with names")
     return parser.parse_args([_located(word) for word in argv])
 
 
 def _located(word: str) -> str:
-    """A folder given as Hydra names an installed package's, such as pkg://gpt2exp.examples, by its path."""
+    """The path of a package folder given in Hydra's way, such as pkg://gpt2exp.examples."""
     found = re.fullmatch(r"(--config-dir=)?pkg://(gpt2exp\.\w+)", word)
     package = importlib.util.find_spec(found[2]) if found else None
     return f"{found[1] or ''}{Path(package.origin).parent}" if found and package and package.origin else word
@@ -103,16 +103,11 @@ class Job:
 
     overrides: tuple[str, ...]
     config: RunConfig
-    own: dict[str, Any] | None = None
-    """Its configuration as its folder's `.hydra` is to hold it, interpolations as they stand; None: as it holds it."""
-    hydra: dict[str, Any] = field(default_factory=dict)
-    """Hydra's section of it; empty: as the folder holds it."""
-    folder: str = ""
-    """Its name in the sweep's folder; empty for a run alone, and where a sweeper makes up the jobs as it goes."""
-    reused: dict[str, Any] = field(default_factory=dict)
-    """The run that counts as this one: `from`, its folder, and whether it `shared` its machine; empty: it is run."""
-    done: bool = False
-    """An earlier launch came to its end: it is kept and not run again."""
+    own: dict[str, Any] | None = None  # `config` as written to `.hydra`, interpolations kept; None: it is there already
+    hydra: dict[str, Any] = field(default_factory=dict)  # Hydra's section, written too; empty: it is there already
+    folder: str = ""  # its name in the sweep's folder; empty for a run alone, and until a sweeper makes up the job
+    reused: dict[str, Any] = field(default_factory=dict)  # an earlier run taken as this one: see `reuse.found`
+    done: bool = False  # it ended in an earlier launch, and is not run again
 
 
 class Composer:
@@ -129,7 +124,7 @@ class Composer:
         return names + [f"{folder}/{name}" for folder in below for name in options(f"{group}/{folder}")]
 
     def may_have(self, key: str) -> bool:
-        """Whether a key may be one that a choice has by the code that its file names, beside its section's."""
+        """Whether a key may be an argument of code that a choice of its section names by `_target_`."""
         section, _, name = key.rpartition(".")
         known = section in choices.LEADING and kind_of(section).__dataclass_fields__
         if not known or name in known:
@@ -139,23 +134,20 @@ class Composer:
         return any(TARGET.encode() in path.read_bytes() for path in files)
 
     def compose(self, texts: Sequence[str], *, multirun: bool = False) -> DictConfig:
-        """The configuration of a command line; keys with several values are left as they are."""
+        """Compose a command line; keys with several values keep their defaults."""
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-
-        def load(texts: list[str]) -> DictConfig:
-            return self.loader.load_configuration(self.name, texts, run_mode=mode, validate_sweep_overrides=False)
-
-        return self._with_schedule(load, texts)
+        load = functools.partial(self.loader.load_configuration, self.name, run_mode=mode)
+        return self._with_schedule(functools.partial(load, validate_sweep_overrides=False), texts)
 
     def _with_schedule(self, load: Callable[[list[str]], DictConfig], texts: Sequence[str]) -> DictConfig:
-        """A configuration with the file of the group `schedule` that its `optimizer.schedule` names, if any."""
+        """Compose, with the file of the group `schedule` that `optimizer.schedule` names, if there is one."""
         composed = load(list(texts))
         named = composed.optimizer.schedule
         known = [] if "${" in named else self.offered("schedule")
         return load([*texts, f"schedule={named}"]) if named in known else composed
 
     def jobs(self, master: DictConfig, jobs: Iterable[Sequence[str]]) -> Iterator[Job]:
-        """The jobs of a sweep by their overrides, at most one for a key."""
+        """The jobs of a sweep, from the overrides of each."""
         read = functools.cache(OverridesParser.create().parse_override)
         files = {"optimizer.schedule"} if self.offered("schedule") else set[str]()
         simple, bases = set(keys()) - files, dict[tuple[str, ...], _Base]()
@@ -176,21 +168,21 @@ def _is_plain(override: Override, simple: set[str]) -> bool:
 
 
 class _Base:
-    """A job that Hydra composed, into which the values of other jobs are put."""
+    """A job that Hydra composed; other jobs of its shape are made by changing its values."""
 
     def __init__(self, composed: DictConfig, values: dict[str, Any]) -> None:
         self.values, self.config, self.hydra = values, checked(composed), as_plain(composed.hydra)
         # the rest goes by the overrides of the one job, and out with Hydra 1.4
         self.hydra["job"] = {key: self.hydra["job"][key] for key in ("name", "chdir", "env_set", "env_copy")}
-        self.own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        self.own = _own(composed)
         own = as_plain(self.own)
         self.outside = bool(choices.found_in(own))
         """Whether it has a choice from outside: then `own` has no types, but `config` has."""
         self.following = [key for key, value in leaves(own).items() if "${" in str(value)]
-        """Keys whose value is that of another key."""
+        self.following += ["train.grad_accum_steps"]  # these have another key's value; the last by tokens_per_step
 
     def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Job:
-        """The job with these values, which are of the keys that the base was told."""
+        """The job with these values, whose keys are the base's."""
         changed = {key: value for key, value in values.items() if repr(value) != repr(self.values[key])}
         for key, value in changed.items():
             OmegaConf.update(self.own, key, _of_type(self.config, key, value) if self.outside else value, merge=True)
@@ -198,13 +190,12 @@ class _Base:
         live = {key: _value(self.own, key) for key in (*changed, *self.following)}
         secret.check_values(live)
         self.config = with_values(self.config, live)
-        told = [str(override.input_line) for override in overrides if not override.is_hydra_override()]
-        settings = self.hydra | {"overrides": self.hydra["overrides"] | {"task": told}}
-        return Job(tuple(told), self.config, as_plain(self.own), settings)
+        told = (str(override.input_line) for override in overrides if not override.is_hydra_override())
+        return Job(tuple(told), self.config, as_plain(self.own), self.hydra)
 
 
 def _of_type(config: RunConfig, key: str, value: object) -> Any:
-    """A value as the section that has its key holds it: 1 as 1.0 where that is a number."""
+    """A value converted to its key's type: 1 to 1.0 for a float."""
     *sections, name = key.split(".")
     node = schema_of(type(functools.reduce(getattr, sections, config)))
     OmegaConf.update(node, name, value)
@@ -230,21 +221,30 @@ def with_values(section: SectionT, values: dict[str, Any]) -> SectionT:
 
 
 def checked(composed: DictConfig) -> RunConfig:
-    """The configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
-    own = {str(key): composed._get_node(key) for key in composed if key != "hydra"}
-    if outside := choices.found_in(as_plain(OmegaConf.masked_copy(composed, list(own)))):
-        choices.admit(outside)
+    """The checked configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
+    own = _own(composed)
+    choices.admit(as_plain(own))
     parsed = parse(own)
     secret.check_values(plain(parsed))
     return parsed
 
 
+def _own(composed: DictConfig) -> DictConfig:
+    """A composed configuration without Hydra's section."""
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+
+
+def job_of(composed: DictConfig, overrides: Iterable[str]) -> Job:
+    """The job of one composed configuration that has Hydra's section."""
+    return Job(tuple(overrides), checked(composed), as_plain(_own(composed)), as_plain(composed.hydra))
+
+
 def identified(composed: DictConfig) -> DictConfig:
-    """A composed configuration in which every choice from outside has its file's name, and its code's place and sha256.
+    """Record in every choice from outside its file's name, and the path and sha256 of its code.
 
     With such a choice the sections have no types any more; `checked` gives each its own.
     """
-    own = as_plain(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+    own = as_plain(_own(composed))
     outside = choices.found_in(own)
     if not outside:
         return composed
@@ -261,7 +261,7 @@ def identified(composed: DictConfig) -> DictConfig:
 
 
 def as_plain(composed: Any) -> dict[str, Any]:
-    """Dicts, lists and values, interpolations as they stand."""
+    """A configuration as dicts, lists and values, interpolations unresolved."""
     return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
 
 
@@ -272,7 +272,7 @@ def is_hydra(key: str) -> bool:
 
 @contextlib.contextmanager
 def composing(args: argparse.Namespace) -> Iterator[Composer]:
-    """Errors of Hydra's inside the block become a `BadRequest`."""
+    """Open Hydra's loader; Hydra's errors inside the block become a `BadRequest`."""
     _check_flags(args)
     register()  # the environment may have changed since
     folder = config_folder(args)
@@ -285,7 +285,7 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
             yield Composer(path, args.config_name or "config", folder)
     except (HydraException, OmegaConfBaseException) as error:
         choice = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
-        if remedy := engines.missing(choice or ""):
+        if remedy := engines.install_hint(choice or ""):
             raise BadRequest(f"{choice}: that plugin of Hydra's is not installed; {remedy}") from error
         text = explain(error)
         unknown = re.match(r"Could not override '([\w.]+)'.*=(\S*)", text)
@@ -314,9 +314,8 @@ def config_folder(args: argparse.Namespace) -> Path | None:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags of Hydra's that cannot be carried out here, or not together."""
-    modes = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
-    asked = [flag for flag, given in modes.items() if given]
-    shaping = [flag for flag, given in {"--package": args.package, "--resolve": args.resolve}.items() if given]
+    asked = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(args, name)]
+    shaping = [f"--{name}" for name in ("package", "resolve") if getattr(args, name)]
     for refused, why in (
         (args.experimental_rerun, "--experimental-rerun: reads a pickle, which can run any code; repeat the overrides"),
         (args.config_path, f"--config-path {args.config_path}: hides the shipped groups; add yours with --config-dir"),
@@ -331,7 +330,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def describe(folder: Path, job: Job, place: Path | None = None) -> None:
-    """Write a job's `.hydra` as Hydra would, but each file whole, and last the one that makes a folder a run's.
+    """Write a job's `.hydra` as Hydra would, each file atomically; `config.yaml` last, since it makes a folder a run's.
 
     `place`: where the folder will lie, if not where it is. A job whose folder holds what it is to hold stays as it is.
     """
@@ -339,8 +338,11 @@ def describe(folder: Path, job: Job, place: Path | None = None) -> None:
         return
     texts = {"overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(list(job.overrides))), "config.yaml": _yaml(job.own)}
     if job.hydra:
-        here = job.hydra["runtime"] | {"output_dir": str((place or folder).absolute())}
-        texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(job.hydra | {'runtime': here}), '  ')}"} | texts
+        own = {
+            "overrides": job.hydra["overrides"] | {"task": [text for text in job.overrides if not is_hydra(text)]},
+            "runtime": job.hydra["runtime"] | {"output_dir": str((place or folder).absolute())},
+        }
+        texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(job.hydra | own), '  ')}"} | texts
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         with replacing(folder / ".hydra" / name) as part:
@@ -359,18 +361,17 @@ def _section(text: str) -> str:  # most sections are alike in all jobs of a swee
 # --- what Hydra still runs -------------------------------------------------------------------------------------------
 
 
+JOB = "gpt2exp_job"  # where a launcher's configuration has the job
+
+
 class _Listed:
-    """Stands in for Hydra's loader in a launcher: what makes a job is in its text, for `work` to read."""
+    """Stands in for Hydra's loader in a launcher, whose overrides are here one text: the job, for `work` to read."""
 
     def load_sweep_config(self, master: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         config = copy.deepcopy(master)
         with open_dict(config):
             config[JOB] = sweep_overrides[0].encode()  # bytes: nothing in them is an interpolation
         return config
-
-
-JOB = "gpt2exp_job"
-"""Under which key."""
 
 
 def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable[[DictConfig], Any]) -> None:
@@ -381,13 +382,13 @@ def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable
     context = HydraContext(_Listed(), Callbacks())  # type: ignore[arg-type]
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=master)
     handing = ("overrides", "own", "hydra", "folder", "reused")
-    told = [{name: getattr(job, name) for name in handing} for job in jobs]
-    for done in launcher.launch([[json.dumps(job)] for job in told], initial_job_idx=0):
+    told = [[json.dumps({name: getattr(job, name) for name in handing})] for job in jobs]
+    for done in launcher.launch(told, initial_job_idx=0):
         done.return_value  # noqa: B018 - raises what ended the job
 
 
 def handed(cfg: DictConfig, sweep: Path) -> Job:
-    """The job that a launcher or a sweeper calls `work` for; one that a sweeper made up has no folder yet."""
+    """The job with which a launcher or a sweeper calls `work`; one of a sweeper has no folder yet."""
     choices.trust()  # as the command that launched the sweep found
     if JOB in cfg:
         told = json.loads(cfg[JOB])
@@ -403,20 +404,18 @@ def handed(cfg: DictConfig, sweep: Path) -> Job:
 
 
 def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Path | None = None) -> None:
-    """Hydra's own main, which prints what it is asked to, or calls `work` for the jobs of a sweeper that makes them up.
+    """Run Hydra's own main: it prints what it is asked to, or runs a sweeper that makes up jobs and calls `work`.
 
     Its exceptions are let through to us instead of ending the process.
     """
     pins = [] if sweep is None else [typed("hydra.sweep.dir", sweep.absolute()), "hydra.output_subdir=null"]
-    before, had = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv[1:], os.environ["HYDRA_FULL_ERROR"] = [*map(_located, argv), *pins], "1"
+    before = list(sys.argv)
+    sys.argv[1:] = [*map(_located, argv), *pins]
     try:
-        hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(work)()
+        with env_override({"HYDRA_FULL_ERROR": "1"}):
+            hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(work)()
     finally:
         sys.argv = before
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if had is not None:
-            os.environ["HYDRA_FULL_ERROR"] = had
 
 
 register()

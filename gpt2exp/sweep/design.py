@@ -6,18 +6,15 @@ An axis is a list of arms. An arm is what it types: one override, or of keys tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-
-from omegaconf import DictConfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from gpt2exp.config import CONTROL, TOGETHER, Design, SweepConfig, key_and_values, moving
 from gpt2exp.schema import is_housekeeping
 from gpt2exp.section import BadRequest, default_of, show
 from gpt2exp.sweep import tuning
-from gpt2exp.sweep.composing import Job, as_plain
 
 Arm = tuple[str, ...]
-RULES = ("together", "design", "control", "reuse")
+RULES = ("together", "design", "control", "reuse", "over", "until", "tune")
 """Keys of `sweep` that say which jobs there are."""
 
 
@@ -41,37 +38,39 @@ def together(overrides: Mapping[str, Sequence[str]], typed: Mapping[str, Sequenc
     return {TOGETHER.join(overrides): list(zip(*overrides.values(), strict=True))} if overrides else {}
 
 
-def _crossed(sweep: DictConfig) -> set[str]:
-    """The keys of which every value has all of the design: the seed, a budget, what is tuned for each arm."""
-    return {"seed", *(key_and_values(text)[0] for text in (sweep.over, sweep.tune))}
+def _crossed(sweep: SweepConfig) -> set[str]:
+    """The keys at each value of which the whole design is run: the seed, the budget, the tuned key."""
+    return {"seed", sweep.budget, key_and_values(sweep.tune)[0]}
 
 
 def check_single(typed: Mapping[str, Sequence[str]]) -> None:
     """Refuse several values of what says which jobs there are; `typed`: the overrides of each key."""
-    for key in (f"sweep.{name}" for name in RULES):
+    for key in (f"sweep.{name}" for name in (*RULES, "min_seeds", "max_seeds", "max_hours", "margin")):
         if len(typed.get(key, ())) > 1:
             raise BadRequest(f"{', '.join(typed[key])}: it says which jobs there are; name one value of it")
 
 
-def check_unused(sweep: DictConfig, why: str) -> None:
-    """Refuse what says which jobs there are, for a request whose jobs are no combinations."""
+def check_unused(sweep: SweepConfig, *, multirun: bool) -> None:
+    """Refuse what says which jobs there are, for one run and for another sweeper, which makes up its jobs."""
+    why = "one run has no arms to compare; add -m, and what to compare, such as model.tie_weights=true,false"
+    why = "it takes the basic sweeper; leave out hydra/sweeper" if multirun else why
     for name in RULES:
-        value, usual = as_plain(sweep)[name], default_of(SweepConfig.__dataclass_fields__[name])
+        value, usual = getattr(sweep, name), default_of(SweepConfig.__dataclass_fields__[name])
         if value != usual:
             raise BadRequest(f"sweep.{name}={show(value)}: {why}")
 
 
-def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
-    """The values of each overridden key over the jobs; of one that changes no result, the last.
+def arms(jobs: Iterable[Sequence[str]], sweep: SweepConfig) -> dict[str, list[str]]:
+    """The values of each overridden key over the jobs' overrides; of one that changes no result, the last.
 
     The keys that move together are one, and their values overrides. Without the control's key and a tuned one.
     """
     found: dict[str, dict[str, None]] = {}
-    for job in jobs:
-        told = dict(text.split("=", 1) for text in tuning.untold(job))
-        if job.config.sweep.control:
+    for texts in jobs:
+        told = dict(text.split("=", 1) for text in tuning.untold(texts, sweep.tune))
+        if sweep.control:
             told.pop(CONTROL, None)
-        moved = [key for key in moving(job.config.sweep.together) if key in told]
+        moved = [key for key in moving(sweep.together) if key in told]
         if moved:
             told[TOGETHER.join(moved)] = " ".join(f"{key}={told.pop(key)}" for key in moved)
         for key, value in told.items():
@@ -79,16 +78,17 @@ def arms(jobs: Sequence[Job]) -> dict[str, list[str]]:
     return {key: list(values) for key, values in found.items()}
 
 
-def asked(jobs: Sequence[Job]) -> dict[str, str]:
-    """By key, what a command line says that asks for all the jobs."""
-    sweep = jobs[-1].config.sweep
-    each = {key: values for key, values in arms(jobs).items() if TOGETHER not in key and key != sweep.budget}
+def asked(jobs: Iterable[Sequence[str]], sweep: SweepConfig) -> dict[str, list[str]]:
+    """By key the values that a command line gives to ask for all these jobs."""
+    each = {key: values for key, values in arms(jobs, sweep).items() if TOGETHER not in key and key != sweep.budget}
+    if sweep.until:
+        each.pop("seed", None)
     if sweep.design is Design.leave_one_out:  # there the baseline is typed last
         each = {key: values if key == "seed" else values[::-1] for key, values in each.items()}
-    return {key: f"{key}={','.join(values)}" for key, values in each.items()}
+    return each
 
 
-def jobs(axes: Mapping[str, Sequence[Arm]], sweep: DictConfig, control: Arm | None) -> Iterator[list[str]]:
+def jobs(axes: Mapping[str, Sequence[Arm]], sweep: SweepConfig, control: Arm | None) -> Iterator[list[str]]:
     """The overrides of each job; of all designs but the product the baseline's first, at each seed and budget.
 
     The baseline has the first arm of each axis; of `leave_one_out` the last, and is the full set. `control`: what the
@@ -117,14 +117,3 @@ def jobs(axes: Mapping[str, Sequence[Arm]], sweep: DictConfig, control: Arm | No
         yield [*itertools.chain(*job.values())]
         if control and all(job[key] == first[key] for key in others):
             yield [*itertools.chain(*job.values(), control)]
-
-
-def belongs(job: Sequence[str], baseline: Sequence[str], sweep: DictConfig) -> bool:
-    """Whether a job that a sweep may gain is one of its design, by its overrides and the baseline's."""
-    mine, its = (dict(text.split("=", 1) for text in texts) for texts in (job, baseline))
-    together = moving(sweep.together)
-    differ = {key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key)}
-    differ = {key for key in differ if key not in _crossed(sweep) and not is_housekeeping(key)}
-    away = {TOGETHER if key in together else key for key in differ}
-    alone = sweep.design != Design.product or (sweep.control and CONTROL in away)
-    return len(away) <= 1 or not alone

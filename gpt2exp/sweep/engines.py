@@ -26,25 +26,22 @@ from gpt2exp.run import process, record
 from gpt2exp.section import BadRequest, first_line, require
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
-
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
-
 SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+EXTRAS = {
+    "joblib": "joblib",
+    "ray": "ray",
+    "submitit": "slurm",
+    "optuna": "optuna",
+}  # ours, for each of Hydra's plugins
 
-EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit": "slurm", "optuna": "optuna"}
-"""The extra of ours that brings each of Hydra's plugins."""
-
-_launching = False
-"""Whether this process launches a sweep: what its workers do to themselves is not for it."""
-
-_gpu: FileLock | None = None
-"""Held by a worker for as long as it lives."""
+_launching = False  # whether this process launches a sweep: `prepare_worker` leaves it alone
+_gpu: FileLock | None = None  # a worker's, for as long as it lives
 
 
-def missing(choice: str) -> str:
-    """What to install for a choice of Hydra's groups, such as `hydra/launcher/joblib`; empty if that is not it."""
+def install_hint(choice: str) -> str:
+    """The command that installs the plugin behind a choice such as `hydra/launcher/joblib`; empty if it needs none."""
     plugin = choice.rpartition("/")[2].partition("_")[0]
     return f"pip install 'gpt2exp[{EXTRAS[plugin]}]'" if plugin in EXTRAS else ""
 
@@ -65,8 +62,8 @@ def workers() -> int:
     return len(gpus()) or min(2, cores())
 
 
-def shares() -> dict[str, Any]:
-    """What the presets in `conf/hydra/launcher` ask this machine, by the name of the resolver."""
+def resolvers() -> dict[str, Any]:
+    """The OmegaConf resolvers that the presets in `conf/hydra/launcher` use."""
     return {
         "cores_here": cores,
         "gpus_here": lambda: len(gpus()),
@@ -77,7 +74,7 @@ def shares() -> dict[str, Any]:
 
 
 def check(launcher: DictConfig, device: DeviceName) -> None:
-    """Refuse a launcher's settings that this machine cannot carry out; BadRequest."""
+    """Refuse launcher settings that this machine cannot carry out."""
     there = len(gpus())
     if launcher._target_ == JOBLIB and there and device is not DeviceName.cpu:
         why, remedy = f"each job takes a GPU of its own, and here {there} can be seen", f"at most n_jobs={there}"
@@ -92,7 +89,7 @@ def check(launcher: DictConfig, device: DeviceName) -> None:
 
 @contextlib.contextmanager
 def running(launcher: DictConfig, sweep: Path) -> Iterator[None]:
-    """What the launcher needs is there inside the block; a signal stops the jobs on this machine before it raises.
+    """Start what the launcher needs; a signal inside the block stops the jobs on this machine before it raises.
 
     Raises:
         BadRequest: Ray cannot be started, or reached, with these settings.
@@ -112,7 +109,7 @@ def running(launcher: DictConfig, sweep: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ray(settings: DictConfig) -> Iterator[None]:
-    """Ray, started or joined before the launcher would, and ended with all its processes if it was started here."""
+    """Start or join Ray before the launcher does; after the block end what was started here."""
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # a job's lines are all of interest, like though they are
     import ray
 
@@ -121,8 +118,8 @@ def _ray(settings: DictConfig) -> Iterator[None]:
         with process.handling({signal.SIGTERM: signal.getsignal(signal.SIGTERM)}):
             ray.init(**cast("dict[str, Any]", OmegaConf.to_container(settings, resolve=True)))
     except (ValueError, TypeError, RuntimeError, ConnectionError) as error:
-        why = first_line(error)
-        raise BadRequest(f"hydra.launcher.ray.init: {why}; these are the arguments of ray.init") from error
+        why = f"{first_line(error)}; these are the arguments of ray.init"
+        raise BadRequest(f"hydra.launcher.ray.init: {why}") from error
     try:
         yield
     finally:
@@ -130,7 +127,7 @@ def _ray(settings: DictConfig) -> Iterator[None]:
 
 
 def stop(sweep: Path) -> None:
-    """Have every job of a sweep on this machine finish its step and save itself, and wait until each has."""
+    """Ask every job of a sweep on this machine to finish its step and save, and wait until each has."""
     told = []
     for folder in record.runs_below(sweep):
         status = record.read_status(folder)
@@ -148,14 +145,12 @@ def stop(sweep: Path) -> None:
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
 
-def enter(launcher: str, sweep: Path, device: DeviceName) -> None:
-    """Settle this process, if a launcher started it for a job of the sweep; before torch is imported."""
+def prepare_worker(launcher: str, sweep: Path, device: DeviceName) -> None:
+    """Prepare a launcher's worker: ignore Ctrl-C, restore the current folder, lock a GPU. Before torch is imported."""
     if _launching or launcher == BASIC:
         return
     if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # a terminal's Ctrl-C reaches the launching process, which tells us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the launching process, which tells us
     with contextlib.suppress(OSError):  # relative paths are as typed
         if known := record.Sweep.read(sweep):
             os.chdir(known.cwd)
@@ -164,7 +159,7 @@ def enter(launcher: str, sweep: Path, device: DeviceName) -> None:
 
 
 def take_gpu(folder: Path | None = None) -> None:
-    """Keep a GPU that no other worker of this user has, waiting for one, and let CUDA see no other; none: nothing."""
+    """Lock a free GPU, waiting for one, and hide the others from CUDA; without GPUs do nothing."""
     global _gpu
     if _gpu is not None or not gpus():
         return

@@ -49,7 +49,7 @@ a folder a run. Exit code: 0 done, 1 a run failed, 2 a bad request, 130 interrup
 
 
 def groups(folder: Path | None = None) -> str:
-    """The groups of the packaged configuration with their members, those in the user's folder too, a line each."""
+    """A line a group: its choices, those in the user's folder too."""
     conf = resources.files("gpt2exp.conf")
     lines = []
     for default in OmegaConf.create((conf / "config.yaml").read_text(encoding="utf-8")).defaults:
@@ -63,7 +63,7 @@ def groups(folder: Path | None = None) -> str:
 
 
 def keys() -> str:
-    """The keys of the schema with their defaults, and beside them what they are, wrapped to the terminal."""
+    """Every key, its default and its help, wrapped to the terminal."""
     width = max(80, min(120, shutil.get_terminal_size().columns))
     return "\n".join(
         textwrap.fill(about, width, initial_indent=f"  {key + '=' + show(default):36} ", subsequent_indent=" " * 39)

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import gc
 import itertools
-import json
 import logging
 import signal
 import subprocess
@@ -25,23 +24,21 @@ from hydra.core.utils import env_override
 from omegaconf import DictConfig
 
 from gpt2exp import choices
-from gpt2exp.config import DeviceName, Distributed, Fallback, PrecisionName
+from gpt2exp.config import DeviceName, Distributed, Fallback, PrecisionName, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import size
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, check_same_text, follow, run
 from gpt2exp.run.metrics import TAKEN
-from gpt2exp.schema import is_housekeeping, plain
-from gpt2exp.section import BadRequest, first_line, home, require
+from gpt2exp.schema import is_housekeeping
+from gpt2exp.section import BadRequest, first_line, home, override_key, require
 from gpt2exp.sweep import composing, engines, help, resume, reuse, tuning
 from gpt2exp.sweep.composing import Job
 from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered
 from gpt2exp.training import distributed, outside, setup
 
-FEW = 12
-"""Runs of a sweep that its closing table still shows one by one."""
-
+FEW = 12  # runs of a sweep that its closing table still shows one by one
 log = logging.getLogger("gpt2exp")
 
 
@@ -59,12 +56,12 @@ def command(argv: list[str]) -> int:
 
 
 def unwritable(error: OSError) -> str:
-    """The line for a disk that filled up or a folder that was taken away."""
+    """The line for a full disk or a folder that is gone."""
     return f"{processes.unwritable(error)}: hydra.run.dir=FOLDER, or hydra.sweep.dir for a sweep"
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """A command line as Hydra parses it, and its words as they were meant; `BadRequest` if one holds a credential.
+    """Parse a command line; returns its words in Hydra's grammar too. `BadRequest` if one holds a credential.
 
     From here on code from outside may run as the command line says, and `--trust` is none of its words.
     """
@@ -79,7 +76,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _understand(argv: list[str]) -> int:
     args, argv = parsed(argv)
     if args.help:
-        terminal.terminal().print(help.text(composing.config_folder(args)), markup=False)
+        terminal.say(help.text(composing.config_folder(args)))
         return 0
     with distributed.process_group():
         if not distributed.is_main():
@@ -113,26 +110,25 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
         KeyboardInterrupt: a signal stopped it; the runs that had begun are saved.
     """
     if request.multirun and distributed.world_size() > 1:
-        why = "under torchrun every job would share out its batch over the same processes"
-        remedy = "start sweeps as gpt2exp -m ..., a device a job by hydra/launcher, or torchrun for one run at a time"
-        raise BadRequest(f"a sweep: {why}; {remedy}")
+        why = "torchrun would share out every job over the same processes"
+        raise BadRequest(f"a sweep: {why}; start sweeps as gpt2exp -m ..., a device a job by hydra/launcher")
     to_do, trials = request.to_do, request.trials_to_do
     texts = _make_ready(request, [*trials, *to_do])
     if request.trials:  # what is compared has its settings once its arm is tuned
         trials = _reusing(trials, texts, request.folder)
     elif request.multirun:
         to_do = _reusing(to_do, texts, request.folder)
-    for place in {job.config.sweep.prior: None for job in to_do if job.config.sweep.prior}:
-        _show_prior(Path(home(place)), to_do[0].config.sweep.looks)
+    if to_do and (prior := to_do[0].config.sweep.prior):
+        _show_prior(Path(home(prior)), to_do[0].config.sweep.looks)
     if any(job.config.dry_run for job in request.jobs):
         _show_dry([job for job in to_do if not request.looks or job.config.seed == to_do[0].config.seed])
         if request.looks:
-            terminal.terminal().print(f"the runs of one seed, of {request.rule['max_seeds']} at most", markup=False)
+            terminal.say(f"the runs of one seed, of {request.rule['max_seeds']} at most")
         if request.tuning:
-            terminal.terminal().print(tuning.announced(request.tuning, len(trials), len(to_do)), markup=False)
+            terminal.say(tuning.announced(request.tuning, len(trials), len(to_do)))
         return 0
     for note in _notes(request, to_do):
-        terminal.terminal().print(f"note: {note}", markup=False, soft_wrap=True)
+        terminal.say(f"note: {note}")
     if not to_do and not request.multirun:
         return 0
     with contextlib.ExitStack() as engine:
@@ -146,7 +142,7 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
                 to_do, said = tuning.settle(request.folder, to_do)
                 to_do = _reusing(to_do, texts, request.folder)
                 for line in said:
-                    terminal.terminal().print(line, markup=False, soft_wrap=True)
+                    terminal.say(line)
             needless = _needless(request.folder)
             if to_do := [job for job in to_do if job.config.seed not in needless]:
                 _launch(request, to_do, argv, began)
@@ -155,10 +151,10 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
 
 
 def _reusing(jobs: list[Job], texts: dict[tuple[Any, ...], str], folder: Path) -> list[Job]:
-    """The jobs, those with the run that counts as theirs which have one, which is said."""
+    """Find the earlier runs that count as these jobs, and print what was found."""
     jobs, lines = reuse.found(jobs, texts, folder)
     for line in lines:
-        terminal.terminal().print(f"sweep.reuse: {line}", markup=False, soft_wrap=True)
+        terminal.say(f"sweep.reuse: {line}")
     return jobs
 
 
@@ -174,7 +170,7 @@ def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
 
 
 def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -> None:
-    """Run what is to do: a run alone, the jobs of a sweep one by one, or by the launcher or the sweeper it names."""
+    """Run the jobs: a run alone, a sweep's one by one, or by the launcher or sweeper that the request names."""
     if request.master is None:
         with env_override(to_do[0].hydra.get("job", {}).get("env_set", {})):
             run(request.folder, began)
@@ -208,15 +204,15 @@ def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -
 def _say_how_to_go_on(request: Request) -> None:
     if request.launcher is not None and request.launcher._target_ == engines.SLURM:
         text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
-        terminal.terminal().print(text, markup=False)
+        terminal.say(text)
     if request.names:
         configs = [job.config for job in request.jobs]
         line = f"to go on: {terminal.to_go_on(request.folder.absolute(), *configs)}"
-        terminal.terminal().print(line, markup=False, soft_wrap=True)
+        terminal.say(line)
 
 
 def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str]:
-    """Fetch every text, tokenised, and all weights of the jobs to do; refuse what does not fit them or this machine.
+    """Fetch the texts and weights of the jobs, tokenise, and refuse jobs that do not fit them or this machine.
 
     Returns the sha256 of each text.
     """
@@ -251,33 +247,33 @@ def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str
 
 
 def _show_prior(earlier: Path, looks: Sequence[int]) -> None:
-    """What numbers of seeds can tell, by an earlier sweep."""
+    """Print which differences so many seeds can tell, by an earlier sweep."""
     from gpt2exp.compare import stopping
 
-    table = stopping.prior(earlier, looks)
     text = "differences in nats that so many seeds tell from zero in four of five studies, by the std of the"
     text += f" differences in {terminal.short(earlier.absolute())} (in brackets by its upper 80 % limit)"
-    terminal.terminal().print(text, terminal.table(table), markup=False)
+    table = stopping.prior(earlier, looks)
+    terminal.say(text)
+    terminal.terminal().print(terminal.table(table))
 
 
 def _show_dry(to_do: list[Job]) -> None:
-    """The table of a dry run; what is alike in jobs of one shape is found once."""
+    """Print the table of a dry run; memory and precision are found once for jobs of one shape."""
     if not to_do:
         return
     rows, known = list[dict[str, str]](), dict[str, dict[str, str]]()
     for job in to_do:
-        config = plain(job.config)
-        shape = json.dumps([config[key] for key in ("model", "precision", "data", "train", "distributed")])
-        length = job.config.optimizer.schedule_steps
-        shape = f"{shape} {length} {job.config.optimizer.name}"
-        known[shape] = known.get(shape) or _dry_row(job)
-        told = " ".join(text for text in job.overrides if not is_housekeeping(text.partition("=")[0]))
+        of = job.config
+        optimizer = of.optimizer.name, of.optimizer.schedule_steps
+        shape = repr((of.model, of.precision, of.data, of.train, of.distributed, *optimizer))
+        known[shape] = known.get(shape) or _dry_row(of)
+        told = " ".join(text for text in job.overrides if not is_housekeeping(override_key(text)))
         rows.append({"run": (told or "defaults") + " (taken)" * bool(job.reused), **known[shape]})
     terminal.terminal().print(terminal.table(rows))
 
 
-def _dry_row(job: Job) -> dict[str, str]:
-    with setup.ready(job.config) as ready:
+def _dry_row(config: RunConfig) -> dict[str, str]:
+    with setup.ready(config) as ready:
         config, got, length = ready.config, ready.got, ready.config.optimizer.schedule_steps
     return {
         "parameters": f"{size.parameters(config.model)['total']:,}",
@@ -290,7 +286,7 @@ def _dry_row(job: Job) -> dict[str, str]:
 
 
 def work(cfg: DictConfig) -> float:
-    """Hydra's task: one job of a sweep, in its folder, in whatever process a launcher or a sweeper of Hydra's calls it.
+    """Run one job of a sweep: the function that a launcher's worker or a sweeper of Hydra's calls.
 
     Returns the loss that a sweeper is to minimise, infinite if the run diverged or failed.
     """
@@ -302,14 +298,14 @@ def work(cfg: DictConfig) -> float:
         known = record.Sweep.read(sweep)
         told = sorted(set(job.overrides) - set(known.jobs[0] if known else ()))
         job = replace(job, folder=numbered(hydra.job.num, ",".join(told)))
-    engines.enter(str(hydra.launcher._target_), sweep, job.config.train.device)
+    engines.prepare_worker(str(hydra.launcher._target_), sweep, job.config.train.device)
     if job.config.seed not in _needless(sweep):
         _work(job, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
     return record.objective(sweep / job.folder)
 
 
 def _work(job: Job, sweep: Path, began: float) -> set[int]:
-    """Run one job of a sweep, if that is to do; every outcome is recorded, and only a signal is raised.
+    """Run one job of a sweep unless it is done; every outcome is recorded, and only a signal is raised.
 
     Returns the seeds of which no run is to begin any more.
     """
@@ -335,7 +331,7 @@ def _work(job: Job, sweep: Path, began: float) -> set[int]:
 
 
 def _needless(sweep: Path, ended: int | None = None) -> set[int]:
-    """The seeds of which a sweep that runs until it is answered begins no run any more; of any other none.
+    """The seeds of which no further run is begun, since the sweep is answered; none without `sweep.until`.
 
     `ended`: the seed of a run that has ended. Once all of that seed's have, people see what the seeds say.
     """
@@ -349,13 +345,13 @@ def _needless(sweep: Path, ended: int | None = None) -> set[int]:
         return set()
     stand = stopping.stand(sweep)
     for line in stand.lines(known.rule["max_seeds"]) if ended is not None else ():
-        terminal.terminal().print(line, markup=False, soft_wrap=True)
+        terminal.say(line)
     begun = {path.parent.name for path in sweep.glob("*/status.json")}
     return {seed for seed, names in known.by_seed.items() if not begun & {*names}} if stand.why else set()
 
 
 def _alone(folder: Path) -> int:
-    """The run of a folder, in this process: 0 done, 1 not, 2 another process has it, 130 or 143 interrupted."""
+    """Run a folder in this process; the exit code: 0 done, 1 not."""
     choices.trust()  # as the command that made the folder found
     with processes.held(folder):
         return 0 if run(folder)["state"] == "done" else 1
@@ -392,7 +388,7 @@ def _in_own_process(folder: Path) -> None:
 
 
 def _outcome(request: Request) -> int:
-    """What a sweep came to, if it was one, and the exit code, both from what the folders say."""
+    """Compare and show a sweep's runs; the exit code, from what the folders say."""
     every = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
     trials = [row for row in every if row["name"].startswith(f"{record.TUNING}/")]
     rows = [row for row in every if not row["name"].startswith(f"{record.TUNING}/")]

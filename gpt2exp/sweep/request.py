@@ -21,7 +21,7 @@ import shutil
 import time
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -35,60 +35,40 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2exp.config import CONTROL, InitConfig, InitScheme, SweepConfig
+from gpt2exp.config import CONTROL, Design, InitConfig, InitScheme, SweepConfig
 from gpt2exp.files import beside
 from gpt2exp.model import size
 from gpt2exp.run import process, record, secret
-from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner, parse
-from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show
-from gpt2exp.sweep import design, engines, tuning
-from gpt2exp.sweep.composing import (
-    BASIC_SWEEPER,
-    SECTIONS,
-    Composer,
-    Job,
-    as_plain,
-    checked,
-    composing,
-    describe,
-    identified,
-    is_hydra,
-    schema_of,
-)
+from gpt2exp.schema import check_key, group_of, is_housekeeping, keys, owner
+from gpt2exp.section import CHOICES, BadRequest, default_of, home, quoted, require, show, typed
+from gpt2exp.sweep import composing, design, engines, tuning
+from gpt2exp.sweep.composing import SECTIONS, Composer, Job, as_plain, is_hydra
 
 
 @dataclass(frozen=True)
 class Request:
     """The checked jobs, whether they form a sweep, and where the results go."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[Job, ...]  # to be compared
     multirun: bool
     folder: Path
-    master: DictConfig | None = None
-    """Of a sweep: its configuration, with Hydra's section, before a job's values are in it."""
-    argv: tuple[str, ...] = ()
-    """Of what goes on: a command line that asks for all of it."""
-    resumed: bool = False
-    """The folder is there, and is gone on with."""
-    cwd: Path | None = None
-    """Where the relative paths of the configuration start, if not here."""
-    notes: tuple[str, ...] = ()
-    """What the user should know before it begins."""
-    looks: tuple[int, ...] = ()
-    """Numbers of seeds at which a sweep that runs until it is answered looks; empty for any other."""
-    trials: tuple[Job, ...] = ()
-    """The runs that tune each arm before `jobs` are run at its best value; none without `sweep.tune`."""
-    tuned: record.Tuning | None = None
-    """What was chosen by them in an earlier launch."""
+    master: DictConfig | None = None  # of a sweep: what its jobs share, with Hydra's section
+    argv: tuple[str, ...] = ()  # of what goes on: a command line that asks for all of it
+    resumed: bool = False  # the folder is there, and is gone on with
+    cwd: Path | None = None  # where relative paths start, if not here
+    notes: tuple[str, ...] = ()  # what the user should know before it begins
+    looks: tuple[int, ...] = ()  # with `sweep.until`: the numbers of seeds at which the sweep looks
+    trials: tuple[Job, ...] = ()  # with `sweep.tune`: the runs that tune each arm before `jobs` are run
+    tuned: record.Tuning | None = None  # what an earlier launch chose by them
 
     @property
     def tuning(self) -> record.Tuning | None:
-        """What `sweep.json` says of the trials."""
+        """The trials, as `sweep.json` records them."""
         return tuning.recorded(self.trials, self.tuned)
 
     @property
     def trials_to_do(self) -> list[Job]:
-        """Of the arms whose value is not chosen yet, in the order in which they run."""
+        """The trials of arms whose value is not chosen yet, in running order."""
         arms = self.tuning.arms if self.tuning else []
         settled = {name for arm in arms if arm.best for names in arm.runs.values() for name in names}
         return ordered(job for job in self.trials if not job.done and job.folder not in settled)
@@ -100,12 +80,12 @@ class Request:
 
     @property
     def to_do(self) -> list[Job]:
-        """The jobs to be compared that are not done, in the order in which they run."""
+        """The jobs that are not done, in running order."""
         return ordered(job for job in self.jobs if not job.done)
 
     @property
     def launcher(self) -> DictConfig | None:
-        """Of a sweep: what starts its jobs, and the settings of it."""
+        """A sweep's launcher and its settings."""
         return None if self.master is None else self.master.hydra.launcher
 
     @property
@@ -115,18 +95,19 @@ class Request:
 
     @property
     def rule(self) -> dict[str, Any]:
-        """By what a sweep that runs until it is answered ends, besides its looks; of any other nothing."""
+        """With `sweep.until`: what decides when it ends, besides its looks."""
         if not self.looks:
             return {}
         settings = self.jobs[-1].config.sweep
-        axes = {key: values for key, values in design.arms(self.jobs).items() if len(values) > 1}
+        found = design.arms((job.overrides for job in self.jobs), settings)
+        axes = {key: values for key, values in found.items() if len(values) > 1}
         axes = {key: values for key, values in axes.items() if key not in ("seed", settings.budget)}
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
 
 
 def ordered(jobs: Iterable[Job]) -> list[Job]:
-    """Jobs in the order in which they run: all of a seed before the next seed's.
+    """Jobs in running order: all of a seed before the next seed's.
 
     Within a seed the order is drawn by the seed, so that a machine that becomes slower or warmer favours no arm.
     """
@@ -142,27 +123,25 @@ def ordered(jobs: Iterable[Job]) -> list[Job]:
 
 
 def make(args: argparse.Namespace) -> Request:
-    """The request behind Hydra's parsed command line.
+    """The request of a parsed command line.
 
     Raises:
         BadRequest: anything in it that cannot be carried out.
     """
-    with composing(args) as composer:
+    with composing.composing(args) as composer:
         return compose(composer, read(composer, args.overrides), multirun=args.multirun)
 
 
-LOGGING = ("hydra.verbose", "hydra/job_logging")
-"""Hydra's settings that have an effect in the workers of a launcher alone."""
+LOGGING = ("hydra.verbose", "hydra/job_logging")  # have an effect in a launcher's workers alone
 OUTPUT = ("hydra.run.dir", "hydra.sweep.dir")
-LISTS = {"sweep.together": ";", "sweep.reuse": ","}
-"""Keys of lists that may be typed as one text, and what separates its parts."""
+LISTS = {"sweep.together": ";", "sweep.reuse": ","}  # lists that may be typed as one text, and what separates its parts
 PLACES = ("data.path", "init.path", "resume", "sweep.prior", "wandb.dir")
 QUOTES = "'\""
 ELEMENT = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^][(),'"]+""")
 
 
 def as_meant(text: str) -> str:
-    """An argument of the command line in Hydra's grammar, where that would read a name as something else.
+    """An argument in Hydra's grammar, quoted where Hydra would read a name as something else.
 
     `wandb.name=2024_01_15` would be the number 20240115, `resume=None` a folder called None, `hydra.run.dir=~/x` an
     error, and a comma in the name of a file that is there would part it in two. What is quoted stays as it is.
@@ -181,11 +160,7 @@ def as_meant(text: str) -> str:
         return text
     parser = OverridesParser.create()
     if bare in OUTPUT or (bare in PLACES and value != "null" and os.path.exists(home(value))):  # noqa: PTH110
-        with contextlib.suppress(HydraException):
-            read = parser.parse_override(text)
-            if not read.is_sweep_override() and read.value() == value:
-                return text
-        return f"{key}={quoted(value)}"
+        return typed(key, value)
     expected = kinds(bare)
 
     def name(found: re.Match[str]) -> str:
@@ -239,7 +214,7 @@ def example(text: str) -> str:
 
 
 def values(override: Override) -> list[Any]:
-    """What an override gives its key: the choices of a list, or the one."""
+    """The values that an override gives its key, one or several."""
     return list(override.sweep_iterator()) if override.is_discrete_sweep() else [override.value()]
 
 
@@ -288,7 +263,7 @@ def _check_type(key: str, value: Any) -> None:
             raise ValueError("a bool is no number")
         if isinstance(value, (int, float)) and expected == (bool,) and value not in (0, 1):
             raise ValueError("a number is no bool")
-        OmegaConf.update(schema_of(section), name, value)
+        OmegaConf.update(composing.schema_of(section), name, value)
     except (OmegaConfBaseException, ValueError) as error:
         shown = show(default_of(section.__dataclass_fields__[name]))
         for kind in expected:
@@ -301,19 +276,24 @@ def _check_type(key: str, value: Any) -> None:
 
 @functools.cache
 def kinds(key: str) -> tuple[Any, ...]:
-    """The types that a key of the schema takes, None's among them where it may be null."""
+    """The types that a key takes, with None's where it may be null."""
     section, name = owner(key)
     hint = typing.get_type_hints(section)[name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def is_text(kinds: tuple[Any, ...]) -> bool:
-    """Whether a key of these types holds a text of the user's, or several; `auto` beside a number is none."""
+    """Whether a key of these types takes free text; `auto` beside a number is not."""
     return list[str] in kinds or (str in kinds and not {int, bool} & set(kinds))
 
 
-def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) -> Request:
-    """The request of overrides that were checked one by one."""
+def compose(
+    composer: Composer, typed: Sequence[Override], *, multirun: bool, absent: Collection[str] | None = None
+) -> Request:
+    """The request of overrides that were checked one by one.
+
+    `absent`: of a sweep that goes on, and so brings no axes along, the keys that one of its arms is not told.
+    """
     texts = [str(override.input_line) for override in typed]
     master = composer.compose(texts, multirun=multirun)
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
@@ -325,32 +305,15 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     check_hydra(master.hydra)
     # an interpolation in hydra.run.dir may name hydra.job.*, so resolve within the whole configuration
     folder = Path(home(str(master.hydra.sweep.dir if multirun else master.hydra.run.dir)))
-    if basic := multirun and master.hydra.sweeper._target_ == BASIC_SWEEPER:
-        found = axes([*read(composer, preset(master)), *typed])
-        together, rule = moving(composer, master.sweep.together), as_plain(master.sweep) | {"control": False}
-        if master.sweep.over is not None:
-            found |= budgets(composer, master.sweep.over, {**found, **together})
-        if master.sweep.until is not None:  # a study's seeds are replaced
-            found.pop("seed", None)
-            end = parse({"sweep": rule}).sweep.looks.stop
-            found = {"seed": [f"seed={seed}" for seed in range(1, end)], **found}
-        found |= tuning.first(composer, parse({"sweep": rule}).sweep, {**found, **together})
-        single = {key: [(text,) for text in texts] for key, texts in found.items()}
-        plan = single | design.together(together, found)
-        design.check_single(found)
-        control = (f"{CONTROL}={master.data.redraw + 1}",) if master.sweep.control else None
-        jobs = list(map(tuning.bare, named(list(composer.jobs(master, design.jobs(plan, master.sweep, control))))))
+    basic = multirun and master.hydra.sweeper._target_ == composing.BASIC_SWEEPER
+    if basic:
+        jobs = _combinations(composer, master, typed, absent)
     else:  # a sweeper that makes up its jobs has the others' keys checked
-        design.check_unused(master.sweep, "it takes the basic sweeper" if multirun else "one run has no arms; add -m")
+        design.check_unused(rules(master), multirun=multirun)
         constant = [str(override.input_line) for override in typed if not override.is_sweep_override()]
-        alone = identified(composer.compose(constant) if multirun else master)
-        own, settings = as_plain(OmegaConf.masked_copy(alone, SECTIONS)), as_plain(alone.hydra)
-        jobs = [Job(tuple(texts), checked(alone), own, settings)]
-    if not basic and (over := jobs[0].config.sweep.over):
-        why = "a sweep by the basic sweeper alone has budgets; add -m, and what to compare within each"
-        raise BadRequest(f"sweep.over={over}: {why}")
-    looks = _looks(jobs, typed, single=not multirun, until=basic and master.sweep.until)
-    tuning.check(jobs, multirun=multirun, basic=bool(basic))
+        jobs = [composing.job_of(composing.identified(composer.compose(constant) if multirun else master), texts)]
+    looks = _looks(jobs, typed)
+    tuning.check(jobs)
     trials = named(tuning.trials(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
@@ -361,26 +324,49 @@ def compose(composer: Composer, typed: Sequence[Override], *, multirun: bool) ->
     return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks, trials=tuple(trials))
 
 
-def _looks(jobs: Sequence[Job], typed: Sequence[Override], *, single: bool, until: str | None) -> tuple[int, ...]:
-    """The looks of a sweep that runs until it is answered, by one rule for all its jobs; of any other none."""
-    rules = {(one.until, one.looks, one.max_hours, one.margin) for one in (job.config.sweep for job in jobs)}
-    if not any(asked for asked, *_ in rules):
+def rules(master: DictConfig) -> SweepConfig:
+    """The keys of `sweep`, which are one for all jobs."""
+    return typing.cast(SweepConfig, OmegaConf.to_object(master.sweep))
+
+
+def _combinations(
+    composer: Composer, master: DictConfig, typed: Sequence[Override], absent: Collection[str] | None
+) -> list[Job]:
+    """The jobs of a sweep of lists."""
+    found, sweep = axes([*(read(composer, preset(master)) if absent is None else ()), *typed]), rules(master)
+    design.check_single(found)
+    together = moving(composer, sweep.together)
+    if sweep.over is not None:
+        found |= budgets(composer, sweep.over, found | together)
+    if sweep.until:  # a study's seeds are replaced
+        found.pop("seed", None)
+        found = {"seed": [f"seed={seed}" for seed in range(1, sweep.looks.stop)], **found}
+    found |= tuning.first(composer, sweep, found | together)
+    single: dict[str, list[design.Arm]] = {key: [(text,) for text in texts] for key, texts in found.items()}
+    for key in single.keys() & {*(absent or ())}:  # the arm without it is the baseline's
+        single[key].insert(len(single[key]) if sweep.design is Design.leave_one_out else 0, ())
+    control = (f"{CONTROL}={master.data.redraw + 1}",) if sweep.control else None
+    texts = design.jobs(single | design.together(together, found), sweep, control)
+    jobs = named(list(composer.jobs(master, texts)))
+    return [dataclasses.replace(job, overrides=tuple(tuning.untold(job.overrides, sweep.tune))) for job in jobs]
+
+
+def _looks(jobs: Sequence[Job], typed: Sequence[Override]) -> tuple[int, ...]:
+    """The looks of a sweep that runs until it is answered; of any other none."""
+    sweep = jobs[0].config.sweep
+    if not sweep.until:
         return ()
+    if seeds := [one.input_line for one in typed if one.key_or_group == "seed"]:
+        why = f"it takes the seeds 1, 2, 3, ... one after another; leave out {seeds[0]}"
+        raise BadRequest(f"sweep.until=answered: {why}")
     arms = {tuple(text for text in job.overrides if not text.startswith("seed=")) for job in jobs}
-    seeds, what = [one.input_line for one in typed if one.key_or_group == "seed"], "model.tie_weights=true,false"
-    for wrong, why in (
-        (single, f"one run has no arms to compare; add -m, and what to compare, such as {what}"),
-        (not until or len(rules) > 1, "it takes the basic sweeper and one rule for all jobs; name one value of each"),
-        (seeds, f"it takes the seeds 1, 2, 3, ... one after another; leave out {seeds and seeds[0]}"),
-        (len(arms) < 2, f"nothing varies but the seed; add what to compare, such as {what}"),
-    ):
-        if wrong:
-            raise BadRequest(f"sweep.until=answered: {why}")
-    return tuple(jobs[0].config.sweep.looks)
+    remedy = "add what to compare, such as model.tie_weights=true,false"
+    require(len(arms) > 1, "sweep.until", "answered", "nothing varies but the seed", remedy)
+    return tuple(sweep.looks)
 
 
 def _check_several(composer: Composer, override: Override, *, multirun: bool) -> None:
-    """Refuse several values of a key that has one, and of a group whose files are sweeps: a job takes no axes along."""
+    """Refuse several values without -m, and several studies, each of which is a sweep."""
     key, text = override.key_or_group, str(override.input_line)
     group = not key.startswith("hydra/") and key not in SECTIONS and composer.offered(key)
     for value in values(override) if group and override.is_discrete_sweep() else ():
@@ -395,7 +381,7 @@ def _check_several(composer: Composer, override: Override, *, multirun: bool) ->
 
 
 def _check_path_used(inits: Sequence[InitConfig]) -> None:
-    """Refuse an `init.path` that no job reads; in a sweep over `init` it is for the arm that does."""
+    """Refuse an `init.path` that no job reads."""
     if any(init.scheme is InitScheme.pretrained for init in inits):
         return
     for init in inits:
@@ -404,20 +390,21 @@ def _check_path_used(inits: Sequence[InitConfig]) -> None:
 
 
 def check_hydra(settings: DictConfig) -> None:
-    """Refuse settings of Hydra's own that name a credential, or under which no run could be kept or begun."""
+    """Refuse settings of Hydra's that hold a credential, have no effect here, or that no run could start with."""
     secret.check_values(as_plain(settings), "hydra")
-    place, subdir, called = settings.output_subdir, as_plain(settings.sweep)["subdir"], list(settings.callbacks)
-    require(place == ".hydra", "hydra.output_subdir", place, "a run is known by its folder .hydra", "leave it out")
-    require(subdir == ".", "hydra.sweep.subdir", subdir, "resume= and the comparison name the folders", "leave it out")
-    require(not called, "hydra.callbacks", called, "Hydra starts no run here, and calls none", "leave it out")
-    why, remedy = "relative paths would start in the run's folder", "leave it out, and set hydra.run.dir"
-    require(not settings.job.chdir, "hydra.job.chdir", settings.job.chdir, why, remedy)
-    if settings.launcher._target_ == engines.BASIC:
-        found = settings.verbose, settings.runtime.choices["hydra/job_logging"]
-        for key, value, usual in zip(LOGGING, found, (False, "none"), strict=True):
-            require(
-                value == usual, key, value, "has no effect without a launcher", "leave it out; run.log has all lines"
-            )
+    local, unheard = (
+        settings.launcher._target_ == engines.BASIC,
+        "has no effect without a launcher; run.log has all lines",
+    )
+    for key, value, usual, why in (
+        ("hydra.output_subdir", settings.output_subdir, ".hydra", "a run is known by its folder .hydra"),
+        ("hydra.sweep.subdir", as_plain(settings.sweep)["subdir"], ".", "resume= and the comparison name the folders"),
+        ("hydra.callbacks", list(settings.callbacks), [], "Hydra starts no run here, and calls none"),
+        ("hydra.job.chdir", bool(settings.job.chdir), False, "relative paths would start in the run's folder"),
+        ("hydra.verbose", local and settings.verbose, False, unheard),
+        ("hydra/job_logging", settings.runtime.choices["hydra/job_logging"] if local else "none", "none", unheard),
+    ):
+        require(value == usual, key, value, why, "leave it out")
     known = sorted(Plugins.instance().class_name_to_class)
     for part in ("launcher", "sweeper"):
         target = settings[part]._target_
@@ -427,12 +414,12 @@ def check_hydra(settings: DictConfig) -> None:
 
 
 def preset(master: DictConfig) -> list[str]:
-    """The axes that a study brings along, as overrides."""
+    """A study's own axes, as overrides."""
     return [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
 
 
 def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
-    """The overrides of a basic sweep by key: one for a constant, several for an axis; of two for a key the later."""
+    """The overrides by key: one for a constant, several for an axis; a later one replaces an earlier."""
     found: dict[str, list[str]] = {}
     for override in overrides:
         key = override.get_key_element()
@@ -446,13 +433,13 @@ def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
 
 
 def moving(composer: Composer, together: Sequence[str]) -> dict[str, list[str]]:
-    """By key the overrides that `sweep.together` means."""
+    """The overrides in `sweep.together`, by key."""
     SweepConfig(together=list(together))  # checks that each is KEY=A,B
     return axes(read(composer, [as_meant(text) for text in together]))
 
 
 def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The axis that `sweep.over` adds to the others, as `axes`.
+    """The axis that `sweep.over` adds, as `axes` returns it.
 
     Raises:
         BadRequest: it is no list of numbers for a key that counts, is there already, or nothing else varies.
@@ -460,19 +447,20 @@ def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict
     again = "try sweep.over=train.steps=50,100,200"
     require("=" in over, "sweep.over", over, "must be KEY=A,B", again)
     ((key, texts),) = axes(read(composer, [over])).items()
-    counts = not is_housekeeping(key) and key != "seed" and {int, float} & {*kinds(key)} if key in keys() else False
-    require(bool(counts), "sweep.over", over, f"{key} is no number that makes a run larger", again)
-    require(len({*texts}) > 1, "sweep.over", over, "one value is no axis", again)
-    require(key not in others, "sweep.over", over, f"{key} is given twice", f"leave out {key}=...")
-    several = [name for name, each in others.items() if len(each) > 1 and name != "seed"]
-    require(
-        bool(several), "sweep.over", over, "nothing else varies", "add what to compare: model.tie_weights=true,false"
-    )
+    counts = key in keys() and not is_housekeeping(key) and key != "seed" and bool({int, float} & {*kinds(key)})
+    vary = any(len(each) > 1 for name, each in others.items() if name != "seed")
+    for ok, why, remedy in (
+        (counts, f"{key} is no number that makes a run larger", again),
+        (len({*texts}) > 1, "one value is no axis", again),
+        (key not in others, f"{key} is given twice", f"leave out {key}=..."),
+        (vary, "nothing else varies", "add what to compare: model.tie_weights=true,false"),
+    ):
+        require(ok, "sweep.over", over, why, remedy)
     return {key: sorted(texts, key=lambda text: float(text.partition("=")[2]))}
 
 
 def named(jobs: Sequence[Job], first: int = 0, place: str = "") -> list[Job]:
-    """The jobs with a folder each: those without are numbered from `first`, and named by what is not alike in all.
+    """Give each job without a folder one: a number from `first`, and the overrides that not all jobs share.
 
     `place`: what the folders lie in, with a slash.
     """
@@ -493,7 +481,7 @@ def numbered(number: int, overrides: str) -> str:
 
 @contextlib.contextmanager
 def claimed(request: Request, argv: Sequence[str]) -> Iterator[None]:
-    """The folder is this process's inside the block; it holds the request: a sweep's `sweep.json`, and every `.hydra`.
+    """Create and lock the request's folder, and write the request into it: `sweep.json`, and every job's `.hydra`.
 
     Raises:
         BadRequest: a new folder holds something already or cannot be created; another process is at work on an old one.
@@ -514,7 +502,7 @@ def claimed(request: Request, argv: Sequence[str]) -> Iterator[None]:
 
 
 def _create(request: Request, argv: Sequence[str]) -> None:
-    """Make the folder with the request in it, in one act: nobody sees, or is left with, a folder without one."""
+    """Create the folder with the request in it, by a rename: there is never one without."""
     if request.folder.exists():
         if any(request.folder.iterdir()):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
@@ -541,4 +529,4 @@ def _write(request: Request, argv: Sequence[str], folder: Path) -> None:
         # a sweep that ends as soon as it is answered makes a folder as its run begins
         later = (request.multirun and not job.folder) or (request.looks and not request.trials and not place.exists())
         if not job.done and not later:
-            describe(place, job, request.folder / job.folder)
+            composing.describe(place, job, request.folder / job.folder)

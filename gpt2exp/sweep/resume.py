@@ -20,11 +20,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from gpt2exp import choices, schema, section
-from gpt2exp.config import DataName, RunConfig, Schedule
+from gpt2exp import choices, schema
+from gpt2exp.config import DataName, Design, RunConfig, Schedule
 from gpt2exp.run import record, terminal
-from gpt2exp.section import BadRequest, override_key, show
-from gpt2exp.sweep import composing, design, engines, request, tuning
+from gpt2exp.section import BadRequest, override_key, quoted, show
+from gpt2exp.sweep import composing, design, request
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
 MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
@@ -49,33 +49,10 @@ def make(args: argparse.Namespace) -> request.Request | None:
         if len(values) > 1:
             raise BadRequest(f"resume={','.join(sorted(values))}: one folder at a time; name one run or one sweep")
     folder = Path(values.pop()).expanduser()
-    _check_folder(folder)
+    record.check_folder(folder, "resume")
     if (folder / record.SWEEP).is_file():
         return _sweep(folder.resolve(), args, typed)
     return _run(folder.resolve(), args, typed)
-
-
-def _check_folder(folder: Path) -> None:
-    such = "name a run's or a sweep's folder, such as runs/DAY/TIME-ID"
-    if not folder.is_dir():
-        raise BadRequest(f"resume={folder}: no such folder; {such}")
-    if (folder / record.SWEEP).is_file() or (folder / ".hydra" / "config.yaml").is_file():
-        return
-    if above := record.run_around(folder):
-        raise BadRequest(f"resume={folder}: holds checkpoints of a run; name the run: {_typed(above)}")
-    below = [path.parent for path in folder.glob(f"**/{record.SWEEP}")]
-    below += [run for run in record.runs_below(folder) if record.sweep_of(run) is None]
-    if below:
-        newest = max(below, key=lambda path: path.stat().st_mtime)
-        why = f"a folder above {len(below)} of runs and sweeps"
-        raise BadRequest(f"resume={folder}: {why}; name one, such as {_typed(newest)}")
-    if (folder / "comparison.json").is_file():
-        raise BadRequest(f"resume={folder}: holds a comparison, which gpt2exp-compare makes anew; {such}")
-    raise BadRequest(f"resume={folder}: neither a run's folder nor a sweep's; {such}")
-
-
-def _typed(folder: Path) -> str:
-    return terminal.pasted(section.typed("resume", terminal.place(folder)))
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -92,7 +69,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         raise BadRequest(f"resume={folder}: {error}") from error
     except BadRequest as error:
         raise BadRequest(f"resume={folder}: {error}; put the files back, or start a new run") from error
-    recorded = OmegaConf.create(schema.plain(before))  # resolved: what follows train.steps keeps the value it had
+    recorded = schema.plain(before)  # resolved: what follows train.steps keeps the value it had
     overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
     if args.trust:
@@ -108,7 +85,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
         if key == "data.path" and value is not None and not on_hub:
             value = str(Path(value).expanduser().absolute())  # as typed it starts here, and the run's others there
-        OmegaConf.update(recorded, key, value)
+        schema.put(recorded, key, value)
         overrides = [text for text in overrides if override_key(text) != key]
         overrides.append(f"{key}={show(value)}")
     after = schema.parse(recorded)
@@ -126,13 +103,13 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         more = f"to train on, add train.steps=N above {steps}"
         notes = [f"{terminal.short(folder)} is done: {steps} of {after.train.steps} steps; {more}"]
     notes += _gone_note(gone)
-    job = Job(tuple(overrides), after, composing.as_plain(recorded) if changed and not done else None, done=done)
+    job = Job(tuple(overrides), after, recorded if changed and not done else None, done=done)
     argv = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
     return request.Request((job,), False, folder, argv=tuple(argv), resumed=True, cwd=began_in, notes=tuple(notes))
 
 
 def _steps_done(folder: Path, after: RunConfig) -> tuple[int, bool]:
-    """The steps that a run has done, and whether these are all; `BadRequest` if it cannot go on as far as `after`."""
+    """The steps that a run has done, and whether these are all; `BadRequest` if it cannot go on as `after` says."""
     row = record.row(folder, folder)
     steps = row["steps"] if row["state"] == "done" else len(record.read_metrics(folder))
     if after.train.steps < steps:
@@ -159,7 +136,7 @@ def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, A
 
 
 def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
-    """Recorded overrides without those of the keys `gone`; keys that have moved under today's names."""
+    """Recorded overrides under today's keys, without those of the keys `gone`."""
     lost = {*gone, *(key.split(".")[0] for key in gone)} - set(composing.SECTIONS)
     moved = schema.MOVED.keys() - set(schema.keys())
     told = {text: override_key(text) for text in texts}
@@ -188,7 +165,7 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 
 
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
-    """What typing more changes in a configuration: new values by dotted key."""
+    """The values, by dotted key, that the overrides `typed` change."""
     with composing.composing(args) as composer:
         composed = (composing.identified(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
         before, after = (_flat(composing.checked(one)) for one in composed)
@@ -203,6 +180,7 @@ def _flat(of: RunConfig) -> dict[str, Any]:
 
 
 def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> request.Request:
+    """The whole sweep, composed again with what is typed beside; the jobs of before keep their folders."""
     known = record.Sweep.read(folder)
     if known is None:
         raise BadRequest(f"resume={folder}: its {record.SWEEP} cannot be read; put it back")
@@ -217,63 +195,116 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         choices.allow(args.config_dir, Path.cwd(), flags.config_dir, began_in)
     _check_rule(folder, known, typed)
     runs, gone = _recorded(folder)
-    listed = {name: _of_today(texts, gone) for name, texts in zip(known.folders, known.jobs, strict=True)}
-    tried = {name for name in runs if name.startswith(f"{record.TUNING}/")}
-    listed |= {name: _of_today(texts, gone) for name, (_, texts) in runs.items() if name not in tried}
+    listed = dict(zip(known.folders, known.jobs, strict=True))
+    listed |= {name: texts for name, (_, texts) in runs.items() if not name.startswith(f"{record.TUNING}/")}
+    listed = {name: _of_today(texts, gone) for name, texts in listed.items()}
     with composing.composing(flags) as composer:
-        added = request.axes(typed)
-        settings = [text for key, texts in added.items() for text in texts if is_hydra(key)]
-        if place := added.get("hydra.sweep.subdir"):
-            raise BadRequest(f"{place[0]}: the jobs of a sweep that goes on keep their folders; leave it out")
-        kept = [texts[-1] for key, texts in added.items() if schema.is_housekeeping(override_key(key))]
-        most = [text for text in kept if text.startswith("sweep.max_seeds=")]
         before = [text for text in _of_today(flags.overrides, gone) if override_key(text) not in request.LOGGING]
-        master = composer.compose([*before, *settings, *most], multirun=True)
-        request.check_hydra(master.hydra)
-        more = {override_key(key): texts for key, texts in added.items() if not {*texts} & {*settings, *kept}}
-        axes: dict[str, list[design.Arm]] = {key: [(text,) for text in texts] for key, texts in more.items()}
-        if known.looks:
-            more_seeds = range(len(known.by_seed) + 1, (master.sweep.max_seeds or 0) + 1)
-            axes["seed"] = [(f"seed={seed}",) for seed in more_seeds]
-        axes |= _together(composer, list(master.sweep.together), kept, more)
-        jobs, trials = _tuned(composer, master, folder, known, listed, runs, axes, kept)
-    for device in {job.config.train.device for job in jobs}:
-        engines.check(master.hydra.launcher, device)
-    hydra = [*(text for text in flags.overrides if is_hydra(text)), *settings]
-    told = [text for key, text in design.asked(jobs).items() if key != "seed" or not known.looks]
-    argv = ["-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *told, *hydra]
-    where, notes = began_in if began_in.is_dir() else None, tuple(_gone_note(gone))
-    looks = tuple(known.looks)
-    asked = request.Request(tuple(jobs), True, folder, master, tuple(argv), resumed=True, cwd=where, notes=notes)
-    return dataclasses.replace(asked, looks=looks, trials=tuple(trials), tuned=known.tuning)
+        words, absent = _words(composer, before, list(listed.values()), typed)
+        whole = request.compose(composer, request.read(composer, words), multirun=True, absent=absent)
+    key, tried = (known.tuning.key, known.tuning.jobs) if known.tuning else ("", {})
+    again = any(schema.is_housekeeping(override.key_or_group) for override in typed)
+    return dataclasses.replace(
+        whole,
+        jobs=tuple(_placed(whole.jobs, listed, runs, folder, tuned=key, again=again)),
+        trials=tuple(_placed(whole.trials, tried, runs, folder, again=again)),
+        tuned=known.tuning,
+        looks=tuple(known.looks),
+        folder=folder,
+        argv=("-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *words),
+        resumed=True,
+        cwd=began_in if began_in.is_dir() else None,
+        notes=tuple(_gone_note(gone)),
+    )
 
 
-def _together(
-    composer: Composer, had: Sequence[str], kept: list[str], typed: Mapping[str, Sequence[str]]
-) -> dict[str, list[design.Arm]]:
-    """The arms that a `sweep.together` among the overrides `kept` adds; that one gets those of before too.
+def _words(
+    composer: Composer, before: list[str], listed: Sequence[Sequence[str]], typed: Sequence[Override]
+) -> tuple[list[str], set[str]]:
+    """What to type to ask for the jobs of before with what is typed now, and the keys that some jobs are not told.
 
-    `typed`: the overrides of the keys typed by themselves.
+    `before`: the command line of before; `listed`: the overrides of its jobs.
     """
-    before = request.moving(composer, had)
-    arms = itertools.chain(*design.together(before, typed).values())
-    at = next((at for at, text in enumerate(kept) if text.startswith("sweep.together=")), None)
-    if at is None:
-        return {}
-    value = request.read(composer, [kept[at]])[0].value()
+    sweep = request.rules(composer.compose(before, multirun=True))
+    told = design.asked(listed, sweep)
+    keys = [{*map(override_key, texts)} for texts in listed]
+    absent = {key for key in told if not (schema.is_housekeeping(key) or all(key in each for each in keys))}
+    hydra = [text for text in before if is_hydra(text)]
+    for key, texts in request.axes(typed).items():
+        values, had = list(map(_value, texts)), told.get(key, [])
+        if is_hydra(key):
+            hydra += texts
+        elif key == "sweep.together":
+            told[key] = [_together(composer, sweep.together, texts)]
+        elif schema.is_housekeeping(key):
+            told[key] = values
+        elif key == "experiment" and values != had:
+            raise BadRequest(f"{texts[0]}: a study is a sweep of its own; leave out resume to start it")
+        elif key == sweep.budget:
+            told["sweep.over"] = [quoted(",".join([str(sweep.over), *values]))]
+        else:
+            absent |= {key} - told.keys()
+            full_set = sweep.design is Design.leave_one_out and key != "seed"  # whose value is the last
+            told[key] = list(dict.fromkeys([*values, *had] if full_set else [*had, *values]))
+    return [*(f"{key}={','.join(values)}" for key, values in told.items()), *hydra], absent
+
+
+def _together(composer: Composer, had: Sequence[str], texts: list[str]) -> str:
+    """The value of `sweep.together` with the arms of before and then those typed, `texts`."""
+    before, value = request.moving(composer, had), request.read(composer, texts)[0].value()
     more = request.moving(composer, value if isinstance(value, list) else [])
     if before and before.keys() != more.keys():
         why = f"the sweep began with {' and '.join(before)}"
         raise BadRequest(f"sweep.together: {', '.join(more)}: {why}; name those, or start a new sweep")
-    axis = design.together({key: more[key] for key in before or more}, typed)
-    each = zip(*dict.fromkeys([*arms, *itertools.chain(*axis.values())]), strict=True)
-    lists = (f"{key}={','.join(map(_value, texts))}" for key, texts in zip(before or more, each, strict=True))
-    kept[at] = f"sweep.together={request.as_list(lists)}"
-    return axis
+    axes = (design.together({key: each[key] for key in before or more}, {}) for each in (before or more, more))
+    arms = dict.fromkeys(itertools.chain.from_iterable(itertools.chain(*axis.values()) for axis in axes))
+    columns = zip(before or more, zip(*arms, strict=True), strict=True)
+    return request.as_list(f"{key}={','.join(map(_value, column))}" for key, column in columns)
+
+
+def _placed(
+    jobs: Sequence[Job],
+    listed: Mapping[str, list[str]],
+    runs: Mapping[str, tuple[RunConfig, list[str]]],
+    folder: Path,
+    *,
+    tuned: str = "",
+    again: bool,
+) -> list[Job]:
+    """The jobs of before in their folders, then those of `jobs` that compute something else, in new folders.
+
+    `listed`, `runs`: by folder the overrides of the jobs of before, and what those that were begun have on disk.
+    `tuned`: the key of which each job has its arm's value. `again`: the configuration is written anew where not done.
+    """
+
+    def computing(texts: Iterable[str]) -> frozenset[str]:
+        told = {text: override_key(text) for text in texts}
+        return frozenset(text for text, key in told.items() if key != tuned and not schema.is_housekeeping(key))
+
+    told, found = {computing(job.overrides): dataclasses.replace(job, folder="") for job in jobs}, list[Job]()
+    for name, texts in listed.items():
+        job = told.pop(computing(texts), None)
+        if name in runs:
+            of, overrides = runs[name]
+            alike = job is not None and (tuned or schema.identity(job.config) == schema.identity(of))
+            if job is None or not (again and alike):
+                job = Job(tuple(overrides), of)
+            # a diverged run would diverge again: that is its result
+            done = record.row(folder / name, folder)["state"] in ("done", "diverged")
+            found.append(dataclasses.replace(job, folder=name, done=done))
+        elif job is not None:  # where the folder is there it is damaged, and the job gets another
+            found.append(job if (folder / name).exists() else dataclasses.replace(job, folder=name))
+    known = {schema.identity(job.config) for job in found}
+    for job in told.values():
+        if (identity := schema.identity(job.config)) not in known:
+            known.add(identity)
+            found.append(job)
+    place = next(iter(listed), "").rpartition("/")[0]
+    return request.named(found, _free(folder / place, listed), f"{place}/" if place else "")
 
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
-    """Refuse what would change by what rule a sweep ends, or what it asks, once it has begun."""
+    """Refuse to change a sweep's design or its rule of when to end, once it has begun."""
     fixed = ["sweep.until", "sweep.over", "sweep.min_seeds", "sweep.tune", "sweep.tune_seeds"]
     fixed += ["sweep.design", "sweep.control", *["sweep.margin", "sweep.together"] * bool(known.looks)]
     fixed += [known.tuning.key] if known.tuning else []
@@ -285,7 +316,7 @@ def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) ->
 
 
 def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dict[str, Any]]:
-    """The runs of a sweep by folder, with their overrides, and what they have for keys that are none today.
+    """The runs of a sweep by folder, with their overrides; and their values of keys that no longer exist.
 
     Raises:
         BadRequest: they differ in such a key, so that which of them is which job cannot be told.
@@ -306,108 +337,8 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
     return runs, gone
 
 
-def _tuned(
-    composer: Composer,
-    master: Any,
-    folder: Path,
-    known: record.Sweep,
-    listed: Mapping[str, list[str]],
-    runs: Mapping[str, tuple[RunConfig, list[str]]],
-    axes: dict[str, list[design.Arm]],
-    kept: Sequence[str],
-) -> tuple[list[Job], list[Job]]:
-    """The jobs as `_jobs` has them, and the runs that tune their arms, those of new arms too."""
-    if known.tuning is None:
-        return _jobs(composer, master, folder, listed, runs, axes, kept), []
-    key, now = (
-        known.tuning.key,
-        [text for text in listed[(known.folders or [""])[0]] if schema.is_housekeeping(override_key(text))],
-    )
-    first = next(iter(known.tuning.arms[0].runs))
-    # a job whose arm has no value yet is composed with one
-    listed = {
-        name: texts if key in map(override_key, texts) else [*texts, f"{key}={first}"] for name, texts in listed.items()
-    }
-    jobs = _jobs(composer, master, folder, listed, runs, axes, kept, key)
-    tuning.check(jobs, multirun=True, basic=True)
-    tried = {
-        name: [*now, *arm.overrides, f"{key}={value}", f"seed={seed}"]
-        for arm in known.tuning.arms
-        for value, names in arm.runs.items()
-        for name, seed in zip(names, known.tuning.seeds, strict=True)
-    }
-    trials = tuning.trials(composer, master, jobs, _jobs(composer, master, folder, tried, runs, {}, kept))
-    return jobs, request.named(trials, _free(folder / record.TUNING, tried), f"{record.TUNING}/")
-
-
-def _jobs(
-    composer: Composer,
-    master: Any,
-    folder: Path,
-    listed: Mapping[str, list[str]],
-    runs: Mapping[str, tuple[RunConfig, list[str]]],
-    axes: dict[str, list[design.Arm]],
-    kept: Sequence[str],
-    key: str = "",
-) -> list[Job]:
-    """The jobs of before, then those that they become with each value of the axes, where there is none yet.
-
-    `kept`: overrides that change no result, for all that is to do. `key`: that makes no other job, for it is tuned.
-    """
-    study = axes.pop("experiment", [])
-    if study and any(study[0][0] not in overrides for overrides in listed.values()):
-        raise BadRequest(f"{study[0][0]}: a study is a sweep of its own; leave out resume to start it")
-    changed = {override_key(text): text for text in kept}
-    told = {
-        name: list(({override_key(text): text for text in texts} | changed).values()) for name, texts in listed.items()
-    }
-    again = {name: texts for name, texts in told.items() if kept or name not in runs}
-    new = _gained(list(told.values()), axes, master.sweep, key)
-    composed = list(composer.jobs(master, [*again.values(), *new]))
-    at_place, jobs = dict(zip(again, composed, strict=False)), list[Job]()
-    for name in listed:
-        job = at_place.get(name)
-        if name in runs:
-            of, overrides = runs[name]
-            if job is None or schema.identity(job.config) != schema.identity(of):
-                job = Job(tuple(overrides), of)
-            # a diverged run would diverge again: that is its result
-            done = record.row(folder / name, folder)["state"] in ("done", "diverged")
-            jobs.append(dataclasses.replace(job, folder=name, done=done))
-        elif job is not None:  # where the folder is there it is damaged, and the job gets another
-            jobs.append(job if (folder / name).exists() else dataclasses.replace(job, folder=name))
-    known = {schema.identity(job.config) for job in jobs}
-    for job in composed[len(again) :]:
-        if (identity := schema.identity(job.config)) not in known:
-            known.add(identity)
-            jobs.append(job)
-    jobs = list(map(tuning.bare, jobs)) if key else jobs
-    place = next(iter(listed)).rpartition("/")[0]
-    return request.named(jobs, _free(folder / place, listed), f"{place}/" if place else "")
-
-
-def _gained(
-    told: Sequence[list[str]], axes: Mapping[str, list[design.Arm]], sweep: Any, key: str
-) -> Iterable[list[str]]:
-    """What jobs, by their overrides, become with each value of the axes, where the design of their sweep has it."""
-
-    def untuned(texts: Sequence[str]) -> frozenset[str]:
-        return frozenset(text for text in texts if override_key(text) != key)
-
-    new = dict[frozenset[str], list[str]]()
-    for arms in itertools.product(*([(), *arms] for arms in axes.values())):
-        more = {override_key(text): text for text in itertools.chain(*arms)}
-        for texts in told if more else ():
-            whole = list(({override_key(text): text for text in texts} | more).values())
-            if design.belongs(whole, told[0], sweep):
-                new.setdefault(untuned(whole), whole)
-    for texts in told:
-        new.pop(untuned(texts), None)
-    return new.values()
-
-
 def _free(folder: Path, names: Iterable[str]) -> int:
-    """A number above those of the folders in a folder, and of others that were planned."""
+    """The first number that no folder there has, nor any of the planned `names`."""
     known = [*map(Path, names), *(folder.iterdir() if folder.is_dir() else ())]
     heads = [path.name.partition("_")[0] for path in known]
     return max((int(head) for head in heads if head.isdigit()), default=-1) + 1

@@ -17,12 +17,11 @@ from gpt2exp.schema import flatten, plain
 from gpt2exp.section import BadRequest, home, show
 from gpt2exp.sweep.composing import Job
 
-COMPUTING = ("code", "torch", "numpy", "tiktoken")
-"""Versions that a run's losses may depend on."""
+COMPUTING = ("code", "torch", "numpy", "tiktoken")  # versions that a run's losses may depend on
 
 
 def found(jobs: Sequence[Job], texts: Mapping[tuple[Any, ...], str], own: Path) -> tuple[list[Job], list[str]]:
-    """The jobs, those with the run that counts as theirs which have one, and what to say of it, a line each.
+    """The jobs, each with the earlier run that counts as it, if any; and lines that say what was taken and what not.
 
     A run counts that ended with the same configuration, but for what changes no result, the same text, and the same
     versions of what computes. Other hardware, and runs beside it, only keep its speed from being compared.
@@ -68,7 +67,7 @@ def _match(
     texts: Mapping[tuple[Any, ...], str],
     now: Mapping[str, str],
 ) -> tuple[Job, str]:
-    """The job that a run is nearest to, and why it is not that job; empty if it is.
+    """The job nearest to a run, and in what they differ; empty if in nothing.
 
     `now`: the versions at work.
     """
@@ -91,7 +90,7 @@ def _match(
 
 
 def take(job: Job, folder: Path) -> None:
-    """Put the record of the run that counts as a job's into the job's folder, last what says that it has ended."""
+    """Copy the record of the run that counts as a job into the job's folder; `summary.json`, which ends it, last."""
     source = Path(job.reused["from"])
     summary = {**record.read_summary(source), "overrides": list(job.overrides), "config": plain(job.config)}
     for name in ("metrics.jsonl", "status.json"):

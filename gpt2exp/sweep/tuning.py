@@ -25,7 +25,7 @@ from gpt2exp.sweep.composing import Composer, Job, describe
 
 
 def first(composer: Composer, sweep: SweepConfig, told: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The tuned key at the first of its values, with which jobs are composed until their arm's own is known.
+    """The tuned key at its first value, with which jobs are composed until their arm's own is chosen.
 
     Raises:
         BadRequest: it is no key that can be tuned, or one that was `told` a value or swept.
@@ -42,49 +42,40 @@ def first(composer: Composer, sweep: SweepConfig, told: Mapping[str, Sequence[st
     return {key: [f"{key}={values[0]}"]}
 
 
-def check(jobs: Sequence[Job], *, multirun: bool, basic: bool) -> None:
-    """Refuse jobs of which there are no arms to tune, or whose seeds are those to tune on."""
-    sweeps = [job.config.sweep for job in jobs if job.config.sweep.tune]
-    if not sweeps:
+def check(jobs: Sequence[Job]) -> None:
+    """Refuse `sweep.tune` without arms, or with seeds that are compared too."""
+    tune, seeds = jobs[0].config.sweep.tune, jobs[0].config.sweep.tune_seeds
+    if not tune:
         return
-    what, tune, seeds = "what to compare, such as optimizer=adamw,sgd", sweeps[0].tune, sweeps[0].tune_seeds
-    require(multirun, "sweep.tune", tune, "one run has no arms to compare", f"add -m, and {what}")
-    ok = basic and len({(sweep.tune, str(sweep.tune_seeds)) for sweep in sweeps}) == 1
-    require(ok, "sweep.tune", tune, "it takes the basic sweeper and one rule for all jobs", "name one of each")
     arms = {arm_of(job.overrides, key_and_values(tune)[0]) for job in jobs}
-    require(len(arms) > 1, "sweep.tune", tune, "nothing varies but the seed", f"add {what}")
+    remedy = "add what to compare, such as optimizer=adamw,sgd"
+    require(len(arms) > 1, "sweep.tune", tune, "nothing varies but the seed", remedy)
     compared = {job.config.seed for job in jobs}
     both, free = sorted(compared & {*seeds}), max(100, *compared, *seeds) + 1
     why, others = f"{', '.join(map(str, both))} would be compared too", range(free, free + len(seeds))
     require(not both, "sweep.tune_seeds", seeds, why, f"try sweep.tune_seeds={','.join(map(str, others))}")
 
 
-def untold(job: Job) -> list[str]:
-    """A job's overrides without the one of the tuned key."""
-    key = key_and_values(job.config.sweep.tune)[0]
-    return [text for text in job.overrides if not key or override_key(text) != key]
+def untold(overrides: Sequence[str], tune: str | None) -> list[str]:
+    """Overrides without the one of the tuned key."""
+    key = key_and_values(tune)[0]
+    return [text for text in overrides if not key or override_key(text) != key]
 
 
-def bare(job: Job) -> Job:
-    """A job without its value of the tuned key, unless its folder says what it is."""
-    return job if job.own is None else replace(job, overrides=tuple(untold(job)))
-
-
-def trials(composer: Composer, master: Any, jobs: Sequence[Job], known: Sequence[Job] = ()) -> list[Job]:
-    """The runs that tune the arms of some jobs: those `known`, then those of the arms that have none, not named yet."""
-    if not jobs or not (asked := jobs[0].config.sweep).tune:
+def trials(composer: Composer, master: Any, jobs: Sequence[Job]) -> list[Job]:
+    """The runs that tune the arms of some jobs, not named yet."""
+    asked = jobs[0].config.sweep
+    if not asked.tune:
         return []
     key, values = key_and_values(asked.tune)
-    before = {arm_of(job.overrides, key) for job in known}
-    arms = dict.fromkeys(arm for job in jobs if (arm := arm_of(job.overrides, key)) not in before)
+    arms = dict.fromkeys(arm_of(job.overrides, key) for job in jobs)
     kept = [text for text in jobs[0].overrides if is_housekeeping(override_key(text))]
     each = itertools.product(arms, values, asked.tune_seeds)
-    texts = ([*kept, *arm, f"{key}={value}", f"seed={seed}"] for arm, value, seed in each)
-    return [*known, *composer.jobs(master, texts)]
+    return list(composer.jobs(master, ([*kept, *arm, f"{key}={v}", f"seed={seed}"] for arm, v, seed in each)))
 
 
 def recorded(jobs: Sequence[Job], known: record.Tuning | None = None) -> record.Tuning | None:
-    """What `sweep.json` says of named tuning runs; the values that are chosen already are those `known`."""
+    """The tuning runs as `sweep.json` records them; `known`: of an earlier launch, with the values it chose."""
     if not jobs:
         return None
     key, values = key_and_values(jobs[0].config.sweep.tune)
@@ -101,7 +92,7 @@ def recorded(jobs: Sequence[Job], known: record.Tuning | None = None) -> record.
 
 
 def announced(tuning: record.Tuning, trials: int, jobs: int) -> str:
-    """How many jobs each stage has to do, for a dry run."""
+    """How many jobs each stage has, for a dry run."""
     shape = f"{len(tuning.arms)} arms x {len(tuning.arms[0].runs)} values x {len(tuning.seeds)} seeds"
     seeds = ", ".join(map(str, tuning.seeds))
     text = f"first {trials} jobs that tune {tuning.key} ({shape}: {seeds}), at {', '.join(tuning.arms[0].runs)}"
@@ -137,10 +128,9 @@ def settle(sweep: Path, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
 
 
 def _at(job: Job, key: str, value: str) -> Job:
-    """A job at a value of a key; one that has begun has it already."""
+    """A job at a value of a key; a job that has begun has it already."""
     if job.own is None:
         return job
     own, told = copy.deepcopy(job.own), (*job.overrides, f"{key}={value}")
     put(own, key, OverridesParser.create().parse_override(f"{key}={value}").value())
-    settings = job.hydra | {"overrides": job.hydra["overrides"] | {"task": list(told)}}
-    return replace(job, overrides=told, own=own, config=parse(own), hydra=settings)
+    return replace(job, overrides=told, own=own, config=parse(own))

@@ -631,7 +631,7 @@ def test_a_local_dataset_is_streamed(dataset: Path, cold: Path, monkeypatch: pyt
     assert (source.name, source.revision) == ("dataset", None)
     monkeypatch.setitem(sys.modules, "datasets", None)  # the second time nothing of it is needed
     assert tokens.prepare(hub(dataset)) == source
-    with pytest.raises(BadRequest, match=r"^data=hub: needs the datasets library; pip install 'gpt2exp\[datasets\]'$"):
+    with pytest.raises(BadRequest, match=r"^data=hub: needs datasets; pip install 'gpt2exp\[datasets\]'$"):
         tokens.prepare(hub(dataset, max_tokens=3))
 
 

@@ -596,11 +596,11 @@ def test_export_refused(tmp_path: Path, saved: dict[bool, Path], capsys: pytest.
     (tmp_path / "full" / "mine.txt").write_text("mine")
     rows = [
         (["nowhere", "out"], "nowhere: no such folder", "runs/DAY/TIME-ID"),
-        (["sweep", "out"], "sweep: a sweep; name one run of it, such as sweep/00", ""),
+        (["sweep", "out"], "sweep: a sweep; name one, such as sweep/00", ""),
         (["sweep/000", "out"], "sweep/000: this run saved no checkpoint", "checkpoint.save_last=true"),
         ([f"{place}/checkpoints", "out"], f"{place}/checkpoints: holds checkpoints of a run", f"name the run: {place}"),
         ([f"{place}/checkpoints/step_000002", "out"], f"{place}/checkpoints/step", f"name the run: {place}"),
-        ([str(saved[True]), "out"], f"{saved[True]}: no run's folder", "runs/DAY/TIME-ID"),
+        ([str(saved[True]), "out"], f"{saved[True]}: not a run's folder", "runs/DAY/TIME-ID"),
         ([str(place), "out"], f"{place}: model.vocab_size=50256 is less than the 50257", "model.vocab_size=50257"),
         ([str(place), "full"], "full: already holds files", "name a new folder"),
         ([str(place), "full/mine.txt"], "full/mine.txt: a file", "name a new folder"),

@@ -280,7 +280,7 @@ codes = []
 def trial():
     os.environ |= {"WANDB_RUN_ID": "abc", "WANDB_SWEEP_ID": "sweep1"}
     wandb.teardown()
-    with process.heralded(lambda: None), process.terminable():
+    with process.heralded(), process.heralded():
         codes.append(train.command([*sys.argv[1:], "hydra.run.dir=alone"]))
         codes.append(train.command(["-m", "seed=1,2", *sys.argv[1:], "hydra.sweep.dir=sweep"]))
 thread = threading.Thread(target=trial)

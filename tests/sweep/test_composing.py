@@ -85,6 +85,12 @@ def test_how_often_hydra_composes(words: list[str], expected: int, monkeypatch: 
     assert len({job.folder for job in jobs}) == len(jobs)
 
 
+def test_tokens_per_step_as_an_axis() -> None:
+    """What the first job's makes of `grad_accum_steps` is not the next one's."""
+    jobs = request.make(composing.arguments(["-m", "model=nano", "train.tokens_per_step=256,512,128"])).jobs
+    assert [job.config.train.grad_accum_steps for job in jobs] == [2, 4, 1]
+
+
 def test_a_bad_value_in_the_last_job() -> None:
     """It is refused though Hydra composed the first alone."""
     with pytest.raises(section.BadRequest, match=r"^train\.seq_len=4096: "):

@@ -95,7 +95,7 @@ class TestTogether:
             (["-m", "sweep.together=model.n_embd=16,x;optimizer.lr=1e-3,5e-4"], r"model\.n_embd=x: must be a whole"),
             (["-m", "sweep.together=model.n_embd=16,32;seed=1,2"], r"sweep\.together: seed=1 is no arm to compare"),
             (["-m", "sweep.together=model.n_embd=16,32;wandb.project=a,b"], r"sweep\.together: wandb\.project=a is no"),
-            ([SIZES], r"sweep\.together=\[model\.n_embd=16,32,optimizer\.lr=1e-3,5e-4\]: one run has no arms; add -m"),
+            ([SIZES], r"sweep\.together=\[model\.n_embd=16,32,optimizer\.lr=1e-3,5e-4\]: one run has no arms"),
             (["-m", SIZES, "hydra/sweeper=lr_search"], r"sweep\.together=.*: it takes the basic sweeper"),
         ],
     )  # fmt: skip
@@ -279,7 +279,7 @@ class TestDesign:
             (["-m", *CUBE, "sweep.design=leave_one_out"],
              r"sweep\.design=leave_one_out: model\.n_layer has 3 values, so that nobody knows which"),
             (["-m", "seed=1,2", "sweep.design=one_at_a_time"], r"sweep\.design=one_at_a_time: nothing varies"),
-            (["sweep.design=one_at_a_time"], r"sweep\.design=one_at_a_time: one run has no arms; add -m"),
+            (["sweep.design=one_at_a_time"], r"sweep\.design=one_at_a_time: one run has no arms to compare; add -m"),
             (["-m", *CUBE, "sweep.design=star"], r"sweep\.design=star: no such value; choose one of product, one_at"),
             (["-m", *CUBE, "sweep.design=product,leave_one_out"], r"sweep\.design=product, sweep\.design=leave_one"),
             (["-m", *CUBE, "sweep.control=true"], r"sweep\.control=true: data\.order=sequential has no other order"),

@@ -172,7 +172,7 @@ def test_a_speed_that_was_measured_otherwise(
     [
         (["-m", "seed=1,2", "sweep.reuse=nowhere"], r"sweep\.reuse=nowhere: no such folder; name run or sweep"),
         (["-m", "seed=1,2", "sweep.reuse=empty"], r"sweep\.reuse=empty: holds no run"),
-        (["sweep.reuse=empty"], r"sweep\.reuse=\[empty\]: one run has no arms; add -m"),
+        (["sweep.reuse=empty"], r"sweep\.reuse=\[empty\]: one run has no arms to compare; add -m"),
     ],
 )
 def test_refused(typed: list[str], line: str, tmp_path: Path) -> None:

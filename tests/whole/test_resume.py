@@ -255,9 +255,9 @@ class TestRefused:
             (done / "checkpoints", f"name the run: resume={done.resolve()}"),
             (done / "checkpoints" / "step_000006", f"name the run: resume={done.resolve()}"),
             (done.parent, f"name one, such as resume={done}"),
-            (tmp_path / "compared", "holds a comparison"),
+            (tmp_path / "compared", "not a run's or a sweep's folder"),
             (tmp_path, "a folder above"),
-            (done / ".hydra", "neither a run's folder nor a sweep's"),
+            (done / ".hydra", "not a run's or a sweep's folder"),
             (broken, "cannot be read"),
         ):
             with pytest.raises(BadRequest, match=r"^resume=") as caught:
@@ -544,5 +544,5 @@ class TestSweep:
         assert {job.config.wandb.mode.value for job in request.jobs} == {"offline"}
         with pytest.raises(BadRequest, match="a study is a sweep of its own"):
             asked(f"resume={sweep}", "experiment=precision")
-        with pytest.raises(BadRequest, match=r"^hydra\.sweep\.subdir=x: the jobs of a sweep that goes on keep their"):
+        with pytest.raises(BadRequest, match=r"^hydra\.sweep\.subdir=x: resume= and the comparison name the folders"):
             asked(f"resume={sweep}", "hydra.sweep.subdir=x")

@@ -195,7 +195,7 @@ def test_folders_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "config.json").write_text("{}")
     for folder, start in (
         (tmp_path / "none", f"{tmp_path / 'none'}: no such folder"),
-        (place.parent, f"{place.parent}: a folder above runs; name one run of it, such as {place}"),
+        (place.parent, f"{place.parent}: a folder above runs; name one, such as {place}"),
         (place / "checkpoints", f"{place / 'checkpoints'}: holds checkpoints of a run; name the run: {place}"),
         (tmp_path, f"{tmp_path}: has no model.safetensors"),
     ):
