@@ -104,10 +104,11 @@ class Record:
 def results(study: str, comparison: Comparison) -> str:
     """A study's part of the page, between the markers."""
     record = Record(study)
-    pictures = [path for kind in sorted(FIGURES.get(study, ())) if (path := record.beside(f"{kind}.png")).is_file()]
     table = report.effects(comparison, METRICS[study]) if study in METRICS else losses(comparison)
     # where GPT-2's own part leads, the small model's sentences would repeat it
     leads = Record(f"{study}/gpt2").stem.with_suffix(".csv").is_file()
+    pictures = [path for kind in sorted(FIGURES.get(study, ())) if (path := record.beside(f"{kind}.png")).is_file()]
+    pictures = [] if leads and not comparison.tuning else pictures
     spared = ("- note: no compute multiplier", "- **↔")  # `gaps` says in a line how far precisions stray
     told = [line for line in report.verdicts(comparison) if not line.startswith(spared)]
     if record.block in ("until", "equal_parameters"):
@@ -119,7 +120,7 @@ def results(study: str, comparison: Comparison) -> str:
         [line for line in report.tuning(comparison) if ": best at " not in line]
         if comparison.tuning and not leads
         else [],
-        [] if leads and not comparison.tuning else [" ".join(f"![{path.stem}]({path.name})" for path in pictures)],
+        [" ".join(f"![{path.stem}]({path.name})" for path in pictures)] if pictures else [],
         [provenance(record.stem.with_suffix(".json"))],
         *([extra(runs_of(study))] for extra in EXTRAS.get(study, [])),
     ]
