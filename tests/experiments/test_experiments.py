@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import json
 import math
 import re
 import shutil
@@ -114,7 +113,8 @@ def test_a_sweep_becomes_a_finding(
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_study_has_its_finding(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FINDINGS))
-    record = importlib.import_module("publish").Record(study)
+    publish = importlib.import_module("publish")
+    record = publish.Record(study)
     folder, page = record.page.parent, record.page.read_text()
     for heading in ("**Question.**", "**What is said.**", "**Method.**", "## Result", "## Reading", "## Limits"):
         assert heading in page
@@ -128,9 +128,9 @@ def test_a_study_has_its_finding(study: str, monkeypatch: pytest.MonkeyPatch) ->
         runs = list(csv.DictReader(file))
     assert len({run["seed"] for run in runs}) >= 5
     assert {run["state"] for run in runs} == {"done"}
-    shared = json.loads(record.stem.with_suffix(".json").read_text())["shared"]
-    assert re.fullmatch("[0-9a-f]{40}", shared["git.commit"])
-    assert shared["git.dirty"] is False, "findings come from committed code"
+    for known in (publish.facts(study, run) for run in runs):
+        assert re.fullmatch("[0-9a-f]{40}", known["git.commit"])
+        assert known["git.dirty"] is False, "findings come from committed code"
 
 
 @pytest.mark.parametrize("study", [study for study in STUDIES if study not in ("first_steps", "throughput")])
