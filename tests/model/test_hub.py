@@ -281,8 +281,8 @@ def test_the_first_loss_is_the_one_transformers_computes(
     assert launch.command([*QUIET, *words]) == 0
     out = capsys.readouterr().out
     summary = read(the_run(tmp_path) / "summary.json")
-    text = torch.from_numpy(tokens.prepare(DataConfig()).map()[: 4 * 32 + 1].astype("int64"))
-    x, y = text[:-1].view(4, 32), text[1:].view(4, 32)
+    text = torch.from_numpy(tokens.prepare(DataConfig()).map()[: 2 * 8 + 1].astype("int64"))
+    x, y = text[:-1].view(2, 8), text[1:].view(2, 8)  # the batch of SMALL
     with torch.no_grad():
         logits = theirs(tie=tie)(x).logits
     expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()))
