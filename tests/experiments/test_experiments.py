@@ -223,3 +223,11 @@ def test_the_intervals_from_curves_hold_the_truth(monkeypatch: pytest.MonkeyPatc
     assert block((FINDINGS / "coverage" / "README.md").read_text(), "table") == simulate.table(rows)
     again = [row for row in simulate.simulate(sweeps=20) if row["coverage"]]
     assert 0.93 <= np.mean([float(row["coverage"]) for row in again]) <= 0.97
+
+
+def test_growths_page_follows_from_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FINDINGS / "throughput"))
+    growth = importlib.import_module("growth")
+    sizes = growth.read()
+    assert {size.series for size in sizes} == growth.SERIES.keys()
+    assert growth.table(sizes) in (growth.HERE / "README.md").read_text()
