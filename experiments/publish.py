@@ -107,8 +107,8 @@ def results(study: str, comparison: Comparison) -> str:
     table = report.effects(comparison, METRICS[study]) if study in METRICS else losses(comparison)
     # where GPT-2's own part leads, the small model's sentences would repeat it
     leads = Record(f"{study}/gpt2").stem.with_suffix(".csv").is_file()
-    pictures = [path for kind in sorted(FIGURES.get(study, ())) if (path := record.beside(f"{kind}.png")).is_file()]
-    pictures = [] if leads and not comparison.tuning else pictures
+    kinds = () if leads and not comparison.tuning else FIGURES.get(study, ())
+    pictures = [path for kind in sorted(kinds) if (path := record.beside(f"{kind}.png")).is_file()]
     spared = ("- note: no compute multiplier", "- **↔")  # `gaps` says in a line how far precisions stray
     told = [line for line in report.verdicts(comparison) if not line.startswith(spared)]
     if record.block in ("until", "equal_parameters"):

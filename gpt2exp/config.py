@@ -242,7 +242,9 @@ class TrainConfig(Section):
     device: DeviceName = option(DeviceName.auto, "where to compute; auto: cuda, then mps, then cpu")
     compile: bool | str = option(AUTO, "torch.compile the blocks; auto: on CUDA, from 1,000 steps on", choices=SWITCH)
     loss_chunk: int | str = option(AUTO, "rows of logits in memory at a time; auto: 1024", at_least=1, choices=(AUTO,))
-    pad_vocab: bool | str = option(AUTO, "pad the head's rows to a multiple of 64; auto: CUDA, AVX2", choices=SWITCH)
+    pad_vocab: bool | str = option(
+        AUTO, "pad the head with zero rows to a multiple of 64; auto: if faster", choices=SWITCH
+    )
     activation_checkpointing: bool | str = option(AUTO, "recompute activations; auto: to fit in memory", choices=SWITCH)
     log_every: int = option(1, "steps between printed lines and wandb points; metrics.jsonl has every step", at_least=1)
     eval_every: int = option(0, "steps between validations; 0: after the last alone", at_least=0)
@@ -387,7 +389,9 @@ less than it does.
 class SweepConfig(Section):
     """Which jobs a multirun has, and how they are treated."""
 
-    together: list[str] = option([], "keys that move as one: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4'")
+    together: list[str] = option(
+        [], "keys that are one axis: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4'; in a file a list"
+    )
     design: Design = option(Design.product, "product: every combination; else a baseline, and one change at a time")
     control: bool = option(False, "an A/A check: the baseline again in another data order must be indistinguishable")
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
@@ -401,7 +405,9 @@ class SweepConfig(Section):
     prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
     reuse: list[str] = option([], "FOLDER,...: runs there of the same configuration are taken, not run")
     tune: str | None = option(None, "KEY=A,B,C: each arm is compared at its own best value, found on sweep.tune_seeds")
-    tune_seeds: list[int] = option([101, 102], "of sweep.tune: seeds, none compared; 2: 101, 102", at_least=0)
+    tune_seeds: list[int] = option(
+        [101, 102], "of sweep.tune: seeds that are not compared; typed as 2: 101,102", at_least=0
+    )
 
     def agree(self) -> None:
         needs = dict.fromkeys(("min_seeds", "max_seeds", "max_hours"), ("until", "answered"))

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from publish import replace_block
+from publish import replace_block, write_rows
 
 from gpt2exp.data import assets
 from gpt2exp.training.hardware import device_name
@@ -212,10 +212,7 @@ def main(argv: list[str]) -> None:
                 known.append(Size(name, value, *measure(value, Path(folder))))
             print(*known[-1], flush=True)
     known.sort(key=lambda size: (list(SERIES).index(size.series), size.size))
-    with (HERE / "growth.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Size._fields)
-        writer.writerows(known)
+    write_rows(HERE / "growth.csv", [size._asdict() for size in known])
     draw(known)
     about = f"Measured on {time.strftime('%Y-%m-%d')}, {device_name(torch.device('cpu'))}." if chosen else ""
     page = table(known) + f"\n\n![growth](growth.png)\n\n{about or said()}"

@@ -158,7 +158,7 @@ def measure(effect: Effect, speed: Effect, grid: Grid, before: History) -> None:
 
     `speed`: the effect on the speed; where that is not comparable, the steps' factor stands alone.
     """
-    groups = grid.groups({effect.key: (effect.baseline, effect.arm)})[0]
+    groups = grid.pairs(effect.key, effect.arm)
     key = "val_loss" if effect.metric == "val_loss" else "loss"
     curves = [[_curve(grid, group, place, key) for place in (0, 1)] for group in groups]
     said = []

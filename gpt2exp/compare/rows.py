@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 from gpt2exp.compare.inference import pooled_std
-from gpt2exp.config import CONTROL, TOGETHER, Design, RunConfig, moving
+from gpt2exp.config import CONTROL, TOGETHER, Design, RunConfig, key_and_values, moving
 from gpt2exp.run import record, secret
 from gpt2exp.run.metrics import Metric, Summary, number_of
 from gpt2exp.schema import MOVED, flatten, is_housekeeping, plain, stored
@@ -237,7 +237,7 @@ class Grid:
 
     def __init__(self, rows: Sequence[Row], axes: dict[str, list[str]]) -> None:
         self.controlled, self.selective = controlled(rows), selective(rows)
-        overs = {(row["config"]["sweep"].get("over") or "").partition("=")[0].strip() for row in rows}
+        overs = {key_and_values(row["config"]["sweep"].get("over"))[0] for row in rows}
         # the axis that is a budget (`sweep.over`), its arms in ascending order; empty without one
         self.over = next(iter(overs), "") if len(overs) == 1 and overs <= axes.keys() else ""
         if self.over:

@@ -16,6 +16,7 @@ from gpt2exp.compare.tuned import typed
 from gpt2exp.config import TOGETHER
 from gpt2exp.run.metrics import BY_KEY, COLUMNS, number_of, shown
 from gpt2exp.run.terminal import printable
+from gpt2exp.section import override_key
 
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
 OTHERS = {"budget": "⇢", "interaction": "×", "from fp64": "↔"}  # signs of the sentences that are no verdicts
@@ -250,7 +251,7 @@ def _overview(comparison: Comparison) -> str:
     name = BY_KEY[comparison.metric].name
     if comparison.searched:
         ((key, _),), (loss, overrides) = comparison.swept.items(), min(tried)
-        arm = next((text for text in overrides if text.lstrip("+").startswith(f"{key}=")), key)
+        arm = next((text for text in overrides if override_key(text) == key), key)
         text = f"of {len(tried)} values tried, {printable(arm)} ended with the least {name}"
         return f"{text}, {spell(loss, 0.001)}; each ran once, so that no two can be told apart."
     values = [loss for loss, _ in tried]

@@ -85,7 +85,7 @@ def recorded(jobs: Sequence[Job], known: record.Tuning | None = None) -> record.
     for job in jobs:
         arm = arm_of(job.overrides, key)
         of = arms.setdefault(arm, record.Tuned(list(arm), {value: [] for value in values}, chosen.get(arm)))
-        told = next(text for text in job.overrides if text.lstrip("+").startswith(f"{key}="))
+        told = next(text for text in job.overrides if override_key(text) == key)
         of.runs[told.partition("=")[2]].append(job.folder)
     found.arms = list(arms.values())
     return found
