@@ -196,7 +196,7 @@ def draw(sizes: list[Size]) -> None:
                 axis.loglog(x, [getattr(size, key) / getattr(own[0], key) for size in own], marker="o", label=name)
         ends = axis.get_xlim()
         axis.loglog(ends, ends, color="0.7", linestyle="--", label="as the work")
-        axis.set(xlabel="size over the smallest", ylabel=f"{label} over the smallest's", ylim=(0.5, None))
+        axis.set(xlabel="size over the smallest", ylabel=f"{label} over the smallest's")
     axes[0].legend(fontsize=8)
     figure.savefig(HERE / "growth.png", dpi=120)
 
