@@ -57,6 +57,7 @@ def again(known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             for part in sections:
                 section = section.setdefault(part, {})
             section[name] = value
+    config.setdefault("precision", {}).setdefault("library", "torch")  # of records from before there was a choice
     threads = str(known["threads"])
     told = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "WANDB_MODE": "disabled"}
     command = [sys.executable, "-c", AGAIN, json.dumps(config), str(folder)]

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2exp.config import RunConfig
+from gpt2exp.config import ProductLibrary, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface
 from gpt2exp.run import process, terminal
@@ -197,6 +198,7 @@ def hf(config: RunConfig, args: argparse.Namespace) -> Result:
         raise BadRequest("--peer hf: transformers is not installed; pip install 'gpt2exp[bench]'") from error
     import torch
 
+    config = replace(config, precision=replace(config.precision, library=ProductLibrary.torch))  # as its users have it
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with setup.ready(config) as ready, torch.device(ready.device):
         model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))

@@ -65,6 +65,7 @@ class Distributed(StrEnum):
 
 Fallback = StrEnum("Fallback", "emulate error")
 Rounding = StrEnum("Rounding", "truncate nearest")
+ProductLibrary = StrEnum("ProductLibrary", "auto torch onednn")
 DataName = StrEnum("DataName", "tinyshakespeare gutenberg text hub")
 DataOrder = StrEnum("DataOrder", "sequential shuffled")
 DeviceName = StrEnum("DeviceName", "auto cpu cuda mps")
@@ -188,6 +189,9 @@ class PrecisionConfig(Section):
     name: PrecisionName = option(PrecisionName.fp32, "how matrix products are computed; chosen by precision=NAME")
     fallback: Fallback = option(Fallback.emulate, "what tf32 does where the hardware has none")
     rounding: Rounding = option(Rounding.truncate, "of emulated TF32: crop the mantissa, or round to nearest even")
+    library: ProductLibrary = option(
+        ProductLibrary.auto, "of fp32 products on a CPU; auto: onednn on AMD's, elsewhere torch, as PyTorch has it"
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -53,12 +53,11 @@ class HeadLoss(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             words, count = len(weight), len(x)
             weights = (weight if padded is None else padded).to(dtype)
-            logits = torch.empty(min(rows, count), len(weights), dtype=dtype, device=x.device)
             by_x, by_weight = torch.empty_like(x), None
             total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
             for start in range(0, count, rows):
                 part, target = x[start : start + rows].to(dtype), targets[start : start + rows, None]
-                logit = torch.mm(part, weights.t(), out=logits[: len(part)])
+                logit = torch.mm(part, weights.t())
                 of_words = logit[:, :words]
                 p = of_words.to(total.dtype)  # the same memory unless the products are of lower precision
                 chosen, top = p.gather(1, target), p.amax(1, keepdim=True)
@@ -75,6 +74,7 @@ class HeadLoss(torch.autograd.Function):
                     by_weight.addmm_(logit.t(), part)
                 else:
                     by_weight += torch.mm(logit.t(), part)
+                del logit, of_words, p  # the next rows' would stand beside them
             assert by_weight is not None  # there are rows
             ctx.found = by_x, by_weight[:words]
             return total / count

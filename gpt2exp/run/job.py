@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp import choices
-from gpt2exp.config import RunConfig
+from gpt2exp.config import ProductLibrary, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.model import size
@@ -128,7 +128,9 @@ def _train(session: Session, config: RunConfig) -> None:
     if session.saved is not None:  # as the run's first part settled it
         check_same_text(config, source, session.saved.state["data"]["sha256"])
         settled = {key: value for key, value in session.saved.state["settled"].items() if key in setup.SETTLED}
-        config = replace(config, train=replace(config.train, tokens_per_step=None, **settled))
+        library = session.saved.state["precision"].get("library", ProductLibrary.torch)
+        precision = replace(config.precision, library=ProductLibrary(library))
+        config = replace(config, precision=precision, train=replace(config.train, tokens_per_step=None, **settled))
     with setup.ready(config, source) as ready:
         setup.check_text(ready.config, source)
         _describe(session, ready)

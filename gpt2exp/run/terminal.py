@@ -162,6 +162,7 @@ class View:
         init = f"{config.init.scheme}, residual scaling {'on' if config.init.residual_scaling else 'off'}"
         if config.init.scheme is InitScheme.pretrained:
             init = f"pretrained from {config.init.path}"
+        by = ", multiplied by oneDNN" if precision["library"] == "onednn" else ""
         rows = {
             "model": f"{parameters['total'] / 1e6:,.1f}M parameters: {model.n_layer} layers, {model.n_head} heads, "
             f"{model.n_embd} wide, {'tied' if model.tie_weights else 'untied'}; init {init}, "
@@ -169,7 +170,7 @@ class View:
             "device": f"{facts['device']}, {facts['threads']} threads{shared}; "
             f"about {facts['estimated_memory_bytes'] / 2**30:.1f} GiB needed{' by each' if shared else ''}",
             "precision": f"{precision['requested']} requested, {precision['effective']}{emulated}: "
-            f"a matrix product is off by {precision['matmul_relative_error']:.1e}",
+            f"a matrix product is off by {precision['matmul_relative_error']:.1e}{by}",
             "data": f"{data['name']}: {data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} to validate, "
             f"{data['distinct_tokens']:,} of {model.vocab_size:,} ids occur",
             "batch": f"{batch} x {train.steps:,} steps ({per_epoch:,} steps an epoch)",

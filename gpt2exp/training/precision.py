@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2exp.config import Fallback, PrecisionConfig, PrecisionName, Rounding
+from gpt2exp.config import Fallback, PrecisionConfig, PrecisionName, ProductLibrary, Rounding
 from gpt2exp.section import BadRequest
+from gpt2exp.training import products
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Precision:
     emulated: bool
     matmul_relative_error: float
     attention_relative_error: float
+    library: str = "torch"  # of fp32 products on a CPU: `torch` (PyTorch's own choice) or `onednn`
 
     @property
     def weights(self) -> torch.dtype:
@@ -52,7 +54,8 @@ def _dtype(name: str | None) -> torch.dtype | None:
 @contextlib.contextmanager
 def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision]:
     """Compute as `config` says inside the block, and then as before; `BadRequest` where this hardware cannot."""
-    with _matmul(config.name.matmul):
+    library = products.settle(config.library, device)
+    with _matmul(config.name.matmul), products.applied(library):
         if device.type == "mps" and config.name.weights == "float64":
             raise BadRequest(f"precision={config.name}: Apple's GPUs have no double precision; add train.device=cpu")
         with cast(device, _dtype(config.name.autocast)):
@@ -69,15 +72,19 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
                 )
             with _emulated(config.rounding):
                 matmul, attention = probe(device)
-                yield Precision(str(config.name), classify(matmul), True, matmul, attention)
+                yield Precision(str(config.name), classify(matmul), True, matmul, attention, str(library))
         else:
-            yield Precision(str(config.name), effective, False, matmul, attention)
+            yield Precision(str(config.name), effective, False, matmul, attention, str(library))
 
 
 @contextlib.contextmanager
 def again(config: PrecisionConfig, got: Precision) -> Iterator[None]:
     """Compute inside the block as `applied` did when it found `got`; nothing is measured again."""
-    with _matmul(config.name.matmul), _emulated(config.rounding) if got.emulated else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_matmul(config.name.matmul))
+        stack.enter_context(products.applied(ProductLibrary[got.library]))
+        if got.emulated:
+            stack.enter_context(_emulated(config.rounding))
         yield
 
 

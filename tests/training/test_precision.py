@@ -183,7 +183,7 @@ class TestApplied:
         for fallback in Fallback:
             with precision.applied(PrecisionConfig(name=PrecisionName.tf32, fallback=fallback), CPU) as got:
                 assert bitwise(a @ b, plain)  # nobody rounds here
-            assert got == precision.Precision("tf32", "tf32", False, 3e-4, 2e-4)
+            assert got == precision.Precision("tf32", "tf32", False, 3e-4, 2e-4, got.library)
 
     def test_fp32_that_the_hardware_does_not_keep_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(precision, "probe", lambda *_: (3e-3, 3e-3))
