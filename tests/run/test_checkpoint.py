@@ -21,12 +21,23 @@ from safetensors import safe_open
 from support import SMALL, read, run
 from torch import Tensor
 
-from gpt2exp.config import CheckpointConfig, DataConfig, DataOrder, InitConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2exp.config import (
+    CheckpointConfig,
+    DataConfig,
+    DataOrder,
+    InitConfig,
+    ModelConfig,
+    PrecisionConfig,
+    ProductLibrary,
+    RunConfig,
+    TrainConfig,
+)
 from gpt2exp.data.batches import Windows
 from gpt2exp.model import init
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import checkpoint, record
+from gpt2exp.run.job import as_begun
 from gpt2exp.section import BadRequest
 from gpt2exp.training import distributed, hardware, optimizer_state
 from gpt2exp.training.optimizers import AdamW
@@ -415,3 +426,12 @@ class TestRestore:
     def test_untied_into_tied(self) -> None:
         with pytest.raises(BadRequest, match=r"model\.tie_weights=true: .*try model\.tie_weights=false"):
             init.load_weights(trained(0).model, dict(trained(0, tie=False).model.named_parameters()))
+
+
+def test_what_the_first_part_settled_is_kept() -> None:
+    state = {"settled": {"batch_size": 2, "compile": True, "of another version": 1}, "precision": {"library": "onednn"}}
+    began = as_begun(RunConfig(train=TrainConfig(batch_size="auto")), state)
+    assert (began.train.batch_size, began.train.compile, began.precision.library) == (2, True, "onednn")
+    for asked in ProductLibrary:  # a checkpoint from before there was a choice
+        config = RunConfig(precision=PrecisionConfig(library=asked))
+        assert as_begun(config, {"settled": {}, "precision": {}}).precision.library == "torch"
