@@ -7,6 +7,7 @@ then block and GPT. Shapes in comments: B sequences, T tokens, C = n_embd channe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +130,15 @@ def _look_up(weight: Tensor, idx: Tensor) -> Tensor:
     return rows
 
 
+@dataclass
+class Trace:
+    """What a forward pass leaves to be measured (`gpt2exp.training.measures`)."""
+
+    rows: Tensor  # the embedded tokens (B, T, C); after the backward pass their gradient is in `rows.grad`
+    mean_squares: list[Tensor]  # of the residual stream as embedded, then after each block
+    out: Tensor  # what the head reads (B, T, C)
+
+
 class Transformer(nn.Module):
     """Token and position embeddings, the blocks, and a last norm."""
 
@@ -140,16 +150,25 @@ class Transformer(nn.Module):
         self.ln_f = config.norm.build(config)
         self.gradient_in_place = False  # see `_look_up`: for tied weights trained by `loss.backward()` alone
         self.recompute = False  # keep only a block's input and compute the rest again in backward (Chen et al. 2016)
+        self.traced = False  # the next training pass leaves its `trace`
+        self.trace: Trace | None = None
 
     def forward(self, idx: Tensor) -> Tensor:
         """Tokens (B, T) to what the head reads, (B, T, C)."""
-        *_, x = self.stream(idx)
-        return self.ln_f(x)  # type: ignore[no-any-return]
+        rows = _look_up(self.wte.weight, idx) if self.gradient_in_place else F.embedding(idx, self.wte.weight)
+        if not self.traced:
+            *_, x = self.stream(rows)
+            return self.ln_f(x)  # type: ignore[no-any-return]
+        rows.retain_grad()
+        squares = []
+        for x in self.stream(rows):
+            squares.append(x.detach().float().square().mean())
+        out: Tensor = self.ln_f(x)
+        self.trace, self.traced = Trace(rows, squares, out.detach()), False
+        return out
 
-    def stream(self, idx: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """The residual stream (B, T, C) as embedded, then after each block; `rows` in place of the tokens'."""
-        if rows is None:
-            rows = _look_up(self.wte.weight, idx) if self.gradient_in_place else F.embedding(idx, self.wte.weight)
+    def stream(self, rows: Tensor) -> Iterator[Tensor]:
+        """The residual stream (B, T, C) as embedded, then after each block; `rows`: the tokens' embeddings."""
         x = self.wpe(rows)
         yield x
         for block in self.h:

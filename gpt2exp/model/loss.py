@@ -9,6 +9,7 @@ GPT-2, `gpt2exp-bench` times the step).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,22 +20,28 @@ WORDS = 1024
 products took half the time of those of 128 rows and all words (AMD EPYC, 64 and 768 channels)."""
 
 
-def loss_alone(x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `HeadLoss` computes, without gradients: `x` (N, C), `weight` (V, C), `targets` (N,) to a scalar.
+def logits_in_parts(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Logits (N, `WORDS`) of `x` (N, C) and a head `weight` (V, C), some words at a time, and the first word's id.
 
-    Of the logits (N, `WORDS`) stand at a time; the products are computed in `dtype`, the rest in at least fp32.
+    The products are computed in `dtype` and handed out in at least fp32.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    norm = torch.full(targets.shape, -torch.inf, dtype=wide, device=x.device)
-    chosen = torch.zeros_like(norm)
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(dtype)
         for start in range(0, len(weight), WORDS):
-            logit = torch.mm(x, weight[start : start + WORDS].to(dtype).t()).to(wide)
-            norm = torch.logaddexp(norm, logit.logsumexp(1))
-            place = targets - start
-            here = (place >= 0) & (place < logit.size(1))
-            chosen += logit.gather(1, place.clamp(0, logit.size(1) - 1)[:, None])[:, 0] * here
+            logit = torch.mm(x, weight[start : start + WORDS].to(dtype).t())
+            yield start, logit.to(torch.promote_types(dtype, torch.float32))
+
+
+def loss_alone(x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `HeadLoss` computes, without gradients: `x` (N, C), `weight` (V, C), `targets` (N,) to a scalar."""
+    wide = torch.promote_types(dtype, torch.float32)
+    norm = torch.full(targets.shape, -torch.inf, dtype=wide, device=x.device)
+    chosen = torch.zeros_like(norm)
+    for start, logit in logits_in_parts(x, weight, dtype):
+        norm = torch.logaddexp(norm, logit.logsumexp(1))
+        place = targets - start
+        here = (place >= 0) & (place < logit.size(1))
+        chosen += logit.gather(1, place.clamp(0, logit.size(1) - 1)[:, None])[:, 0] * here
     return (norm - chosen).mean()
 
 

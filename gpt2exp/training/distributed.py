@@ -158,6 +158,13 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_rows(tensor: Tensor) -> Tensor:
+    """The rows of all processes, of which each has as many."""
+    every = tensor.new_zeros(world_size(), *tensor.shape)
+    every[rank()] = tensor
+    return all_sum(every).flatten(0, 1)
+
+
 def wrap(model: nn.Module, how: Distributed, device: torch.device) -> nn.Module:
     """Wrap `model` in DDP, or shard it by FSDP2; all start from rank 0's weights. One process: `model` itself.
 

@@ -5,28 +5,29 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init_check import norm
+from gpt2exp.model.loss import logits_in_parts
 from gpt2exp.training import distributed as dist
 
 
-def loss_unseen(model: GPT, idx: Tensor, seen: Tensor) -> float:
+def loss_unseen(x: Tensor, weight: Tensor, seen: Tensor) -> float:
     """The part of the loss that tokens cost which never occur in the data, in nats per token.
 
     The loss of a target y splits into -log p(y | seen) - log p(seen): choosing among the tokens that occur, and
-    choosing one of them at all. This is the mean of the second over the positions of `idx` (B, T); `seen` (S,) are the
-    ids that occur. Forgetting the others can lower the loss by this much and no more.
+    choosing one of them at all. This is the mean of the second over what the head of `weight` (V, C) reads, `x`
+    (B, T, C); `seen` (S,) are the ids that occur. Forgetting the others can lower the loss by this much and no more.
     """
-    shares = []
-    with torch.no_grad():
-        for rows in torch.split(idx, max(1, 256 // idx.size(1))):  # in parts: never the memory of the step itself
-            logits = model(rows)
-            logits = logits.float() if logits.dtype.itemsize == 2 else logits
-            shares.append(logits.logsumexp(-1) - logits[..., seen].logsumexp(-1))
-        return float(dist.all_mean(torch.cat(shares).mean()))
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    occurs = torch.zeros(len(weight), dtype=torch.bool, device=x.device).index_fill_(0, seen, True)
+    of_all = of_seen = torch.tensor(-torch.inf, device=x.device)
+    for start, logit in logits_in_parts(x.flatten(0, 1), weight, dtype):
+        of_all = torch.logaddexp(of_all, logit.logsumexp(1))
+        of_seen = torch.logaddexp(of_seen, logit[:, occurs[start : start + logit.size(1)]].logsumexp(1))
+    return float(dist.all_mean((of_all - of_seen).mean()))
 
 
 def grad_norm(model: nn.Module) -> float:
@@ -34,22 +35,20 @@ def grad_norm(model: nn.Module) -> float:
     return math.hypot(*(norm(dist.full_tensor(p.grad)) for p in model.parameters() if p.grad is not None))
 
 
-def stream_and_embedding_gradients(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, float | list[float]]:
-    """The residual stream and the token embedding's two gradients on one batch, by one pass through the model.
+def embedding_gradients(model: GPT, rows: Tensor, idx: Tensor, scale: float) -> dict[str, float]:
+    """Norms of the gradients that the token embedding gets as look-up table and as head, by one backward pass.
 
-    `residual_rms`: root mean square of the stream as embedded and after each block, n_layer + 1 numbers.
-    `wte_grad_lookup`, `wte_grad_head`: norms of the gradients that the embedding gets as look-up table and as head.
-    Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use steers it. Of several
-    processes each gives its rows of the batch.
+    Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use steers it. `rows`
+    (B, T, C), whose gradient was kept, are the embeddings of `idx` (B, T); all gradients are `scale` times those of the
+    loss. Of several processes each gives its part of the batch.
     """
-    transformer = model.transformer
-    rows = F.embedding(idx, transformer.wte.weight.detach()).requires_grad_()
-    head = model.lm_head.weight.detach().requires_grad_()
-    rms = []
-    for x in transformer.stream(idx, rows):
-        rms.append(float(dist.all_mean(x.detach().float().square().mean()).sqrt()))
-    loss = model.loss(transformer.ln_f(x), head, targets)
-    by_row, by_head = torch.autograd.grad(loss, [rows, head])
-    by_token = torch.zeros_like(by_head).index_add_(0, idx.reshape(-1), by_row.flatten(0, 1))  # its positions add up
-    lookup, head_use = (norm(dist.all_mean(gradient)) for gradient in (by_token, by_head))
-    return {"residual_rms": rms, "wte_grad_lookup": lookup, "wte_grad_head": head_use}
+    assert rows.grad is not None
+    idx, by_row = dist.all_rows(idx.flatten()), dist.all_rows(rows.grad.flatten(0, 1)) / dist.world_size()
+    tokens, place = torch.unique(idx, return_inverse=True)
+    lookup = by_row.new_zeros(len(tokens), by_row.size(1)).index_add_(0, place, by_row)  # a token's positions add up
+    assert model.lm_head.weight.grad is not None
+    head = dist.all_mean(model.lm_head.weight.grad)
+    lengths = head.norm(dim=-1)
+    if model.config.tie_weights:  # the sum of both: only these rows have a part of the look-up
+        lengths[tokens] = (head[tokens] - lookup).norm(dim=-1)
+    return {"wte_grad_lookup": norm(lookup) / scale, "wte_grad_head": norm(lengths[:, None]) / scale}

@@ -6,6 +6,7 @@ Knows neither Hydra nor wandb: it takes a model, an optimizer and batches, and y
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import statistics
@@ -85,12 +86,13 @@ class Trainer:
         """Where the model is."""
         return self.batches.device
 
-    def step(self) -> Tensor:
+    def step(self, measure: Callable[[], object] | None = None) -> Tensor:
         """One optimizer step: next batch, forward, loss, backward, clip if asked, update. Returns the loss, a scalar.
 
         With accumulation the loss and the gradient are the means over `grad_accum_steps` micro-batches of equal size,
         so that they equal one batch of them all; so is the gradient over several processes, while the loss returned is
-        that of this one's rows. The gradient stays in `.grad` until the next step.
+        that of this one's rows. The gradient stays in `.grad` until the next step. `measure` is called when the first
+        micro-batch's gradient is there.
         """
         config = self.config
         with self.computing():
@@ -103,6 +105,8 @@ class Trainer:
                         loss = self.module(x, y) / config.grad_accum_steps
                     self.scaler.scale(loss).backward()
                 losses.append(loss.detach())
+                if micro == 0 and measure is not None:
+                    measure()
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
             if self.optimizer_config.grad_clip > 0:
@@ -122,18 +126,29 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def timed_step(self) -> tuple[Tensor, float, float | None]:
+    def timed_step(self, measure: Callable[[], object] | None = None) -> tuple[Tensor, float, float | None]:
         """`step`, its duration in seconds, the device synchronised at both ends, and the seconds waited for a core.
 
         Those are the longest of the run's processes, and None on an accelerator: there the processor's threads may wait
-        and no step take longer.
+        and no step take longer. While `step` calls `measure` the clock stands.
         """
+        stood = 0.0
+
+        def off_the_clock() -> None:
+            nonlocal stood
+            assert measure is not None
+            hardware.synchronize(self.device)
+            start = time.perf_counter()
+            measure()
+            hardware.synchronize(self.device)
+            stood = time.perf_counter() - start
+
         hardware.synchronize(self.device)
         before = load.waited() if self.device.type == "cpu" else None
         start = time.perf_counter()
-        loss = self.step()
+        loss = self.step(measure and off_the_clock)
         hardware.synchronize(self.device)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - stood
         after = None if before is None else load.waited()
         waits = None if after is None or before is None else max(0.0, after - before)  # a thread may have ended
         self._spinning.after_step(None if waits is None else waits / seconds)
@@ -204,9 +219,16 @@ class Trainer:
             due = bool(config.eval_every) and (number + 1) % config.eval_every == 0
             measure = last or due or number % config.measure_every == 0
             metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
-            if measure:
-                metrics |= self._measure_before_step(thorough=number == 0 or last or due)
-            loss, seconds, waits = self.timed_step()
+            look = None
+            if measure and isinstance(self.metric, Outside):
+                self._zero_grad()  # of the step before: its memory is needed here
+                batch = self.batches.train(number * config.grad_accum_steps)
+                with self.computing(), precision.cast(self.device, self.autocast):
+                    metrics |= outside.measure(self.metric, self.model, batch)
+            if measure and self.seen is not None:
+                self.model.transformer.traced = True
+                look = functools.partial(self._look, metrics, thorough=number == 0 or last or due)
+            loss, seconds, waits = self.timed_step(look)
             metrics |= {
                 "loss": finite(float(dist.all_mean(loss)), "loss", number),
                 "tokens": self.steps_done * config.step_tokens,
@@ -226,21 +248,22 @@ class Trainer:
             self.step_waits.append(waits)
             yield metrics
 
-    def _measure_before_step(self, *, thorough: bool) -> dict[str, Any]:
-        """What is measured on the next step's first micro-batch before the step, off the clock."""
-        measured: dict[str, Any] = {}
-        if self.seen is None and not isinstance(self.metric, Outside):
-            return measured
-        self._zero_grad()  # of the step before: its memory is needed here
-        x, y = self.batches.train(self.steps_done * self.config.grad_accum_steps)
-        with self.computing(), precision.cast(self.device, self.autocast):
-            if self.seen is not None:
-                measured["loss_unseen"] = measures.loss_unseen(self.model, x, self.seen)
-                if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
-                    measured |= measures.stream_and_embedding_gradients(self.model, x, y)
-            if isinstance(self.metric, Outside):
-                measured |= outside.measure(self.metric, self.model, (x, y))
-        return measured
+    def _look(self, metrics: dict[str, Any], *, thorough: bool) -> None:
+        """Measure what the step's first micro-batch left on its way, before the weights change."""
+        trace, self.model.transformer.trace = self.model.transformer.trace, None
+        assert trace is not None
+        assert self.seen is not None
+        head = dist.full_tensor(self.model.lm_head.weight)
+        with torch.no_grad(), precision.cast(self.device, self.autocast):
+            metrics["loss_unseen"] = measures.loss_unseen(trace.out, head, self.seen)
+        if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
+            metrics["residual_rms"] = [float(dist.all_mean(square).sqrt()) for square in trace.mean_squares]
+            idx, _ = self.batches.train(self.steps_done * self.config.grad_accum_steps)
+            scale = self.scaler.get_scale() / self.config.grad_accum_steps
+            norms = measures.embedding_gradients(self.model, trace.rows, idx, scale)
+            metrics |= {
+                key: value for key, value in norms.items() if math.isfinite(value)
+            }  # a scaled step may overflow
 
     def timing(self) -> dict[str, Any]:
         """Step times of the run so far, the first `warmup_steps` of each part left out but never the last step.

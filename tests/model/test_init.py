@@ -20,7 +20,6 @@ from gpt2exp.config import InitConfig, InitScheme, ModelConfig
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.model.init_check import InitError, check_init, expected_std
-from gpt2exp.training.measures import stream_and_embedding_gradients
 
 SCHEMES = [scheme.value for scheme in InitScheme if scheme is not InitScheme.pretrained]  # which draws nothing
 
@@ -240,8 +239,10 @@ def test_scaling_keeps_the_real_residual_stream_from_growing_with_depth() -> Non
     added = {}
     for scaling in (True, False):
         gpt = built(InitConfig(std=0.2, position_std=0.2, residual_scaling=scaling), n_layer=16)
-        rms = stream_and_embedding_gradients(gpt, idx, idx)["residual_rms"]
-        assert isinstance(rms, list)
+        gpt.transformer.traced = True
+        gpt(idx, idx)
+        assert gpt.transformer.trace is not None
+        rms = [float(square.sqrt()) for square in gpt.transformer.trace.mean_squares]
         assert len(rms) == 17
         assert rms == sorted(rms)
         assert rms[0] == pytest.approx(math.hypot(0.2, 0.2), rel=0.05)  # as embedded: wte plus wpe
