@@ -312,13 +312,20 @@ def benches() -> list[dict[str, Any]]:
     )
 
 
-def bench_table() -> str:
+def bench_tables() -> str:
+    """The tables of each processor."""
+    found = benches()
+    own = [[one for one in found if one["processor"] == name] for name in sorted({one["processor"] for one in found})]
+    return "\n\n".join(f"{bench_table(ones)}\n\n{floor_table(ones)}" for ones in own)
+
+
+def bench_table(found: Sequence[Mapping[str, Any]]) -> str:
     """Ours beside each peer: medians of the rounds, ratios pair by pair with their range."""
     rows = [
         "| B x T | peer | our step, ms | peer's, ms | step, ours over theirs | peak memory, MiB | over theirs |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for one in benches():
+    for one in found:
         train, ratios = one["train"], one.get("ratios", {})
         mine = [row["gpt2exp"] for row in one["rounds"]]
         size = f"{train['batch_size']} x {train['seq_len']}"
@@ -333,13 +340,12 @@ def bench_table() -> str:
             cells += [f"{peak:,.0f}", f"{ratio['peak_rss_mib']['median']:.2f}"]
         cells += ["", "", f"{peak:,.0f}", ""] if not ratios else []
         rows.append(f"| {' | '.join(cells)} |")
-    (processor,) = {one["processor"] for one in benches()}
-    return "\n".join([f"{processor}; fp32, GPT-2 124M.", "", *rows])
+    return "\n".join([f"{found[0]['processor']}; fp32, GPT-2 124M.", "", *rows])
 
 
-def floor_table() -> str:
+def floor_table(found: Sequence[Mapping[str, Any]]) -> str:
     """The step against the machine's own limits, and where a profiled step's time goes."""
-    found = [one for one in benches() if "roofline" in one]
+    found = [one for one in found if "roofline" in one]
     sizes = [f"{one['train']['batch_size']} x {one['train']['seq_len']}" for one in found]
     rows = [f"| | {' | '.join(sizes)} |", f"|---|{'--:|' * len(found)}"]
     roofs = [one["roofline"] for one in found]
@@ -355,7 +361,7 @@ def floor_table() -> str:
 
 def publish_bench() -> None:
     """Rewrite the tables of the finding."""
-    replace_block(HERE / "throughput" / "bench" / "README.md", "bench", f"{bench_table()}\n\n{floor_table()}")
+    replace_block(HERE / "throughput" / "bench" / "README.md", "bench", bench_tables())
 
 
 # --- the configuration -----------------------------------------------------------------------------------------------

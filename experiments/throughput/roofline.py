@@ -29,7 +29,7 @@ PROFILED = 4
 REST = "dispatch, autograd, Python"
 
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "mkldnn"),
     "AdamW": ("aten::_fused_adamw_", "Optimizer.step#AdamW.step", "aten::_foreach_add_"),
     "attention": ("aten::_scaled_dot_product", "aten::_efficient_attention", "aten::_flash_attention"),
     "GELU": ("aten::gelu",),
@@ -129,7 +129,7 @@ def profiled(job: Any, device: Any) -> dict[str, float]:
     kinds = dict.fromkeys([*KINDS, REST], 0.0)
     for event in found.key_averages():
         name = event.key
-        matches = (kind for kind, names in KINDS.items() if any(name == n or name.startswith(f"{n}_") for n in names))
+        matches = (kind for kind, names in KINDS.items() if any(name == n or name.startswith((f"{n}_", f"{n}::")) for n in names))
         kinds[next(matches, REST)] += (event.self_cpu_time_total + event.self_device_time_total) / PROFILED / 1e3
     return kinds
 
@@ -149,13 +149,8 @@ def matrix_products(config: RunConfig, device: Any) -> Iterator[Result]:
         ("lm_head", width, config.model.vocab_size, head_rows, rows / head_rows),
     ):
         x, w, g = (torch.randn(*shape, device=device) for shape in ((n, fan_in), (fan_out, fan_in), (n, fan_out)))
-        y, by_x, by_w = torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)
-        for part, left, right, out in (
-            ("forward", x, w.t(), y),
-            ("by input", g, w, by_x),
-            ("by weight", g.t(), x, by_w),
-        ):
-            milliseconds = warm_ms(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), device)
+        for part, left, right in (("forward", x, w.t()), ("by input", g, w), ("by weight", g.t(), x)):
+            milliseconds = warm_ms(lambda a=left, b=right: torch.mm(a, b), device)
             gflop = 2 * n * fan_in * fan_out / 1e9
             yield {"layer": name, "part": part, "times": times, "ms": milliseconds * times, "gflop": gflop * times}
 
