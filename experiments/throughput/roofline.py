@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -129,8 +130,8 @@ def profiled(job: Any, device: Any) -> dict[str, float]:
     kinds = dict.fromkeys([*KINDS, REST], 0.0)
     for event in found.key_averages():
         name = event.key
-        matches = (kind for kind, names in KINDS.items() if any(name == n or name.startswith((f"{n}_", f"{n}::")) for n in names))
-        kinds[next(matches, REST)] += (event.self_cpu_time_total + event.self_device_time_total) / PROFILED / 1e3
+        meant = (kind for kind, names in KINDS.items() if any(re.match(rf"{n}(_|::|$)", name) for n in names))
+        kinds[next(meant, REST)] += (event.self_cpu_time_total + event.self_device_time_total) / PROFILED / 1e3
     return kinds
 
 

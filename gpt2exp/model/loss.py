@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WORDS = 1024
@@ -32,13 +33,18 @@ def logits_in_parts(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[t
             yield start, logit.to(torch.promote_types(dtype, torch.float32))
 
 
+def log_sum_exp(logit: Tensor) -> Tensor:
+    """`logit.logsumexp(1)` of (N, W), by PyTorch's log-softmax: one kernel, where that has four and takes 1.5 times."""
+    return logit[:, 0] - F.log_softmax(logit, 1)[:, 0]
+
+
 def loss_alone(x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """What `HeadLoss` computes, without gradients: `x` (N, C), `weight` (V, C), `targets` (N,) to a scalar."""
     wide = torch.promote_types(dtype, torch.float32)
     norm = torch.full(targets.shape, -torch.inf, dtype=wide, device=x.device)
     chosen = torch.zeros_like(norm)
     for start, logit in logits_in_parts(x, weight, dtype):
-        norm = torch.logaddexp(norm, logit.logsumexp(1))
+        norm = torch.logaddexp(norm, log_sum_exp(logit))
         place = targets - start
         here = (place >= 0) & (place < logit.size(1))
         chosen += logit.gather(1, place.clamp(0, logit.size(1) - 1)[:, None])[:, 0] * here

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init_check import norm
-from gpt2exp.model.loss import logits_in_parts
+from gpt2exp.model.loss import log_sum_exp, logits_in_parts
 from gpt2exp.training import distributed as dist
 
 
@@ -25,7 +25,7 @@ def loss_unseen(x: Tensor, weight: Tensor, seen: Tensor) -> float:
     occurs = torch.zeros(len(weight), dtype=torch.bool, device=x.device).index_fill_(0, seen, True)
     of_all = of_seen = torch.tensor(-torch.inf, device=x.device)
     for start, logit in logits_in_parts(x.flatten(0, 1), weight, dtype):
-        of_all = torch.logaddexp(of_all, logit.logsumexp(1))
+        of_all = torch.logaddexp(of_all, log_sum_exp(logit))
         of_seen = torch.logaddexp(of_seen, logit[:, occurs[start : start + logit.size(1)]].logsumexp(1))
     return float(dist.all_mean((of_all - of_seen).mean()))
 
