@@ -3,8 +3,8 @@
     python experiments/throughput/whole.py JOB 'gpt2exp KEY=VALUE ...' NAME='COMMAND' ... --rounds 3
 
 The commands run in turn, each in an empty folder of its own, so that a machine's drift meets all alike; ratios are
-taken round by round. The rows of JOB in `bench/whole.csv` are replaced, and the table of `bench/README.md` is written again;
-with `--page` alone only that. The time of gpt2exp's steps is the sum of `step_ms` in its runs' `metrics.jsonl`.
+taken round by round. The rows of JOB in `bench/whole.csv` are replaced, and the table of `bench/README.md` is written
+anew; with `--page` alone only that. The time of gpt2exp's steps is the sum of `step_ms` in its runs' `metrics.jsonl`.
 """
 
 from __future__ import annotations
