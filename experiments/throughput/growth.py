@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from publish import replace_block, write_rows
 
 from gpt2exp.data import assets
+from gpt2exp.run.record import SWEEP
 from gpt2exp.training.hardware import device_name
 
 HERE = Path(__file__).parent / "growth"
@@ -95,17 +96,21 @@ def comparison(runs: int, folder: Path) -> tuple[float, float]:
     words = "model=nano", "model.n_layer=1", "train.steps=20", "data.val_fraction=0.01", "hydra.sweep.dir=sweep"
     command("gpt2exp.train", "-m", *words, "optimizer.lr=1e-3,2e-3", "seed=1,2", cwd=folder)
     whole = folder / "sweep"
+    planned = json.loads((whole / SWEEP).read_text())
     for arm in sorted(whole.glob("*,seed=1")):
         text = {name: (arm / name).read_text() for name in ("summary.json", "metrics.jsonl", "status.json")}
-        summary = json.loads(text["summary.json"])
+        summary, job = json.loads(text["summary.json"]), planned["jobs"][planned["folders"].index(arm.name)]
         for seed in range(3, runs // 2 + 1):
             copy = whole / arm.name.replace(",seed=1", f",seed={seed}")
+            planned["jobs"].append([*job[:-1], f"seed={seed}"])
+            planned["folders"].append(copy.name)
             shutil.copytree(arm / ".hydra", copy / ".hydra")
             moved = {key: summary[key] + 0.01 * math.sin(seed) for key in ("val_loss", "loss_mean_last10", "loss_last")}
             summary |= moved | {"seed": seed, "config": summary["config"] | {"seed": seed}}
             (copy / "summary.json").write_text(json.dumps(summary))
             (copy / "metrics.jsonl").write_text(text["metrics.jsonl"])
             (copy / "status.json").write_text(text["status.json"])
+    (whole / SWEEP).write_text(json.dumps(planned))
     taken = command("gpt2exp.compare.__main__", "sweep", cwd=folder)
     if (found := len(json.loads((whole / "comparison.json").read_text())["runs"])) != runs:
         raise ValueError(f"{found} runs were compared, not {runs}")
@@ -148,7 +153,7 @@ SERIES: dict[str, tuple[str, tuple[int, ...], Callable[[int, Path], tuple[float,
         workers("train.steps=10", "seed=range(4)"),
     ),
     "jobs": ("jobs in a sweep, planned", (2, 10, 100, 1000), dry_sweep),
-    "runs": ("runs in a comparison", (10, 100, 1000), comparison),
+    "runs": ("runs in a comparison", (10, 100, 1000, 5000), comparison),
     "tokens": ("tokens in a new text, to the end of a run's first step", (10**5, 10**6, 10**7, 10**8), text),
 }
 

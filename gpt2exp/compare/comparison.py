@@ -13,7 +13,7 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class Comparison:
         """As JSON's own types; of the runs without what each repeats."""
         repeated = ("config", "gone", "versions", "environment")
         runs = [{key: value for key, value in row.items() if key not in repeated} for row in self.runs]
-        return {**asdict(self), "runs": runs}
+        return {**asdict(replace(self, runs=[])), "runs": runs}  # a copy of every configuration would take long
 
 
 def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
@@ -203,7 +203,8 @@ def _notes(known: Sequence[Row], done: Sequence[Row], grid: Grid) -> Iterator[st
                 "axes; if its effect depends on the setting, the mean favours the settings with more seeds"
             )
     made_with = [flatten({key: row.get(key) or {} for key in ("git", "versions")}) for row in done]
-    changed = sorted({key for made in made_with for key in made if len({str(m.get(key)) for m in made_with}) > 1})
+    keys = sorted({key for made in made_with for key in made})
+    changed = [key for key in keys if len({str(made.get(key)) for made in made_with}) > 1]
     if changed:
         yield f"the runs differ in {', '.join(changed)}, which may show in losses and speed"
 

@@ -27,7 +27,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from gpt2exp.compare.comparison import MEMORY, SPEED, Comparison, Grid, Row
 from gpt2exp.compare.effect import Effect
-from gpt2exp.compare.inference import Floats, declared, open_ended, reach
+from gpt2exp.compare.inference import Floats, Inference, moments, reach
 from gpt2exp.compare.report import Drawing, tuning_heading
 from gpt2exp.run.metrics import BY_KEY, Metric, number_of, shown
 from gpt2exp.run.terminal import printable
@@ -401,11 +401,12 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
     inside, widest = [0.0], list[tuple[float, float]]()
     for number, effect in enumerate(effects):
         shift = (number - (len(effects) - 1) / 2) * 0.5 / len(effects)  # or arms would hide each other
-        values, schedule = effect.scaled, effect.looks if effect.inference == "declared" else ()
-        ends = [n for n in schedule or range(3, len(values) + 1) if n <= len(values)]
-        found = [declared(values[:n], schedule) if schedule else open_ended(values[:n]) for n in ends]
-        x, means = np.array([item.n for item in found]) + shift, [item.mean for item in found]
-        arm, bounds = axis.arms[effect.arm], [(item.low, item.high) for item in found]
+        way: Inference = "declared" if effect.inference == "declared" else "open"
+        schedule, path = tuple(sorted(effect.looks)) if way == "declared" else (), moments(effect.scaled)
+        ends = np.array([n for n in schedule or range(3, effect.n_seeds + 1) if n <= effect.n_seeds])
+        x, means = ends + shift, path.mean[ends - 1]
+        half = path.error[ends - 1] * [reach(n, way, schedule) for n in ends]
+        arm, bounds = axis.arms[effect.arm], list(zip(means - half, means + half, strict=True))
         ax.vlines(x, *zip(*bounds, strict=True), color=arm.colour, linewidth=1.4, linestyle=arm.dash)
         face = arm.colour if arm.dash == DASHES[0] else "white"
         ax.plot(x, means, "o", color=arm.colour, markersize=4, markerfacecolor=face, label=_named(arm.name))

@@ -71,7 +71,7 @@ def declared(differences: ArrayLike, looks: Iterable[int]) -> Interval:
     if n not in looks:
         raise ValueError(f"{n} differences, but the declared looks are at {looks}; use open_ended")
     so_far = [look for look in looks if look <= n]
-    least = min(float(nominal_p(path.share)[look - 1]) for look in so_far)
+    least = float(nominal_p(path.share)[np.array(so_far) - 1].min())
     return _interval(path, so_far, "declared", overall_p(looks, least), looks)
 
 
@@ -86,7 +86,7 @@ def open_ended(differences: ArrayLike, looks: Iterable[int] | None = None) -> In
     path = moments(differences)
     n = len(path.mean)
     so_far = sorted({n, *(look for look in looks or range(1, n) if look < n)})
-    largest = max(float(e_values(path.share)[look - 1]) for look in so_far)
+    largest = float(e_values(path.share)[np.array(so_far) - 1].max())
     return _interval(path, so_far, "open", min(1.0, 1 / largest))
 
 
@@ -176,7 +176,8 @@ def e_values(share: Floats) -> Floats:
     e = √(C2/(n+C2)) · [V / (V - S²/(n+C2))]^(n/2), and V - S²/(n+C2) = V·(C2 + n·share)/(n+C2).
     """
     n = np.arange(1, share.shape[-1] + 1)
-    return np.sqrt(C2 / (n + C2)) * ((n + C2) / (C2 + n * share)) ** (n / 2)
+    with np.errstate(over="ignore"):  # inf, so that p is 0
+        return np.sqrt(C2 / (n + C2)) * ((n + C2) / (C2 + n * share)) ** (n / 2)
 
 
 @cache

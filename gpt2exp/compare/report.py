@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -180,10 +181,9 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def commands(rows: Sequence[Row]) -> list[str]:
     """The command lines that made the runs: each sweep's as typed, a single run's from its overrides."""
-    found: dict[str, None] = {}
+    found, read = dict[str, None](), functools.cache(record.Sweep.read)  # as long as there are jobs: read it once
     for row in rows:
-        sweep = record.sweep_of(Path(row["folder"]))
-        known = record.Sweep.read(sweep) if sweep else None
+        known = next(filter(None, map(read, Path(row["folder"]).parents)), None)
         argv = known.argv if known else row.get("overrides", [])
         found[shlex.join(["gpt2exp", *(printable(word) for word in argv)])] = None
     return list(found)

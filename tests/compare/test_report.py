@@ -4,6 +4,7 @@ opens in Chromium without an error or a request.
 
 from __future__ import annotations
 
+import cProfile
 import csv
 import functools
 import io
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from gpt2exp.compare import figures, report, words
 from gpt2exp.compare.comparison import Comparison, Distance
 from gpt2exp.compare.effect import Effect
 from gpt2exp.config import RunConfig
-from gpt2exp.run import terminal
+from gpt2exp.run import record, terminal
 from gpt2exp.schema import plain
 
 Done = subprocess.CompletedProcess[str]
@@ -772,6 +774,34 @@ def test_two_hundred_runs_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")
     assert len(_links((tmp_path / "report.html").read_text())) == 200
+
+
+def _calls(folder: Path, seeds: int) -> Counter[tuple[Any, Any]]:
+    """What the package called, by caller and callee, to compare two arms of so many seeds."""
+    for seed in range(seeds):
+        for lr in (1e-4, 2e-4):
+            leave(folder / f"{lr}-{seed}", summary(seed, f"optimizer.lr={lr}", loss=3 + lr * math.sin(seed)))
+    (folder / "sweep.json").write_text(json.dumps({"argv": [], "jobs": []}))
+    profile = cProfile.Profile()
+    profile.runcall(lambda: conclude.write(compare.compare(compare.read([folder])), folder))
+    profile.create_stats()
+    found, package = Counter[tuple[Any, Any]](), str(Path(report.__file__).parents[1])
+    for callee, (*_, callers) in profile.stats.items():  # type: ignore[attr-defined]  # typeshed lacks it
+        found |= {(caller, callee): count for caller, (count, *_) in callers.items() if package in caller[0]}
+    return found
+
+
+def test_work_grows_no_faster_than_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No function is called more than in proportion to the runs; a sweep's list of its jobs is read a few times."""
+    monkeypatch.setattr(figures.Figure, "savefig", lambda *_, **__: None)  # painted all the same
+    _calls(tmp_path / "first", 10)  # imports
+    small, middle, large = (_calls(tmp_path / str(seeds), seeds) for seeds in (10, 20, 40))
+    more = {pair: (small[pair], middle[pair], count) for pair, count in large.items()}
+    # in proportion to the runs twice as many calls are added as before, to their square four times
+    assert not {pair: of for pair, of in more.items() if of[2] - of[1] > 2.5 * (of[1] - of[0]) + 20}
+    reads = {pair: of for pair, of in more.items() if pair[1][0] == record.__file__ and pair[1][2] == "read"}
+    assert reads
+    assert all(of[0] == of[2] for of in reads.values())
 
 
 def test_imports_are_lazy() -> None:
