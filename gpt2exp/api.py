@@ -69,8 +69,9 @@ def run(config: RunConfig, folder: str | Path | None = None) -> Summary:
     Its `overrides` are the keys that differ from the defaults. KeyboardInterrupt: a signal stopped it; it is saved.
     """
     args, argv = launch.parsed([typed("hydra.run.dir", str(folder))] if folder is not None else [])
-    request, own = make(args), plain(config)
-    job = replace(request.jobs[0], config=checked(OmegaConf.create(own)), own=own, overrides=tuple(_overrides(own)))
+    request, values = make(args), plain(config)
+    checked_again, overrides = checked(OmegaConf.create(values)), tuple(_overrides(values))
+    job = replace(request.jobs[0], config=checked_again, unresolved=values, overrides=overrides)
     size.check(config.model, config.init, config.train.seq_len)
     _carry_out(replace(request, jobs=(job,)), argv)
     return record.row(request.folder, request.folder)
@@ -146,4 +147,4 @@ def _overrides(config: dict[str, Any]) -> list[str]:
 def _carry_out(request: Request, words: list[str]) -> None:
     terminal.show_warnings()
     with process.guest():
-        launch.carry_out(request, words, time.monotonic())
+        launch.run_request(request, words, time.monotonic())

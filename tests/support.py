@@ -330,7 +330,7 @@ class OfflineRun:
 def stopping_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Ctrl-C where a sweep in this process begins its run of this number; the folders of the runs that began."""
     begun: list[Path] = []
-    real = launch.run
+    real = launch.run_folder
 
     def stopping(folder: Path, began: float) -> Any:
         begun.append(folder)
@@ -338,5 +338,5 @@ def stopping_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             raise KeyboardInterrupt
         return real(folder, began)
 
-    monkeypatch.setattr(launch, "run", stopping)
+    monkeypatch.setattr(launch, "run_folder", stopping)
     return begun

@@ -34,7 +34,7 @@ log = logging.getLogger("gpt2exp")
 BEGAN = time.monotonic()  # when this process began, nearly: the start-up time of the first job counts from here
 
 
-def run(folder: Path, began: float = BEGAN) -> Summary:
+def run_folder(folder: Path, began: float = BEGAN) -> Summary:
     """Train as `folder`/.hydra says and return the summary. A failure is recorded, not raised.
 
     The run resumes from the newest whole checkpoint in the folder, if there is one. The caller holds the folder's lock

@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import itertools
 import json
-import operator
 import re
 import sys
 import textwrap
@@ -47,7 +46,7 @@ from gpt2exp import choices
 from gpt2exp.config import RunConfig
 from gpt2exp.files import replacing
 from gpt2exp.run import process, record, secret, tracking
-from gpt2exp.schema import explain, group_of, keys, kind_of, leaves, parse, plain, refuse
+from gpt2exp.schema import explain, group_of, keys, kind_of, leaves, parse, plain, put, refuse
 from gpt2exp.section import CHOICES, TARGET, BadRequest, Section, home, typed
 from gpt2exp.sweep import engines
 
@@ -103,9 +102,9 @@ class Job:
 
     overrides: tuple[str, ...]
     config: RunConfig
-    own: dict[str, Any] | None = None  # `config` as written to `.hydra`, interpolations kept; None: it is there already
-    hydra: dict[str, Any] = field(default_factory=dict)  # Hydra's section, written too; empty: it is there already
-    folder: str = ""  # its name in the sweep's folder; empty for a run alone, and until a sweeper makes up the job
+    unresolved: dict[str, Any] | None = None  # `config` before interpolation, for the folder; None: it is written there
+    hydra: dict[str, Any] = field(default_factory=dict)  # Hydra's section, for the folder; empty: it is written there
+    folder: str = ""  # its name in the sweep's folder; empty for a run alone, and for what a sweeper has yet to propose
     reused: dict[str, Any] = field(default_factory=dict)  # an earlier run taken as this one: see `reuse.found`
     done: bool = False  # it ended in an earlier launch, and is not run again
 
@@ -174,24 +173,25 @@ class _Base:
         self.values, self.config, self.hydra = values, checked(composed), as_plain(composed.hydra)
         # the rest goes by the overrides of the one job, and out with Hydra 1.4
         self.hydra["job"] = {key: self.hydra["job"][key] for key in ("name", "chdir", "env_set", "env_copy")}
-        self.own = _own(composed)
-        own = as_plain(self.own)
-        self.outside = bool(choices.found_in(own))
-        """Whether it has a choice from outside: then `own` has no types, but `config` has."""
-        self.following = [key for key, value in leaves(own).items() if "${" in str(value)]
+        self.unresolved = _without_hydra(composed)
+        values_now = as_plain(self.unresolved)
+        self.outside = bool(choices.found_in(values_now))
+        """Whether it has a choice from outside: then `unresolved` has no types, but `config` has."""
+        self.following = [key for key, value in leaves(values_now).items() if "${" in str(value)]
         self.following += ["train.grad_accum_steps"]  # these have another key's value; the last by tokens_per_step
 
     def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Job:
         """The job with these values, whose keys are the base's."""
         changed = {key: value for key, value in values.items() if repr(value) != repr(self.values[key])}
         for key, value in changed.items():
-            OmegaConf.update(self.own, key, _of_type(self.config, key, value) if self.outside else value, merge=True)
+            value = _of_type(self.config, key, value) if self.outside else value
+            OmegaConf.update(self.unresolved, key, value, merge=True)
         self.values = values
-        live = {key: _value(self.own, key) for key in (*changed, *self.following)}
+        live = {key: _value(self.unresolved, key) for key in (*changed, *self.following)}
         secret.check_values(live)
         self.config = with_values(self.config, live)
         told = (str(override.input_line) for override in overrides if not override.is_hydra_override())
-        return Job(tuple(told), self.config, as_plain(self.own), self.hydra)
+        return Job(tuple(told), self.config, as_plain(self.unresolved), self.hydra)
 
 
 def _of_type(config: RunConfig, key: str, value: object) -> Any:
@@ -222,21 +222,21 @@ def with_values(section: SectionT, values: dict[str, Any]) -> SectionT:
 
 def checked(composed: DictConfig) -> RunConfig:
     """The checked configuration of one run; BadRequest if it cannot be carried out, or holds a credential."""
-    own = _own(composed)
-    choices.admit(as_plain(own))
-    parsed = parse(own)
+    ours = _without_hydra(composed)
+    choices.admit(as_plain(ours))
+    parsed = parse(ours)
     secret.check_values(plain(parsed))
     return parsed
 
 
-def _own(composed: DictConfig) -> DictConfig:
+def _without_hydra(composed: DictConfig) -> DictConfig:
     """A composed configuration without Hydra's section."""
     return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 def job_of(composed: DictConfig, overrides: Iterable[str]) -> Job:
     """The job of one composed configuration that has Hydra's section."""
-    return Job(tuple(overrides), checked(composed), as_plain(_own(composed)), as_plain(composed.hydra))
+    return Job(tuple(overrides), checked(composed), as_plain(_without_hydra(composed)), as_plain(composed.hydra))
 
 
 def identified(composed: DictConfig) -> DictConfig:
@@ -244,16 +244,15 @@ def identified(composed: DictConfig) -> DictConfig:
 
     With such a choice the sections have no types any more; `checked` gives each its own.
     """
-    own = as_plain(_own(composed))
-    outside = choices.found_in(own)
+    values = as_plain(_without_hydra(composed))
+    outside = choices.found_in(values)
     if not outside:
         return composed
     made = composed.hydra.runtime.choices
-    for section, values in outside.items():
-        *above, last = section.split(".")
-        name = str(made.get(group_of(section)))
-        functools.reduce(operator.getitem, above, own)[last] = {**values, **choices.describe(section, values, name)}
-    result = OmegaConf.create(own)
+    for section, chosen in outside.items():
+        described = choices.describe(section, chosen, str(made.get(group_of(section))))
+        put(values, section, {**chosen, **described})
+    result = OmegaConf.create(values)
     OmegaConf.copy_cache(from_config=composed, to_config=result)
     result.hydra = composed.hydra
     OmegaConf.set_struct(result, True)
@@ -277,7 +276,7 @@ def composing(args: argparse.Namespace) -> Iterator[Composer]:
     register()  # the environment may have changed since
     folder = config_folder(args)
     try:
-        # Hydra 1.3 takes a missing version_base for 1.1's ways; 1.4 wants it gone: then delete it here and in hand_over
+        # without version_base Hydra 1.3 behaves as 1.1; 1.4 has no such argument: delete it here and in call_hydra
         with initialize_config_module(CONF, version_base="1.3", job_name="gpt2exp"):
             path = create_config_search_path(f"pkg://{CONF}")
             if folder:  # as Hydra's main does, after ours, so that its groups add choices
@@ -329,20 +328,21 @@ def _check_flags(args: argparse.Namespace) -> None:
 # --- a run's .hydra --------------------------------------------------------------------------------------------------
 
 
-def describe(folder: Path, job: Job, place: Path | None = None) -> None:
-    """Write a job's `.hydra` as Hydra would, each file atomically; `config.yaml` last, since it makes a folder a run's.
+def write_hydra_folder(folder: Path, job: Job, place: Path | None = None) -> None:
+    """Write a job's `.hydra` as Hydra would, unless it is written; `config.yaml` last: a folder with it is a run's.
 
-    `place`: where the folder will lie, if not where it is. A job whose folder holds what it is to hold stays as it is.
+    `place`: where the folder will lie, if not where it is.
     """
-    if job.own is None:
+    if job.unresolved is None:
         return
-    texts = {"overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(list(job.overrides))), "config.yaml": _yaml(job.own)}
+    overrides = OmegaConf.to_yaml(OmegaConf.create(list(job.overrides)))
+    texts = {"overrides.yaml": overrides, "config.yaml": _yaml(job.unresolved)}
     if job.hydra:
-        own = {
+        of_job = {
             "overrides": job.hydra["overrides"] | {"task": [text for text in job.overrides if not is_hydra(text)]},
             "runtime": job.hydra["runtime"] | {"output_dir": str((place or folder).absolute())},
         }
-        texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(job.hydra | own), '  ')}"} | texts
+        texts = {"hydra.yaml": f"hydra:\n{textwrap.indent(_yaml(job.hydra | of_job), '  ')}"} | texts
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         with replacing(folder / ".hydra" / name) as part:
@@ -358,14 +358,14 @@ def _section(text: str) -> str:  # most sections are alike in all jobs of a swee
     return OmegaConf.to_yaml(OmegaConf.create(json.loads(text)))
 
 
-# --- what Hydra still runs -------------------------------------------------------------------------------------------
+# --- what Hydra still runs: launchers, sweepers, its own flags -------------------------------------------------------
 
 
-JOB = "gpt2exp_job"  # where a launcher's configuration has the job
+JOB = "gpt2exp_job"  # the key under which a launcher's configuration holds the job
 
 
 class _Listed:
-    """Stands in for Hydra's loader in a launcher, whose overrides are here one text: the job, for `work` to read."""
+    """Takes the place of Hydra's loader in a launcher. The one override of a job is the whole job, as JSON."""
 
     def load_sweep_config(self, master: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         config = copy.deepcopy(master)
@@ -374,27 +374,27 @@ class _Listed:
         return config
 
 
-def launch(master: DictConfig, folder: Path, jobs: Sequence[Job], work: Callable[[DictConfig], Any]) -> None:
-    """Have the launcher that `master` names call `work` for every job of the sweep in the folder."""
+def start_launcher(master: DictConfig, folder: Path, jobs: Sequence[Job], run_job: Callable[[DictConfig], Any]) -> None:
+    """Have the launcher that `master` names call `run_job` for each job of the sweep in `folder`."""
     with open_dict(master):
         master.hydra.sweep.dir = str(folder.absolute())  # a worker may start elsewhere
         master.hydra.output_subdir = None  # what a folder's `.hydra` holds is ours to write
     context = HydraContext(_Listed(), Callbacks())  # type: ignore[arg-type]
-    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=master)
-    handing = ("overrides", "own", "hydra", "folder", "reused")
+    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=run_job, config=master)
+    handing = ("overrides", "unresolved", "hydra", "folder", "reused")
     told = [[json.dumps({name: getattr(job, name) for name in handing})] for job in jobs]
     for done in launcher.launch(told, initial_job_idx=0):
         done.return_value  # noqa: B018 - raises what ended the job
 
 
-def handed(cfg: DictConfig, sweep: Path) -> Job:
-    """The job with which a launcher or a sweeper calls `work`; one of a sweeper has no folder yet."""
-    choices.trust()  # as the command that launched the sweep found
+def job_from_hydra(cfg: DictConfig, sweep: Path) -> Job:
+    """The job in the configuration with which a launcher or a sweeper calls; a sweeper's has no folder yet."""
+    choices.trust()  # the process that launched the sweep has asked
     if JOB in cfg:
         told = json.loads(cfg[JOB])
-        if told["own"] is not None:
-            choices.admit(told["own"])
-        config = record.asked(sweep / told["folder"])[0] if told["own"] is None else parse(told["own"])
+        if told["unresolved"] is not None:
+            choices.admit(told["unresolved"])
+        config = record.asked(sweep / told["folder"])[0] if told["unresolved"] is None else parse(told["unresolved"])
         return Job(config=config, **told | {"overrides": tuple(told["overrides"])})
     if known := record.Sweep.read(sweep):
         mine = arguments(known.argv).config_dir
@@ -403,17 +403,17 @@ def handed(cfg: DictConfig, sweep: Path) -> Job:
     return Job(tuple(HydraConfig.get().overrides.task), checked(composed), as_plain(composed), settings)
 
 
-def hand_over(argv: Sequence[str], work: Callable[[DictConfig], Any], sweep: Path | None = None) -> None:
-    """Run Hydra's own main: it prints what it is asked to, or runs a sweeper that makes up jobs and calls `work`.
+def call_hydra(argv: Sequence[str], run_job: Callable[[DictConfig], Any], sweep: Path | None = None) -> None:
+    """Run Hydra's own main: it prints what its flags ask, or runs a sweeper, which calls `run_job` for each job.
 
-    Its exceptions are let through to us instead of ending the process.
+    Its exceptions are raised here; they do not end the process.
     """
     pins = [] if sweep is None else [typed("hydra.sweep.dir", sweep.absolute()), "hydra.output_subdir=null"]
     before = list(sys.argv)
     sys.argv[1:] = [*map(_located, argv), *pins]
     try:
         with env_override({"HYDRA_FULL_ERROR": "1"}):
-            hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(work)()
+            hydra.main(config_path=f"pkg://{CONF}", config_name="config", version_base="1.3")(run_job)()
     finally:
         sys.argv = before
 

@@ -1,6 +1,9 @@
 """The command `gpt2exp`: a request is composed and checked, its folders are written, and each is run.
 
-`python -m gpt2exp.sweep.launch RUN_DIR` runs one folder: what `sweep.isolate=true` starts for each job.
+One run: `_run_jobs` calls `run_folder` (run/job.py), which trains as the folder says.
+A sweep: `_run_jobs` calls `_run_job` for one job after another, and this calls `run_folder` unless the job is done.
+With `sweep.isolate=true`, `_run_job` starts `python -m gpt2exp.sweep.launch RUN_DIR`, which calls `run_folder`.
+With a launcher or a sweeper of Hydra's, `_run_jobs` starts that, and it calls `run_for_hydra`, which calls `_run_job`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from gpt2exp.data import tokens
 from gpt2exp.model import size
 from gpt2exp.run import process as processes
 from gpt2exp.run import record, secret, terminal, tracking
-from gpt2exp.run.job import BEGAN, check_same_text, follow, run
+from gpt2exp.run.job import BEGAN, check_same_text, follow, run_folder
 from gpt2exp.run.metrics import TAKEN
 from gpt2exp.schema import is_housekeeping
 from gpt2exp.section import BadRequest, first_line, home, override_key, require
@@ -52,7 +55,7 @@ def main() -> None:
 def command(argv: list[str]) -> int:
     """Carry out a command line; the exit code: 0 done, 1 a run failed, 2 a bad request, 130/143 interrupted."""
     argv = sorted(argv, key=lambda text: text not in ("-m", "--multirun"))  # argparse wants flags before overrides
-    return processes.carry_out("gpt2exp", lambda: _understand(argv), unwritable)
+    return processes.carry_out("gpt2exp", lambda: _parse_and_run(argv), unwritable)
 
 
 def unwritable(error: OSError) -> str:
@@ -73,7 +76,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, [word for word in words if word != "--trust"]
 
 
-def _understand(argv: list[str]) -> int:
+def _parse_and_run(argv: list[str]) -> int:
     args, argv = parsed(argv)
     if args.help:
         terminal.say(help.text(composing.config_folder(args)))
@@ -82,25 +85,25 @@ def _understand(argv: list[str]) -> int:
         if not distributed.is_main():
             return follow()
         try:
-            return _carry_out(args, argv)
+            return _run_command_line(args, argv)
         finally:
             distributed.release_followers()
 
 
-def _carry_out(args: argparse.Namespace, argv: list[str]) -> int:
+def _run_command_line(args: argparse.Namespace, argv: list[str]) -> int:
     if args.hydra_help or args.shell_completion:  # Hydra's own, about no request
-        composing.hand_over(argv, work)
+        composing.call_hydra(argv, run_for_hydra)
         return 0
     request = resume.make(args) or make(args)
     flags = [word for word in argv if word not in args.overrides]
     with contextlib.chdir(request.cwd) if request.cwd is not None else contextlib.nullcontext():
         if args.cfg or args.info:
-            composing.hand_over([*flags, *request.argv] if request.resumed else argv, work)
+            composing.call_hydra([*flags, *request.argv] if request.resumed else argv, run_for_hydra)
             return 0
-        return carry_out(request, argv, BEGAN)
+        return run_request(request, argv, BEGAN)
 
 
-def carry_out(request: Request, argv: list[str], began: float) -> int:
+def run_request(request: Request, argv: list[str], began: float) -> int:
     """Prepare the jobs to do, write their folders and run them; the exit code: 0 all done, 1 one is not.
 
     `argv` is what a sweep's folder records; `began`: `time.monotonic()` from which the first job's start-up counts.
@@ -112,10 +115,10 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
     if request.multirun and distributed.world_size() > 1:
         why = "torchrun would share out every job over the same processes"
         raise BadRequest(f"a sweep: {why}; start sweeps as gpt2exp -m ..., a device a job by hydra/launcher")
-    to_do, trials = request.to_do, request.trials_to_do
-    texts = _make_ready(request, [*trials, *to_do])
-    if request.trials:  # what is compared has its settings once its arm is tuned
-        trials = _reusing(trials, texts, request.folder)
+    to_do, tuning_to_do = request.to_do, request.tuning_to_do
+    texts = _make_ready(request, [*tuning_to_do, *to_do])
+    if request.tuning_jobs:  # what is compared has its settings once its arm is tuned
+        tuning_to_do = _reusing(tuning_to_do, texts, request.folder)
     elif request.multirun:
         to_do = _reusing(to_do, texts, request.folder)
     if to_do and (prior := to_do[0].config.sweep.prior):
@@ -125,19 +128,19 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
         if request.looks:
             terminal.say(f"the runs of one seed, of {request.rule['max_seeds']} at most")
         if request.tuning:
-            terminal.say(tuning.announced(request.tuning, len(trials), len(to_do)))
+            terminal.say(tuning.announced(request.tuning, len(tuning_to_do), len(to_do)))
         return 0
     for note in _notes(request, to_do):
         terminal.say(f"note: {note}")
     if not to_do and not request.multirun:
         return 0
     with contextlib.ExitStack() as engine:
-        if request.launcher is not None and (to_do or trials):
+        if request.launcher is not None and (to_do or tuning_to_do):
             engine.enter_context(engines.running(request.launcher, request.folder))
         with claimed(request, argv):
-            if request.trials:
-                if trials:
-                    _launch(request, trials, argv, began)
+            if request.tuning_jobs:
+                if tuning_to_do:
+                    _run_jobs(request, tuning_to_do, argv, began)
                     began = time.monotonic()
                 to_do, said = tuning.settle(request.folder, to_do)
                 to_do = _reusing(to_do, texts, request.folder)
@@ -145,7 +148,7 @@ def carry_out(request: Request, argv: list[str], began: float) -> int:
                     terminal.say(line)
             needless = _needless(request.folder)
             if to_do := [job for job in to_do if job.config.seed not in needless]:
-                _launch(request, to_do, argv, began)
+                _run_jobs(request, to_do, argv, began)
             engine.close()
             return _outcome(request)
 
@@ -169,23 +172,23 @@ def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
         yield "distributed=fsdp: one process has all of the model; see gpt2exp --help for torchrun"
 
 
-def _launch(request: Request, to_do: list[Job], argv: list[str], began: float) -> None:
+def _run_jobs(request: Request, to_do: list[Job], argv: list[str], began: float) -> None:
     """Run the jobs: a run alone, a sweep's one by one, or by the launcher or sweeper that the request names."""
     if request.master is None:
         with env_override(to_do[0].hydra.get("job", {}).get("env_set", {})):
-            run(request.folder, began)
+            run_folder(request.folder, began)
         return
     try:
         if not request.names:
-            composing.hand_over(argv, work, request.folder)
+            composing.call_hydra(argv, run_for_hydra, request.folder)
         elif not request.local:
-            composing.launch(request.master, request.folder, to_do, work)
+            composing.start_launcher(request.master, request.folder, to_do, run_for_hydra)
         else:
             needless = set[int]()
             with env_override(request.master.hydra.job.env_set):
                 for job in to_do:
                     if job.config.seed not in needless:
-                        needless = _work(job, request.folder, began if job is to_do[0] else time.monotonic())
+                        needless = _run_job(job, request.folder, began if job is to_do[0] else time.monotonic())
                     if job is to_do[0]:  # each run begins with a collection: what is loaded by now stays out of it
                         gc.collect()
                         gc.freeze()
@@ -285,27 +288,57 @@ def _dry_row(config: RunConfig) -> dict[str, str]:
     }
 
 
-def work(cfg: DictConfig) -> float:
-    """Run one job of a sweep: the function that a launcher's worker or a sweeper of Hydra's calls.
+def _outcome(request: Request) -> int:
+    """Compare and show a sweep's runs; the exit code, from what the folders say."""
+    every = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
+    tuning_rows = [row for row in every if row["name"].startswith(f"{record.TUNING}/")]
+    rows = [row for row in every if not row["name"].startswith(f"{record.TUNING}/")]
+    failed = [row for row in tuning_rows if row["state"] not in ("done", "diverged")]
+    done, jobs = sum(row["state"] == "done" for row in rows), len(request.names) or len(rows)
+    if request.multirun:
+        from gpt2exp.compare import __main__ as conclude
+        from gpt2exp.compare import stopping
 
-    Returns the loss that a sweeper is to minimise, infinite if the run diverged or failed.
+        if request.looks and stopping.stand(request.folder).why:
+            jobs = len(rows)  # those of later seeds are not needed
+        console = terminal.terminal()
+        title = f"{done} of {jobs} runs done in {terminal.short(request.folder.absolute())}"
+        if tuning_rows:
+            title = f"{len(tuning_rows) - len(failed)} of {len(tuning_rows)} tuning runs and {title}"
+        console.print(terminal.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
+        kept = conclude.conclude(request.folder, console)
+        for row in (*failed, *rows):
+            if row["state"] != "done":
+                terminal.refuse(f"{row['name']}: {terminal.state_line(row)}")
+        if found := tracking.offline(request.folder, every, kept):
+            console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
+    return 0 if rows and done == max(jobs, len(rows)) and not failed else 1
+
+
+# --- one job of a sweep ----------------------------------------------------------------------------------------------
+
+
+def run_for_hydra(cfg: DictConfig) -> float:
+    """Run the job that a launcher or a sweeper of Hydra's passes on: `cfg` holds it.
+
+    Returns the loss that a sweeper minimises, infinite if the run diverged or failed.
     """
     terminal.show_warnings()
     hydra = HydraConfig.get()
     sweep = Path(hydra.runtime.output_dir)
-    job = composing.handed(cfg, sweep)
-    if not job.folder:  # its sweeper made it up
+    job = composing.job_from_hydra(cfg, sweep)
+    if not job.folder:  # the sweeper proposed it
         known = record.Sweep.read(sweep)
         told = sorted(set(job.overrides) - set(known.jobs[0] if known else ()))
         job = replace(job, folder=numbered(hydra.job.num, ",".join(told)))
     engines.prepare_worker(str(hydra.launcher._target_), sweep, job.config.train.device)
     if job.config.seed not in _needless(sweep):
-        _work(job, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
+        _run_job(job, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
     return record.objective(sweep / job.folder)
 
 
-def _work(job: Job, sweep: Path, began: float) -> set[int]:
-    """Run one job of a sweep unless it is done; every outcome is recorded, and only a signal is raised.
+def _run_job(job: Job, sweep: Path, began: float) -> set[int]:
+    """Run one job of a sweep unless it is done. A failure is recorded; only a signal is raised.
 
     Returns the seeds of which no run is to begin any more.
     """
@@ -314,15 +347,15 @@ def _work(job: Job, sweep: Path, began: float) -> set[int]:
     if done or (job.config.sweep.fail_fast and _failed_before(sweep)):
         return set()
     if not (folder / ".hydra" / "config.yaml").is_file():
-        composing.describe(folder, job)
+        composing.write_hydra_folder(folder, job)
     try:
         if job.reused:
             reuse.take(job, folder)
         elif job.config.sweep.isolate and not processes.requeued_by():  # submitit gives a job its own process already
-            _in_own_process(folder)
+            _run_in_subprocess(folder)
         else:
             with processes.held(folder):
-                run(folder, began)
+                run_folder(folder, began)
     except BadRequest as error:  # someone goes on with this job alone
         log.warning("%s", error)
     except OSError as error:  # the folder says as much as it could
@@ -350,13 +383,6 @@ def _needless(sweep: Path, ended: int | None = None) -> set[int]:
     return {seed for seed, names in known.by_seed.items() if not begun & {*names}} if stand.why else set()
 
 
-def _alone(folder: Path) -> int:
-    """Run a folder in this process; the exit code: 0 done, 1 not."""
-    choices.trust()  # as the command that made the folder found
-    with processes.held(folder):
-        return 0 if run(folder)["state"] == "done" else 1
-
-
 def _failed_before(sweep: Path) -> bool:
     """Whether a job of this launch failed, or diverged unless it tuned an arm; earlier ones have a second chance."""
     known = record.Sweep.read(sweep)
@@ -366,7 +392,8 @@ def _failed_before(sweep: Path) -> bool:
     return known is not None and max(ended, default=0) > known.launched
 
 
-def _in_own_process(folder: Path) -> None:
+def _run_in_subprocess(folder: Path) -> None:
+    """Run a folder in a new process; if that process dies, record the failure."""
     # in a session of its own, so that Ctrl-C reaches it once, through us
     process = subprocess.Popen([sys.executable, "-m", "gpt2exp.sweep.launch", str(folder)], start_new_session=True)
     try:
@@ -387,32 +414,12 @@ def _in_own_process(folder: Path) -> None:
         raise KeyboardInterrupt
 
 
-def _outcome(request: Request) -> int:
-    """Compare and show a sweep's runs; the exit code, from what the folders say."""
-    every = [record.row(folder, request.folder) for folder in record.runs_below(request.folder)]
-    trials = [row for row in every if row["name"].startswith(f"{record.TUNING}/")]
-    rows = [row for row in every if not row["name"].startswith(f"{record.TUNING}/")]
-    failed = [row for row in trials if row["state"] not in ("done", "diverged")]
-    done, jobs = sum(row["state"] == "done" for row in rows), len(request.names) or len(rows)
-    if request.multirun:
-        from gpt2exp.compare import __main__ as conclude
-        from gpt2exp.compare import stopping
-
-        if request.looks and stopping.stand(request.folder).why:
-            jobs = len(rows)  # those of later seeds are not needed
-        console = terminal.terminal()
-        title = f"{done} of {jobs} runs done in {terminal.short(request.folder.absolute())}"
-        if trials:
-            title = f"{len(trials) - len(failed)} of {len(trials)} tuning runs and {title}"
-        console.print(terminal.runs_table(rows, title) if len(rows) <= FEW else title, markup=False)
-        kept = conclude.conclude(request.folder, console)
-        for row in (*failed, *rows):
-            if row["state"] != "done":
-                terminal.refuse(f"{row['name']}: {terminal.state_line(row)}")
-        if found := tracking.offline(request.folder, every, kept):
-            console.print(f"to upload: wandb sync {' '.join(found)}", markup=False, soft_wrap=True)
-    return 0 if rows and done == max(jobs, len(rows)) and not failed else 1
+def _main_of_subprocess(folder: Path) -> int:
+    """What the process of `_run_in_subprocess` does; the exit code: 0 done, 1 not."""
+    choices.trust()  # the process that started this one has asked
+    with processes.held(folder):
+        return 0 if run_folder(folder)["state"] == "done" else 1
 
 
 if __name__ == "__main__":
-    sys.exit(processes.carry_out("gpt2exp", lambda: _alone(Path(sys.argv[1])), unwritable))
+    sys.exit(processes.carry_out("gpt2exp", lambda: _main_of_subprocess(Path(sys.argv[1])), unwritable))

@@ -49,29 +49,24 @@ from gpt2exp.sweep.composing import SECTIONS, Composer, Job, as_plain, is_hydra
 class Request:
     """The checked jobs, whether they form a sweep, and where the results go."""
 
-    jobs: tuple[Job, ...]  # to be compared
+    jobs: tuple[Job, ...]  # a run alone, or the runs that a sweep compares
     multirun: bool
     folder: Path
     master: DictConfig | None = None  # of a sweep: what its jobs share, with Hydra's section
-    argv: tuple[str, ...] = ()  # of what goes on: a command line that asks for all of it
-    resumed: bool = False  # the folder is there, and is gone on with
+    argv: tuple[str, ...] = ()  # with `resume=`: a command line that asks for all the jobs
+    resumed: bool = False  # `resume=` names the folder
     cwd: Path | None = None  # where relative paths start, if not here
     notes: tuple[str, ...] = ()  # what the user should know before it begins
     looks: tuple[int, ...] = ()  # with `sweep.until`: the numbers of seeds at which the sweep looks
-    trials: tuple[Job, ...] = ()  # with `sweep.tune`: the runs that tune each arm before `jobs` are run
-    tuned: record.Tuning | None = None  # what an earlier launch chose by them
+    tuning_jobs: tuple[Job, ...] = ()  # with `sweep.tune`: these run first, and are not compared
+    tuning: record.Tuning | None = None  # by arm the folders of `tuning_jobs`, and the value once it is chosen
 
     @property
-    def tuning(self) -> record.Tuning | None:
-        """The trials, as `sweep.json` records them."""
-        return tuning.recorded(self.trials, self.tuned)
-
-    @property
-    def trials_to_do(self) -> list[Job]:
-        """The trials of arms whose value is not chosen yet, in running order."""
+    def tuning_to_do(self) -> list[Job]:
+        """The tuning jobs of arms whose value is not chosen yet, in running order."""
         arms = self.tuning.arms if self.tuning else []
         settled = {name for arm in arms if arm.best for names in arm.runs.values() for name in names}
-        return ordered(job for job in self.trials if not job.done and job.folder not in settled)
+        return ordered(job for job in self.tuning_jobs if not job.done and job.folder not in settled)
 
     @property
     def names(self) -> list[str]:
@@ -314,14 +309,15 @@ def compose(
         jobs = [composing.job_of(composing.identified(composer.compose(constant) if multirun else master), texts)]
     looks = _looks(jobs, typed)
     tuning.check(jobs)
-    trials = named(tuning.trials(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")
+    first = named(tuning.jobs(composer, master, jobs) if basic else [], place=f"{record.TUNING}/")
     if not multirun or basic:  # all the jobs are known
         _check_path_used([job.config.init for job in jobs])
     for job in jobs:
         size.check(job.config.model, job.config.init, job.config.train.seq_len)
     for device in {job.config.train.device for job in jobs} if multirun else ():
         engines.check(master.hydra.launcher, device)
-    return Request(tuple(jobs), multirun, folder, master if multirun else None, looks=looks, trials=tuple(trials))
+    arms, shared = tuning.recorded(first), master if multirun else None
+    return Request(tuple(jobs), multirun, folder, shared, looks=looks, tuning_jobs=tuple(first), tuning=arms)
 
 
 def rules(master: DictConfig) -> SweepConfig:
@@ -524,9 +520,10 @@ def _write(request: Request, argv: Sequence[str], folder: Path) -> None:
         where, looks, now = str(request.cwd or Path.cwd()), list(request.looks), time.time()
         known = record.Sweep(list(request.argv or argv), told, request.names or None, where, now, looks, request.rule)
         dataclasses.replace(known, tuning=request.tuning).write(folder)
-    for job in request.trials or request.jobs:  # of jobs that are tuned first `settle` makes the folders
+    for job in request.tuning_jobs or request.jobs:  # after tuning, `settle` makes the folders of `jobs`
         place = folder / job.folder
         # a sweep that ends as soon as it is answered makes a folder as its run begins
-        later = (request.multirun and not job.folder) or (request.looks and not request.trials and not place.exists())
-        if not job.done and not later:
-            composing.describe(place, job, request.folder / job.folder)
+        proposed = request.multirun and not job.folder
+        later = request.looks and not request.tuning_jobs and not place.exists()
+        if not (job.done or proposed or later):
+            composing.write_hydra_folder(place, job, request.folder / job.folder)

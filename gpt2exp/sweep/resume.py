@@ -24,7 +24,7 @@ from gpt2exp import choices, schema
 from gpt2exp.config import DataName, Design, RunConfig, Schedule
 from gpt2exp.run import record, terminal
 from gpt2exp.section import BadRequest, override_key, quoted, show
-from gpt2exp.sweep import composing, design, request
+from gpt2exp.sweep import composing, design, request, tuning
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
 
 MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
@@ -204,11 +204,12 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
         whole = request.compose(composer, request.read(composer, words), multirun=True, absent=absent)
     key, tried = (known.tuning.key, known.tuning.jobs) if known.tuning else ("", {})
     again = any(schema.is_housekeeping(override.key_or_group) for override in typed)
+    first = _placed(whole.tuning_jobs, tried, runs, folder, again=again)
     return dataclasses.replace(
         whole,
         jobs=tuple(_placed(whole.jobs, listed, runs, folder, tuned=key, again=again)),
-        trials=tuple(_placed(whole.trials, tried, runs, folder, again=again)),
-        tuned=known.tuning,
+        tuning_jobs=tuple(first),
+        tuning=tuning.recorded(first, known.tuning),
         looks=tuple(known.looks),
         folder=folder,
         argv=("-m", *(["--config-dir", flags.config_dir] if flags.config_dir else []), *words),

@@ -21,7 +21,7 @@ from gpt2exp.config import SweepConfig, key_and_values
 from gpt2exp.run import record
 from gpt2exp.schema import check_key, is_housekeeping, parse, put
 from gpt2exp.section import override_key, require
-from gpt2exp.sweep.composing import Composer, Job, describe
+from gpt2exp.sweep.composing import Composer, Job, write_hydra_folder
 
 
 def first(composer: Composer, sweep: SweepConfig, told: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -62,14 +62,14 @@ def untold(overrides: Sequence[str], tune: str | None) -> list[str]:
     return [text for text in overrides if not key or override_key(text) != key]
 
 
-def trials(composer: Composer, master: Any, jobs: Sequence[Job]) -> list[Job]:
-    """The runs that tune the arms of some jobs, not named yet."""
-    asked = jobs[0].config.sweep
+def jobs(composer: Composer, master: Any, compared: Sequence[Job]) -> list[Job]:
+    """The jobs that tune the arms of the jobs `compared`, without folders."""
+    asked = compared[0].config.sweep
     if not asked.tune:
         return []
     key, values = key_and_values(asked.tune)
-    arms = dict.fromkeys(arm_of(job.overrides, key) for job in jobs)
-    kept = [text for text in jobs[0].overrides if is_housekeeping(override_key(text))]
+    arms = dict.fromkeys(arm_of(job.overrides, key) for job in compared)
+    kept = [text for text in compared[0].overrides if is_housekeeping(override_key(text))]
     each = itertools.product(arms, values, asked.tune_seeds)
     return list(composer.jobs(master, ([*kept, *arm, f"{key}={v}", f"seed={seed}"] for arm, v, seed in each)))
 
@@ -123,14 +123,14 @@ def settle(sweep: Path, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
     for job in settled:
         # a sweep that ends as soon as it is answered makes a folder as its run begins
         if not job.done and (not known.looks or (sweep / job.folder).exists()):
-            describe(sweep / job.folder, job)
+            write_hydra_folder(sweep / job.folder, job)
     return settled, said
 
 
 def _at(job: Job, key: str, value: str) -> Job:
     """A job at a value of a key; a job that has begun has it already."""
-    if job.own is None:
+    if job.unresolved is None:
         return job
-    own, told = copy.deepcopy(job.own), (*job.overrides, f"{key}={value}")
-    put(own, key, OverridesParser.create().parse_override(f"{key}={value}").value())
-    return replace(job, overrides=told, own=own, config=parse(own))
+    unresolved, told = copy.deepcopy(job.unresolved), (*job.overrides, f"{key}={value}")
+    put(unresolved, key, OverridesParser.create().parse_override(f"{key}={value}").value())
+    return replace(job, overrides=told, unresolved=unresolved, config=parse(unresolved))

@@ -48,7 +48,7 @@ def test_as_composed_alone(number: int, tmp_path: Path) -> None:
             own = OmegaConf.masked_copy(alone, composing.SECTIONS)
             assert got.config == schema.parse(own)
             folder = tmp_path / str(place)
-            composing.describe(folder, got)
+            composing.write_hydra_folder(folder, got)
             assert OmegaConf.load(folder / ".hydra" / "config.yaml") == OmegaConf.create(OmegaConf.to_yaml(own))
             assert OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml")) == told
             settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra

@@ -42,14 +42,14 @@ def words(base: Path, *more: str) -> list[str]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
     """What is run from here on: seed and learning rate."""
     begun: list[tuple[int, float]] = []
-    real = launch.run
+    real = launch.run_folder
 
     def counting(folder: Path, began: float) -> Any:
         summary = real(folder, began)
         begun.append((summary["config"]["seed"], summary["config"]["optimizer"]["lr"]))
         return summary
 
-    monkeypatch.setattr(launch, "run", counting)
+    monkeypatch.setattr(launch, "run_folder", counting)
     return begun
 
 

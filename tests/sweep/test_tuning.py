@@ -122,7 +122,7 @@ def test_the_record(whole: tuple[Path, str]) -> None:
             assert all({*arm.overrides, f"optimizer.lr={value}"} <= {*row["overrides"]} for row in rows)
     assert list(known.by_seed) == [1, 2]
     again = request.make(arguments(known.argv))
-    assert (len(again.jobs), len(again.trials)) == (4, 12)
+    assert (len(again.jobs), len(again.tuning_jobs)) == (4, 12)
     known.write(whole[0])
     assert record.Sweep.read(whole[0]) == known
 
@@ -159,7 +159,7 @@ def test_resumed_with_more(few: Path, tmp_path: Path) -> None:
     assert all(arm.best for arm in known.tuning.arms)
     assert len(known.tuning.arms) == 3
     asked = request.make(arguments(known.argv))
-    assert (len(asked.jobs), len(asked.trials)) == (6, 6)
+    assert (len(asked.jobs), len(asked.tuning_jobs)) == (6, 6)
     for typed in ("optimizer.lr=1", "sweep.tune_seeds=3", "sweep.tune=optimizer.lr=1,2"):
         with pytest.raises(BadRequest, match=r"that was decided before the first run of"):
             resume.make(arguments([f"resume={sweep}", request.as_meant(typed)]))
@@ -169,7 +169,7 @@ def test_resumed_with_more(few: Path, tmp_path: Path) -> None:
 
 def test_a_tuning_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its value is left out, which is said, and the sweep ends as failed."""
-    real = launch.run
+    real = launch.run_folder
 
     def failing(folder: Path, began: float) -> Any:
         if folder.name.endswith("optimizer.lr=1e-2,optimizer=adamw,seed=102"):
@@ -177,7 +177,7 @@ def test_a_tuning_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             return {"state": "failed"}
         return real(folder, began)
 
-    monkeypatch.setattr(launch, "run", failing)
+    monkeypatch.setattr(launch, "run_folder", failing)
     code, out, err = here(tmp_path, *ASKED[:2], "seed=1", "sweep.tune=optimizer.lr=1e-3,1e-2", *TINY)
     sweep = the_sweep(tmp_path)
     assert code == 1
@@ -260,16 +260,16 @@ def test_bad_requests(typed: list[str], why: str, tmp_path: Path) -> None:
 def test_seeds_as_a_number_or_a_list() -> None:
     for typed, seeds in (("3", [101, 102, 103]), ("7,9", [7, 9]), ("[7]", [7]), ("1", [101])):
         asked = request.make(arguments([*map(request.as_meant, [*ASKED, f"sweep.tune_seeds={typed}"])]))
-        assert sorted({job.config.seed for job in asked.trials}) == seeds
+        assert sorted({job.config.seed for job in asked.tuning_jobs}) == seeds
         assert [job.config.seed for job in asked.jobs] == [1, 2, 1, 2]
 
 
 def test_every_combination_of_axes_is_an_arm() -> None:
     asked = request.make(arguments([*map(request.as_meant, [*ASKED, "init=gpt2,openai"])]))
     assert asked.tuning is not None
-    assert (len(asked.jobs), len(asked.tuning.arms), len(asked.trials)) == (8, 4, 24)
-    assert len({job.folder for job in (*asked.jobs, *asked.trials)}) == 32
-    assert all(job.folder.startswith("tuning/") for job in asked.trials)
+    assert (len(asked.jobs), len(asked.tuning.arms), len(asked.tuning_jobs)) == (8, 4, 24)
+    assert len({job.folder for job in (*asked.jobs, *asked.tuning_jobs)}) == 32
+    assert all(job.folder.startswith("tuning/") for job in asked.tuning_jobs)
 
 
 def test_one_at_a_time_tunes_each_leaving_and_the_control_has_the_baselines_value() -> None:
@@ -278,7 +278,7 @@ def test_one_at_a_time_tunes_each_leaving_and_the_control_has_the_baselines_valu
     asked = request.make(arguments([*map(request.as_meant, words)]))
     assert asked.tuning is not None
     assert (len(asked.jobs), len(asked.tuning.arms)) == (2 * 4, 3)
-    assert {job.config.data.redraw for job in asked.trials} == {0}
+    assert {job.config.data.redraw for job in asked.tuning_jobs} == {0}
     control = next(job for job in asked.jobs if job.config.data.redraw)
     assert arm_of(control.overrides, "optimizer.lr") == tuple(asked.tuning.arms[0].overrides)
 

@@ -202,8 +202,8 @@ class TestDone:
             asked(f"resume={folder}", "train.steps=9")
         request = asked(f"resume={folder}", "train.steps=9", "optimizer.grad_clip=6.0")
         assert request.jobs[0].config.optimizer.grad_clip == 6
-        assert request.jobs[0].own is not None
-        assert request.jobs[0].own["optimizer"]["grad_clip"] == 6
+        assert request.jobs[0].unresolved is not None
+        assert request.jobs[0].unresolved["optimizer"]["grad_clip"] == 6
 
     def test_a_damaged_checkpoint(self, done: Path, tmp_path: Path) -> None:
         """The one before it is used, and that is said; test_checkpoint.py damages each file in each way."""
