@@ -32,9 +32,10 @@ from gpt2exp.run import process, record, terminal
 from gpt2exp.run.metrics import METRICS, Summary
 from gpt2exp.schema import plain, stored
 from gpt2exp.section import CHOICES, SHA256, SOURCE, TARGET, BadRequest, show, typed
-from gpt2exp.sweep import launch, resume
+from gpt2exp.sweep import launch
 from gpt2exp.sweep.composing import checked
-from gpt2exp.sweep.request import Request, make
+from gpt2exp.sweep.request import Request, new_request
+from gpt2exp.sweep.resume import resumed_request
 
 if TYPE_CHECKING:
     from gpt2exp.training.trainer import Trainer
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 def compose(*words: str) -> RunConfig:
     """The checked configuration of one run; `words` as after `gpt2exp`: overrides, also `--config-dir DIR`."""
-    request = make(launch.parsed(words)[0])
+    request = new_request(launch.parsed(words)[0])
     config = request.jobs[0].config
     if request.multirun or config.resume is not None:
         raise BadRequest(f"{' '.join(words)}: several runs, or one that goes on; give it to gpt2exp.sweep")
@@ -69,7 +70,7 @@ def run(config: RunConfig, folder: str | Path | None = None) -> Summary:
     Its `overrides` are the keys that differ from the defaults. KeyboardInterrupt: a signal stopped it; it is saved.
     """
     args, argv = launch.parsed([typed("hydra.run.dir", str(folder))] if folder is not None else [])
-    request, values = make(args), plain(config)
+    request, values = new_request(args), plain(config)
     checked_again, overrides = checked(OmegaConf.create(values)), tuple(_overrides(values))
     job = replace(request.jobs[0], config=checked_again, unresolved=values, overrides=overrides)
     size.check(config.model, config.init, config.train.seq_len)
@@ -84,7 +85,7 @@ def sweep(words: Sequence[str], folder: str | Path | None = None) -> Runs:
     """
     place = [typed("hydra.sweep.dir", str(folder))] if folder is not None else []
     args, argv = launch.parsed(["-m", *words, *place])
-    request = resume.make(args) or make(args)
+    request = resumed_request(args) or new_request(args)
     _carry_out(request, argv)
     return load(request.folder)
 

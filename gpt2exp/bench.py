@@ -27,7 +27,8 @@ from gpt2exp.run import process, terminal
 from gpt2exp.schema import plain
 from gpt2exp.section import BadRequest, require
 from gpt2exp.sweep.composing import arguments
-from gpt2exp.sweep.request import as_meant, make
+from gpt2exp.sweep.overrides import as_meant
+from gpt2exp.sweep.request import new_request
 from gpt2exp.training import setup
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def asked_for(overrides: Sequence[str]) -> RunConfig:
     """The configuration of a command line, its text tokenised; `BadRequest` if it is none, or several."""
-    request = make(arguments([as_meant(text) for text in overrides]))
+    request = new_request(arguments([as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
     config = request.jobs[0].config

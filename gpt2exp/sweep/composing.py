@@ -1,7 +1,7 @@
-"""All that depends on Hydra's inside: its parser, its loader, its launchers, its own command. No torch.
+"""All code that depends on Hydra's internals: its parser, its loader, its launchers, its own command. No torch.
 
-Hydra composes one configuration in 0.1 s. A sweep's jobs mostly differ in plain values, so Hydra composes one job of
-each combination of groups, and the values of the others are put into that configuration.
+Hydra takes 0.1 s to compose one configuration. The jobs of a sweep mostly differ in plain values. So Hydra composes one
+job for each combination of groups, and `_Base` makes the others by changing the values in it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def register() -> None:
 
 @functools.cache
 def _schema() -> DictConfig:
-    """The schema without what the environment says; what its choices have is made known to Hydra on the way."""
+    """The schema, without defaults from the environment. Also registers the schema of each choice with Hydra."""
     schema = OmegaConf.structured(RunConfig)
     for section, ours in CHOICES.items():
         OmegaConf.update(schema, section, OmegaConf.structured(kind_of(section)), merge=False)  # takes any choice
@@ -77,7 +77,7 @@ def _schema() -> DictConfig:
             node = OmegaConf.structured(choice)
             OmegaConf.set_struct(node, True)
             ConfigStore.instance().store(f"{name}_schema", group=group_of(section), node=node)
-    for section in choices.LEADING:  # one from outside has keys that nobody knows before its code is loaded
+    for section in choices.LEADING:  # the keys of a choice from outside are not known before its code is loaded
         OmegaConf.set_struct(OmegaConf.select(schema, section), False)
     return cast(DictConfig, schema)
 
@@ -117,7 +117,7 @@ class Composer:
 
     def offered(self, group: str) -> list[str]:
         """The choices of a group by name; of `experiment` also those a folder below: `weight_tying/gpt2`."""
-        options = self.loader.repository.get_group_options  # the loader's own copies all that is registered, each time
+        options = self.loader.repository.get_group_options  # the loader's own method copies all groups at each call
         names = [name for name in options(group) if not name.endswith("_schema")]
         below = options(group, ObjectType.GROUP) if group == "experiment" else []
         return names + [f"{folder}/{name}" for folder in below for name in options(f"{group}/{folder}")]
@@ -167,21 +167,22 @@ def _is_plain(override: Override, simple: set[str]) -> bool:
 
 
 class _Base:
-    """A job that Hydra composed; other jobs of its shape are made by changing its values."""
+    """A job that Hydra composed. `job` makes others with the same groups and keys by changing its values."""
 
     def __init__(self, composed: DictConfig, values: dict[str, Any]) -> None:
         self.values, self.config, self.hydra = values, checked(composed), as_plain(composed.hydra)
-        # the rest goes by the overrides of the one job, and out with Hydra 1.4
+        # what is left out depends on this job's overrides, and Hydra 1.4 has it no longer
         self.hydra["job"] = {key: self.hydra["job"][key] for key in ("name", "chdir", "env_set", "env_copy")}
         self.unresolved = _without_hydra(composed)
         values_now = as_plain(self.unresolved)
         self.outside = bool(choices.found_in(values_now))
         """Whether it has a choice from outside: then `unresolved` has no types, but `config` has."""
         self.following = [key for key, value in leaves(values_now).items() if "${" in str(value)]
-        self.following += ["train.grad_accum_steps"]  # these have another key's value; the last by tokens_per_step
+        self.following += ["train.grad_accum_steps"]  # set by train.tokens_per_step
+        """Keys whose values follow those of other keys."""
 
     def job(self, overrides: Sequence[Override], values: dict[str, Any]) -> Job:
-        """The job with these values, whose keys are the base's."""
+        """The job with these values, of the same keys as the base's."""
         changed = {key: value for key, value in values.items() if repr(value) != repr(self.values[key])}
         for key, value in changed.items():
             value = _of_type(self.config, key, value) if self.outside else value
@@ -203,7 +204,7 @@ def _of_type(config: RunConfig, key: str, value: object) -> Any:
 
 
 schema_of: Callable[[Any], Any] = functools.cache(OmegaConf.structured)
-"""A section's class as OmegaConf checks values against it; which values the one node holds does not matter."""
+"""A section's class as a node of OmegaConf, which checks values written to it. The values it holds do not matter."""
 
 
 def _value(tree: DictConfig, key: str) -> Any:
@@ -240,9 +241,9 @@ def job_of(composed: DictConfig, overrides: Iterable[str]) -> Job:
 
 
 def identified(composed: DictConfig) -> DictConfig:
-    """Record in every choice from outside its file's name, and the path and sha256 of its code.
+    """The configuration, each choice from outside with its file's name and the path and sha256 of its code.
 
-    With such a choice the sections have no types any more; `checked` gives each its own.
+    If there is such a choice the result has no types; `checked` gives each section its own.
     """
     values = as_plain(_without_hydra(composed))
     outside = choices.found_in(values)
@@ -273,7 +274,7 @@ def is_hydra(key: str) -> bool:
 def composing(args: argparse.Namespace) -> Iterator[Composer]:
     """Open Hydra's loader; Hydra's errors inside the block become a `BadRequest`."""
     _check_flags(args)
-    register()  # the environment may have changed since
+    register()  # again, since the environment may have changed
     folder = config_folder(args)
     try:
         # without version_base Hydra 1.3 behaves as 1.1; 1.4 has no such argument: delete it here and in call_hydra
@@ -354,7 +355,7 @@ def _yaml(tree: dict[str, Any]) -> str:
 
 
 @functools.lru_cache(1024)
-def _section(text: str) -> str:  # most sections are alike in all jobs of a sweep, and YAML is slow
+def _section(text: str) -> str:  # cached: most sections are the same in all jobs of a sweep, and YAML is slow
     return OmegaConf.to_yaml(OmegaConf.create(json.loads(text)))
 
 
@@ -378,7 +379,7 @@ def start_launcher(master: DictConfig, folder: Path, jobs: Sequence[Job], run_jo
     """Have the launcher that `master` names call `run_job` for each job of the sweep in `folder`."""
     with open_dict(master):
         master.hydra.sweep.dir = str(folder.absolute())  # a worker may start elsewhere
-        master.hydra.output_subdir = None  # what a folder's `.hydra` holds is ours to write
+        master.hydra.output_subdir = None  # we write the folders' `.hydra`
     context = HydraContext(_Listed(), Callbacks())  # type: ignore[arg-type]
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=run_job, config=master)
     handing = ("overrides", "unresolved", "hydra", "folder", "reused")

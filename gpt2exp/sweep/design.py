@@ -1,6 +1,6 @@
-"""Which combinations of a sweep's arms are its jobs. No torch.
+"""From a sweep's axes to its jobs: which combinations of their arms are run. No torch.
 
-An axis is a list of arms. An arm is what it types: one override, or of keys that move together one of each.
+An axis is a list of arms. An arm is one override, or one override of each key that moves together.
 """
 
 from __future__ import annotations
@@ -8,20 +8,71 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+
 from gpt2exp.config import CONTROL, TOGETHER, Design, SweepConfig, key_and_values, moving
-from gpt2exp.schema import is_housekeeping
-from gpt2exp.section import BadRequest, default_of, show
+from gpt2exp.schema import is_housekeeping, keys
+from gpt2exp.section import BadRequest, default_of, require, show
 from gpt2exp.sweep import tuning
+from gpt2exp.sweep.composing import Composer
+from gpt2exp.sweep.overrides import as_meant, key_types, parse_overrides
 
 Arm = tuple[str, ...]
-RULES = ("together", "design", "control", "reuse", "over", "until", "tune")
-"""Keys of `sweep` that say which jobs there are."""
+DEFINING = ("together", "design", "control", "reuse", "over", "until", "tune")
+"""The keys of `sweep` that decide which jobs there are."""
+
+
+def preset(master: DictConfig) -> list[str]:
+    """The axes that a study or a sweeper has in its file, as overrides."""
+    return [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+
+
+def axes(overrides: Sequence[Override]) -> dict[str, list[str]]:
+    """The overrides by key: one for a constant, one for each value of an axis. The last override of a key counts."""
+    found: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            reason = "the basic sweeper takes lists, choice(...) and range(...)"
+            raise BadRequest(f"{override.input_line}: {reason}; write {key}=A,B")
+        several = override.is_sweep_override()
+        each = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
+        found[key] = [f"{key}={value}" for value in each]
+    return found
+
+
+def together_overrides(composer: Composer, together: Sequence[str]) -> dict[str, list[str]]:
+    """The overrides in `sweep.together`, by key."""
+    SweepConfig(together=list(together))  # checks that each is KEY=A,B
+    return axes(parse_overrides(composer, [as_meant(text) for text in together]))
+
+
+def budgets(composer: Composer, over: str, others: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The axis that `sweep.over` adds, as `axes` returns it, ascending; `others`: all other overrides.
+
+    Raises:
+        BadRequest: its key is no number or is among the others, it has one value, or nothing else varies.
+    """
+    again = "try sweep.over=train.steps=50,100,200"
+    require("=" in over, "sweep.over", over, "must be KEY=A,B", again)
+    ((key, texts),) = axes(parse_overrides(composer, [over])).items()
+    counts = key in keys() and not is_housekeeping(key) and key != "seed" and bool({int, float} & {*key_types(key)})
+    vary = any(len(each) > 1 for name, each in others.items() if name != "seed")
+    for ok, why, remedy in (
+        (counts, f"{key} is no number that makes a run larger", again),
+        (len({*texts}) > 1, "one value is no axis", again),
+        (key not in others, f"{key} is given twice", f"leave out {key}=..."),
+        (vary, "nothing else varies", "add what to compare: model.tie_weights=true,false"),
+    ):
+        require(ok, "sweep.over", over, why, remedy)
+    return {key: sorted(texts, key=lambda text: float(text.partition("=")[2]))}
 
 
 def together(overrides: Mapping[str, Sequence[str]], typed: Mapping[str, Sequence[str]]) -> dict[str, list[Arm]]:
-    """The axis of the keys that move together, if there are any: its first arm has the first override of each.
+    """The axis of the keys that move together, if there are any: its first arm has the first override of each key.
 
-    `overrides`, `typed`: the overrides of those keys, and of the keys typed by themselves.
+    `overrides`: those of the keys that move together. `typed`: those of all other keys.
 
     Raises:
         BadRequest: the keys have different numbers of values, or one of them cannot be part of an axis.
@@ -39,35 +90,36 @@ def together(overrides: Mapping[str, Sequence[str]], typed: Mapping[str, Sequenc
 
 
 def _crossed(sweep: SweepConfig) -> set[str]:
-    """The keys at each value of which the whole design is run: the seed, the budget, the tuned key."""
+    """The keys for each value of which the whole design is run: the seed, the budget, the tuned key."""
     return {"seed", sweep.budget, key_and_values(sweep.tune)[0]}
 
 
 def check_single(typed: Mapping[str, Sequence[str]]) -> None:
-    """Refuse several values of what says which jobs there are; `typed`: the overrides of each key."""
-    for key in (f"sweep.{name}" for name in (*RULES, "min_seeds", "max_seeds", "max_hours", "margin")):
+    """Refuse several values of a key that decides which jobs there are; `typed`: the overrides of each key."""
+    for key in (f"sweep.{name}" for name in (*DEFINING, "min_seeds", "max_seeds", "max_hours", "margin")):
         if len(typed.get(key, ())) > 1:
             raise BadRequest(f"{', '.join(typed[key])}: it says which jobs there are; name one value of it")
 
 
 def check_unused(sweep: SweepConfig, *, multirun: bool) -> None:
-    """Refuse what says which jobs there are, for one run and for another sweeper, which makes up its jobs."""
+    """Refuse the keys that decide which jobs there are, for one run and for a sweeper that proposes its own."""
     why = "one run has no arms to compare; add -m, and what to compare, such as model.tie_weights=true,false"
     why = "it takes the basic sweeper; leave out hydra/sweeper" if multirun else why
-    for name in RULES:
+    for name in DEFINING:
         value, usual = getattr(sweep, name), default_of(SweepConfig.__dataclass_fields__[name])
         if value != usual:
             raise BadRequest(f"sweep.{name}={show(value)}: {why}")
 
 
 def arms(jobs: Iterable[Sequence[str]], sweep: SweepConfig) -> dict[str, list[str]]:
-    """The values of each overridden key over the jobs' overrides; of one that changes no result, the last.
+    """By key the values that the overrides of the jobs give it; of a key that changes no result only the last.
 
-    The keys that move together are one, and their values overrides. Without the control's key and a tuned one.
+    Keys that move together are one entry, whose values are overrides. The keys of `sweep.control` and `sweep.tune` are
+    left out.
     """
     found: dict[str, dict[str, None]] = {}
     for texts in jobs:
-        told = dict(text.split("=", 1) for text in tuning.untold(texts, sweep.tune))
+        told = dict(text.split("=", 1) for text in tuning.without_tuned(texts, sweep.tune))
         if sweep.control:
             told.pop(CONTROL, None)
         moved = [key for key in moving(sweep.together) if key in told]
@@ -79,7 +131,7 @@ def arms(jobs: Iterable[Sequence[str]], sweep: SweepConfig) -> dict[str, list[st
 
 
 def asked(jobs: Iterable[Sequence[str]], sweep: SweepConfig) -> dict[str, list[str]]:
-    """By key the values that a command line gives to ask for all these jobs."""
+    """By key the values to type, to ask for all these jobs in one command line."""
     each = {key: values for key, values in arms(jobs, sweep).items() if TOGETHER not in key and key != sweep.budget}
     if sweep.until:
         each.pop("seed", None)
@@ -89,13 +141,13 @@ def asked(jobs: Iterable[Sequence[str]], sweep: SweepConfig) -> dict[str, list[s
 
 
 def jobs(axes: Mapping[str, Sequence[Arm]], sweep: SweepConfig, control: Arm | None) -> Iterator[list[str]]:
-    """The overrides of each job; of all designs but the product the baseline's first, at each seed and budget.
+    """The overrides of each job. In every design but the product, the baseline comes first at each seed and budget.
 
-    The baseline has the first arm of each axis; of `leave_one_out` the last, and is the full set. `control`: what the
-    baseline is told once more.
+    The baseline has the first arm of each axis; with `leave_one_out` the last, and is then the full set. `control`: the
+    overrides with which the baseline is run once more.
 
     Raises:
-        BadRequest: an axis has more arms than the design can take, or the control's key is one.
+        BadRequest: an axis has more arms than the design can take, or the control's key is an axis.
     """
     design, crossed = sweep.design, _crossed(sweep)
     if design is Design.leave_one_out:

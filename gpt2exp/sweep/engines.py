@@ -1,7 +1,7 @@
-"""Where a sweep's jobs run if not one after another in this process: joblib, Ray, Slurm. No torch.
+"""Launchers: a sweep's jobs run by joblib, Ray or Slurm instead of one after another in this process. No torch.
 
-Hydra's plugins start the jobs; here is what they leave open: how many fit side by side, which GPU is whose, and what
-becomes of the jobs when the sweep is told to stop.
+Hydra's plugins start the jobs. This module decides how many run at a time and which job uses which GPU, and stops the
+jobs when the sweep is stopped.
 """
 
 from __future__ import annotations
@@ -29,12 +29,8 @@ BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
-EXTRAS = {
-    "joblib": "joblib",
-    "ray": "ray",
-    "submitit": "slurm",
-    "optuna": "optuna",
-}  # ours, for each of Hydra's plugins
+EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit": "slurm", "optuna": "optuna"}
+"""By a word in the name of Hydra's plugin, the extra of this package that installs it."""
 
 _launching = False  # whether this process launches a sweep: `prepare_worker` leaves it alone
 _gpu: FileLock | None = None  # a worker's, for as long as it lives
@@ -110,7 +106,7 @@ def running(launcher: DictConfig, sweep: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _ray(settings: DictConfig) -> Iterator[None]:
     """Start or join Ray before the launcher does; after the block end what was started here."""
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # a job's lines are all of interest, like though they are
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # by default Ray drops lines that are alike
     import ray
 
     try:
@@ -136,7 +132,7 @@ def stop(sweep: Path) -> None:
                 os.kill(status["pid"], signal.SIGTERM)
                 told.append(folder)
     for folder in told:
-        while True:  # a step may take minutes: a second signal ends this wait
+        while True:  # a step may take minutes; a second signal ends this wait
             with contextlib.suppress(BadRequest), process.held(folder):
                 break
             time.sleep(0.05)
@@ -149,7 +145,7 @@ def prepare_worker(launcher: str, sweep: Path, device: DeviceName) -> None:
     """Prepare a launcher's worker: ignore Ctrl-C, restore the current folder, lock a GPU. Before torch is imported."""
     if _launching or launcher == BASIC:
         return
-    if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
+    if threading.current_thread() is threading.main_thread():  # only there can a handler be set
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the launching process, which tells us
     with contextlib.suppress(OSError):  # relative paths are as typed
         if known := record.Sweep.read(sweep):

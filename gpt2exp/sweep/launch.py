@@ -36,12 +36,14 @@ from gpt2exp.run.job import BEGAN, check_same_text, follow, run_folder
 from gpt2exp.run.metrics import TAKEN
 from gpt2exp.schema import is_housekeeping
 from gpt2exp.section import BadRequest, first_line, home, override_key, require
-from gpt2exp.sweep import composing, engines, help, resume, reuse, tuning
+from gpt2exp.sweep import composing, engines, help, reuse, tuning
 from gpt2exp.sweep.composing import Job
-from gpt2exp.sweep.request import Request, as_meant, claimed, make, numbered
+from gpt2exp.sweep.overrides import as_meant
+from gpt2exp.sweep.request import Request, folder_name, new_request, request_folder
+from gpt2exp.sweep.resume import resumed_request
 from gpt2exp.training import distributed, outside, setup
 
-FEW = 12  # runs of a sweep that its closing table still shows one by one
+FEW = 12  # the closing lines list the runs of a sweep that has at most so many
 log = logging.getLogger("gpt2exp")
 
 
@@ -64,9 +66,9 @@ def unwritable(error: OSError) -> str:
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse a command line; returns its words in Hydra's grammar too. `BadRequest` if one holds a credential.
+    """Parse a command line. Returns the flags and overrides, and the words in Hydra's grammar, without `--trust`.
 
-    From here on code from outside may run as the command line says, and `--trust` is none of its words.
+    From here on, code from outside may run where the command line allows it. `BadRequest` if a word holds a credential.
     """
     secret.check_typed(argv)
     words = [as_meant(word) for word in argv]
@@ -91,10 +93,10 @@ def _parse_and_run(argv: list[str]) -> int:
 
 
 def _run_command_line(args: argparse.Namespace, argv: list[str]) -> int:
-    if args.hydra_help or args.shell_completion:  # Hydra's own, about no request
+    if args.hydra_help or args.shell_completion:
         composing.call_hydra(argv, run_for_hydra)
         return 0
-    request = resume.make(args) or make(args)
+    request = resumed_request(args) or new_request(args)
     flags = [word for word in argv if word not in args.overrides]
     with contextlib.chdir(request.cwd) if request.cwd is not None else contextlib.nullcontext():
         if args.cfg or args.info:
@@ -117,7 +119,7 @@ def run_request(request: Request, argv: list[str], began: float) -> int:
         raise BadRequest(f"a sweep: {why}; start sweeps as gpt2exp -m ..., a device a job by hydra/launcher")
     to_do, tuning_to_do = request.to_do, request.tuning_to_do
     texts = _make_ready(request, [*tuning_to_do, *to_do])
-    if request.tuning_jobs:  # what is compared has its settings once its arm is tuned
+    if request.tuning_jobs:  # the jobs to compare have their settings once their arms are tuned
         tuning_to_do = _reusing(tuning_to_do, texts, request.folder)
     elif request.multirun:
         to_do = _reusing(to_do, texts, request.folder)
@@ -126,7 +128,7 @@ def run_request(request: Request, argv: list[str], began: float) -> int:
     if any(job.config.dry_run for job in request.jobs):
         _show_dry([job for job in to_do if not request.looks or job.config.seed == to_do[0].config.seed])
         if request.looks:
-            terminal.say(f"the runs of one seed, of {request.rule['max_seeds']} at most")
+            terminal.say(f"the runs of one seed, of {request.stopping_rule['max_seeds']} at most")
         if request.tuning:
             terminal.say(tuning.announced(request.tuning, len(tuning_to_do), len(to_do)))
         return 0
@@ -137,7 +139,7 @@ def run_request(request: Request, argv: list[str], began: float) -> int:
     with contextlib.ExitStack() as engine:
         if request.launcher is not None and (to_do or tuning_to_do):
             engine.enter_context(engines.running(request.launcher, request.folder))
-        with claimed(request, argv):
+        with request_folder(request, argv):
             if request.tuning_jobs:
                 if tuning_to_do:
                     _run_jobs(request, tuning_to_do, argv, began)
@@ -163,8 +165,8 @@ def _reusing(jobs: list[Job], texts: dict[tuple[Any, ...], str], folder: Path) -
 
 def _notes(request: Request, to_do: list[Job]) -> Iterator[str]:
     yield from request.notes
-    if request.looks and request.rule["margin"] is None:
-        why = f"an axis without a difference takes all {request.rule['max_seeds']} seeds"
+    if request.looks and request.stopping_rule["margin"] is None:
+        why = f"an axis without a difference takes all {request.stopping_rule['max_seeds']} seeds"
         yield f"without sweep.margin no axis can be called indistinguishable: {why}"
     ignored = (tracking.ignored(job.config.wandb, sweep=request.multirun, resumed=request.resumed) for job in to_do)
     yield from dict.fromkeys(itertools.chain.from_iterable(ignored))
@@ -179,7 +181,7 @@ def _run_jobs(request: Request, to_do: list[Job], argv: list[str], began: float)
             run_folder(request.folder, began)
         return
     try:
-        if not request.names:
+        if not request.folders:
             composing.call_hydra(argv, run_for_hydra, request.folder)
         elif not request.local:
             composing.start_launcher(request.master, request.folder, to_do, run_for_hydra)
@@ -189,14 +191,14 @@ def _run_jobs(request: Request, to_do: list[Job], argv: list[str], began: float)
                 for job in to_do:
                     if job.config.seed not in needless:
                         needless = _run_job(job, request.folder, began if job is to_do[0] else time.monotonic())
-                    if job is to_do[0]:  # each run begins with a collection: what is loaded by now stays out of it
+                    if job is to_do[0]:  # each run begins with a garbage collection: spare it the modules loaded by now
                         gc.collect()
                         gc.freeze()
     except KeyboardInterrupt:
         _say_how_to_go_on(request)
         raise
     except Exception as problem:
-        if request.local and request.names:  # a job raises nothing
+        if request.local and request.folders:  # no job's fault: `_run_job` raises none
             raise
         terminal.refuse(f"the sweep ended early: {first_line(problem)}", trace=terminal.wants_traces())
         _say_how_to_go_on(request)
@@ -206,12 +208,10 @@ def _run_jobs(request: Request, to_do: list[Job], argv: list[str], began: float)
 
 def _say_how_to_go_on(request: Request) -> None:
     if request.launcher is not None and request.launcher._target_ == engines.SLURM:
-        text = "the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,"
-        terminal.say(text)
-    if request.names:
+        terminal.say("the jobs submitted go on: scancel ends them, gpt2exp-compare compares them; then, for the rest,")
+    if request.folders:
         configs = [job.config for job in request.jobs]
-        line = f"to go on: {terminal.to_go_on(request.folder.absolute(), *configs)}"
-        terminal.say(line)
+        terminal.say(f"to go on: {terminal.to_go_on(request.folder.absolute(), *configs)}")
 
 
 def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str]:
@@ -219,8 +219,8 @@ def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str
 
     Returns the sha256 of each text.
     """
-    sources: dict[tuple[Any, ...], tokens.TokenFile] = {}  # jobs that share a text read it once
-    checked: list[object] = []  # and those that share weights look at them once
+    sources: dict[tuple[Any, ...], tokens.TokenFile] = {}  # a text that several jobs share is read once
+    checked: list[object] = []  # weights that several jobs share are checked once
     for job in to_do:
         config = job.config
         distributed.check(config)
@@ -233,7 +233,7 @@ def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str
         require(free, "metric", name, "is recorded under its name, which must be a word of its own", "rename its file")
         outside.try_out(config)
         weights = config.init, config.model
-        # what goes on has its weights in a checkpoint
+        # a run that resumes takes its weights from a checkpoint
         if weights not in checked and not record.saved(request.folder / job.folder):
             setup.check_weights(config.init, config.model)
             checked.append(weights)
@@ -250,18 +250,18 @@ def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str
 
 
 def _show_prior(earlier: Path, looks: Sequence[int]) -> None:
-    """Print which differences so many seeds can tell, by an earlier sweep."""
+    """Print how small a difference each number of seeds can tell, given the scatter in an earlier sweep."""
     from gpt2exp.compare import stopping
 
-    text = "differences in nats that so many seeds tell from zero in four of five studies, by the std of the"
-    text += f" differences in {terminal.short(earlier.absolute())} (in brackets by its upper 80 % limit)"
     table = stopping.prior(earlier, looks)
+    text = "the smallest difference in nats that so many seeds tell from zero in four of five studies, given the std of"
+    text += f" the differences in {terminal.short(earlier.absolute())} (in brackets: given that std's upper 80 % limit)"
     terminal.say(text)
     terminal.terminal().print(terminal.table(table))
 
 
 def _show_dry(to_do: list[Job]) -> None:
-    """Print the table of a dry run; memory and precision are found once for jobs of one shape."""
+    """Print the table of a dry run. Jobs that need the same memory and precision are measured once."""
     if not to_do:
         return
     rows, known = list[dict[str, str]](), dict[str, dict[str, str]]()
@@ -294,7 +294,7 @@ def _outcome(request: Request) -> int:
     tuning_rows = [row for row in every if row["name"].startswith(f"{record.TUNING}/")]
     rows = [row for row in every if not row["name"].startswith(f"{record.TUNING}/")]
     failed = [row for row in tuning_rows if row["state"] not in ("done", "diverged")]
-    done, jobs = sum(row["state"] == "done" for row in rows), len(request.names) or len(rows)
+    done, jobs = sum(row["state"] == "done" for row in rows), len(request.folders) or len(rows)
     if request.multirun:
         from gpt2exp.compare import __main__ as conclude
         from gpt2exp.compare import stopping
@@ -330,7 +330,7 @@ def run_for_hydra(cfg: DictConfig) -> float:
     if not job.folder:  # the sweeper proposed it
         known = record.Sweep.read(sweep)
         told = sorted(set(job.overrides) - set(known.jobs[0] if known else ()))
-        job = replace(job, folder=numbered(hydra.job.num, ",".join(told)))
+        job = replace(job, folder=folder_name(hydra.job.num, ",".join(told)))
     engines.prepare_worker(str(hydra.launcher._target_), sweep, job.config.train.device)
     if job.config.seed not in _needless(sweep):
         _run_job(job, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
@@ -356,17 +356,17 @@ def _run_job(job: Job, sweep: Path, began: float) -> set[int]:
         else:
             with processes.held(folder):
                 run_folder(folder, began)
-    except BadRequest as error:  # someone goes on with this job alone
+    except BadRequest as error:  # another process has resumed this job by itself
         log.warning("%s", error)
-    except OSError as error:  # the folder says as much as it could
+    except OSError as error:  # the folder holds what could be written
         log.error("%s", unwritable(error))
     return _needless(sweep, job.config.seed)
 
 
 def _needless(sweep: Path, ended: int | None = None) -> set[int]:
-    """The seeds of which no further run is begun, since the sweep is answered; none without `sweep.until`.
+    """The seeds of which no run is to begin any more, since the sweep is answered; none without `sweep.until`.
 
-    `ended`: the seed of a run that has ended. Once all of that seed's have, people see what the seeds say.
+    `ended`: the seed of a run that has just ended. If all runs of that seed have, the answer so far is printed.
     """
     known = record.Sweep.read(sweep)
     if known is None or not known.looks or (ended is not None and ended not in known.by_seed):  # it tuned an arm
@@ -384,7 +384,7 @@ def _needless(sweep: Path, ended: int | None = None) -> set[int]:
 
 
 def _failed_before(sweep: Path) -> bool:
-    """Whether a job of this launch failed, or diverged unless it tuned an arm; earlier ones have a second chance."""
+    """Whether a job failed in this launch, or diverged, which a tuning job may. Jobs of earlier launches run again."""
     known = record.Sweep.read(sweep)
     statuses = ((folder.parent == sweep, record.read_status(folder)) for folder in record.runs_below(sweep))
     bad = {True: ("failed", "diverged"), False: ("failed",)}

@@ -1,8 +1,10 @@
-"""What `resume=FOLDER` asks for: the jobs of an earlier launch that are still to do, and those a sweep gains.
+"""What `resume=FOLDER` asks for. No torch.
 
-A run goes on with the configuration in its folder; what is typed beside may change how it is kept and how long it goes
-on, but not what it computes. A sweep gains the jobs that its own become with the values typed, where there is none that
-computes the same. No torch.
+A run resumes with the configuration in its folder. Other overrides may change how the run is kept and how many steps it
+takes, but not what it computes.
+
+A sweep resumes with the jobs that are not done. The values typed join those of its axes, and the sweep is composed
+again: a combination that no job of it computes yet becomes a new job.
 """
 
 from __future__ import annotations
@@ -26,24 +28,25 @@ from gpt2exp.run import record, terminal
 from gpt2exp.section import BadRequest, override_key, quoted, show
 from gpt2exp.sweep import composing, design, request, tuning
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
+from gpt2exp.sweep.overrides import LOGGING, as_list, parse_overrides, values_of
 
 MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
-"""Keys besides housekeeping that a run may go on with another value of; the text at `data.path` must be the same."""
+"""Keys besides housekeeping that may have another value when a run resumes. `data.path` must hold the same text."""
 
 
-def make(args: argparse.Namespace) -> request.Request | None:
-    """The request behind a command line with `resume=FOLDER`; None for one without.
+def resumed_request(args: argparse.Namespace) -> request.Request | None:
+    """The request of a command line with `resume=FOLDER`; None for one without.
 
     Raises:
-        BadRequest: there is nothing to go on with, or what is typed beside cannot be.
+        BadRequest: the folder is no run or sweep that can be resumed, or not with these overrides.
     """
     if not any(text.lstrip("+").startswith("resume=") for text in args.overrides):
         return None
     with composing.composing(args) as composer:
-        typed = request.read(composer, args.overrides)
+        typed = parse_overrides(composer, args.overrides)
         folders = [override for override in typed if override.key_or_group == "resume"]
         typed = [override for override in typed if override.key_or_group != "resume"]
-        values = {str(value) for override in folders for value in request.values(override) if value is not None}
+        values = {str(value) for override in folders for value in values_of(override) if value is not None}
         if not values:  # resume=null
             return None
         if len(values) > 1:
@@ -69,7 +72,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
         raise BadRequest(f"resume={folder}: {error}") from error
     except BadRequest as error:
         raise BadRequest(f"resume={folder}: {error}; put the files back, or start a new run") from error
-    recorded = schema.plain(before)  # resolved: what follows train.steps keeps the value it had
+    recorded = schema.plain(before)  # without interpolations: a key that refers to train.steps keeps its value
     overrides = _of_today(overrides, gone)
     began_in, config_dir = _surroundings(folder)
     if args.trust:
@@ -84,7 +87,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
     for key, value in changed.items():
         on_hub = before.data.name is DataName.hub and not Path(str(value)).expanduser().exists()
         if key == "data.path" and value is not None and not on_hub:
-            value = str(Path(value).expanduser().absolute())  # as typed it starts here, and the run's others there
+            value = str(Path(value).expanduser().absolute())  # relative to where it is typed now
         schema.put(recorded, key, value)
         overrides = [text for text in overrides if override_key(text) != key]
         overrides.append(f"{key}={show(value)}")
@@ -109,7 +112,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
 
 
 def _steps_done(folder: Path, after: RunConfig) -> tuple[int, bool]:
-    """The steps that a run has done, and whether these are all; `BadRequest` if it cannot go on as `after` says."""
+    """The steps that a run has done, and whether these are all; `BadRequest` if it cannot resume with `after`."""
     row = record.row(folder, folder)
     steps = row["steps"] if row["state"] == "done" else len(record.read_metrics(folder))
     if after.train.steps < steps:
@@ -130,13 +133,13 @@ def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, A
         now = ", ".join(f"{key}={show(had.get(key))}" for key in refused)
         what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
         why = f"{terminal.short(folder)} began with {now}"
-        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # another key that was typed
+        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # it refers to a key typed now
         remedy = f"add {now}" if follows else "leave it out"
         raise BadRequest(f"{what}: {why}; {remedy} to go on, or start a new run without resume")
 
 
 def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
-    """Recorded overrides under today's keys, without those of the keys `gone`."""
+    """Recorded overrides under today's keys, without those of keys that no longer exist (`gone`)."""
     lost = {*gone, *(key.split(".")[0] for key in gone)} - set(composing.SECTIONS)
     moved = schema.MOVED.keys() - set(schema.keys())
     told = {text: override_key(text) for text in texts}
@@ -153,7 +156,7 @@ def _gone_note(gone: Mapping[str, Any]) -> list[str]:
 
 
 def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
-    """Where a run was started, and its `--config-dir`, each if it is still there."""
+    """The folder in which a run was started, and its `--config-dir`; None for one that no longer exists."""
     try:
         runtime = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime
         sources = {source.provider: source.path for source in runtime.config_sources}
@@ -165,7 +168,7 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 
 
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
-    """The values, by dotted key, that the overrides `typed` change."""
+    """By dotted key, the values that the overrides `typed` change."""
     with composing.composing(args) as composer:
         composed = (composing.identified(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
         before, after = (_flat(composing.checked(one)) for one in composed)
@@ -180,7 +183,7 @@ def _flat(of: RunConfig) -> dict[str, Any]:
 
 
 def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> request.Request:
-    """The whole sweep, composed again with what is typed beside; the jobs of before keep their folders."""
+    """The whole sweep, composed again with the overrides typed now; its earlier jobs keep their folders."""
     known = record.Sweep.read(folder)
     if known is None:
         raise BadRequest(f"resume={folder}: its {record.SWEEP} cannot be read; put it back")
@@ -199,9 +202,9 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     listed |= {name: texts for name, (_, texts) in runs.items() if not name.startswith(f"{record.TUNING}/")}
     listed = {name: _of_today(texts, gone) for name, texts in listed.items()}
     with composing.composing(flags) as composer:
-        before = [text for text in _of_today(flags.overrides, gone) if override_key(text) not in request.LOGGING]
+        before = [text for text in _of_today(flags.overrides, gone) if override_key(text) not in LOGGING]
         words, absent = _words(composer, before, list(listed.values()), typed)
-        whole = request.compose(composer, request.read(composer, words), multirun=True, absent=absent)
+        whole = request.request_of(composer, parse_overrides(composer, words), multirun=True, absent=absent)
     key, tried = (known.tuning.key, known.tuning.jobs) if known.tuning else ("", {})
     again = any(schema.is_housekeeping(override.key_or_group) for override in typed)
     first = _placed(whole.tuning_jobs, tried, runs, folder, again=again)
@@ -222,16 +225,16 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
 def _words(
     composer: Composer, before: list[str], listed: Sequence[Sequence[str]], typed: Sequence[Override]
 ) -> tuple[list[str], set[str]]:
-    """What to type to ask for the jobs of before with what is typed now, and the keys that some jobs are not told.
+    """The words that ask for the earlier jobs and the new ones, and the keys that some jobs have no override of.
 
-    `before`: the command line of before; `listed`: the overrides of its jobs.
+    `before`: the earlier command line. `listed`: the overrides of its jobs. `typed`: the overrides typed now.
     """
-    sweep = request.rules(composer.compose(before, multirun=True))
+    sweep = request.sweep_section(composer.compose(before, multirun=True))
     told = design.asked(listed, sweep)
     keys = [{*map(override_key, texts)} for texts in listed]
     absent = {key for key in told if not (schema.is_housekeeping(key) or all(key in each for each in keys))}
     hydra = [text for text in before if is_hydra(text)]
-    for key, texts in request.axes(typed).items():
+    for key, texts in design.axes(typed).items():
         values, had = list(map(_value, texts)), told.get(key, [])
         if is_hydra(key):
             hydra += texts
@@ -245,22 +248,22 @@ def _words(
             told["sweep.over"] = [quoted(",".join([str(sweep.over), *values]))]
         else:
             absent |= {key} - told.keys()
-            full_set = sweep.design is Design.leave_one_out and key != "seed"  # whose value is the last
+            full_set = sweep.design is Design.leave_one_out and key != "seed"  # the full set has the last value
             told[key] = list(dict.fromkeys([*values, *had] if full_set else [*had, *values]))
     return [*(f"{key}={','.join(values)}" for key, values in told.items()), *hydra], absent
 
 
 def _together(composer: Composer, had: Sequence[str], texts: list[str]) -> str:
-    """The value of `sweep.together` with the arms of before and then those typed, `texts`."""
-    before, value = request.moving(composer, had), request.read(composer, texts)[0].value()
-    more = request.moving(composer, value if isinstance(value, list) else [])
+    """The value of `sweep.together` with the earlier arms, then those of `texts`, typed now."""
+    before, value = design.together_overrides(composer, had), parse_overrides(composer, texts)[0].value()
+    more = design.together_overrides(composer, value if isinstance(value, list) else [])
     if before and before.keys() != more.keys():
         why = f"the sweep began with {' and '.join(before)}"
         raise BadRequest(f"sweep.together: {', '.join(more)}: {why}; name those, or start a new sweep")
     axes = (design.together({key: each[key] for key in before or more}, {}) for each in (before or more, more))
     arms = dict.fromkeys(itertools.chain.from_iterable(itertools.chain(*axis.values()) for axis in axes))
     columns = zip(before or more, zip(*arms, strict=True), strict=True)
-    return request.as_list(f"{key}={','.join(map(_value, column))}" for key, column in columns)
+    return as_list(f"{key}={','.join(map(_value, column))}" for key, column in columns)
 
 
 def _placed(
@@ -272,10 +275,15 @@ def _placed(
     tuned: str = "",
     again: bool,
 ) -> list[Job]:
-    """The jobs of before in their folders, then those of `jobs` that compute something else, in new folders.
+    """The earlier jobs in their folders, then those of `jobs` that compute something else, in new folders.
 
-    `listed`, `runs`: by folder the overrides of the jobs of before, and what those that were begun have on disk.
-    `tuned`: the key of which each job has its arm's value. `again`: the configuration is written anew where not done.
+    Args:
+        jobs: All jobs of the sweep, as composed now.
+        listed: By folder the overrides of each earlier job.
+        runs: By folder what each run that has begun has on disk: its configuration and overrides.
+        folder: The sweep's.
+        tuned: The key of `sweep.tune`, of which each job has its arm's own value.
+        again: Whether the configurations of jobs that are not done are written anew.
     """
 
     def computing(texts: Iterable[str]) -> frozenset[str]:
@@ -293,7 +301,7 @@ def _placed(
             # a diverged run would diverge again: that is its result
             done = record.row(folder / name, folder)["state"] in ("done", "diverged")
             found.append(dataclasses.replace(job, folder=name, done=done))
-        elif job is not None:  # where the folder is there it is damaged, and the job gets another
+        elif job is not None:  # a folder that exists is damaged, or it would be in `runs`: the job gets another
             found.append(job if (folder / name).exists() else dataclasses.replace(job, folder=name))
     known = {schema.identity(job.config) for job in found}
     for job in told.values():
@@ -301,11 +309,11 @@ def _placed(
             known.add(identity)
             found.append(job)
     place = next(iter(listed), "").rpartition("/")[0]
-    return request.named(found, _free(folder / place, listed), f"{place}/" if place else "")
+    return request.with_folders(found, _free(folder / place, listed), f"{place}/" if place else "")
 
 
 def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) -> None:
-    """Refuse to change a sweep's design or its rule of when to end, once it has begun."""
+    """Refuse to change a sweep's design, or the rule by which it ends, once it has begun."""
     fixed = ["sweep.until", "sweep.over", "sweep.min_seeds", "sweep.tune", "sweep.tune_seeds"]
     fixed += ["sweep.design", "sweep.control", *["sweep.margin", "sweep.together"] * bool(known.looks)]
     fixed += [known.tuning.key] if known.tuning else []
@@ -317,10 +325,10 @@ def _check_rule(folder: Path, known: record.Sweep, typed: Sequence[Override]) ->
 
 
 def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dict[str, Any]]:
-    """The runs of a sweep by folder, with their overrides; and their values of keys that no longer exist.
+    """By folder the configuration and overrides of a sweep's runs; and their values of keys that no longer exist.
 
     Raises:
-        BadRequest: they differ in such a key, so that which of them is which job cannot be told.
+        BadRequest: the runs differ in such a key, so that nothing says which run is which job.
     """
     runs, gone = dict[str, tuple[RunConfig, list[str]]](), dict[str, Any]()
     for run in record.runs_below(folder):
@@ -329,7 +337,7 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
         except choices.Refused as error:
             raise BadRequest(f"resume={folder}: {run.name}: {error}") from error
         except BadRequest:
-            continue  # Hydra's own record is damaged: the job is run anew, beside it
+            continue  # its `.hydra` is damaged: the job runs again in another folder
         for key, value in unknown.items():
             if gone.setdefault(key, value) != value and not schema.is_housekeeping(key):
                 why = f"its runs have {key}={show(gone[key])} and {show(value)}, which is no key of this version"
@@ -339,7 +347,7 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
 
 
 def _free(folder: Path, names: Iterable[str]) -> int:
-    """The first number that no folder there has, nor any of the planned `names`."""
+    """The first number that neither a folder in `folder` nor one of `names` begins with."""
     known = [*map(Path, names), *(folder.iterdir() if folder.is_dir() else ())]
     heads = [path.name.partition("_")[0] for path in known]
     return max((int(head) for head in heads if head.isdigit()), default=-1) + 1

@@ -1,6 +1,6 @@
-"""Runs in other folders that count as a sweep's (`sweep.reuse`): which, what stands in the way of the others. No torch.
+"""`sweep.reuse`: an earlier run that equals a job of the sweep is taken, and the job is not run. No torch.
 
-A job that is there already is not run: its folder gets the record of that run, which stays as it is.
+The job's folder gets a copy of that run's record. The run itself stays as it is.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from gpt2exp.schema import flatten, plain
 from gpt2exp.section import BadRequest, home, show
 from gpt2exp.sweep.composing import Job
 
-COMPUTING = ("code", "torch", "numpy", "tiktoken")  # versions that a run's losses may depend on
+COMPUTING = ("code", "torch", "numpy", "tiktoken")  # a run's losses may depend on the versions of these
 
 
 def found(jobs: Sequence[Job], texts: Mapping[tuple[Any, ...], str], own: Path) -> tuple[list[Job], list[str]]:
-    """The jobs, each with the earlier run that counts as it, if any; and lines that say what was taken and what not.
+    """The jobs, each with the earlier run that is taken for it, if any; and lines that say which runs were taken.
 
-    A run counts that ended with the same configuration, but for what changes no result, the same text, and the same
-    versions of what computes. Other hardware, and runs beside it, only keep its speed from being compared.
+    A run is taken if it ended and its configuration, its text and the versions in `COMPUTING` are the job's. Keys that
+    change no result may differ. If it ran on other hardware or beside other runs, its speed is not compared.
 
     Args:
-        jobs: What is to do, with the folders to look into in their `sweep.reuse`.
+        jobs: The jobs to do. Their `sweep.reuse` names the folders to search.
         texts: The sha256 of each `data.text`.
-        own: The sweep's folder, whose runs are none of another.
+        own: The sweep's own folder, whose runs are not earlier ones.
 
     Raises:
         BadRequest: a folder is not there, or holds no run.
@@ -67,9 +67,9 @@ def _match(
     texts: Mapping[tuple[Any, ...], str],
     now: Mapping[str, str],
 ) -> tuple[Job, str]:
-    """The job nearest to a run, and in what they differ; empty if in nothing.
+    """The job most like a run, and how they differ; an empty text if they do not.
 
-    `now`: the versions at work.
+    `now`: the versions in this process.
     """
     if row["state"] not in ("done", "diverged") or "versions" not in row:
         return wanted[0][0], f"its state is {row['state']}"
@@ -90,7 +90,7 @@ def _match(
 
 
 def take(job: Job, folder: Path) -> None:
-    """Copy the record of the run that counts as a job into the job's folder; `summary.json`, which ends it, last."""
+    """Copy the record of the run taken for a job into the job's folder; `summary.json`, by which it is done, last."""
     source = Path(job.reused["from"])
     summary = {**record.read_summary(source), "overrides": list(job.overrides), "config": plain(job.config)}
     for name in ("metrics.jsonl", "status.json"):

@@ -25,10 +25,12 @@ from gpt2exp.sweep.composing import Composer, Job, write_hydra_folder
 
 
 def first(composer: Composer, sweep: SweepConfig, told: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The tuned key at its first value, with which jobs are composed until their arm's own is chosen.
+    """The tuned key at its first value: jobs are composed with it until their arm's own value is chosen.
+
+    `told`: the other overrides, by key.
 
     Raises:
-        BadRequest: it is no key that can be tuned, or one that was `told` a value or swept.
+        BadRequest: the key cannot be tuned, or is among the other overrides.
     """
     key, values = key_and_values(sweep.tune)
     if not key:
@@ -56,8 +58,8 @@ def check(jobs: Sequence[Job]) -> None:
     require(not both, "sweep.tune_seeds", seeds, why, f"try sweep.tune_seeds={','.join(map(str, others))}")
 
 
-def untold(overrides: Sequence[str], tune: str | None) -> list[str]:
-    """Overrides without the one of the tuned key."""
+def without_tuned(overrides: Sequence[str], tune: str | None) -> list[str]:
+    """The overrides without that of the tuned key."""
     key = key_and_values(tune)[0]
     return [text for text in overrides if not key or override_key(text) != key]
 
@@ -121,14 +123,14 @@ def settle(sweep: Path, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
     known.jobs = [told.get(name, texts) for name, texts in zip(known.folders or (), known.jobs, strict=True)]
     known.write(sweep)
     for job in settled:
-        # a sweep that ends as soon as it is answered makes a folder as its run begins
+        # with sweep.until, a folder is made when its run begins: that run may not be needed
         if not job.done and (not known.looks or (sweep / job.folder).exists()):
             write_hydra_folder(sweep / job.folder, job)
     return settled, said
 
 
 def _at(job: Job, key: str, value: str) -> Job:
-    """A job at a value of a key; a job that has begun has it already."""
+    """A job with this value of a key; one whose folder is written has it already."""
     if job.unresolved is None:
         return job
     unresolved, told = copy.deepcopy(job.unresolved), (*job.overrides, f"{key}={value}")

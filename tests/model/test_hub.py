@@ -248,7 +248,7 @@ def test_names_and_shapes_of_the_four_sizes(size: str) -> None:
     from gpt2exp.sweep import request
     from gpt2exp.sweep.composing import arguments
 
-    (job,) = request.make(arguments([f"model={size}"])).jobs
+    (job,) = request.new_request(arguments([f"model={size}"])).jobs
     model = job.config.model
     known = transformers.GPT2Config(n_layer=model.n_layer, n_head=model.n_head, n_embd=model.n_embd)
     with torch.device("meta"):

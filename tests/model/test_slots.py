@@ -57,7 +57,7 @@ def asked(*words: str, folder: Path = EXAMPLES) -> RunConfig:
 
 @functools.cache
 def _composed(folder: Path, words: tuple[str, ...]) -> RunConfig:
-    (job,) = requests.make(composing.arguments(["--config-dir", str(folder), *TINY, *words])).jobs
+    (job,) = requests.new_request(composing.arguments(["--config-dir", str(folder), *TINY, *words])).jobs
     return job.config
 
 
@@ -361,7 +361,7 @@ def test_planning_gpt2_imports_no_torch() -> None:
     code = f"""
 import sys
 from gpt2exp.sweep import composing, request
-request.make(composing.arguments(["-m", *{TINY}, "seed=1,2"]))
+request.new_request(composing.arguments(["-m", *{TINY}, "seed=1,2"]))
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -108,7 +108,7 @@ def only(*args: str) -> RunConfig:
     """The configuration of a command line with one job."""
     parsed = composing.arguments(args)
     choices.allow(composing.config_folder(parsed), Path.cwd())
-    (job,) = requests.make(parsed).jobs
+    (job,) = requests.new_request(parsed).jobs
     return job.config
 
 
@@ -376,9 +376,9 @@ def test_schedules_of_ours_and_others_are_one_axis(mine: Path) -> None:
     parsed = composing.arguments(args)
     choices.allow(composing.config_folder(parsed))
     with pytest.raises(Exception, match=r"schedule\.end=0\.5: no such key"):
-        requests.make(parsed)  # of two of the three
+        requests.new_request(parsed)  # of two of the three
     parsed.overrides.remove("schedule.end=0.5")
-    found = [job.config for job in requests.make(parsed).jobs]
+    found = [job.config for job in requests.new_request(parsed).jobs]
     assert [one.schedule.name for one in found] == ["", "", "", "", "linear", "linear"]
 
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from gpt2exp import schema, section
 from gpt2exp.run import record
 from gpt2exp.sweep import composing, request
+from gpt2exp.sweep.overrides import as_meant
 
 AXES: dict[str, list[str]] = {
     "model": ["nano", "gpt2"],
@@ -80,33 +81,33 @@ def test_how_often_hydra_composes(words: list[str], expected: int, monkeypatch: 
     monkeypatch.setattr(
         composing.ConfigLoaderImpl, "load_configuration", lambda *a, **k: (composed.append(1), real(*a, **k))[1]
     )
-    jobs = request.make(composing.arguments(["-m", "model=nano", *words])).jobs
+    jobs = request.new_request(composing.arguments(["-m", "model=nano", *words])).jobs
     assert len(composed) == 1 + expected
     assert len({job.folder for job in jobs}) == len(jobs)
 
 
 def test_tokens_per_step_as_an_axis() -> None:
     """What the first job's makes of `grad_accum_steps` is not the next one's."""
-    jobs = request.make(composing.arguments(["-m", "model=nano", "train.tokens_per_step=256,512,128"])).jobs
+    jobs = request.new_request(composing.arguments(["-m", "model=nano", "train.tokens_per_step=256,512,128"])).jobs
     assert [job.config.train.grad_accum_steps for job in jobs] == [2, 4, 1]
 
 
 def test_a_bad_value_in_the_last_job() -> None:
     """It is refused though Hydra composed the first alone."""
     with pytest.raises(section.BadRequest, match=r"^train\.seq_len=4096: "):
-        request.make(composing.arguments(["-m", "model=gpt2", "train.seq_len=32,64,4096"]))
+        request.new_request(composing.arguments(["-m", "model=gpt2", "train.seq_len=32,64,4096"]))
 
 
 def test_a_budget_is_one_more_axis() -> None:
     """`sweep.over`: the product with it, ascending, however it was typed; `sweep.until` counts it as no question."""
-    typed = ["-m", request.as_meant("sweep.over=train.steps=20,5,10"), "model.tie_weights=true,false", "seed=1,2"]
-    asked = request.make(composing.arguments(typed))
+    typed = ["-m", as_meant("sweep.over=train.steps=20,5,10"), "model.tie_weights=true,false", "seed=1,2"]
+    asked = request.new_request(composing.arguments(typed))
     of = [(job.config.seed, job.config.model.tie_weights, job.config.train.steps) for job in asked.jobs]
     assert sorted(of) == sorted(
         (seed, tied, steps) for seed in (1, 2) for tied in (True, False) for steps in (5, 10, 20)
     )
     assert [steps for _, _, steps in of[:3]] == [5, 10, 20]
     assert all(job.config.sweep.over == "train.steps=20,5,10" for job in asked.jobs)
-    until = request.make(composing.arguments([*typed[:3], "sweep.until=answered", "sweep.max_seeds=3"]))
-    assert list(until.rule["axes"]) == ["model.tie_weights"]
+    until = request.new_request(composing.arguments([*typed[:3], "sweep.until=answered", "sweep.max_seeds=3"]))
+    assert list(until.stopping_rule["axes"]) == ["model.tie_weights"]
     assert len(until.jobs) == 3 * 2 * 3

@@ -23,6 +23,7 @@ from gpt2exp.section import BadRequest, Section, option
 from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
 from gpt2exp.sweep.composing import SECTIONS, arguments
+from gpt2exp.sweep.overrides import as_meant
 from gpt2exp.training import distributed
 
 CONF = Path(requests.__file__).parents[2] / "conf"
@@ -30,7 +31,7 @@ CONF = Path(requests.__file__).parents[2] / "conf"
 
 def make(*args: str) -> requests.Request:
     """The plan of a command line; flags first, as the program puts them."""
-    return requests.make(arguments(args))
+    return requests.new_request(arguments(args))
 
 
 def only(*args: str) -> RunConfig:
@@ -172,22 +173,22 @@ class TestAsMeant:
     )
     def test_a_name_stays(self, key: str, value: str) -> None:
         given = {"data.path": "x", key: value}
-        got = only("data=hub", *(requests.as_meant(f"{name}={text}") for name, text in given.items()))
+        got = only("data=hub", *(as_meant(f"{name}={text}") for name, text in given.items()))
         assert schema.plain(got)[key.partition(".")[0]][key.partition(".")[2]] == value
 
     def test_in_lists_and_sweeps(self) -> None:
-        assert only(requests.as_meant("wandb.tags=[2024_01_15,b,1e3,'1_0']")).wandb.tags == [
+        assert only(as_meant("wandb.tags=[2024_01_15,b,1e3,'1_0']")).wandb.tags == [
             "2024_01_15",
             "b",
             "1e3",
             "1_0",
         ]
-        names = [job.config.wandb.name for job in make("-m", requests.as_meant("wandb.name=1_0,b,None")).jobs]
+        names = [job.config.wandb.name for job in make("-m", as_meant("wandb.name=1_0,b,None")).jobs]
         assert names == ["1_0", "b", None]
 
     @pytest.mark.parametrize("key", ["wandb.name", "resume", "init.path", "data.max_tokens", "train.tokens_per_step"])
     def test_none_is_null(self, key: str) -> None:
-        assert operator.attrgetter(key)(only(requests.as_meant(f"{key}=None"))) is None
+        assert operator.attrgetter(key)(only(as_meant(f"{key}=None"))) is None
 
     @pytest.mark.parametrize(
         "text",
@@ -206,7 +207,7 @@ class TestAsMeant:
         ],
     )
     def test_the_rest_is_left_alone(self, text: str) -> None:
-        assert requests.as_meant(text) == text
+        assert as_meant(text) == text
 
     def test_a_file_that_is_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The name of a file or folder is its name, whatever is in it, also under `~`; null stays null."""
@@ -215,15 +216,15 @@ class TestAsMeant:
         for name in ("a,b.txt", "[x].txt", "null"):
             (tmp_path / name).write_text("text")
             for key in ("data.path", "init.path", "resume", "wandb.dir"):
-                (override,) = OverridesParser.create().parse_overrides([requests.as_meant(f"{key}={name}")])
+                (override,) = OverridesParser.create().parse_overrides([as_meant(f"{key}={name}")])
                 assert override.value() == (None if name == "null" else name)
-        assert only("data=text", requests.as_meant("data.path=~/a,b.txt")).data.path == "~/a,b.txt"
+        assert only("data=text", as_meant("data.path=~/a,b.txt")).data.path == "~/a,b.txt"
 
     def test_output_folders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
         for name, folder in (("~/out", tmp_path / "out"), ("2024_01", Path("2024_01")), ("a,b", Path("a,b"))):
-            assert make(requests.as_meant(f"hydra.run.dir={name}")).folder == folder
-            assert make("-m", "seed=1,2", requests.as_meant(f"hydra.sweep.dir={name}")).folder == folder
+            assert make(as_meant(f"hydra.run.dir={name}")).folder == folder
+            assert make("-m", "seed=1,2", as_meant(f"hydra.sweep.dir={name}")).folder == folder
         assert only("wandb.dir='~/w'").wandb.dir == str(tmp_path / "w")
 
     def test_the_command_reads_so(self, tmp_path: Path) -> None:
@@ -350,32 +351,35 @@ class TestSweep:
         """No two launches share a folder; a job's name holds its swept keys alone, and no surprising character."""
         first, second = make("-m", "seed=1,2", "model=nano"), make("-m", "seed=1,2", "model=nano")
         assert first.folder != second.folder
-        assert first.names == ["000_seed=1", "001_seed=2"]
-        assert requests.numbered(3, "precision=tf32,seed=2") == "003_precision=tf32,seed=2"
-        assert requests.numbered(0, "") == "000"
-        assert requests.numbered(12, "data.path=../a b/c") == "012_data.path=.._a_b_c"
-        assert len(requests.numbered(0, "x" * 500)) <= 110
+        assert first.folders == ["000_seed=1", "001_seed=2"]
+        assert requests.folder_name(3, "precision=tf32,seed=2") == "003_precision=tf32,seed=2"
+        assert requests.folder_name(0, "") == "000"
+        assert requests.folder_name(12, "data.path=../a b/c") == "012_data.path=.._a_b_c"
+        assert len(requests.folder_name(0, "x" * 500)) <= 110
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_claimed(tmp_path: Path, there: bool) -> None:
+def test_request_folder(tmp_path: Path, there: bool) -> None:
     """A folder is new or empty before, holds the request inside, and is not taken twice."""
     folder = tmp_path / "runs" / "run"
     if there:
         folder.mkdir(parents=True)
     request = make(f"hydra.run.dir={folder}", "model=nano", "seed=5")
-    with requests.claimed(request, []):
+    with requests.request_folder(request, []):
         recorded = schema.parse(OmegaConf.load(folder / ".hydra" / "config.yaml"))
         assert recorded == request.jobs[0].config
         assert "seed=5" in OmegaConf.load(folder / ".hydra" / "overrides.yaml")
         assert OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.cwd == str(Path.cwd())
     before = sorted(tmp_path.rglob("*"))
     (folder / "summary.json").write_text("{}")
-    with pytest.raises(BadRequest, match=r"^hydra\.run\.dir=.*: already holds files"), requests.claimed(request, []):
+    with (
+        pytest.raises(BadRequest, match=r"^hydra\.run\.dir=.*: already holds files"),
+        requests.request_folder(request, []),
+    ):
         pass
     beneath = make(f"hydra.run.dir={folder}/summary.json/x")
     refused = r"^hydra\.run\.dir=.*choose a folder that can be written"
-    with pytest.raises(BadRequest, match=refused), requests.claimed(beneath, []):
+    with pytest.raises(BadRequest, match=refused), requests.request_folder(beneath, []):
         pass
     assert sorted(tmp_path.rglob("*")) == sorted([*before, folder / "summary.json"])
 
@@ -423,7 +427,7 @@ def test_errors_without_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     with monkeypatch.context() as patch:
         patch.setattr("gpt2exp.sweep.resume.OmegaConf.load", fail)
         with pytest.raises(BadRequest, match=r"cannot be read \(ValueError\)"):
-            resume.make(args)
+            resume.resumed_request(args)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.init_process_group", fail)
     with pytest.raises(BadRequest, match=r"do not meet \(ValueError\)"), distributed.process_group():

@@ -28,7 +28,7 @@ Job = tuple[int, tuple[Any, ...]]
 def asked(*words: str) -> request.Request:
     """The request of a command line, as the command reads it."""
     args, _ = launch.parsed(words)
-    found = resume.make(args) or request.make(args)
+    found = resume.resumed_request(args) or request.new_request(args)
     assert isinstance(found, request.Request)
     return found
 
@@ -58,7 +58,7 @@ class TestTogether:
         assert sorted(settings(found, *keys)) == sorted(
             (seed, (*arm, layers)) for seed in (1, 2) for layers in (1, 2) for arm in self.ARMS
         )
-        assert found.names[0] == "000_model.n_embd=16,model.n_layer=1,optimizer.lr=0.001,seed=1"
+        assert found.folders[0] == "000_model.n_embd=16,model.n_layer=1,optimizer.lr=0.001,seed=1"
 
     @pytest.mark.parametrize(
         "typed",
@@ -158,7 +158,7 @@ class TestTogether:
         arms = ((16, 1e-3), (32, 5e-4), (16, 1e-2), (64, 1e-4))
         every = {(seed, arm) for seed in (1, 2, 4) for arm in arms}
         assert set(settings(more, *self.KEYS)) == every
-        assert len(more.jobs) == len(every) == len(set(more.names))
+        assert len(more.jobs) == len(every) == len(set(more.folders))
         assert {job.config.seed for job in more.jobs if job.done} == {1, 2}
         assert sum(job.done for job in more.jobs) == 6
         again = asked(*more.argv)
@@ -379,7 +379,7 @@ class TestDesign:
         star = ((0, 2, 3e-3), (1, 2, 3e-3), (0, 1, 3e-3), (0, 3, 3e-3), (0, 2, 3e-4))
         every = {(seed, arm) for seed in (1, 2, 4) for arm in star}
         assert set(settings(more, *keys)) == every
-        assert len(more.jobs) == len(every) == len(set(more.names))
+        assert len(more.jobs) == len(every) == len(set(more.folders))
         again = asked(*more.argv)
         assert set(settings(again, *keys)) == every
         with pytest.raises(BadRequest, match=r"^sweep\.design=product: that was decided before the first run"):

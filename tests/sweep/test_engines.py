@@ -471,7 +471,7 @@ def test_the_commands_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     groups = (ROOT / "conf" / "README.md").read_text()
     lines = re.findall(r"^gpt2exp (-m .+?) +#", section, re.MULTILINE)
     for line in lines:
-        assert requests.make(arguments(line.replace("1,2,3,4", "1").split())).jobs
+        assert requests.new_request(arguments(line.replace("1,2,3,4", "1").split())).jobs
     presets = [path for kind in ("launcher", "sweeper") for path in (ROOT / "conf" / "hydra" / kind).glob("*.yaml")]
     shown = {re.findall(r"hydra/(\w+)=(\w+)", line)[0] for line in lines}
     assert shown == {(path.parent.name, path.stem) for path in presets}

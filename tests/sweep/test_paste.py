@@ -15,9 +15,9 @@ from gpt2exp.compare import report
 from gpt2exp.config import DataConfig
 from gpt2exp.run import terminal
 from gpt2exp.section import BadRequest, typed
-from gpt2exp.sweep import request as requests
 from gpt2exp.sweep import resume
 from gpt2exp.sweep.composing import arguments, composing
+from gpt2exp.sweep.overrides import parse_overrides
 
 NAMES = [
     "plain",
@@ -76,7 +76,7 @@ def bash(line: str) -> list[str]:
 def said(request: list[str]) -> str:
     """What a request to go on is refused with."""
     with pytest.raises(BadRequest) as refused:
-        resume.make(arguments(request))
+        resume.resumed_request(arguments(request))
     return str(refused.value)
 
 
@@ -120,7 +120,7 @@ def test_an_override() -> None:
             section, hint = bash(str(refused.value).partition("; try ")[2])
             assert section == "data=text"
             for text in (typed("data.path", name), hint):
-                (override,) = requests.read(composer, [text])
+                (override,) = parse_overrides(composer, [text])
                 assert (override.key_or_group, override.value()) == ("data.path", name)
                 assert not override.is_sweep_override()
 

@@ -19,6 +19,7 @@ from gpt2exp.compare.comparison import read as rows_of
 from gpt2exp.run import record
 from gpt2exp.sweep import launch, request, reuse
 from gpt2exp.sweep.composing import arguments
+from gpt2exp.sweep.overrides import as_meant
 
 TINY = [*SMALL, "train.steps=3", "wandb.mode=disabled", "data=text"]
 BASE = ["-m", "optimizer.lr=1e-3,3e-3", "seed=1,2"]
@@ -153,7 +154,7 @@ def test_a_speed_that_was_measured_otherwise(
     monkeypatch.setattr("gpt2exp.training.load.TOO_MANY", 0.8)
     copy, sweep = changed(base, tmp_path, **facts), shutil.copytree(later, tmp_path / "later")
     asked = [word for word in words(base) if not word.startswith("sweep.reuse=")]
-    plan = request.make(arguments([*map(request.as_meant, [*asked, f"sweep.reuse={copy}"])]))
+    plan = request.new_request(arguments([*map(as_meant, [*asked, f"sweep.reuse={copy}"])]))
     texts = {job.config.data.text: read(copy / "000_optimizer.lr=0.001,seed=1" / "summary.json")["data"]["sha256"]
              for job in plan.jobs}  # fmt: skip
     taken = [job for job in reuse.found(plan.jobs, texts, sweep)[0] if job.reused]
@@ -189,7 +190,7 @@ def test_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "a,b").mkdir()
     for typed, folders in (("a,b", ["a,b"]), ("a,c", ["a", "c"]), ("'a,c'", ["a", "c"]), ("['a','c']", ["a", "c"])):
         args, _ = launch.parsed(["-m", "seed=1,2", f"sweep.reuse={typed}"])
-        assert request.make(args).jobs[0].config.sweep.reuse == folders
+        assert request.new_request(args).jobs[0].config.sweep.reuse == folders
 
 
 def test_the_code_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from gpt2exp.run import record
 from gpt2exp.section import BadRequest
 from gpt2exp.sweep import launch, request, resume
 from gpt2exp.sweep.composing import arguments
+from gpt2exp.sweep.overrides import as_meant
 
 TINY = [*SMALL, "train.steps=3", "wandb.mode=disabled"]
 VALUES = ("1e-3", "1e-2", "1e9")
@@ -121,7 +122,7 @@ def test_the_record(whole: tuple[Path, str]) -> None:
             assert [row["seed"] for row in rows] == [101, 102]
             assert all({*arm.overrides, f"optimizer.lr={value}"} <= {*row["overrides"]} for row in rows)
     assert list(known.by_seed) == [1, 2]
-    again = request.make(arguments(known.argv))
+    again = request.new_request(arguments(known.argv))
     assert (len(again.jobs), len(again.tuning_jobs)) == (4, 12)
     known.write(whole[0])
     assert record.Sweep.read(whole[0]) == known
@@ -158,13 +159,13 @@ def test_resumed_with_more(few: Path, tmp_path: Path) -> None:
     assert known.tuning is not None
     assert all(arm.best for arm in known.tuning.arms)
     assert len(known.tuning.arms) == 3
-    asked = request.make(arguments(known.argv))
+    asked = request.new_request(arguments(known.argv))
     assert (len(asked.jobs), len(asked.tuning_jobs)) == (6, 6)
     for typed in ("optimizer.lr=1", "sweep.tune_seeds=3", "sweep.tune=optimizer.lr=1,2"):
         with pytest.raises(BadRequest, match=r"that was decided before the first run of"):
-            resume.make(arguments([f"resume={sweep}", request.as_meant(typed)]))
+            resume.resumed_request(arguments([f"resume={sweep}", as_meant(typed)]))
     with pytest.raises(BadRequest, match=r"^sweep\.tune_seeds=\[101\]: 101 would be compared too; try .*=102$"):
-        resume.make(arguments([f"resume={sweep}", "seed=101"]))
+        resume.resumed_request(arguments([f"resume={sweep}", "seed=101"]))
 
 
 def test_a_tuning_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +213,8 @@ def test_until_it_is_answered(tmp_path: Path) -> None:
     assert len(compared(sweep)) == 2 * len(comparison["seeds"])
     assert not [line for line in out.splitlines() if line.startswith("seed 0")]
     with pytest.raises(BadRequest, match=r"would be compared too"):
-        request.make(
-            arguments([*ASKED[:2], request.as_meant(TUNE), "sweep.until=answered", "sweep.max_seeds=101", *TINY])
+        request.new_request(
+            arguments([*ASKED[:2], as_meant(TUNE), "sweep.until=answered", "sweep.max_seeds=101", *TINY])
         )
 
 
@@ -259,13 +260,13 @@ def test_bad_requests(typed: list[str], why: str, tmp_path: Path) -> None:
 
 def test_seeds_as_a_number_or_a_list() -> None:
     for typed, seeds in (("3", [101, 102, 103]), ("7,9", [7, 9]), ("[7]", [7]), ("1", [101])):
-        asked = request.make(arguments([*map(request.as_meant, [*ASKED, f"sweep.tune_seeds={typed}"])]))
+        asked = request.new_request(arguments([*map(as_meant, [*ASKED, f"sweep.tune_seeds={typed}"])]))
         assert sorted({job.config.seed for job in asked.tuning_jobs}) == seeds
         assert [job.config.seed for job in asked.jobs] == [1, 2, 1, 2]
 
 
 def test_every_combination_of_axes_is_an_arm() -> None:
-    asked = request.make(arguments([*map(request.as_meant, [*ASKED, "init=gpt2,openai"])]))
+    asked = request.new_request(arguments([*map(as_meant, [*ASKED, "init=gpt2,openai"])]))
     assert asked.tuning is not None
     assert (len(asked.jobs), len(asked.tuning.arms), len(asked.tuning_jobs)) == (8, 4, 24)
     assert len({job.folder for job in (*asked.jobs, *asked.tuning_jobs)}) == 32
@@ -275,7 +276,7 @@ def test_every_combination_of_axes_is_an_arm() -> None:
 def test_one_at_a_time_tunes_each_leaving_and_the_control_has_the_baselines_value() -> None:
     words = ["-m", "init=gpt2,openai", "model.bias=true,false", "seed=1,2", TUNE, *TINY]
     words += ["sweep.design=one_at_a_time", "sweep.control=true", "data.order=shuffled"]
-    asked = request.make(arguments([*map(request.as_meant, words)]))
+    asked = request.new_request(arguments([*map(as_meant, words)]))
     assert asked.tuning is not None
     assert (len(asked.jobs), len(asked.tuning.arms)) == (2 * 4, 3)
     assert {job.config.data.redraw for job in asked.tuning_jobs} == {0}

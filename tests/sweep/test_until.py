@@ -98,24 +98,24 @@ class TestWhole:
     @pytest.mark.parametrize("key", ["seed=31", "model.n_layer=1,2", "sweep.margin=0.1", "sweep.min_seeds=2"])
     def test_what_was_decided_stays(self, whole: tuple[Path, str], key: str) -> None:
         with pytest.raises(BadRequest, match=rf"^{key}: that was decided before the first run of \S+; leave it out"):
-            resume.make(arguments([f"resume={whole[0]}", key]))
+            resume.resumed_request(arguments([f"resume={whole[0]}", key]))
 
     def test_a_higher_maximum(self, whole: tuple[Path, str]) -> None:
         """The seeds that it adds come after those that were planned; the looks stay those that were declared."""
-        asked = resume.make(arguments([f"resume={whole[0]}", "sweep.max_seeds=10", "sweep.max_hours=2"]))
+        asked = resume.resumed_request(arguments([f"resume={whole[0]}", "sweep.max_seeds=10", "sweep.max_hours=2"]))
         assert asked is not None
         assert asked.looks == (3, 4, 5, 6, 7, 8)
-        assert (asked.rule["max_seeds"], asked.rule["max_hours"]) == (10, 2)
+        assert (asked.stopping_rule["max_seeds"], asked.stopping_rule["max_hours"]) == (10, 2)
         assert {job.config.seed for job in asked.jobs} == set(range(1, 11))
-        assert len(set(asked.names)) == len(asked.jobs) == 20
-        again = request.make(arguments(list(asked.argv)))
+        assert len(set(asked.folders)) == len(asked.jobs) == 20
+        again = request.new_request(arguments(list(asked.argv)))
         assert {job.config.seed for job in again.jobs} == set(range(1, 11)), "its command line asks for all of it"
 
 
 def test_a_fixed_sweep_stays_one(tmp_path: Path) -> None:
     assert here(tmp_path, "-m", "seed=1", *TINY)[0] == 0
     with pytest.raises(BadRequest, match=r"^sweep\.until=answered: that was decided before the first run of"):
-        resume.make(arguments([f"resume={the_sweep(tmp_path)}", "sweep.until=answered"]))
+        resume.resumed_request(arguments([f"resume={the_sweep(tmp_path)}", "sweep.until=answered"]))
 
 
 @pytest.mark.parametrize("stop_at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (1, 5)), 8])
@@ -211,7 +211,7 @@ def test_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("study", ["weight_tying", "init_std"])
 def test_the_studies(study: str) -> None:
     """Their seeds are replaced by 1, 2, 3, ..., and go first."""
-    asked = request.make(arguments([f"experiment={study}", *UNTIL]))
+    asked = request.new_request(arguments([f"experiment={study}", *UNTIL]))
     assert [job.config.seed for job in asked.jobs] == [seed for seed in range(1, 9) for _ in range(4)]
     assert asked.jobs[4].folder.startswith("004_")
 
@@ -252,18 +252,18 @@ class TestOrder:
         ]
         began = sorted(rows, key=lambda row: row["parts"][0]["span"][0])
         assert [row["seed"] for row in began] == [5, 5, 3, 3]
-        asked = request.make(arguments(["-m", "optimizer.lr=1e-3,2e-3", "seed=5,3", *TINY]))
+        asked = request.new_request(arguments(["-m", "optimizer.lr=1e-3,2e-3", "seed=5,3", *TINY]))
         assert [row["overrides"] for row in began] == [list(job.overrides) for job in asked.to_do]
 
     def test_each_arm_is_first_about_as_often(self) -> None:
         words = ["-m", "model=nano", "optimizer.lr=1,2,3", "seed=range(0,60)"]
-        asked = request.make(arguments(words))
+        asked = request.new_request(arguments(words))
         arms = [job.config.optimizer.lr for job in asked.to_do]
         orders = Counter(tuple(arms[at : at + 3]) for at in range(0, 180, 3))
         assert len(orders) == 6
         assert min(orders.values()) > 4, orders
-        assert asked.to_do == request.make(arguments(words)).to_do, "and the same when asked again"
+        assert asked.to_do == request.new_request(arguments(words)).to_do, "and the same when asked again"
 
     def test_without_several_seeds_it_is_as_typed(self) -> None:
-        asked = request.make(arguments(["-m", "model=nano", "optimizer.lr=3,1,2", "seed=1"]))
+        asked = request.new_request(arguments(["-m", "model=nano", "optimizer.lr=3,1,2", "seed=1"]))
         assert [job.config.optimizer.lr for job in asked.to_do] == [3, 1, 2]

@@ -23,7 +23,7 @@ from gpt2exp.training.optimizers import SGD, AdamW
 
 def only(*args: str) -> RunConfig:
     """The configuration of a command line with one job; flags first, as the program puts them."""
-    (job,) = requests.make(composing.arguments(args)).jobs
+    (job,) = requests.new_request(composing.arguments(args)).jobs
     return job.config
 
 

@@ -16,6 +16,7 @@ from gpt2exp import bench, choices, export, sample, schema, section
 from gpt2exp.compare import __main__ as comparing
 from gpt2exp.sweep import composing, help, resume
 from gpt2exp.sweep import request as requests
+from gpt2exp.sweep.overrides import as_meant
 
 ROOT = Path(__file__).parents[2]
 PLACES = (
@@ -73,9 +74,9 @@ def one_seed(words: list[str]) -> list[str]:
 
 def compose(words: list[str]) -> requests.Request:
     """The checked plan of a request."""
-    args = composing.arguments([requests.as_meant(word) for word in words])
+    args = composing.arguments([as_meant(word) for word in words])
     choices.allow(composing.config_folder(args), Path.cwd())
-    return resume.make(args) or requests.make(args)
+    return resume.resumed_request(args) or requests.new_request(args)
 
 
 @pytest.fixture(scope="module")

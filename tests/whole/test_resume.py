@@ -80,7 +80,7 @@ def content(folder: Path) -> dict[Path, bytes]:
 
 def asked(*args: str) -> requests.Request:
     """The plan of a request to go on."""
-    request = resume.make(arguments(list(args)))
+    request = resume.resumed_request(arguments(list(args)))
     assert request is not None
     return request
 

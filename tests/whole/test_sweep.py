@@ -54,7 +54,7 @@ class TestSweep:
 
     def test_the_plan_is_what_hydra_ran(self, sweep: tuple[Done, list[Path]]) -> None:
         _, folders = sweep
-        request = requests.make(arguments(["-m", *AXES, *SMALL, "train.steps=4"]))
+        request = requests.new_request(arguments(["-m", *AXES, *SMALL, "train.steps=4"]))
         assert [list(job.overrides) for job in request.jobs] == [overrides(folder) for folder in folders]
         known = read(folders[0].parent / "sweep.json")
         assert known["jobs"] == [overrides(folder) for folder in folders]
