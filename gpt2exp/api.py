@@ -46,7 +46,7 @@ def compose(*words: str) -> RunConfig:
     request = new_request(launch.parsed(words)[0])
     config = request.jobs[0].config
     if request.multirun or config.resume is not None:
-        raise BadRequest(f"{' '.join(words)}: several runs, or one that goes on; give it to gpt2exp.sweep")
+        raise BadRequest(f"{' '.join(words)}: several runs, or a resumed one; give it to gpt2exp.sweep")
     return config
 
 

@@ -78,7 +78,7 @@ def _check(run: Path, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         why = "already holds files, and nothing is overwritten" if out.is_dir() else "a file"
         raise BadRequest(f"{out}: {why}; name a new folder")
-    for section, values in choices.found_in({"model": record.described(run)[0]["model"]}).items():
+    for section, values in choices.found_in({"model": record.read_plain_config(run)[0]["model"]}).items():
         group = group_of(section)  # its code need not be run to know
         require(False, group, values["name"], "Hugging Face's GPT-2 has no such choice", f"it takes {group}=gpt2")
 

@@ -1,4 +1,4 @@
-"""Small trainings that a lone process and several must agree on; `several` is what each of these does.
+"""Small trainings whose results must be the same in one process and in several; `several` is what each process does.
 
 torchrun ... shared_runs.py FILE DEVICE CASE ...
 """

@@ -1,7 +1,7 @@
 """What several test files share: a command line in a folder of its own, what a run left, wandb's offline file.
 
-`start` and `run` carry out a command in a process of its own with its own environment, pipes and signals. By default
-that process is forked from one that has imported torch and all else already (`warmed`), which takes four seconds; with
+`start` and `run` carry out a command in a process of its own, with its own environment, pipes and signals. By default
+that process is forked from one that has imported torch and all else (`warmed`): importing takes four seconds. With
 `program` (PROGRAM is the plain one), or with a variable that is read before Python begins, a new interpreter starts.
 """
 

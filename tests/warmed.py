@@ -1,4 +1,4 @@
-"""What a forked process finds done (`support.FORKING`): all that a run imports, and what it makes once."""
+"""What the server behind `support.FORKING` imports and builds once, so that the processes forked from it need not."""
 
 from __future__ import annotations
 

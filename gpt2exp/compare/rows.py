@@ -68,7 +68,7 @@ def _row(run: Path, above: Path) -> Row:
         except (OSError, ValueError) as error:
             row["state"], row["error"] = "damaged", f"summary.json is missing or damaged: {error}"
     with contextlib.suppress(BadRequest):  # Hydra's record is unusable too
-        config, gone, overrides = record.described(run)
+        config, gone, overrides = record.read_plain_config(run)
         secret.check_values([config, gone, overrides])  # an interpolation in a stranger's folder may ask for one
         row |= {"config": config, "gone": gone, "overrides": overrides}
     return row
@@ -201,7 +201,7 @@ def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
 
     def written(row: Row) -> str:
         with contextlib.suppress(BadRequest):
-            return str(record.written(Path(row["folder"])).get(key))
+            return str(record.read_unresolved(Path(row["folder"])).get(key))
         return ""
 
     texts = (settings.get(key) or written(row) for row, settings in zip(rows, told, strict=True))

@@ -38,7 +38,7 @@ log = logging.getLogger("gpt2exp")
 
 
 class Damaged(ValueError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose files are not as they were written."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Checkpoint:
     def training(self) -> dict[str, Tensor]:
         """What training needs beside the weights, by name, on the CPU."""
         tensors = load_file(self.folder / TRAINING)
-        # torch's random state, which earlier versions kept and no step draws from
+        # earlier versions kept torch's random state, which no step uses
         return {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
 
 
@@ -165,13 +165,13 @@ def _sync(path: Path) -> None:
 class Saver:
     """Saves a run as it goes. A failure is one warning: training goes on, and the older checkpoints stay.
 
-    With an accelerator, whose steps need little of the host, the state is copied to host memory and written by a thread
-    while the next steps run. On a CPU, where that thread would take cores from the step being timed, and where memory
-    has no room for the copy, a save is written between two steps, off the clock.
+    With an accelerator, the state is copied to host memory, and a thread writes it while the next steps run. On a CPU
+    that thread would take cores from the step being timed, so the state is written between two steps, off the clock.
+    This is also done where the copy does not fit in memory.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, from_step: int, *, background: bool) -> None:
-        """`from_step`: steps already done; checkpoints of later steps are deleted, since these are trained again."""
+        """`from_step`: steps already done. Checkpoints of later steps are deleted: these steps are trained again."""
         self.run, self.keep, self.background = run, config.keep, background
         self.last = from_step  # steps done at the newest checkpoint
         self._thread: threading.Thread | None = None
@@ -186,7 +186,7 @@ class Saver:
         if state["step"] == self.last:
             return
         if not all(bool(weight.isfinite().all()) for weight in weights.values()):
-            return  # the update overflowed: the next loss will say so, and the last good checkpoint stays
+            return  # the update overflowed: the next step fails with that, and the last good checkpoint stays
         free = hardware.free_memory(torch.device("cpu")) or 0
         if self.background and free > 2 * _bytes(weights, training):
             weights, training = (

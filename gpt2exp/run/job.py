@@ -40,7 +40,7 @@ def run_folder(folder: Path, began: float = BEGAN) -> Summary:
     The run resumes from the newest whole checkpoint in the folder, if there is one. The caller holds the folder's lock
     (`process.held`). Raises KeyboardInterrupt after a signal stopped it, OSError if the record cannot be written.
     """
-    config, _, overrides = record.asked(folder)
+    config, _, overrides = record.read_config(folder)
     with process.deferred() as stop, _session(folder, config, overrides, began, stop) as session:
         run_record = session.run_record
         try:

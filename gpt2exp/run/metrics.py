@@ -17,22 +17,22 @@ class Metric:
     """A figure of a run: how it is named, summarised, shown and compared."""
 
     key: str  # in metrics.jsonl, in summary.json, or in both
-    of: str = ""  # in a summary it is `how` of the steps' values of this one
+    of: str = ""  # the figure of each step that it summarises, by `how`; empty: it summarises none
     how: Callable[[Sequence[float]], float] = lambda values: values[-1]
-    measured: bool = False  # in a summary it is what the run measured of itself (`Record.measured`)
+    measured: bool = False  # a figure of the run as a whole (`Record.measured`): its speed or memory
     name: str = ""  # in a sentence
     unit: str = ""  # in which it is shown
-    scale: float = 1.0  # its value over this is in that unit
+    scale: float = 1.0  # its value divided by this is in that unit
     better: Literal["", "lower", "higher"] = ""
-    step: str = ""  # format in a step's line; what has none is not shown there
-    column: str = ""  # head of its column in tables of runs; what has none is not shown there
+    step: str = ""  # format in a step's line; empty: not shown there
+    column: str = ""  # head of its column in tables of runs; empty: not shown there
     form: str = ".4f"  # format in those tables and at a run's end
-    compared: str = ""  # what it tells of two arms: loss, speed, memory, or its own name; empty: not compared
-    ratio: bool = False  # compared as arm over baseline, on the logarithm
+    compared: str = ""  # in what it compares two arms: loss, speed, memory, or its own name; empty: not compared
+    ratio: bool = False  # compared as arm over baseline, on a log scale
 
     @property
     def best(self) -> str | None:
-        """What wandb's summary says of the steps' values: nothing where the run's summary has the same name."""
+        """How wandb summarises the steps' values: not at all if the run's own summary has the same name."""
         if self.of == self.key or self.measured:
             return "none"
         return {"lower": "min", "higher": "max"}.get(self.better)
@@ -64,7 +64,7 @@ METRICS = (
 """The figures of a run, in the order in which a step's line shows them."""
 
 COLUMNS = [row for of in ("loss", "speed", "memory") for row in METRICS if row.column and row.compared == of]
-"""Those that tables of runs show, in their order."""
+"""The figures that tables of runs show, in their order."""
 
 BY_KEY = {metric.key: metric for metric in METRICS}
 MEASURED = tuple(metric.key for metric in METRICS if metric.measured)  # about speed and memory, null until measured
@@ -81,7 +81,7 @@ def from_outside(config: Mapping[str, Any]) -> tuple[Metric, ...]:
 
 
 def losses(steps: Sequence[Mapping[str, Any]], more: Sequence[Metric] = ()) -> dict[str, float | None]:
-    """The summary's losses from the steps' metrics, and `more` figures, each null where nothing was measured."""
+    """The summary's losses, and the figures `more`, from the steps' metrics; null where no step measured one."""
     found: dict[str, float | None] = {}
     for metric in (*METRICS, *more):
         if metric.of:
@@ -91,7 +91,7 @@ def losses(steps: Sequence[Mapping[str, Any]], more: Sequence[Metric] = ()) -> d
 
 
 class Status(TypedDict):
-    """`status.json`: the state, steps done, the error if any, and whose process it is."""
+    """`status.json`: the state, steps done, the error if any, and the process."""
 
     state: str
     step: int
@@ -110,7 +110,7 @@ class Quantiles(TypedDict):
 
 
 class Arithmetic(TypedDict):
-    """What a run's products were computed in."""
+    """The precision in which a run's matrix products were computed."""
 
     effective: str
     emulated: bool
@@ -170,7 +170,7 @@ TAKEN = {*BY_KEY, *Summary.__annotations__, "lr", "waited_ms", "residual_rms", "
 
 ALWAYS = ("overrides", "config", "started", "wall_seconds")
 DONE = (*ALWAYS, "steps", "tokens", "parameters", "precision", "data", "device", "threads")
-"""What the summary of a finished run cannot lack; of any other, `ALWAYS`."""
+"""Fields that the summary of a finished run must have; any other summary must have `ALWAYS`."""
 
 
 def number_of(summary: Mapping[str, Any], key: str) -> float | None:
@@ -185,5 +185,5 @@ def shown(summary: Mapping[str, Any], key: str, form: str | None = None) -> str:
 
 
 def judged(summary: Summary) -> str:
-    """The key of the loss by which a run is judged: validation's where there is one, else the last steps' mean."""
+    """The key of the loss by which a run is judged: the validation loss if there is one, else the last steps' mean."""
     return "loss_mean_last10" if summary.get("val_loss") is None else "val_loss"

@@ -25,7 +25,7 @@ from gpt2exp.data.assets import FULL, AssetError
 from gpt2exp.run import terminal
 from gpt2exp.section import BadRequest
 
-LOCK = ".lock"  # held by the process at work on a folder; the system lets go of it however that process ends
+LOCK = ".lock"  # held by the process that works on a folder; the system releases it however that process ends
 log = logging.getLogger("gpt2exp")
 
 
@@ -91,7 +91,7 @@ def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
     """Set these signal handlers inside the block; in a thread, where Python allows none, change nothing."""
     before: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
-        # what a shell starts in the background ignores Ctrl-C, and so it stays
+        # a process that a shell started in the background ignores Ctrl-C: leave it so
         heard = [number for number in handlers if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, handlers[number]) for number in heard}
     try:
@@ -102,22 +102,22 @@ def handling(handlers: Mapping[int, Handler]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def heralded(herald: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """SIGINT or SIGTERM inside the block raises, and a first one calls `herald` before."""
+def raising_signals(first: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """SIGINT or SIGTERM inside the block raises; the first such signal calls `first` before it raises."""
     asked: KeyboardInterrupt | None = None
 
     def tell(number: int, _: object) -> None:
         nonlocal asked
         if asked is None:
             asked = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
-            herald()
+            first()
         raise asked
 
     with handling({signal.SIGINT: tell, signal.SIGTERM: tell}):
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            raise asked or interrupt from None  # Ray raises a KeyboardInterrupt of its own
+            raise asked or interrupt from None  # not the KeyboardInterrupt that Ray raises
 
 
 def requeued_by() -> list[int]:
@@ -127,12 +127,12 @@ def requeued_by() -> list[int]:
     return [number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))]
 
 
-_guest = False  # whether this process is another program's, such as a notebook's
+_guest = False  # whether this process belongs to another program, such as a notebook
 
 
 @contextlib.contextmanager
 def guest() -> Iterator[None]:
-    """A second signal inside the block raises; elsewhere it ends the process (`deferred`)."""
+    """A second signal inside the block raises. Outside it ends the process (`deferred`)."""
     global _guest
     before, _guest = _guest, True
     try:
@@ -146,7 +146,7 @@ class Stop:
     """Whether a signal asked for an end."""
 
     asked: KeyboardInterrupt | None = None
-    waiting: bool = False  # the block looks at `asked` by itself; until it says so, a signal raises
+    waiting: bool = False  # set by the block once it reads `asked` by itself; until then a signal raises
     warned: bool = False  # the process may be killed at any moment: it must save now
 
 
@@ -154,8 +154,8 @@ class Stop:
 def deferred() -> Iterator[Stop]:
     """A first signal inside the block sets `asked`, and raises it unless `waiting`; a second ends the process.
 
-    That loses nothing: every file of a run is whole at every moment. A signal on which submitit requeues the job is
-    sent again after the block.
+    Ending the process loses nothing, since every file of a run is whole at every moment. A signal on which submitit
+    requeues the job is sent again after the block.
     """
     stop, requeuing = Stop(), requeued_by()
     # Slurm sends SIGTERM before it takes the node or the job away; a job that ends on it is not requeued
@@ -204,7 +204,7 @@ def strict(made: argparse.ArgumentParser, program: str) -> argparse.ArgumentPars
 
 @contextlib.contextmanager
 def writing(what: str, remedy: str) -> Iterator[None]:
-    """A block that writes where the user said; `BadRequest` if that cannot be written, unless its disk is at fault."""
+    """A block that writes where the user said; `BadRequest` if it cannot, `OSError` if the disk is full or broken."""
     try:
         yield
     except OSError as error:
@@ -214,7 +214,7 @@ def writing(what: str, remedy: str) -> Iterator[None]:
 
 
 def unwritable(error: OSError) -> str:
-    """The line for a full disk or a folder that was taken away; errors without a number say it themselves."""
+    """The line for a full disk or a folder that was removed; an error without a number has its own text."""
     if error.errno is None:
         return str(error)
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
@@ -222,13 +222,15 @@ def unwritable(error: OSError) -> str:
 
 
 def carry_out(program: str, action: Callable[[], int | None], unwritable: Callable[[OSError], str] = unwritable) -> int:
-    """Call `action` and return the exit code: its own; 0 done; 2 a bad request; 1 a file could not be fetched, read or
-    written; 130 or 143 interrupted. Each error is one line, an `OSError` by `unwritable`.
+    """Call `action` and return the exit code, printing an error in one line; `unwritable` words an `OSError`.
+
+    The code is `action`'s own, or 0: done. 1: a file could not be fetched, read or written. 2: a bad request. 130 or
+    143: interrupted.
     """
     full_error = terminal.wants_traces()
     terminal.show_warnings(traces=full_error)
     try:
-        with heralded():
+        with raising_signals():
             return action() or 0
     except (BadRequest, AssetError) as error:
         terminal.refuse(str(error), program=program, trace=full_error)

@@ -1,7 +1,7 @@
-"""What a run's folder holds, every file of it plain JSON: written here, and read here by all others. No torch.
+"""Writes and reads the files of a run's folder, all plain JSON. No torch.
 
-`metrics.jsonl` grows by a line a step, `status.json` says how far the run came, comparisons read `summary.json`. These
-files are the record; wandb mirrors them (`tracking.py`).
+`metrics.jsonl` gets a line a step. `status.json` says how far the run is. `summary.json` has the results, which
+comparisons read. These files are the record; wandb gets a copy (`tracking.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def facts() -> dict[str, Any]:
     """Versions, revision and variables: an allow-list, so that nothing else of the environment is recorded."""
-    # what changes the arithmetic or the speed, and no key shows
+    # these change the arithmetic or the speed, and no key shows them
     arithmetic = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     return {
         "environment": {name: os.environ[name] for name in (*arithmetic, *load.SPINNING) if name in os.environ},
@@ -50,7 +50,7 @@ def facts() -> dict[str, Any]:
 
 @functools.cache
 def loaded() -> dict[str, Any]:
-    """Of the program that this process has loaded: versions, commit. Looked up once: a sweep's jobs all run by it."""
+    """Versions and commit of the code that this process has loaded. Looked up once for all jobs of a sweep."""
     import torch
 
     names = ("gpt2exp", "torch", "numpy", "hydra-core", "tiktoken", "wandb")
@@ -103,12 +103,12 @@ class Record:
         metrics: Sequence[dict[str, Any]] = (),
         parts: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """`facts` open the summary, more may be added; `began`: `time.monotonic()` when this part began.
+        """`facts`: first fields of the summary, to which more may be added. `began`: `time.monotonic()` at the start.
 
-        `metrics`, `parts`: of a run that resumes, the steps it resumes from and its earlier parts.
+        `metrics`, `parts`: of a run that resumes, the metrics of the steps already done, and its earlier parts.
         """
         self.folder, self.facts, self.began, self.metrics = folder, facts, began, list(metrics)
-        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)  # of itself, so far
+        self.measured: dict[str, Any] = dict.fromkeys(MEASURED)  # speed and memory so far
         started = datetime.now(UTC).isoformat(timespec="seconds")
         self._parts, self._part = list(parts), {"from_step": len(self.metrics), "started": started}
         self._opened, self._training_began = time.time(), 0.0
@@ -137,7 +137,7 @@ class Record:
         return [*self._parts, self._part | times | {"span": [round(self._opened, 3), round(time.time(), 3)]}]
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Append one step's metrics; ValueError, and nothing is kept, if one is no finite number."""
+        """Append one step's metrics. If one is not a finite number, raise ValueError and append nothing."""
         line = json.dumps(metrics, allow_nan=False)
         self.metrics.append(metrics)
         self._file.write(line + "\n")
@@ -178,9 +178,9 @@ def write_status(folder: Path, state: str, step: int, error: str | None = None) 
 
 
 def read_status(folder: Path) -> Status:
-    """`status.json` of a run folder; the state is `not run` where there is none to read.
+    """`status.json` of a run folder; without a readable one the state is `not run`.
 
-    Where it says `running` and no process holds the folder's lock, the state is `interrupted`.
+    If it says `running` but no process holds the folder's lock, the state is `interrupted`.
     """
     status: Status = {"state": "not run", "step": 0, "error": None}
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -194,29 +194,29 @@ def read_status(folder: Path) -> Status:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Run folders at or below `folder`: those with Hydra's record of their configuration, in the order of names."""
+    """Run folders at or below `folder`, which are those with a `.hydra/config.yaml`, in the order of names."""
     found = (here for here, _, _ in walk(folder))
     return sorted(here for here in found if os.path.exists(here / ".hydra" / "config.yaml"))  # noqa: PTH110 - no error
 
 
-def written(folder: Path) -> dict[str, Any]:
-    """A run's configuration by dotted key, interpolations as in its `.hydra`; `BadRequest` if it cannot be read."""
+def read_unresolved(folder: Path) -> dict[str, Any]:
+    """A run's configuration by dotted key, with its interpolations; `BadRequest` if it cannot be read."""
     return leaves(_yaml(folder, "config.yaml", dict))
 
 
-def asked(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
-    """What a run was asked, by its `.hydra`: its configuration, what of that is no key today, and its overrides.
+def read_config(folder: Path) -> tuple[RunConfig, dict[str, Any], list[str]]:
+    """A run's configuration from its `.hydra`, its values of keys that no longer exist, and its overrides.
 
     Raises `BadRequest` if it cannot be read or carried out, `choices.Refused` if it names code that may not run here.
     """
-    today, unknown, overrides = _asked(folder)
+    today, unknown, overrides = _stored_config(folder)
     choices.admit(today)
     return parse(today), unknown, overrides
 
 
-def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """As `asked`, the configuration as plain values; no code that it names is loaded, or need be there."""
-    today, unknown, overrides = _asked(folder)
+def read_plain_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """As `read_config`, but the configuration as plain values. Code that it names is not loaded, and may be missing."""
+    today, unknown, overrides = _stored_config(folder)
     outside = choices.found_in(today)
     for section, values in outside.items():
         put(today, section, {"name": values["name"]} if section == "schedule" else {})
@@ -226,7 +226,7 @@ def described(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     return config, unknown, overrides
 
 
-def _asked(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def _stored_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     today, unknown = stored(_yaml(folder, "config.yaml", dict))
     return today, unknown, [str(text) for text in _yaml(folder, "overrides.yaml", list)]
 
@@ -253,7 +253,7 @@ def saved(folder: Path) -> dict[int, Path]:
 
 
 def run_around(folder: Path) -> Path | None:
-    """The run that a folder is the `checkpoints` of, or one of its checkpoints."""
+    """The run whose `checkpoints` folder this is, or one of whose checkpoints; None if it is neither."""
     place = folder.resolve()
     inside = CHECKPOINTS in (place.name, place.parent.name)
     return next((above for above in place.parents[:2] if inside and (above / ".hydra").is_dir()), None)
@@ -262,7 +262,7 @@ def run_around(folder: Path) -> Path | None:
 def check_folder(folder: Path, key: str = "") -> None:
     """Raise `BadRequest` for a folder that is no run's, and name the one that was probably meant.
 
-    `key`: typed before it, of a request that takes a sweep's folder too.
+    `key`: the key it was typed for; with a key, a sweep's folder is accepted too.
     """
     wanted = "a run's or a sweep's folder" if key else "a run's folder"
     said, such = f"{key}={folder}" if key else str(folder), f"name {wanted}, such as runs/DAY/TIME-ID"
@@ -292,7 +292,7 @@ def check_run(folder: Path) -> None:
 
 
 def text_of(folder: Path) -> str | None:
-    """The sha256 of the text of a run's newest checkpoint; None without one that says so."""
+    """The sha256 of a run's text, from its newest checkpoint; None if no checkpoint has it."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
         newest = next(iter(saved(folder).values()))
         return str(json.loads((newest / "state.json").read_text(encoding="utf-8"))["data"]["sha256"])
@@ -360,7 +360,7 @@ def row(folder: Path, above: Path) -> Summary:
         return cast("Summary", {"name": name, "steps": status["step"], **status})
 
 
-TUNING = "tuning"  # in a sweep's folder, where the folders of the runs are that tune its arms
+TUNING = "tuning"  # the folder, in a sweep's, that holds its tuning runs
 
 
 @dataclass
@@ -374,7 +374,7 @@ class Tuned:
 
 @dataclass
 class Tuning:
-    """By which runs each arm of a sweep found its own best value of a key, and which that is."""
+    """The tuning runs of each arm of a sweep, and the arm's best value of the tuned key."""
 
     key: str
     seeds: list[int]
@@ -393,20 +393,20 @@ class Tuning:
 
 @dataclass
 class Sweep:
-    """What a sweep's folder knows of it: `sweep.json`."""
+    """`sweep.json`: which jobs a sweep has, where they lie, and when it ends."""
 
     argv: list[str]  # the command line that asks for all of it
-    jobs: list[list[str]]  # the overrides of each job; where a sweeper makes up the jobs, what they have in common
-    folders: list[str] | None = None  # the jobs' folders by number; None where a sweeper makes up the jobs
+    jobs: list[list[str]]  # the overrides of each job; where a sweeper proposes the jobs, those that all share
+    folders: list[str] | None = None  # the jobs' folders by number; None where a sweeper proposes the jobs
     cwd: str = "."  # where relative paths start
     launched: float = 0.0  # when its newest launch began, in seconds since 1970
-    looks: list[int] = field(default_factory=list)  # numbers of seeds at which it looks; empty where it runs all jobs
-    rule: dict[str, Any] = field(default_factory=dict)  # by what it ends: `axes`, `margin`, `max_seeds`, `max_hours`
-    tuning: Tuning | None = None  # of a sweep whose arms are tuned first; `jobs` are those that are compared
+    looks: list[int] = field(default_factory=list)  # with sweep.until: the numbers of seeds at which it may end
+    rule: dict[str, Any] = field(default_factory=dict)  # what ends it: `axes`, `margin`, `max_seeds`, `max_hours`
+    tuning: Tuning | None = None  # with sweep.tune: its tuning runs, which are not among `jobs`
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
-        """The sweep whose folder this is; None if it is none, as with another program's `sweep.json`."""
+        """The sweep whose folder this is; None if it is none, even if another program left a `sweep.json`."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             known = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
             if isinstance(known, dict) and isinstance(known.get("jobs"), list):
@@ -444,7 +444,7 @@ def progress(folder: Path, job: Path) -> str:
     text = f"job {(stage.index(place) if place in stage else len(others)) + 1} of {len(stage)}"
     if stage is tried:
         text = f"tuning {text}"
-    elif sweep.looks:  # how many jobs there will be is not known
+    elif sweep.looks:  # nobody knows how many jobs there will be
         return text.replace(" of ", " of at most ")
     statuses = {other: read_status(other) for other in others}
     ended = {other: status for other, status in statuses.items() if status["state"] not in ("running", "not run")}

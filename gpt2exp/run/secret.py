@@ -1,7 +1,7 @@
-"""Credentials stay out of requests, and so out of every record: what names or holds one is refused, its value unsaid.
+"""A request that names or holds a credential is refused, so that no record holds one. Its value is not printed.
 
 A request is written to many places (`sweep.json`, `.hydra/`, `summary.json`, wandb, the report), so it is checked
-before any of them. Credentials belong into the environment or `wandb login`, where wandb finds them by itself.
+before any of them. Credentials belong in the environment or in `wandb login`, where wandb finds them by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpt2exp.section import BadRequest
 NAME = r"[\w-]*(?:api[_-]?key|access[_-]?key|private[_-]?key|token(?!s)|secret|passw|credential)[\w-]*"
 """What a key or an environment variable is called that holds a credential (`tokens` are counted, not kept secret)."""
 
-SHORTEST = 8  # characters of a credential; a flag such as `TOKENS=true` is none
+SHORTEST = 8  # characters that a credential has at least; a value such as `true` is none
 
 
 def check_typed(texts: Iterable[str]) -> None:

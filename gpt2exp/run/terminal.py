@@ -1,4 +1,4 @@
-"""What people see: the header, a line a step, the closing table; the same text goes to `run.log`. No torch."""
+"""What is printed: the header, a line a step, the closing table. The same text goes to `run.log`. No torch."""
 
 from __future__ import annotations
 
@@ -45,12 +45,15 @@ class _Lines(logging.Handler):
 
 
 class Patient:
-    """A text stream that drops what is written once its reader is gone or its disk is full; `gone` then says so."""
+    """A text stream that raises nothing: once its reader is gone or its disk is full, it drops what is written.
+
+    `gone`: whether that has happened.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self.gone = stream, False
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without our characters gets `?` for them
+            stream.reconfigure(errors="replace")  # a character that the terminal does not have becomes `?`
 
     def write(self, text: str) -> int:
         self._try(lambda: self._stream.write(text))
@@ -62,7 +65,7 @@ class Patient:
     def _try(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except OSError:  # what is buffered is written somewhere else, now and at the interpreter's exit
+        except OSError:  # write what is buffered nowhere, now and at the interpreter's exit
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -73,9 +76,9 @@ class Patient:
 
 
 def terminal(*, stderr: bool = False) -> Console:
-    """The console of this process; piped, or in a notebook, it has no colour and room for each line of ours."""
+    """The console of this process. In a pipe or a notebook it has no colour, and is wide enough for our lines."""
     stream = sys.stderr if stderr else sys.stdout
-    # a notebook's stream, which calls itself a terminal, moves no cursor
+    # a notebook's stream calls itself a terminal, but cannot move a cursor
     forced = None if isinstance(stream, io.TextIOWrapper) else False
     patient = cast(TextIO, Patient(stream))
     console = Console(file=patient, stderr=stderr, highlight=False, force_jupyter=False, force_terminal=forced)
@@ -97,9 +100,10 @@ def show_warnings(*, traces: bool = False) -> None:
 
 
 class View:
-    """A run on the terminal and, in full, in `run.log`: a context in which `step` may be called.
+    """Prints a run on the terminal and, in full, to `run.log`. A context: call its methods inside the block.
 
-    A run alone shows its header, a line a step and its closing table; a sweep's job one line at each end.
+    A run alone prints its header, a line a step and its closing table on the terminal. A sweep's job prints a line when
+    it begins and a line when it ends.
     """
 
     def __init__(self, folder: Path, config: RunConfig, overrides: Sequence[str], progress: str | None) -> None:
@@ -131,7 +135,7 @@ class View:
         self._file.flush()
 
     def rows(self, rows: dict[str, str]) -> None:
-        """Labelled lines: a grid on a terminal, one unbroken line each where a program may read them."""
+        """Print labelled lines: as a grid on a terminal, elsewhere each as one unbroken line, for programs."""
         width = max(map(len, rows))
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
@@ -146,7 +150,7 @@ class View:
         self._file.flush()
 
     def header(self, facts: dict[str, Any], folder: Path, config: RunConfig) -> None:
-        """Show what is about to run: `config`, every `auto` settled."""
+        """Print what is about to run; `config` has no `auto` left."""
         model, train = config.model, config.train
         parameters, precision, data = facts["parameters"], facts["precision"], facts["data"]
         emulated = " (emulated: its speed is not a hardware speed)" if precision["emulated"] else ""
@@ -191,7 +195,7 @@ class View:
             self._print(" | ".join(row.step.format(metrics[row.key]) for row in measured), *self._consoles)
 
     def close(self, summary: Summary, folder: Path, sync: Path | None) -> None:
-        """Show how it went, what to type next, and wandb's folder to upload (`sync`) if it was offline."""
+        """Print the results and what to type next; `sync`: wandb's folder to upload, if it was offline."""
         self._bar.stop()
         self.rows(closing_rows(summary, self.config, folder))
         if self.progress:
@@ -220,7 +224,7 @@ STEP = {"step", "lr", "loss", "tokens", "step_ms", "tokens_per_second", "waited_
 
 
 def due(metrics: dict[str, Any], train: TrainConfig) -> bool:
-    """Whether a step is printed and sent to wandb: every `log_every`-th, the last, and any with a costlier measure."""
+    """Whether a step is printed and sent to wandb: every `log_every`-th, the last, and any that measured more."""
     number = metrics["step"]
     return number % train.log_every == 0 or number + 1 == train.steps or not metrics.keys() <= STEP
 
@@ -237,7 +241,7 @@ def pasted(*words: str | Path) -> str:
 
 
 def to_go_on(folder: Path, *configs: RunConfig) -> str:
-    """The command that goes on with a run or a sweep of these configurations, code from outside allowed again."""
+    """The command that resumes a run or a sweep of these configurations; it allows their code from outside."""
     sources = {values[SOURCE] for config in configs for values in choices.found_in(plain(config)).values()}
     folders = sorted({str(Path(source).parent) for source in sources} - {str(Path.cwd())})
     flags = ["--config-dir", *folders] if len(folders) == 1 else ["--trust"] if folders else []
@@ -254,7 +258,7 @@ def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str,
         rows["loss"] += f" (a uniform guess costs ln {vocabulary} = {math.log(vocabulary):.3f})"
         rows["for scale"] = f"guessing among the {occur:,} ids that occur {math.log(occur):.3f}"
         rows["for scale"] += f", by frequency {data['unigram_entropy']:.3f}"
-        if data["bigram_entropy"] is not None:  # of a long text it is not counted
+        if data["bigram_entropy"] is not None:  # not counted for a long text
             rows["for scale"] += f", by the token before {data['bigram_entropy']:.3f}"
     if summary["val_loss"] is not None:
         rows["validation loss"] = figures["val_loss"]
@@ -294,7 +298,7 @@ def _speed(summary: Summary) -> str:
 
 
 def closing_line(summary: Summary) -> str:
-    """A job of a sweep that ended, in one line."""
+    """The line for a job of a sweep that ended."""
     if summary["state"] != "done":
         return state_line(summary)
     loss = judged(summary)
@@ -315,7 +319,7 @@ def runs_table(rows: Iterable[Summary], title: str) -> Table:
 
 
 def table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
-    """A table of rows that have the same columns; figures stand on the right."""
+    """A table of rows with the same columns; figures are aligned to the right."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(rows[0] if rows else ()):
         words = number == 0 or column in ("state", "precision", "figure")
@@ -326,14 +330,14 @@ def table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
 
 
 def wants_traces() -> bool:
-    """Whether the user asked for tracebacks beside the one line, as Hydra has it."""
+    """Whether the user asked for tracebacks, by Hydra's variable."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def printable(text: object, keep: str = "") -> str:
-    """Text whose control characters, which a terminal would obey, are shown as � and whose broken Unicode as ?.
+    """A text that is safe to print: control characters become �, and broken Unicode becomes ?.
 
-    `keep`: control characters that are left, such as the line break.
+    `keep`: control characters that stay, such as the line break.
     """
     whole = str(text).encode("utf-8", "replace").decode("utf-8")
     whole = re.sub("[\ufffe\uffff]", "�", whole)  # which no XML, so no SVG, can hold
@@ -341,7 +345,7 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def refuse(message: str, *, program: str = "gpt2exp", trace: bool = False) -> None:
-    """One line on standard error; `trace`: after the traceback of what is being handled."""
+    """Print one line on standard error; `trace`: print the traceback of the current exception first."""
     if trace:
         traceback.print_exc()
     print(printable(f"{program}: {message}"), file=sys.stderr)

@@ -1,6 +1,6 @@
-"""A run's metrics mirrored to Weights & Biases. Whatever wandb does, training goes on.
+"""Copies a run's metrics to Weights & Biases. If wandb fails, training goes on.
 
-The local files are the record, so every call is guarded: the first failure is one warning, and nothing more is sent.
+The local files are the record. So the first failure is one warning, and nothing more is sent.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from gpt2exp.run.metrics import METRICS, Summary, from_outside
 from gpt2exp.section import first_line
 
 INIT_TIMEOUT = 15  # seconds to wait for the server before going offline
-NO_ROOM = 2**16  # free bytes below which wandb's own writes, in blocks of 32 KiB, cannot be relied on
+NO_ROOM = 2**16  # free bytes below which wandb's writes may fail: it writes blocks of 32 KiB
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-"""What WANDB_MODE may be, and its meaning."""
+"""By value of WANDB_MODE, the mode it means."""
 
 KEYS = {
     "project": ("WANDB_PROJECT",),
@@ -35,7 +35,7 @@ KEYS = {
     "tags": ("WANDB_TAGS", "WANDB_RUN_TAGS"),
     "dir": ("WANDB_DIR", "WANDB_ROOT_DIR"),
 }
-"""The variables that give the defaults of the section's keys; of two the first that is set."""
+"""By key of the section, the variables that give its default; the first that is set counts."""
 
 IDENTITY = ("run_id", "resume", "resume_from", "fork_from", "sweep_id", "sweep_param_path", "launch")
 """wandb's settings that name the wandb run; their variables are WANDB_ and the name."""
@@ -55,7 +55,7 @@ log = logging.getLogger("gpt2exp")
 
 
 def defaults() -> dict[str, Any]:
-    """The defaults of the section's keys that the environment gives."""
+    """The defaults that the environment gives, by key of the section."""
     found: dict[str, Any] = {}
     for key, names in KEYS.items():
         if value := next(filter(None, map(os.environ.get, names)), None):
@@ -83,10 +83,10 @@ def ignored(config: WandbConfig, *, sweep: bool, resumed: bool) -> list[str]:
         lines.append(f"{which}: not used in a sweep; its jobs and its comparison are each a run of their own in wandb")
     elif resumed:
         if "WANDB_RUN_ID" in there and "WANDB_RESUME" not in there:
-            why = "not used by a run that goes on, unless WANDB_RESUME=allow lets it join that run"
+            why = "not used by a resumed run, unless WANDB_RESUME=allow lets it join that run"
             lines.append(f"WANDB_RUN_ID: {why}")
         other = [key for key, value in defaults().items() if getattr(config, key) != value]
-        lines += [f"{KEYS[key][0]}: not used by a run that goes on; wandb.{key}=VALUE changes it" for key in other]
+        lines += [f"{KEYS[key][0]}: not used by a resumed run; wandb.{key}=VALUE changes it" for key in other]
     return lines
 
 
@@ -104,14 +104,14 @@ def resolve_mode(config: WandbConfig) -> str:
 
 
 class Mirror:
-    """One wandb run, opened in a thread because wandb mostly waits for its own process. No call raises."""
+    """One wandb run. No call raises. It is opened in a thread: that takes long, and is mostly waiting."""
 
     def __init__(
         self, config: WandbConfig, folder: Path, run: dict[str, Any], *, job_type: str | None = None, own: bool = False
     ) -> None:
         """`run`: wandb.init's `config`, `name`, `group`, `tags`, and `notes` if any.
 
-        `own`: a new run in wandb, whichever the environment names; `job_type`: WANDB_JOB_TYPE or `train` if None.
+        `own`: open a new wandb run, even if the environment names one. `job_type`: None for WANDB_JOB_TYPE or `train`.
         """
         job_type = job_type or os.environ.get("WANDB_JOB_TYPE") or os.environ.get("WANDB_RUN_JOB_TYPE") or "train"
         if "notes" in run:
@@ -135,21 +135,21 @@ class Mirror:
         self.mode = "disabled"
 
     def ready(self) -> str:
-        """Wait until it is open; the mode it is in: online, offline or disabled."""
+        """Wait until the wandb run is open; returns its mode: online, offline or disabled."""
         self._opening.join()
         return self.mode
 
     def link(self) -> str | None:
-        """The run's address, or where it has none yet its id; None without a run."""
+        """The wandb run's address if it is online, else its id; None without a run."""
         self._opening.join()
         return None if self._run is None else str(self._run.url if self.mode == "online" else self._run.id)
 
     def describe(self, facts: dict[str, Any]) -> None:
-        """Add to the run's config."""
+        """Add to the wandb run's config."""
         self._guard(lambda: self._run.config.update(facts))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One step's metrics; of a list each element is a curve."""
+        """Send one step's metrics; each element of a list gets a curve of its own."""
         flat: dict[str, Any] = {}
         for key, value in metrics.items():
             flat |= {f"{key}/{i}": one for i, one in enumerate(value)} if isinstance(value, list) else {key: value}
@@ -157,16 +157,16 @@ class Mirror:
         self._guard(lambda: self._run.log(flat, step=metrics["step"], commit=True))
 
     def show(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Tables and images: `make` runs, and may import wandb, only if there is a run to show them in."""
+        """Send the tables and images that `make` returns. Only if there is a run, it is called and may import wandb."""
         self._guard(lambda: self._run.log(make()))
 
     def finish(self, summary: dict[str, Any], *, failed: bool) -> Path | None:
-        """Write the summary and close the run, marked as failed there too if it was; the folder to sync if offline."""
+        """Write the summary and close the wandb run, as failed if it was; returns the folder to sync if offline."""
         self._guard(lambda: self._run.summary.update(summary))
         kept = Path(self._run.settings.sync_dir) if self._run is not None and self.mode == "offline" else None
         self._guard(lambda: self._run.finish(exit_code=int(failed)))
         with contextlib.suppress(OSError):
-            if kept is not None and shutil.disk_usage(kept).free < NO_ROOM:  # wandb itself would not say
+            if kept is not None and shutil.disk_usage(kept).free < NO_ROOM:  # wandb does not report it
                 log.warning("the disk of wandb's folder is full (%s); what lies there is incomplete", kept)
         return kept
 
@@ -176,7 +176,7 @@ class Mirror:
             return
         try:
             call()
-        except Exception as error:  # nothing of wandb's may reach the training loop
+        except Exception as error:  # no error of wandb's may reach the training loop
             log.warning("wandb stopped (%s); the local record goes on", first_line(error))
             self._run = None
             theirs = logging.getLogger("wandb")
@@ -184,7 +184,7 @@ class Mirror:
             for handler in [one for one in theirs.handlers if isinstance(one, logging.FileHandler)]:
                 theirs.removeHandler(handler)
                 handler.close()
-            if isinstance(error, ConnectionError):  # its process died: no traceback at our exit, a new one next time
+            if isinstance(error, ConnectionError):  # its process died: start another next time, and exit quietly
                 with contextlib.suppress(Exception, SystemExit):
                     import wandb
 
@@ -192,7 +192,7 @@ class Mirror:
 
 
 def _init(run: dict[str, Any], mode: Any) -> Any:
-    """A new run of wandb's, its metrics drawn over tokens."""
+    """A new wandb run, whose curves have tokens on the x-axis."""
     import wandb
 
     settings = wandb.Settings(
@@ -236,7 +236,7 @@ def _no_identity() -> Iterator[None]:
 
 
 def _why(error: Exception) -> str:
-    """An error's first line; of settings that wandb refuses, which and why."""
+    """An error's first line; for settings that wandb refuses, each with the reason."""
     wrong = getattr(error, "errors", None)
     if not callable(wrong):
         return first_line(error)
@@ -244,7 +244,7 @@ def _why(error: Exception) -> str:
 
 
 def offline(sweep: Path, rows: Iterable[Summary], comparison: Path | None) -> list[str]:
-    """What is to be uploaded of a sweep's runs and its comparison, quoted for a shell."""
+    """The offline wandb folders of a sweep's runs and of its comparison, quoted for a shell."""
     place = shlex.quote(terminal.place(sweep.absolute()))
     found = [f"{place}/{few}" for few in ("*/wandb/offline-run-*", "wandb/offline-run-*") if any(sweep.glob(few))]
     for row in rows:

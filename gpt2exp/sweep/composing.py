@@ -85,7 +85,7 @@ def _schema() -> DictConfig:
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line with Hydra's parser; BadRequest for an unknown flag."""
     parser = process.strict(get_args_parser(), "gpt2exp")
-    parser.add_argument("--trust", action="store_true", help="run the code that the folder gone on with names")
+    parser.add_argument("--trust", action="store_true", help="run the code that the folder of resume= names")
     return parser.parse_args([_located(word) for word in argv])
 
 
@@ -383,8 +383,8 @@ def start_launcher(master: DictConfig, folder: Path, jobs: Sequence[Job], run_jo
     context = HydraContext(_Listed(), Callbacks())  # type: ignore[arg-type]
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=run_job, config=master)
     handing = ("overrides", "unresolved", "hydra", "folder", "reused")
-    told = [[json.dumps({name: getattr(job, name) for name in handing})] for job in jobs]
-    for done in launcher.launch(told, initial_job_idx=0):
+    as_override = [[json.dumps({name: getattr(job, name) for name in handing})] for job in jobs]
+    for done in launcher.launch(as_override, initial_job_idx=0):
         done.return_value  # noqa: B018 - raises what ended the job
 
 
@@ -392,11 +392,10 @@ def job_from_hydra(cfg: DictConfig, sweep: Path) -> Job:
     """The job in the configuration with which a launcher or a sweeper calls; a sweeper's has no folder yet."""
     choices.trust()  # the process that launched the sweep has asked
     if JOB in cfg:
-        told = json.loads(cfg[JOB])
-        if told["unresolved"] is not None:
-            choices.admit(told["unresolved"])
-        config = record.asked(sweep / told["folder"])[0] if told["unresolved"] is None else parse(told["unresolved"])
-        return Job(config=config, **told | {"overrides": tuple(told["overrides"])})
+        handed = json.loads(cfg[JOB])
+        values = handed["unresolved"]
+        config = checked(OmegaConf.create(values)) if values else record.read_config(sweep / handed["folder"])[0]
+        return Job(config=config, **handed | {"overrides": tuple(handed["overrides"])})
     if known := record.Sweep.read(sweep):
         mine = arguments(known.argv).config_dir
         choices.allow(Path(known.cwd, mine) if mine else None, known.cwd)

@@ -97,7 +97,7 @@ def running(launcher: DictConfig, sweep: Path) -> Iterator[None]:
             if launcher._target_ == RAY:
                 stack.enter_context(_ray(launcher.ray.init))
             if launcher._target_ not in (BASIC, SLURM):  # Slurm's jobs outlive who submitted them
-                stack.enter_context(process.heralded(lambda: stop(sweep)))
+                stack.enter_context(process.raising_signals(lambda: stop(sweep)))
             yield
     finally:
         _launching = False

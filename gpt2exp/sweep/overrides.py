@@ -9,7 +9,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -42,7 +42,8 @@ def as_meant(text: str) -> str:
     bare = key.lstrip("+")
     if bare in LISTS and value[:1] != "[":
         text = value.strip(QUOTES)
-        return f"{key}={as_list([text] if os.path.exists(home(text)) else text.split(LISTS[bare]))}"  # noqa: PTH110
+        parts = [text] if os.path.exists(home(text)) else text.split(LISTS[bare])  # noqa: PTH110
+        return typed(key, [part.strip() for part in parts if part.strip()])
     if bare in ("sweep.over", "sweep.tune") and "=" in value and value[0] not in QUOTES:
         return f"{key}={quoted(value)}"
     if bare == "sweep.tune_seeds" and re.fullmatch(r"[\d, ]+", value):
@@ -72,11 +73,6 @@ def as_meant(text: str) -> str:
     except HydraException:  # a character that the grammar does not know
         return f"{key}={quoted(value)}" if takes_text(expected) and not set(value) & set(",[{") else text
     return f"{key}={value}"
-
-
-def as_list(texts: Iterable[str]) -> str:
-    """Texts as a list in Hydra's grammar."""
-    return f"[{','.join(quoted(text.strip()) for text in texts if text.strip())}]"
 
 
 def parse_overrides(composer: Composer, texts: Sequence[str]) -> list[Override]:

@@ -25,10 +25,10 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from gpt2exp import choices, schema
 from gpt2exp.config import DataName, Design, RunConfig, Schedule
 from gpt2exp.run import record, terminal
-from gpt2exp.section import BadRequest, override_key, quoted, show
+from gpt2exp.section import BadRequest, override_key, quoted, show, typed
 from gpt2exp.sweep import composing, design, request, tuning
 from gpt2exp.sweep.composing import Composer, Job, is_hydra
-from gpt2exp.sweep.overrides import LOGGING, as_list, parse_overrides, values_of
+from gpt2exp.sweep.overrides import LOGGING, parse_overrides, values_of
 
 MAY_CHANGE = ("train.steps", "train.device", "distributed", "data.path")
 """Keys besides housekeeping that may have another value when a run resumes. `data.path` must hold the same text."""
@@ -67,7 +67,7 @@ def _run(folder: Path, args: argparse.Namespace, typed: list[Override]) -> reque
             text = override.input_line
             raise BadRequest(f"{text}: {terminal.short(folder)} is one run; leave it out, or name a sweep's folder")
     try:
-        before, gone, overrides = record.asked(folder)
+        before, gone, overrides = record.read_config(folder)
     except choices.Refused as error:
         raise BadRequest(f"resume={folder}: {error}") from error
     except BadRequest as error:
@@ -133,7 +133,8 @@ def _check_changes(folder: Path, had: Mapping[str, Any], changed: Mapping[str, A
         now = ", ".join(f"{key}={show(had.get(key))}" for key in refused)
         what = ", ".join(f"{key}={show(changed[key])}" for key in refused)
         why = f"{terminal.short(folder)} began with {now}"
-        follows = any("${" in str(record.written(folder).get(key)) for key in refused)  # it refers to a key typed now
+        # a key that refers to one typed now has changed with it
+        follows = any("${" in str(record.read_unresolved(folder).get(key)) for key in refused)
         remedy = f"add {now}" if follows else "leave it out"
         raise BadRequest(f"{what}: {why}; {remedy} to go on, or start a new run without resume")
 
@@ -152,7 +153,7 @@ def _of_today(texts: Sequence[str], gone: Mapping[str, Any]) -> list[str]:
 
 def _gone_note(gone: Mapping[str, Any]) -> list[str]:
     told = ", ".join(f"{key}={show(value)}" for key, value in sorted(gone.items()))
-    return [f"{told}: no key of this version, recorded by another; what is to do is done without it"] if gone else []
+    return [f"{told}: no key of this version, recorded by another; the rest is done without it"] if gone else []
 
 
 def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
@@ -188,7 +189,8 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     if known is None:
         raise BadRequest(f"resume={folder}: its {record.SWEEP} cannot be read; put it back")
     if known.folders is None:
-        raise BadRequest(f"resume={folder}: its sweeper made up the jobs as it went; only sweeps of lists can go on")
+        why = "its sweeper proposed the jobs as it went; only a sweep over lists can be resumed"
+        raise BadRequest(f"resume={folder}: {why}")
     flags, began_in = composing.arguments(known.argv), Path(known.cwd)
     if args.config_dir:
         flags.config_dir = str(Path(args.config_dir).absolute())
@@ -263,7 +265,8 @@ def _together(composer: Composer, had: Sequence[str], texts: list[str]) -> str:
     axes = (design.together({key: each[key] for key in before or more}, {}) for each in (before or more, more))
     arms = dict.fromkeys(itertools.chain.from_iterable(itertools.chain(*axis.values()) for axis in axes))
     columns = zip(before or more, zip(*arms, strict=True), strict=True)
-    return as_list(f"{key}={','.join(map(_value, column))}" for key, column in columns)
+    moved = [f"{key}={','.join(map(_value, column))}" for key, column in columns]
+    return _value(typed("sweep.together", moved))
 
 
 def _placed(
@@ -333,7 +336,7 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[RunConfig, list[str]]], dic
     runs, gone = dict[str, tuple[RunConfig, list[str]]](), dict[str, Any]()
     for run in record.runs_below(folder):
         try:
-            of, unknown, overrides = record.asked(run)
+            of, unknown, overrides = record.read_config(run)
         except choices.Refused as error:
             raise BadRequest(f"resume={folder}: {run.name}: {error}") from error
         except BadRequest:

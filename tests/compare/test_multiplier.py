@@ -1,5 +1,5 @@
-"""The compute multiplier is what its curves say: closed forms and other ways of computing it agree, bounds are said as
-such, and what cannot be read off a curve is not. A verdict within each budget, and whether it changes, likewise.
+"""The compute multiplier equals closed forms, and other ways of computing it. A bound is reported as a bound. What a
+curve does not show is not reported. Each budget has a verdict, and the page says whether it changes.
 """
 
 from __future__ import annotations

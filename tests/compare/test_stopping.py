@@ -1,6 +1,5 @@
-"""A sweep that runs until it is answered ends where its finished runs and what was decided beforehand say, and nowhere
-else: at 5 % whatever the noise, in any order of its runs, killed or not. What a number of seeds could tell, by an
-earlier sweep, is what `inference` says.
+"""A sweep with `sweep.until` ends at the seed that its finished runs and its rule decide. Its errors stay at 5 %,
+whatever the noise, in any order of its runs, killed or not. `sweep.prior` gives the differences that `inference` gives.
 """
 
 from __future__ import annotations

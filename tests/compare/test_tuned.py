@@ -1,6 +1,7 @@
-"""An arm is compared at its own best value, chosen on seeds that are not compared, and a conclusion says at which rate.
+"""Each arm is compared at its own best value, chosen on seeds that are not compared, and the conclusion names that
+value.
 
-The choice and the comparison are held against NumPy on made-up runs.
+The choice and the comparison of made-up runs equal those computed with NumPy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The one command for a GPU runs every line of itself on the CPU, tells what was not run, and leaves the findings be.
+"""`experiments/gpu.py` runs each of its steps on the CPU, reports those it did not run, and leaves the findings
+unchanged.
 
-What it asks of a card is in `tests/gpu/`.
+What it measures on a GPU is tested in `tests/gpu/`.
 """
 
 from __future__ import annotations

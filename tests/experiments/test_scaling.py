@@ -1,5 +1,5 @@
-"""The predicted figures for GPUs follow from the code beside them, published figures stand in their source's words,
-and the counted bytes are those that autograd keeps.
+"""The predicted figures for GPUs follow from the code beside them. Published figures stand in the words of their
+source. The counted bytes are those that autograd keeps.
 """
 
 from __future__ import annotations

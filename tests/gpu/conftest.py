@@ -1,4 +1,4 @@
-"""Tests that take a device run on the CPU, and on a card where there is one: `pytest -m gpu` runs the latter alone."""
+"""Tests that take `device` run on the CPU and, if there is one, on a GPU; `pytest -m gpu` runs only the latter."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A card computes, holds and keeps what a CPU does: losses in every precision against float64, compiled and padded too,
-TF32 told from fp32 and put back, batches copied ahead, checkpoints written beside the steps, memory as estimated.
+"""A GPU computes what a CPU does: losses in every precision against float64, also compiled and with a padded
+vocabulary. TF32 is told from fp32 and switched back. Batches are copied ahead, checkpoints are written beside the
+steps, and memory is as estimated.
 
-A test that takes `device` runs on the CPU as well, so that its logic is tried where there is no card; `-m gpu` is for a
+A test that takes `device` runs on the CPU as well, so that its logic is tried where there is no GPU; `-m gpu` is for a
 machine with one. The package uses no CUDA graphs, so none are tested.
 """
 

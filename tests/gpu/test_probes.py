@@ -1,6 +1,7 @@
-"""What `experiments/gpu.py` asks of a card: whether it crops or rounds to TF32, and what each way to the loss costs.
+"""`experiments/gpu.py` finds out whether a GPU crops or rounds to TF32, and what each way to compute the loss costs.
 
-The probe's operands tell every rule from the others; here the package's own two emulations answer it, and a third one.
+The probe's operands tell every rounding rule from the others. Here they are given to the package's two emulations and
+to a third one.
 """
 
 from __future__ import annotations

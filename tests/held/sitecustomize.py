@@ -1,8 +1,8 @@
-"""A run stops itself (SIGSTOP) when it has recorded a step, until SIGCONT: signals then fall into the step after it,
-however fast or loaded the machine is.
+"""A run stops itself (SIGSTOP) once it has recorded a step, until SIGCONT. A signal sent meanwhile reaches the step
+after it, however fast or loaded the machine is.
 
-`support.start(..., held="001:5")` puts this folder in PYTHONPATH, so every Python that the command starts reads it:
-the run whose folder's name begins with 001 is held after its fifth step.
+`support.start(..., held="001:5")` puts this folder in PYTHONPATH, so every Python that the command starts reads it: the
+run whose folder's name begins with 001 is held after its fifth step.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""What stands in a slot of the model is counted, started, checked, recorded and compared as GPT-2's own is, and the
-examples in experiments/choices compute what transformers' own layers do.
+"""Another part in a slot of the model (attention, MLP, norm, position) is counted, initialised, checked, recorded and
+compared as GPT-2's own is. The examples in experiments/choices compute what transformers' own layers do.
 """
 
 from __future__ import annotations

@@ -214,8 +214,8 @@ class TestVariables:
         around = {"WANDB_RUN_ID": "abc", "WANDB_PROJECT": "other", "WANDB_NOTES": "why"}
         done = run(tmp_path / "here", f"resume={folder}", "train.steps=4", **around)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "note: WANDB_RUN_ID: not used by a run that goes on, unless" in done.stdout
-        assert "note: WANDB_PROJECT: not used by a run that goes on; wandb.project=VALUE changes it" in done.stdout
+        assert "note: WANDB_RUN_ID: not used by a resumed run, unless" in done.stdout
+        assert "note: WANDB_PROJECT: not used by a resumed run; wandb.project=VALUE changes it" in done.stdout
         files = list(folder.glob("wandb/offline-run-*/*.wandb"))
         entries = {r.run.run_id: r.run for file in files for r in offline_records(file) if r.HasField("run")}
         assert len(entries) == 2
@@ -280,7 +280,7 @@ codes = []
 def trial():
     os.environ |= {"WANDB_RUN_ID": "abc", "WANDB_SWEEP_ID": "sweep1"}
     wandb.teardown()
-    with process.heralded(), process.heralded():
+    with process.raising_signals(), process.raising_signals():
         codes.append(train.command([*sys.argv[1:], "hydra.run.dir=alone"]))
         codes.append(train.command(["-m", "seed=1,2", *sys.argv[1:], "hydra.sweep.dir=sweep"]))
 thread = threading.Thread(target=trial)

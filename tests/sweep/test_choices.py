@@ -1,6 +1,6 @@
-"""A choice from outside, one module and one YAML file: checked by its signature, recorded with its code's sha256, and
-treated like ours by runs, resume, sweeps, workers, several processes and comparisons. Code runs only where the command
-line put it; a comparison runs none.
+"""A choice from outside is one module and one YAML file. It is checked by its signature and recorded with its code's
+sha256. Runs, resume, sweeps, workers, several processes and comparisons treat it like ours. Its code runs only where
+the command line allows it; a comparison runs none.
 """
 
 from __future__ import annotations

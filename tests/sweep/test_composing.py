@@ -1,5 +1,5 @@
-"""A sweep is planned with one composition of Hydra's for each combination of groups, and every job is what Hydra would
-have composed alone: its configuration, and what its `.hydra` holds.
+"""Hydra composes a sweep once for each combination of groups, and yet every job is what Hydra would compose for it
+alone: its configuration, and what its `.hydra` holds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_as_composed_alone(number: int, tmp_path: Path) -> None:
             settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
             assert OmegaConf.to_container(settings.overrides)["task"] == told
             assert settings.runtime.choices == alone.hydra.runtime.choices
-            assert record.asked(folder)[::2] == (got.config, told)
+            assert record.read_config(folder)[::2] == (got.config, told)
 
 
 @pytest.mark.parametrize(

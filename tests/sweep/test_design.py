@@ -1,5 +1,5 @@
-"""A sweep runs the combinations that its design says, of keys that move together too: the jobs are those of sets
-written here, also until it is answered, gone on with, or from a preset; the comparison pairs them as the design means.
+"""A sweep runs the combinations that its design says: the jobs are those of sets written here. So are those of keys
+that move together, of a study, of a resumed sweep and of `sweep.until`. The comparison pairs them as the design means.
 """
 
 from __future__ import annotations

@@ -240,8 +240,8 @@ def test_a_stopped_sweep_leaves_no_worker_at_work(parallel: tuple[Path, Path], t
     assert psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)[1] == []
 
 
-def test_a_signal_is_heralded_once() -> None:
-    """And comes out as what it was, whatever a launcher makes of the interruption on the way."""
+def test_a_signal_calls_first_once() -> None:
+    """And it raises what it was, whatever a launcher makes of the interruption on the way."""
     told: list[int] = []
 
     def launch() -> None:
@@ -250,7 +250,7 @@ def test_a_signal_is_heralded_once() -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # as Ray does
 
-    with pytest.raises(processes.Terminated), processes.heralded(lambda: told.append(1)):
+    with pytest.raises(processes.Terminated), processes.raising_signals(lambda: told.append(1)):
         launch()
     assert told == [1]
 
@@ -426,7 +426,7 @@ def test_search(search: tuple[Path, tuple[int, str, str]]) -> None:
 def test_a_search_is_not_resumed(search: tuple[Path, tuple[int, str, str]], tmp_path: Path) -> None:
     code, _, err = here(tmp_path, f"resume={search[0]}")
     assert code == 2
-    assert "its sweeper made up the jobs as it went" in err
+    assert "its sweeper proposed the jobs as it went" in err
 
 
 @pytest.mark.slow

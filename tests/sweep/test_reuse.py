@@ -1,5 +1,5 @@
-"""`sweep.reuse`: runs of another sweep that are the same count as this one's and are not run; what keeps a run from it
-is said; the other sweep stays as it is; a speed is compared only where it was measured alike.
+"""`sweep.reuse`: a run of another sweep that equals a job is taken, and the job is not run. The reason why a run is not
+taken is printed. The other sweep stays as it is. A speed is compared only if it was measured alike.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`sweep.tune`: each arm is tuned on seeds of its own, then compared at its own best value, whatever happens on the
-way: stopped, failed, diverged, resumed with more arms, run by workers, or ended as soon as it is answered.
+"""`sweep.tune`: each arm is tuned on seeds of its own, then compared at its own best value. This holds for a sweep that
+is stopped, resumed with more arms, run by workers or ended as soon as it is answered, and with failed or diverged runs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`sweep.until=answered` runs seeds until every arm has its verdict, on any launcher, and ends at the same seed with
-the same verdict if it is stopped or killed on the way. Jobs run seed by seed, a seed's arms in an order that it draws.
+"""`sweep.until=answered` runs seeds until every arm has its verdict, on any launcher. If it is stopped or killed on the
+way, it ends at the same seed with the same verdict. Jobs run seed by seed; within a seed their order is drawn.
 """
 
 from __future__ import annotations

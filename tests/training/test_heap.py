@@ -1,6 +1,7 @@
-"""What `hardware.keep_freed_memory` asks of glibc really happens: freed memory stays with the process, or does not.
+"""`hardware.keep_freed_memory` has its effect in glibc: freed memory stays with the process, or goes back to the
+system.
 
-In a process of its own, since these settings are the process's. No time is asserted.
+Each test has a process of its own, since these settings are the process's. No time is asserted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An optimizer is a choice of the group `optimizer`, with keys of its own; a checkpoint has all that it keeps."""
+"""An optimizer is a choice of the group `optimizer`, with keys of its own; a checkpoint holds its whole state."""
 
 from __future__ import annotations
 

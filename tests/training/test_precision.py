@@ -1,6 +1,6 @@
-"""A precision is what the hardware computed: the TF32 emulation rounds to the bit, forward and backward; the probe
-tells fp32, TF32 and bf16 apart; and every switch is put back, so that an fp32 run after a tf32 run is a plain fp32 run.
-Also what a record holds of the machine: peak memory, device, versions, nothing private.
+"""The recorded precision is what the hardware computed. The TF32 emulation rounds to the bit, forward and backward. The
+probe tells fp32, TF32 and bf16 apart. Every switch is put back, so that an fp32 run after a tf32 run is a plain fp32
+run. Also what a record holds of the machine: peak memory, device, versions, nothing private.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The training step: accumulation equals one batch, and parameter groups, learning rate, clipping, time, tokens, memory
-and the loss of unseen tokens are what they are called.
+"""The training step: accumulation equals one batch. Parameter groups, learning rate, clipping, time, tokens, memory and
+the loss of unseen tokens are correct.
 """
 
 from __future__ import annotations

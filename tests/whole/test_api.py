@@ -1,4 +1,6 @@
-"""The package in Python: the page's example, and that it does what the commands do, in a thread and in a notebook."""
+"""The package in Python: the page's example runs, and the functions do what the commands do, also in a thread and in a
+notebook.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,7 @@ def test_bad_requests_raise_one_line(here: Path) -> None:
     for words, line in {
         ("model.n_layer=0",): "model.n_layer=0: must be at least 1",
         ("seed=1,2",): "seed=1,2: several values make a sweep",
-        ("experiment=precision",): "several runs, or one that goes on",
+        ("experiment=precision",): "several runs, or a resumed one",
         ("+wandb.api_key=12345678",): "credentials are no part of a request",
     }.items():
         with pytest.raises(gpt2exp.BadRequest, match=re.escape(line)):

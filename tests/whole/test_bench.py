@@ -1,8 +1,7 @@
-"""`gpt2exp-bench` times the real training step beside a real peer, and its last line is what it printed. The roofline
-script of the throughput finding adds the machine's limits to that. No time is asserted.
+"""`gpt2exp-bench` times the real training step beside a real peer, and its last line is JSON of what it printed. The
+roofline script of the throughput finding adds the machine's limits to that. No time is asserted.
 
-What a contestant's process does is done here in this one (`timed`), but for the peer's; the rehearsal in
-tests/experiments/test_gpu.py starts them all.
+Contestants run in this process (`timed`), except the peer. tests/experiments/test_gpu.py starts a process for each.
 """
 
 from __future__ import annotations

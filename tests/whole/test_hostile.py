@@ -1,7 +1,7 @@
-"""Full or read-only disks, bad networks, other programs' files, a clock that goes back, terminals that close.
+"""Full or read-only disks, bad networks, other programs' files, a clock that is set back, terminals that close.
 
 The faults are real: small or read-only mounts in a mount namespace, an https server, pip on a folder of wheels, and a
-preloaded library that turns the clock back.
+preloaded library that sets the clock back.
 """
 
 from __future__ import annotations

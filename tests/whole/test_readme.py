@@ -1,4 +1,4 @@
-"""The pages keep their word: each command in them is a request, some run, and every link and file named is there."""
+"""The pages are right: each command in them is a valid request, some are run, and every link and file named exists."""
 
 from __future__ import annotations
 

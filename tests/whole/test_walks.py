@@ -1,5 +1,5 @@
-"""Adding a choice takes what gpt2exp/README.md says and no more: each of its walks is performed here, in a folder of
-the user's, and with the same code in a copy of the package.
+"""Adding a choice takes the steps that gpt2exp/README.md says and no more: each is performed here, in a folder of the
+user's, and with the same code in a copy of the package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The built wheel has every file, and runs from an empty folder."""
+"""The built wheel contains every file, and the program runs from an empty folder."""
 
 from __future__ import annotations
 
