@@ -124,7 +124,7 @@ class Summary(TypedDict, total=False):
     A run without one is read as what its `status.json` says: `state`, `step` and `error`.
     """
 
-    name: str  # its folder as seen from the one that was read; this and the next are not in the file
+    name: str  # its folder, relative to the one that was read; `name` and `step` are not in the file
     step: int
     state: Required[str]
     error: Required[str | None]

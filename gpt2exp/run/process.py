@@ -213,16 +213,19 @@ def writing(what: str, remedy: str) -> Iterator[None]:
         raise BadRequest(f"{what} ({error.strerror or error}); {remedy}") from error
 
 
-def unwritable(error: OSError) -> str:
-    """The line for a full disk or a folder that was removed; an error without a number has its own text."""
+def unwritable(error: OSError, where: str = "") -> str:
+    """The line for a full disk or a folder that was removed; an error without a number has its own text.
+
+    `where`: what to type, to name another folder.
+    """
     if error.errno is None:
         return str(error)
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-    return f"{what}; make room, or name another folder"
+    return f"{what}; make room, or name another folder{where}"
 
 
-def carry_out(program: str, action: Callable[[], int | None], unwritable: Callable[[OSError], str] = unwritable) -> int:
-    """Call `action` and return the exit code, printing an error in one line; `unwritable` words an `OSError`.
+def carry_out(program: str, action: Callable[[], int | None], where: str = "") -> int:
+    """Call `action` and return the exit code, printing an error in one line; `where`: as of `unwritable`.
 
     The code is `action`'s own, or 0: done. 1: a file could not be fetched, read or written. 2: a bad request. 130 or
     143: interrupted.
@@ -236,7 +239,7 @@ def carry_out(program: str, action: Callable[[], int | None], unwritable: Callab
         terminal.refuse(str(error), program=program, trace=full_error)
         return 2 if isinstance(error, BadRequest) else 1
     except OSError as error:
-        terminal.refuse(unwritable(error), program=program, trace=full_error)
+        terminal.refuse(unwritable(error, where), program=program, trace=full_error)
         return 1
     except KeyboardInterrupt as interrupt:
         return code(interrupt)

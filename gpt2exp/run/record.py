@@ -115,7 +115,7 @@ class Record:
         for left in (*folder.glob(".*.part"), *folder.glob(".hydra/.*.part")):  # by a process killed while it wrote
             left.unlink(missing_ok=True)
         write_status(folder, "running", len(self.metrics))
-        (folder / "summary.json").unlink(missing_ok=True)  # of an earlier part: with one, a run counts as ended
+        (folder / "summary.json").unlink(missing_ok=True)  # an earlier part's, with which the run would count as ended
         with replacing(folder / "metrics.jsonl") as part:  # steps after the checkpoint are done again
             part.write_text("".join(f"{json.dumps(row)}\n" for row in self.metrics), encoding="utf-8")
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")

@@ -65,7 +65,7 @@ class Patient:
     def _try(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except OSError:  # write what is buffered nowhere, now and at the interpreter's exit
+        except OSError:  # what is buffered goes to /dev/null, now and at the interpreter's exit
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

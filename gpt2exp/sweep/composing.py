@@ -271,7 +271,7 @@ def is_hydra(key: str) -> bool:
 
 
 @contextlib.contextmanager
-def composing(args: argparse.Namespace) -> Iterator[Composer]:
+def open_composer(args: argparse.Namespace) -> Iterator[Composer]:
     """Open Hydra's loader; Hydra's errors inside the block become a `BadRequest`."""
     _check_flags(args)
     register()  # again, since the environment may have changed
@@ -390,7 +390,7 @@ def start_launcher(master: DictConfig, folder: Path, jobs: Sequence[Job], run_jo
 
 def job_from_hydra(cfg: DictConfig, sweep: Path) -> Job:
     """The job in the configuration with which a launcher or a sweeper calls; a sweeper's has no folder yet."""
-    choices.trust()  # the process that launched the sweep has asked
+    choices.trust()  # the process that launched the sweep has checked what may run
     if JOB in cfg:
         handed = json.loads(cfg[JOB])
         values = handed["unresolved"]

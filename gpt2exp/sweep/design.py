@@ -89,11 +89,6 @@ def together(overrides: Mapping[str, Sequence[str]], typed: Mapping[str, Sequenc
     return {TOGETHER.join(overrides): list(zip(*overrides.values(), strict=True))} if overrides else {}
 
 
-def _crossed(sweep: SweepConfig) -> set[str]:
-    """The keys for each value of which the whole design is run: the seed, the budget, the tuned key."""
-    return {"seed", sweep.budget, key_and_values(sweep.tune)[0]}
-
-
 def check_single(typed: Mapping[str, Sequence[str]]) -> None:
     """Refuse several values of a key that decides which jobs there are; `typed`: the overrides of each key."""
     for key in (f"sweep.{name}" for name in (*DEFINING, "min_seeds", "max_seeds", "max_hours", "margin")):
@@ -149,7 +144,8 @@ def jobs(axes: Mapping[str, Sequence[Arm]], sweep: SweepConfig, control: Arm | N
     Raises:
         BadRequest: an axis has more arms than the design can take, or the control's key is an axis.
     """
-    design, crossed = sweep.design, _crossed(sweep)
+    design = sweep.design
+    crossed = {"seed", sweep.budget, key_and_values(sweep.tune)[0]}  # the whole design is run for each value of these
     if design is Design.leave_one_out:
         if many := next((key for key, arms in axes.items() if key not in crossed and len(arms) > 2), None):
             why = f"{many} has {len(axes[many])} values, so that nobody knows which leaves it out"

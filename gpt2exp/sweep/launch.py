@@ -30,8 +30,7 @@ from gpt2exp import choices
 from gpt2exp.config import DeviceName, Distributed, Fallback, PrecisionName, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import size
-from gpt2exp.run import process as processes
-from gpt2exp.run import record, secret, terminal, tracking
+from gpt2exp.run import process, record, secret, terminal, tracking
 from gpt2exp.run.job import BEGAN, check_same_text, follow, run_folder
 from gpt2exp.run.metrics import TAKEN
 from gpt2exp.schema import is_housekeeping
@@ -43,6 +42,7 @@ from gpt2exp.sweep.request import Request, folder_name, new_request, request_fol
 from gpt2exp.sweep.resume import resumed_request
 from gpt2exp.training import distributed, outside, setup
 
+WHERE = ": hydra.run.dir=FOLDER, or hydra.sweep.dir for a sweep"  # how to name another folder to write to
 FEW = 12  # the closing lines list the runs of a sweep that has at most so many
 log = logging.getLogger("gpt2exp")
 
@@ -57,12 +57,7 @@ def main() -> None:
 def command(argv: list[str]) -> int:
     """Carry out a command line; the exit code: 0 done, 1 a run failed, 2 a bad request, 130/143 interrupted."""
     argv = sorted(argv, key=lambda text: text not in ("-m", "--multirun"))  # argparse wants flags before overrides
-    return processes.carry_out("gpt2exp", lambda: _parse_and_run(argv), unwritable)
-
-
-def unwritable(error: OSError) -> str:
-    """The line for a full disk or a folder that is gone."""
-    return f"{processes.unwritable(error)}: hydra.run.dir=FOLDER, or hydra.sweep.dir for a sweep"
+    return process.carry_out("gpt2exp", lambda: _parse_and_run(argv), WHERE)
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -118,7 +113,7 @@ def run_request(request: Request, argv: list[str], began: float) -> int:
         why = "torchrun would share out every job over the same processes"
         raise BadRequest(f"a sweep: {why}; start sweeps as gpt2exp -m ..., a device a job by hydra/launcher")
     to_do, tuning_to_do = request.to_do, request.tuning_to_do
-    texts = _make_ready(request, [*tuning_to_do, *to_do])
+    texts = _fetch_and_check(request, [*tuning_to_do, *to_do])
     if request.tuning_jobs:  # the jobs to compare have their settings once their arms are tuned
         tuning_to_do = _reusing(tuning_to_do, texts, request.folder)
     elif request.multirun:
@@ -148,7 +143,7 @@ def run_request(request: Request, argv: list[str], began: float) -> int:
                 to_do = _reusing(to_do, texts, request.folder)
                 for line in said:
                     terminal.say(line)
-            needless = _needless(request.folder)
+            needless = _needless_seeds(request.folder)
             if to_do := [job for job in to_do if job.config.seed not in needless]:
                 _run_jobs(request, to_do, argv, began)
             engine.close()
@@ -198,7 +193,7 @@ def _run_jobs(request: Request, to_do: list[Job], argv: list[str], began: float)
         _say_how_to_go_on(request)
         raise
     except Exception as problem:
-        if request.local and request.folders:  # no job's fault: `_run_job` raises none
+        if request.local and request.folders:  # not a job's failure: `_run_job` records those
             raise
         terminal.refuse(f"the sweep ended early: {first_line(problem)}", trace=terminal.wants_traces())
         _say_how_to_go_on(request)
@@ -214,7 +209,7 @@ def _say_how_to_go_on(request: Request) -> None:
         terminal.say(f"to go on: {terminal.to_go_on(request.folder.absolute(), *configs)}")
 
 
-def _make_ready(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str]:
+def _fetch_and_check(request: Request, to_do: list[Job]) -> dict[tuple[Any, ...], str]:
     """Fetch the texts and weights of the jobs, tokenise, and refuse jobs that do not fit them or this machine.
 
     Returns the sha256 of each text.
@@ -332,7 +327,7 @@ def run_for_hydra(cfg: DictConfig) -> float:
         told = sorted(set(job.overrides) - set(known.jobs[0] if known else ()))
         job = replace(job, folder=folder_name(hydra.job.num, ",".join(told)))
     engines.prepare_worker(str(hydra.launcher._target_), sweep, job.config.train.device)
-    if job.config.seed not in _needless(sweep):
+    if job.config.seed not in _needless_seeds(sweep):
         _run_job(job, sweep, BEGAN if hydra.job.num == 0 else time.monotonic())
     return record.objective(sweep / job.folder)
 
@@ -351,19 +346,19 @@ def _run_job(job: Job, sweep: Path, began: float) -> set[int]:
     try:
         if job.reused:
             reuse.take(job, folder)
-        elif job.config.sweep.isolate and not processes.requeued_by():  # submitit gives a job its own process already
+        elif job.config.sweep.isolate and not process.requeued_by():  # submitit gives a job its own process already
             _run_in_subprocess(folder)
         else:
-            with processes.held(folder):
+            with process.held(folder):
                 run_folder(folder, began)
     except BadRequest as error:  # another process has resumed this job by itself
         log.warning("%s", error)
     except OSError as error:  # the folder holds what could be written
-        log.error("%s", unwritable(error))
-    return _needless(sweep, job.config.seed)
+        log.error("%s", process.unwritable(error, WHERE))
+    return _needless_seeds(sweep, job.config.seed)
 
 
-def _needless(sweep: Path, ended: int | None = None) -> set[int]:
+def _needless_seeds(sweep: Path, ended: int | None = None) -> set[int]:
     """The seeds of which no run is to begin any more, since the sweep is answered; none without `sweep.until`.
 
     `ended`: the seed of a run that has just ended. If all runs of that seed have, the answer so far is printed.
@@ -395,15 +390,15 @@ def _failed_before(sweep: Path) -> bool:
 def _run_in_subprocess(folder: Path) -> None:
     """Run a folder in a new process; if that process dies, record the failure."""
     # in a session of its own, so that Ctrl-C reaches it once, through us
-    process = subprocess.Popen([sys.executable, "-m", "gpt2exp.sweep.launch", str(folder)], start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-m", "gpt2exp.sweep.launch", str(folder)], start_new_session=True)
     try:
-        code = process.wait()
+        code = child.wait()
     except KeyboardInterrupt:
-        process.terminate()  # it saves itself and records that it was interrupted
+        child.terminate()  # it saves itself and records that it was interrupted
         try:
-            process.wait()
+            child.wait()
         except KeyboardInterrupt:  # a second one
-            process.kill()
+            child.kill()
         raise
     if code not in (2, 130, 143) and not (folder / "summary.json").is_file():  # it had no chance to say so itself
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -416,10 +411,10 @@ def _run_in_subprocess(folder: Path) -> None:
 
 def _main_of_subprocess(folder: Path) -> int:
     """What the process of `_run_in_subprocess` does; the exit code: 0 done, 1 not."""
-    choices.trust()  # the process that started this one has asked
-    with processes.held(folder):
+    choices.trust()  # the process that started this one has checked what may run
+    with process.held(folder):
         return 0 if run_folder(folder)["state"] == "done" else 1
 
 
 if __name__ == "__main__":
-    sys.exit(processes.carry_out("gpt2exp", lambda: _main_of_subprocess(Path(sys.argv[1])), unwritable))
+    sys.exit(process.carry_out("gpt2exp", lambda: _main_of_subprocess(Path(sys.argv[1])), WHERE))

@@ -90,8 +90,8 @@ class Request:
             return {}
         settings = self.jobs[-1].config.sweep
         found = design.arms((job.overrides for job in self.jobs), settings)
-        axes = {key: values for key, values in found.items() if len(values) > 1}
-        axes = {key: values for key, values in axes.items() if key not in ("seed", settings.budget)}
+        compared = found.keys() - {"seed", settings.budget}
+        axes = {key: values for key, values in found.items() if key in compared and len(values) > 1}
         most = max(settings.looks)
         return {"axes": axes, "margin": settings.margin, "max_seeds": most, "max_hours": settings.max_hours}
 
@@ -118,7 +118,7 @@ def new_request(args: argparse.Namespace) -> Request:
     Raises:
         BadRequest: anything in it that cannot be carried out.
     """
-    with composing.composing(args) as composer:
+    with composing.open_composer(args) as composer:
         return request_of(composer, parse_overrides(composer, args.overrides), multirun=args.multirun)
 
 
@@ -221,11 +221,10 @@ def _check_several(composer: Composer, override: Override, *, multirun: bool) ->
 
 def _check_path_used(inits: Sequence[InitConfig]) -> None:
     """Refuse an `init.path` that no job reads."""
-    if any(init.scheme is InitScheme.pretrained for init in inits):
-        return
+    used = any(init.scheme is InitScheme.pretrained for init in inits)
     for init in inits:
         why = f"init={show(init.scheme)} draws its weights"
-        require(init.path is None, "init.path", init.path, why, "add init=pretrained")
+        require(used or init.path is None, "init.path", init.path, why, "add init=pretrained")
 
 
 def _check_hydra(settings: DictConfig) -> None:

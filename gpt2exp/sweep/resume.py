@@ -42,7 +42,7 @@ def resumed_request(args: argparse.Namespace) -> request.Request | None:
     """
     if not any(text.lstrip("+").startswith("resume=") for text in args.overrides):
         return None
-    with composing.composing(args) as composer:
+    with composing.open_composer(args) as composer:
         typed = parse_overrides(composer, args.overrides)
         folders = [override for override in typed if override.key_or_group == "resume"]
         typed = [override for override in typed if override.key_or_group != "resume"]
@@ -170,7 +170,7 @@ def _surroundings(folder: Path) -> tuple[Path | None, str | None]:
 
 def _changes(args: argparse.Namespace, overrides: list[str], typed: list[str]) -> dict[str, Any]:
     """By dotted key, the values that the overrides `typed` change."""
-    with composing.composing(args) as composer:
+    with composing.open_composer(args) as composer:
         composed = (composing.identified(composer.compose(texts)) for texts in (overrides, [*overrides, *typed]))
         before, after = (_flat(composing.checked(one)) for one in composed)
     return {key: after.get(key) for key in before | after if after.get(key) != before.get(key)}
@@ -203,7 +203,7 @@ def _sweep(folder: Path, args: argparse.Namespace, typed: list[Override]) -> req
     listed = dict(zip(known.folders, known.jobs, strict=True))
     listed |= {name: texts for name, (_, texts) in runs.items() if not name.startswith(f"{record.TUNING}/")}
     listed = {name: _of_today(texts, gone) for name, texts in listed.items()}
-    with composing.composing(flags) as composer:
+    with composing.open_composer(flags) as composer:
         before = [text for text in _of_today(flags.overrides, gone) if override_key(text) not in LOGGING]
         words, absent = _words(composer, before, list(listed.values()), typed)
         whole = request.request_of(composer, parse_overrides(composer, words), multirun=True, absent=absent)

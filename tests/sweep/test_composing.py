@@ -42,7 +42,7 @@ def test_as_composed_alone(number: int, tmp_path: Path) -> None:
     texts = [f"{key}={chance.choice(AXES[key])}" for key in set(AXES) - set(keys) if chance.random() < 0.4]
     texts += ["optimizer.schedule=cosine"]  # else min_lr has no meaning
     jobs = [[f"{key}={chance.choice(AXES[key])}" for key in keys if chance.random() < 0.95] + texts for _ in range(5)]
-    with composing.composing(composing.arguments(["-m"])) as composer:
+    with composing.open_composer(composing.arguments(["-m"])) as composer:
         master = composer.compose([], multirun=True)
         for place, (told, got) in enumerate(zip(jobs, composer.jobs(master, jobs), strict=True)):
             alone = composer.loader.load_configuration("config", told, run_mode=RunMode.RUN)

@@ -16,7 +16,7 @@ from gpt2exp.config import DataConfig
 from gpt2exp.run import terminal
 from gpt2exp.section import BadRequest, typed
 from gpt2exp.sweep import resume
-from gpt2exp.sweep.composing import arguments, composing
+from gpt2exp.sweep.composing import arguments, open_composer
 from gpt2exp.sweep.overrides import parse_overrides
 
 NAMES = [
@@ -113,7 +113,7 @@ def test_commands_of_other_programs(here: Path) -> None:
 
 def test_an_override() -> None:
     """`typed` is read back by Hydra as the same text, one value of no sweep; so is a hint that holds one."""
-    with composing(arguments([])) as composer:
+    with open_composer(arguments([])) as composer:
         for name in NAMES:
             with pytest.raises(BadRequest) as refused:
                 DataConfig(path=name)

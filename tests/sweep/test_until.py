@@ -171,12 +171,12 @@ def test_a_worker_looks_before_it_begins(whole: tuple[Path, str]) -> None:
     """Of a sweep that has ended no further seed is begun; of one that goes on any is."""
     sweep, _ = whole
     last = len(end_of(sweep)[0])
-    assert launch._needless(sweep) == set(range(last + 1, 9))
+    assert launch._needless_seeds(sweep) == set(range(last + 1, 9))
     name = record.Sweep.read(sweep).by_seed[last + 1][0]  # type: ignore[union-attr]
     try:
         (sweep / name).mkdir()
         record.write_status(sweep / name, "running", 0)  # by another worker
-        assert launch._needless(sweep) == set(range(last + 2, 9)), "a seed that has begun is finished"
+        assert launch._needless_seeds(sweep) == set(range(last + 2, 9)), "a seed that has begun is finished"
     finally:
         (sweep / name / "status.json").unlink()
         (sweep / name).rmdir()
