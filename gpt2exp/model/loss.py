@@ -81,13 +81,9 @@ class HeadLoss(torch.autograd.Function):
                     of_words.copy_(p)
                 logit[:, words:] = 0
                 by_x[start : start + rows] = torch.mm(logit, weights)
-                if by_weight is None:
-                    by_weight = torch.mm(logit.t(), part).to(weight.dtype)
-                elif dtype is weight.dtype:
-                    by_weight.addmm_(logit.t(), part)
-                else:
-                    by_weight += torch.mm(logit.t(), part)
-                del logit, of_words, p  # the next rows' would stand beside them
+                of_part = torch.mm(logit.t(), part).to(weight.dtype)
+                by_weight = of_part if by_weight is None else by_weight.add_(of_part)
+                del logit, of_words, p, of_part  # the next rows' would stand beside them
             assert by_weight is not None  # there are rows
             ctx.found = by_x, by_weight[:words]
             return total / count

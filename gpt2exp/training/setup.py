@@ -178,7 +178,8 @@ def memory(config: RunConfig, here: Hardware) -> int:
     logits = rows * model.vocab_size * (2 if here.unfused_attention else 1)
     if cast == "float16":  # takes the plain way: logits, log-softmax and its gradient
         logits = 3 * tokens * model.vocab_size
-    backward = tokens * (kept + 3 * width) + head + logits + (head if here.unfused_attention else 0)
+    made = head if on_cpu or here.unfused_attention else 0  # the product that becomes the gradient of the head
+    backward = tokens * (kept + 3 * width) + head + logits + made
     parameters = parts["total"]
     extra = parameters // 2 if halves else 0
     if distributed.is_sharded(config.distributed):
