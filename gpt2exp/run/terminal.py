@@ -269,6 +269,9 @@ def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str,
         rows["of it, tokens that never occur"] = "{loss_unseen_first} → {loss_unseen_last}".format(**figures) + share
     if summary["tokens_per_second"] is not None:
         rows["speed"] = _speed(summary)
+    if summary["speed_disturbed"]:
+        what = "the speed is not this run's own" if load.too_many(summary) else "left out of the speed"
+        rows["other programs"] = f"{shown(summary, 'speed_disturbed')} of the steps waited for a core: {what}"
     if summary["mfu"] is not None:
         rows["MFU"] = f"{figures['mfu']} of the device's {summary['precision']['effective']} peak"
     if summary["peak_memory_bytes"]:
@@ -290,10 +293,6 @@ def _speed(summary: Summary) -> str:
     text += f"p90 {ms['p90']:.1f}, n={summary['timed_steps']}), first step {shown(summary, 'first_step_ms')} ms"
     if summary["precision"]["emulated"]:
         text += "; emulated, not a hardware speed"
-    if summary["speed_disturbed"]:
-        share = shown(summary, "speed_disturbed")
-        what = "not this run's own speed" if load.too_many(summary) else "left out"
-        text += f"; {share} of the steps waited for a core in use by others: {what}"
     return text
 
 

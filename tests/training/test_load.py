@@ -48,9 +48,9 @@ def test_a_comparison_beside_other_programs(tmp_path: Path) -> None:
         assert summary["speed_disturbed"] > load.TOO_MANY
         assert summary["timed_steps"] == 5
         assert all(row["waited_ms"] >= 0 for row in read(folder / "metrics.jsonl"))
-        assert "of the steps waited for a core in use by others: not this run's own speed" in (
-            folder / "run.log"
-        ).read_text(encoding="utf-8")
+        assert "of the steps waited for a core: the speed is not this run's own" in (folder / "run.log").read_text(
+            encoding="utf-8"
+        )
     (sweep,) = (tmp_path / "here").glob("sweeps/*/*")
     (speed,) = (row for row in read(sweep / "comparison.json")["axes"] if row["metric"] == "tokens_per_second")
     assert speed["verdict"] == "not_comparable"
@@ -97,10 +97,11 @@ def test_what_the_terminal_says() -> None:
 
     def said(share: float | None) -> tuple[str, str]:
         row = {**summary, "speed_disturbed": share}
-        return terminal.closing_rows(row, RunConfig(), Path("run"))["speed"], terminal.closing_line(row)
+        rows = terminal.closing_rows(row, RunConfig(), Path("run"))
+        return rows.get("other programs", ""), terminal.closing_line(row)
 
-    assert said(0.25)[0].endswith("; 25% of the steps waited for a core in use by others: left out")
-    assert said(0.75)[0].endswith("; 75% of the steps waited for a core in use by others: not this run's own speed")
+    assert said(0.25)[0] == "25% of the steps waited for a core: left out of the speed"
+    assert said(0.75)[0] == "75% of the steps waited for a core: the speed is not this run's own"
     assert "1,000.0 tokens/s while most steps waited for a core, 1.0 s" in said(0.75)[1]
     for share in (None, 0.0):
         assert "waited" not in "".join(said(share))
