@@ -43,13 +43,18 @@ FIGURES = {
     "init_std": ("loss", "intervals"),
     "init_std/gpt2": ("loss", "intervals"),
     "first_steps": ("loss", "unseen"),
+    "library": ("speed", "difference"),
     "gpt2_choices": ("tuning", "difference"),
     "gpt2_choices/gpt2": ("difference",),
     "second_text": ("difference",),
     "throughput": ("speed", "memory"),
 }
 """Which of the report's figures of the first axis a record's part of the page shows; of other records none."""
-METRICS = {"throughput": ("speed, ratio", "memory, MiB"), "precision/speed": ("speed, ratio",)}
+METRICS = {
+    "throughput": ("speed, ratio", "memory, MiB"),
+    "precision/speed": ("speed, ratio",),
+    "library": ("loss, nats", "speed, ratio", "memory, MiB"),
+}
 """Which metrics the table of a record has; of others the loss, with the reasons in the sentences above it."""
 WHOLE = ("config", "precision", "data", "device", "threads", "processes", "machine", "versions", "git")
 """Fields of a summary that are recorded with all they hold."""
