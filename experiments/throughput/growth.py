@@ -3,7 +3,7 @@
 Each series makes one thing larger and leaves the rest. It writes `growth/growth.csv`, a row a size with seconds and
 peak memory, of a process of its own each time, then the figure and the table of `growth/README.md`. In the table stands
 the exponent between neighbouring sizes, at its largest: time that grows as the work has 1 at most. Without series all
-are measured, which takes a quarter of an hour on two cores; with `--page` none. Several jobs at a time share the work
+are measured, which takes twenty minutes on two cores; with `--page` none. Several jobs at a time share the work
 of one sweep: there the exponent is below 0 where they gain, and the memory is that of the command alone.
 """
 
@@ -154,7 +154,7 @@ SERIES: dict[str, tuple[str, tuple[int, ...], Callable[[int, Path], tuple[float,
     ),
     "jobs": ("jobs in a sweep, planned", (2, 10, 100, 1000), dry_sweep),
     "runs": ("runs in a comparison", (10, 100, 1000, 5000), comparison),
-    "tokens": ("tokens in a new text, to the end of a run's first step", (10**5, 10**6, 10**7, 10**8), text),
+    "tokens": ("tokens in a new text, to the end of a run's first step", (10**5, 10**6, 10**7, 10**8, 10**9), text),
 }
 
 

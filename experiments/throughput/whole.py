@@ -4,7 +4,8 @@
 
 The commands run in turn, each in an empty folder of its own, so that a machine's drift meets all alike; ratios are
 taken round by round. The rows of JOB in `bench/whole.csv` are replaced, and the table of `bench/README.md` is written
-anew; with `--page` alone only that. The time of gpt2exp's steps is the sum of `step_ms` in its runs' `metrics.jsonl`.
+anew; with `--page` alone only that. Of absolute paths in the commands the last part is kept. The time of gpt2exp's
+steps is the sum of `step_ms` in its runs' `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -61,9 +62,12 @@ def table(rows: list[dict[str, str]]) -> str:
         cells.append("" if name == OURS else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
         cells.append(f"{statistics.median(rest):.1f}" if rest else "")
         lines.append(f"| {' | '.join(cells)} |")
-    told = {f"{row['name']} in {row['job']}: `{row['command']}`" for row in rows}
-    about = sorted({f"{row['job']}: {row['day']}, {row['commit']}, {row['processor']}" for row in rows})
-    return "\n".join([*lines, "", *(f"- {text}" for text in about), *(f"- {text}" for text in sorted(told))])
+    for job in dict.fromkeys(row["job"] for row in rows):
+        own = [row for row in rows if row["job"] == job]
+        told = "; ".join(dict.fromkeys(f"{row['name']}: `{row['command']}`" for row in own))
+        when = f"{own[0]['day']}, commit {own[0]['commit']}, {own[0]['processor']}"
+        lines += ["", f"{job} ({when}, rounds: {own[-1]['round']}). {told}"]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -75,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--page", action="store_true", help="measure nothing, write the table")
     args = parser.parse_args()
-    rows: list[Any] = []
+    rows: list[dict[str, Any]] = []
     if TABLE.is_file():
         with TABLE.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["job"] != args.job]
@@ -88,9 +92,12 @@ def main() -> None:
             for name, command in commands.items():
                 found = timed(command)
                 print(name, *found.values(), flush=True)
-                rows.append({"job": args.job, "name": name, "command": command, "round": number} | found | about)
+                words = [Path(word).name if word.startswith("/") else word for word in shlex.split(command)]
+                own = {"job": args.job, "name": name, "command": shlex.join(words), "round": number + 1}
+                rows.append(own | found | about)
         write_rows(TABLE, rows)
-    replace_block(PAGE, "whole", table([{key: str(value or "") for key, value in row.items()} for row in rows]))
+    with TABLE.open(newline="") as file:
+        replace_block(PAGE, "whole", table(list(csv.DictReader(file))))
 
 
 if __name__ == "__main__":
