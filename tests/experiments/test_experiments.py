@@ -6,6 +6,7 @@ import csv
 import importlib
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -231,3 +232,35 @@ def test_growths_page_follows_from_its_table(monkeypatch: pytest.MonkeyPatch) ->
     sizes = growth.read()
     assert {size.series for size in sizes} == growth.SERIES.keys()
     assert growth.table(sizes) in (growth.HERE / "README.md").read_text()
+
+
+def test_whole_commands_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In turn, in a folder of their own; the rows of another job stay. The shipped page has the shipped table."""
+    monkeypatch.syspath_prepend(str(FINDINGS / "throughput"))
+    whole = importlib.import_module("whole")
+    shipped = whole.PAGE.read_text()
+    with whole.TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert block(shipped, "whole") == whole.table(rows)
+    page, table = tmp_path / "README.md", tmp_path / "whole.csv"
+    page.write_text("<!-- whole -->\n<!-- /whole -->\n")
+    monkeypatch.setattr(whole, "PAGE", page)
+    monkeypatch.setattr(whole, "TABLE", table)
+    steps = """open("metrics.jsonl", "x").write('{"step_ms": 1.0}\\n{"step_ms": 2.0}\\n')"""
+    ours, other = f"{sys.executable} -c {shlex.quote(steps)}", f"{sys.executable} -c pass"
+    for job in ("first", "second", "first"):
+        monkeypatch.setattr(sys, "argv", ["whole.py", job, ours, f"other={other}", "--rounds", "2"])
+        whole.main()
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["gpt2exp", "other"] * 2
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["job"], row["name"], row["round"]) for row in rows] == [
+        (job, name, number) for job in ("second", "first") for number in "12" for name in ("gpt2exp", "other")
+    ]
+    assert [row["of_steps"] for row in rows] == ["0.0", ""] * 4
+    assert sys.executable not in page.read_text()  # no folder of this machine
+    monkeypatch.setattr(sys, "argv", ["whole.py", "third", f"{sys.executable} -c 1/0"])
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        whole.main()
