@@ -15,7 +15,7 @@ __all__ = ["BadRequest", "RunConfig", "Runs", "compose", "load", "run", "sweep",
 
 
 class _Callable(types.ModuleType):
-    """A folder of modules that shares its name with a function of `gpt2exp.api`: called, it is that function."""
+    """A subpackage with the name of a function of `gpt2exp.api`: calling it calls that function."""
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
         return getattr(import_module("gpt2exp.api"), self.__name__.rpartition(".")[2])(*args, **settings)

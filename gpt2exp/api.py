@@ -9,9 +9,10 @@
     runs.compare().axes                        # each metric's effect, interval and verdict
 
 A request that cannot be carried out raises `BadRequest`, and nothing is written. A run that fails raises nothing: its
-`state` and `error` say so. `run` and `sweep` print a line a step, or two a job. Ctrl-C, in a notebook "interrupt", ends
-them after the step, with a checkpoint, by KeyboardInterrupt; a second one raises at once. A thread handles no signal.
-Precision is a setting of the process, so one `run` or `sweep` goes on at a time. These and `trainer` import torch.
+`state` and `error` say so. `run` prints a line a step, `sweep` two lines a job. Ctrl-C, in a notebook "interrupt", lets
+them finish the step, save a checkpoint and raise KeyboardInterrupt; a second one raises at once. In a thread no signal
+is handled. Precision is a setting of the process, so `run` and `sweep` must not overlap in one process. These two and
+`trainer` import torch.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ def compose(*words: str) -> RunConfig:
 
 
 def trainer(config: RunConfig) -> Trainer:
-    """A new model in training, to be stepped by hand: `step`, `evaluate`, `fit`, `model`. Nothing is written.
+    """A new trainer, to be stepped by hand: `step`, `evaluate`, `fit`, `model`. Nothing is written.
 
-    Each call computes in `config.precision` and resets the process's, so several trainers can take turns. Raises
-    `BadRequest` if the text, the weights or this machine do not fit, AssetError if a file could not be fetched.
+    Each call computes in `config.precision` and then restores the process's, so several trainers can take turns.
+    Raises `BadRequest` if the text, the weights or this machine do not fit, AssetError if a file could not be fetched.
     """
     from gpt2exp.training import setup
 
@@ -65,9 +66,9 @@ def trainer(config: RunConfig) -> Trainer:
 
 
 def run(config: RunConfig, folder: str | Path | None = None) -> Summary:
-    """Train in a new `folder` (None: below runs/) as `gpt2exp` does, and return what `summary.json` says.
+    """Train in a new `folder` (None: below runs/) as `gpt2exp` does, and return what `summary.json` holds.
 
-    Its `overrides` are the keys that differ from the defaults. KeyboardInterrupt: a signal stopped it; it is saved.
+    Its `overrides` are the keys that differ from the defaults. KeyboardInterrupt: a signal stopped it after it saved.
     """
     args, argv = launch.parsed([typed("hydra.run.dir", str(folder))] if folder is not None else [])
     request, values = new_request(args), plain(config)
@@ -79,9 +80,9 @@ def run(config: RunConfig, folder: str | Path | None = None) -> Summary:
 
 
 def sweep(words: Sequence[str], folder: str | Path | None = None) -> Runs:
-    """What `gpt2exp -m WORDS` does, in a new `folder` (None: below sweeps/); with `resume=FOLDER`, in that one.
+    """Do what `gpt2exp -m WORDS` does, in a new `folder` (None: below sweeps/) or, with `resume=FOLDER`, in that one.
 
-    The comparison is written and shown as at that command's end. KeyboardInterrupt: as `run`.
+    The comparison is written and printed at the end, as by that command. KeyboardInterrupt: as `run`.
     """
     place = [typed("hydra.sweep.dir", str(folder))] if folder is not None else []
     args, argv = launch.parsed(["-m", *words, *place])
@@ -101,10 +102,10 @@ class Runs:
     """Runs and what they recorded."""
 
     folders: list[Path]
-    rows: list[comparison.Row]  # the summaries; of a run that left none, its state
+    rows: list[comparison.Row]  # the summaries; of a run without one, its state
 
     def table(self) -> list[dict[str, Any]]:
-        """A flat row a run: name, state, error, folder, seed, each key that varies among the runs, and its figures.
+        """A flat row for each run: name, state, error, folder, seed, the keys that vary among the runs, the figures.
 
         Losses in nats, tokens per second, the median step in `step_ms`, memory in bytes; None where not measured.
         """

@@ -1,8 +1,8 @@
-"""The command `gpt2exp-bench`: times the real training step, and a peer's beside it.
+"""The command `gpt2exp-bench`: times the real training step, and a peer's.
 
-Every contestant runs in a process of its own, in turn, and ratios are taken pair by pair, so that neither shares memory
-or threads and the machine's drift hits both halves of a pair. Ours is `Trainer.step` on the trainer that a run builds.
-`experiments/throughput/` measures the machine's limits, and runs beside each other, with the same parts.
+Each contestant runs in a process of its own, so that they share no memory and no threads. They take turns, and ratios
+are taken pair by pair, so that the machine's drift affects both of a pair. Ours is `Trainer.step` on the trainer that a
+run builds. `experiments/throughput/` uses parts of this module to measure the machine's limits and runs side by side.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def command(argv: Sequence[str]) -> int:
 
 
 def print_result(result: Result, out: Path | None) -> None:
-    """Print the last line of output, JSON; write it to a file as well."""
+    """Print a result as JSON, the last line of output, and write it to the file `out` too if there is one."""
     text = json.dumps(result)
     if out:
         with process.writing(f"--out {out}: cannot be written", "name another file"):
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def asked_for(overrides: Sequence[str]) -> RunConfig:
-    """The configuration of a command line, its text tokenised; `BadRequest` if it is none, or several."""
+    """The configuration that a command line asks for, its text tokenised; `BadRequest` if it is wrong, or several."""
     request = new_request(arguments([as_meant(text) for text in overrides]))
     if request.multirun:
         raise BadRequest("gpt2exp-bench times one configuration; give every key one value")
@@ -145,7 +145,7 @@ def child(overrides: Sequence[str], steps: int, which: str) -> list[str]:
 
 
 def timed(line: Sequence[str]) -> Result:
-    """The JSON on the last line of a command's output, and how long the whole process took, in seconds."""
+    """Run a command; returns the JSON on the last line of its output, and the seconds that the process took."""
     start = time.perf_counter()
     try:
         done = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -199,7 +199,7 @@ def hf(config: RunConfig, args: argparse.Namespace) -> Result:
         raise BadRequest("--peer hf: transformers is not installed; pip install 'gpt2exp[bench]'") from error
     import torch
 
-    config = replace(config, precision=replace(config.precision, library=ProductLibrary.torch))  # as its users have it
+    config = replace(config, precision=replace(config.precision, library=ProductLibrary.torch))  # as users of it have
     quiet: Result = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     with setup.ready(config) as ready, torch.device(ready.device):
         model: Any = GPT2LMHeadModel(GPT2Config(**huggingface.to_hf(config.model), **quiet))
@@ -209,7 +209,7 @@ def hf(config: RunConfig, args: argparse.Namespace) -> Result:
 
 
 def plain_steps(ready: setup.Ready, logits_of: Callable[[Any], Any], optimizer: Any, steps: int) -> Result:
-    """Steps as anyone writes them: micro-batches through whole logits and their cross-entropy, then the optimizer."""
+    """Step times of the plain way: whole logits and their cross-entropy for each micro-batch, then the optimizer."""
     import torch.nn.functional as F
 
     from gpt2exp.data.batches import Windows
@@ -237,7 +237,7 @@ def plain_steps(ready: setup.Ready, logits_of: Callable[[Any], Any], optimizer: 
 
 
 def timed_calls(call: Callable[[], Any], repeats: int, device: torch.device) -> tuple[list[Any], list[float]]:
-    """What a function returned each time, and its milliseconds, the device synchronised at both ends."""
+    """Call a function repeatedly; returns its results and its times in ms, the device synchronised before and after."""
     from gpt2exp.training import hardware
 
     found, times = [], []
@@ -251,7 +251,7 @@ def timed_calls(call: Callable[[], Any], repeats: int, device: torch.device) -> 
 
 
 def result_of(losses: list[float], times: list[float], config: RunConfig, device: torch.device) -> Result:
-    """What a timed process prints."""
+    """The result that a timed process prints."""
     from gpt2exp.training import hardware
 
     median = statistics.median(times[UNTIMED:])

@@ -1,14 +1,14 @@
-"""Choices from outside: a class or a function in a module of the user's, named by `_target_` in a YAML file of theirs.
+"""Choices from outside: a class or function of the user's, named by `_target_` in a YAML file of the user's.
 
-`mine/optimizer/lion.yaml` with `_target_: my_choices.Lion` makes `gpt2exp --config-dir mine optimizer=lion` a choice:
-`my_choices.py` lies in `mine` or in the current folder, and the other keys are arguments of `Lion`, typed and checked
-by its signature beside those that the section has anyway. The section's class is made here from both.
+`mine/optimizer/lion.yaml` with `_target_: my_choices.Lion` makes `gpt2exp --config-dir mine optimizer=lion` a choice.
+`my_choices.py` lies in `mine` or in the current folder. The section then has its usual keys and the arguments of
+`Lion`, which are typed and checked by its signature. The section's class is made here from both.
 
-A file in `conf/` may name code too, which is ours: `gpt2exp.model.init.NAME`.
+A file in `conf/` may name code too, but only the package's: `gpt2exp.model.init.NAME`.
 
-A configuration records the file and its sha256, and is carried out only with that very code. What may run is the code
-in the folders that the command line put there (`allow`); what a run folder names beside it runs only where the user
-said `--trust`, and in a process that another of ours started for the run. No torch.
+A configuration records the file and its sha256, and runs only with that very code. Code may run if it is in a folder
+that the command line names (`allow`). Code elsewhere that a run folder names may run only if the user said `--trust`,
+or in a process that a process of ours started for the run. No torch.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ LEADING: dict[str, tuple[str, ...]] = {
     "data": (),
     **{f"model.{slot}": ("config",) for slot in ("attention", "mlp", "norm", "position")},
 }
-"""By section what the code is called with first, in this order; its other parameters are keys of the section."""
+"""By section, the arguments that the code is called with by position; its other parameters are keys of the section."""
 
 PLAIN = (int, float, bool, str)
 CHECKED = {"int", "float", "bool", "str", "list", "dict", "class", "None", "NoneType", "Optional", "typing"}
-"""The words of an annotation that OmegaConf can check."""
+"""Words of annotations that OmegaConf can check."""
 
 
 class Outside:
-    """Marks the class of a section from outside, and says how its code is called."""
+    """Base of a section's class that is made from code from outside; says how to call that code."""
 
     __slots__ = ()
     code: ClassVar[Callable[..., Any]]  # the class or function
@@ -62,10 +62,10 @@ class Refused(BadRequest):
     """Code that may not run here, or is not what a configuration recorded."""
 
 
-_folders: list[Path] = []  # where modules are looked for, and from where they may come
-_trusting = False  # whether a module may come from where a configuration says that it was
-_loaded: dict[str, tuple[Path, str]] = {}  # by name the modules that were loaded here: file and sha256
-_added: set[str] = set()  # folders that were put on `sys.path` here
+_folders: list[Path] = []  # folders in which modules are looked for, and whose code may run
+_trusting = False  # whether the file that a configuration recorded may run, wherever it is
+_loaded: dict[str, tuple[Path, str]] = {}  # modules that were loaded here: file and sha256, by name
+_added: set[str] = set()  # folders that were added to `sys.path` here
 
 
 def allow(*folders: Path | str | None) -> None:
@@ -74,7 +74,7 @@ def allow(*folders: Path | str | None) -> None:
 
 
 def trust(recorded: bool = True) -> None:
-    """Whether code may run in this process from wherever a configuration recorded it."""
+    """Set whether code may run in this process from any file that a configuration recorded."""
     global _trusting
     _trusting = recorded
 
@@ -143,12 +143,12 @@ def call(section: Any, *leading: Any) -> Any:
 
 
 def _is_ours(section: str, target: str, name: object) -> bool:
-    """Whether a file of the package names this code; `BadRequest` where no file may."""
+    """Whether a file of the package names this code; `BadRequest` if no file may name it."""
     key, (module, _, attribute) = f"{section}.{TARGET}={target}", target.rpartition(".")
     if section not in LEADING:
         raise BadRequest(f"{key}: no choice from outside can be made here; it can be of {', '.join(LEADING)}")
     if not target.startswith("gpt2exp.") or not re.fullmatch(r"[\w-]+", str(name)):
-        if module.isidentifier() and attribute.isidentifier():  # and so no way to another folder
+        if module.isidentifier() and attribute.isidentifier():  # so it cannot lead to another folder
             return False
         raise BadRequest(f"{key}: must be MODULE.NAME, as my_choices.Lion in a file my_choices.py")
     file = resources.files("gpt2exp.conf").joinpath(*section.split("."), f"{name}.yaml")
@@ -158,7 +158,7 @@ def _is_ours(section: str, target: str, name: object) -> bool:
 
 
 def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
-    """The class or function that `target` names, from a file whose sha256 is the recorded one."""
+    """The class or function that `target` names, from a file with the recorded sha256."""
     module, _, name = target.rpartition(".")
     recorded, sha256 = Path(str(values.get(SOURCE))), str(values.get(SHA256))
     said = f"{section}.{TARGET}={target}"
@@ -181,7 +181,7 @@ def _code(section: str, target: str, values: Mapping[str, Any]) -> Any:
 
 
 def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType:
-    """Import a module from the text that was hashed, never from a compiled file beside it."""
+    """Import a module from the bytes that were hashed, never from a compiled file beside it."""
     name = path.stem
     if _loaded.get(name) == (path, sha256):
         return sys.modules[name]
@@ -190,7 +190,7 @@ def _module(said: str, path: Path, text: bytes, sha256: str) -> types.ModuleType
     module = types.ModuleType(name)
     module.__file__ = str(path)
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # last: a module beside it hides none that is installed
+        sys.path.append(str(path.parent))  # last, so that a module beside it hides no installed one
         _added.add(str(path.parent))
     sys.modules[name] = module
     try:
@@ -215,7 +215,7 @@ def _section(section: str, target: str, code: Any) -> type[Section]:
     base = kind_of(section)
     parameters = _parameters(f"{section}.{TARGET}={target}", code, LEADING[section])
     hints: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # an annotation may name what exists for a type checker alone
+    with contextlib.suppress(Exception):  # an annotation may name something imported for type checkers alone
         hints = typing.get_type_hints(code.__init__ if inspect.isclass(code) else code)
     fields: dict[str, tuple[str, Any, Any]] = {}
     for parameter in parameters:

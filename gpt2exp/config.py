@@ -1,7 +1,7 @@
-"""What can be asked: a typed section for each part of the package, which checks its own values.
+"""Every key that can be asked for: a typed section for each part of the package, which checks its own values.
 
-Hydra composes `conf/` onto these dataclasses; `gpt2exp.schema.parse` turns the result into a plain `RunConfig`.
-Everything downstream receives its own section and reads attributes. No torch.
+Hydra composes `conf/` by these dataclasses; `gpt2exp.schema.parse` makes the result a `RunConfig`. The other modules
+receive their own section and read its attributes. No torch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PrecisionName(StrEnum):
 
     @property
     def bytes(self) -> int:
-        """Of a weight."""
+        """Bytes of a weight."""
         return int(self.weights[-2:]) // 8
 
 
@@ -91,7 +91,7 @@ class SlotConfig(Section):
 @choice_of("model.attention")
 @dataclass(kw_only=True, slots=True)
 class AttentionConfig(SlotConfig):
-    """What mixes the tokens of a sequence, in each block."""
+    """The slot of a block that mixes the tokens of a sequence."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:CausalSelfAttention"
 
@@ -99,7 +99,7 @@ class AttentionConfig(SlotConfig):
 @choice_of("model.mlp")
 @dataclass(kw_only=True, slots=True)
 class MLPConfig(SlotConfig):
-    """What transforms each token by itself, in each block."""
+    """The slot of a block that transforms each token by itself."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:MLP"
 
@@ -107,7 +107,7 @@ class MLPConfig(SlotConfig):
 @choice_of("model.mlp")
 @dataclass(kw_only=True, slots=True)
 class ExactGELU(MLPConfig):
-    """GPT-2's with GELU itself, of which the tanh form is an approximation."""
+    """GPT-2's MLP with exact GELU, which the tanh form approximates."""
 
     name: str = option("exact_gelu", "chosen by model/mlp=exact_gelu")
     target: ClassVar[str] = "gpt2exp.model.gpt:ExactGELU"
@@ -116,7 +116,7 @@ class ExactGELU(MLPConfig):
 @choice_of("model.norm")
 @dataclass(kw_only=True, slots=True)
 class NormConfig(SlotConfig):
-    """What normalises before attention, MLP and head."""
+    """The slot that normalises before attention, MLP and head."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:LayerNorm"
 
@@ -124,7 +124,7 @@ class NormConfig(SlotConfig):
 @choice_of("model.position")
 @dataclass(kw_only=True, slots=True)
 class PositionConfig(SlotConfig):
-    """What adds its position to each embedded token."""
+    """The slot that adds its position to each embedded token."""
 
     target: ClassVar[str] = "gpt2exp.model.gpt:Positions"
 
@@ -179,12 +179,12 @@ UNUSED = {
     InitScheme.torch: ("has PyTorch's own", ("std", "position_std")),
     InitScheme.pretrained: ("draws nothing", ("std", "position_std", "residual_scaling")),
 }
-"""By scheme: why it has no use for which keys of `InitConfig`."""
+"""By scheme: keys of `InitConfig` that it does not use, and why."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig(Section):
-    """How matrix products are computed; see `gpt2exp.training.precision` for what the hardware made of it."""
+    """How matrix products are computed; `gpt2exp.training.precision` measures what the hardware computes."""
 
     name: PrecisionName = option(PrecisionName.fp32, "how matrix products are computed; chosen by precision=NAME")
     fallback: Fallback = option(Fallback.emulate, "what tf32 does where the hardware has none")
@@ -196,7 +196,7 @@ class PrecisionConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig(Section):
-    """What text is trained on and in which order."""
+    """The text that is trained on, and its order."""
 
     name: DataName = option(DataName.tinyshakespeare, "where the text comes from; chosen by data=NAME")
     path: str | None = option(None, "data=text: a text, JSONL or Parquet file, or a folder; data=hub: OWNER/NAME")
@@ -229,7 +229,7 @@ class DataConfig(Section):
 
     @property
     def text(self) -> tuple[Any, ...]:
-        """What decides which tokens there are; equal in jobs that share a text."""
+        """The values that decide which tokens there are; equal in jobs that share a text."""
         order = ("val_fraction", "order", "redraw")
         return tuple(repr(getattr(self, name)) for name in self.__dataclass_fields__ if name not in order)
 
@@ -287,13 +287,13 @@ class TrainConfig(Section):
 
     @property
     def step_tokens(self) -> int:
-        """Tokens behind one optimizer step."""
+        """Tokens in one optimizer step."""
         return self.micro_batch_tokens * self.grad_accum_steps
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig(Section):
-    """What every optimizer has; the choices are in `gpt2exp.training.optimizers`."""
+    """The keys of every optimizer; the choices are in `gpt2exp.training.optimizers`."""
 
     name: str = option("", "chosen by optimizer=NAME")
     lr: float = option(3e-4, "learning rate; under a schedule the peak", above=0)
@@ -302,7 +302,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
     schedule_steps: int | None = option(None, "cosine: steps until min_lr is reached; null: train.steps", at_least=1)
-    moments: ClassVar[int] = 2  # numbers kept for each weight beside it and its gradient; of code from outside a guess
+    moments: ClassVar[int] = 2  # numbers that it keeps for each weight; for code from outside, 2 is a guess
 
     def agree(self) -> None:
         for name in ("warmup_steps", "min_lr", "schedule_steps"):
@@ -318,7 +318,7 @@ class OptimizerConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig(Section):
-    """The keys of a learning rate's schedule from outside; `optimizer.schedule` chooses it."""
+    """The keys of a schedule from outside; `optimizer.schedule` chooses it."""
 
     name: str = option("", "as optimizer.schedule, where that is a file of yours")
 
@@ -343,7 +343,7 @@ class CheckpointConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class WandbConfig(Section):
-    """Where the run is mirrored; the local files are the record."""
+    """The copy of a run on Weights & Biases; the local files are the record."""
 
     mode: WandbMode = option(WandbMode.auto, "auto: WANDB_MODE, else online with credentials, else offline")
     project: str = option("gpt2exp", "project on the server")
@@ -355,7 +355,7 @@ class WandbConfig(Section):
 
     def agree(self) -> None:
         self.dir = home(self.dir) if self.dir else None  # wandb would make a folder called ~
-        # wandb's own rules, which it would state only once training begins, and then record nothing
+        # wandb's own rules: it would refuse only once training begins, and record nothing
         ok = not set(self.project) & set("/\\#?%:") and 1 <= len(self.project) <= 128
         why = "must be 1 to 128 characters and none of / \\ # ? % :"
         self.require(ok, "project", why, "try wandb.project=gpt2exp")
@@ -371,7 +371,7 @@ class Design(StrEnum):
     leave_one_out = "leave_one_out"
 
 
-TOGETHER = " + "  # joins the keys of an axis that moves together, where a comparison names it
+TOGETHER = " + "  # joins the keys of an axis of several keys (`sweep.together`) in its name
 
 
 def moving(together: Iterable[str]) -> list[str]:
@@ -380,18 +380,17 @@ def moving(together: Iterable[str]) -> list[str]:
 
 
 CONTROL = "data.redraw"
-"""In what `sweep.control` differs from the baseline.
+"""The key in which the control (`sweep.control`) differs from the baseline.
 
-The order of the data is real noise. Both permutations of a seed are draws of one kind and the weights are the same, so
-the paired difference is centred at zero. If its interval leaves zero oftener than one time in twenty, the pairs or the
-intervals are at fault. The check sees nothing that all runs have in common; and arms, which share the order, scatter
-less than it does.
+Both permutations of a seed are draws of one kind, and the weights are the same. So the paired difference is centred at
+zero. If intervals exclude zero more often than one time in twenty, the pairs or the intervals are wrong. The check
+cannot see what all runs have in common. Arms share the data order, so their differences vary less than the control's.
 """
 
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig(Section):
-    """Which jobs a multirun has, and how they are treated."""
+    """Which jobs a sweep has, and how they are run and compared."""
 
     together: list[str] = option(
         [], "keys that are one axis: 'model.n_embd=64,128;optimizer.lr=1e-3,5e-4'; in a file a list"
@@ -450,7 +449,7 @@ class SweepConfig(Section):
 
 
 def key_and_values(text: str | None) -> tuple[str, list[str]]:
-    """The key that `sweep.tune` or `sweep.over` names, and its values as typed; none where it is null."""
+    """The key that `sweep.tune` or `sweep.over` names, and its values as typed; both empty if it is null."""
     key, _, values = (text or "").partition("=")
     return key.strip(), [value.strip() for value in values.split(",") if value.strip()]
 

@@ -1,4 +1,4 @@
-"""The command `gpt2exp-export`: a run's newest checkpoint as a folder that transformers loads as it is."""
+"""The command `gpt2exp-export`: writes a run's newest checkpoint as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from gpt2exp.run import process, record, terminal
 from gpt2exp.schema import group_of, is_housekeeping
 from gpt2exp.section import BadRequest, override_key, require
 
-WORDS = END_OF_TEXT + 1  # what GPT-2's tokenizer knows; `<|endoftext|>` is the last
+WORDS = END_OF_TEXT + 1  # ids of GPT-2's tokenizer; `<|endoftext|>` is the last
 
 
 def write(run: Path, out: Path) -> int:
     """Export a run to `out`, a new or empty folder, and return the steps behind its weights.
 
-    Weights are float32 whatever the precision, as transformers' GPT-2 is trained. Rows that pad the vocabulary are left
-    out: no text has those ids. Raises `BadRequest` if the run, its model or `out` do not fit, `AssetError` if the
-    tokenizer's files cannot be fetched, OSError if `out` cannot be written: what lay there is then as it was.
+    Weights are always float32. Rows that pad the vocabulary are left out, since no text has those ids. Raises
+    `BadRequest` if the run, its model or `out` do not fit, `AssetError` if the tokenizer's files cannot be fetched,
+    OSError if `out` cannot be written; then it is unchanged.
     """
     record.check_run(run)
     _check(run, out)
@@ -66,7 +66,7 @@ def write(run: Path, out: Path) -> int:
         if out.exists():
             out.rmdir()  # empty, or this fails
         part.rename(out.absolute())
-    except SafetensorError as error:  # its form of an OSError
+    except SafetensorError as error:  # safetensors raises it in place of an OSError
         raise OSError(errno.EIO, str(error), str(out)) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -79,7 +79,7 @@ def _check(run: Path, out: Path) -> None:
         why = "already holds files, and nothing is overwritten" if out.is_dir() else "a file"
         raise BadRequest(f"{out}: {why}; name a new folder")
     for section, values in choices.found_in({"model": record.read_plain_config(run)[0]["model"]}).items():
-        group = group_of(section)  # its code need not be run to know
+        group = group_of(section)
         require(False, group, values["name"], "Hugging Face's GPT-2 has no such choice", f"it takes {group}=gpt2")
 
 

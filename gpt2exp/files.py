@@ -1,4 +1,4 @@
-"""Writing a file so that no reader sees half of it: to a temporary beside it, then moved into place. Hashes."""
+"""Writes a file so that no reader sees a part of it: to a temporary beside it, then moved into place. Walks, hashes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def walk(top: Path, onerror: Callable[[OSError], object] | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """`os.walk` that follows links and yields each folder once: a real one under its own name where `top` has it.
+    """`os.walk` that follows links and yields each folder once, under its own name if it lies below `top`.
 
     Folders that the caller removes from the list are left out.
     """
     seen, to_see = set[tuple[int, int]](), [top]
-    for start in to_see:  # grows by the links met, so that these come last
+    for start in to_see:  # grows by the links that are met, so links come last
         for place, folders, names in os.walk(start, onerror=onerror):
             here = Path(place)
             try:
@@ -52,13 +52,13 @@ def walk(top: Path, onerror: Callable[[OSError], object] | None = None) -> Itera
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
+    """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def joint(digests: Sequence[str]) -> str:
-    """One digest for several files: of a single file its own, else the sha256 of all of them in order."""
+    """One digest for several files: if there is one file, its own, else the sha256 of all digests in order."""
     return digests[0] if len(digests) == 1 else hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What this process may use of the machine. No torch."""
+"""Counts the cores that this process may use. No torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _quotas(root: Path) -> Iterator[float]:
             continue
         mount = root / "sys/fs/cgroup" / controllers  # version 2 names no controllers
         inside = mount / path.strip("/")
-        # in a container the path may be the host's, and not there: its own group is then the mount itself
+        # in a container the path may be the host's and not exist: then the container's group is the mount itself
         for group in (inside, *inside.parents):
             with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
                 if controllers:

@@ -1,4 +1,4 @@
-"""The command `gpt2exp-sample`: text from a run's newest checkpoint, or from a Hugging Face folder, as it comes."""
+"""The command `gpt2exp-sample`: prints text as it is drawn from a run's newest checkpoint or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(folder: Path) -> GPT:
     theirs = None
     if (folder / huggingface.CONFIG).is_file():
         theirs = huggingface.find(str(folder), key="")
-        # untied: a head that the files leave out is `wte` again
+        # untied: a head that the files lack is then a copy of `wte`
         config = replace(huggingface.from_hf(theirs.config, theirs.said), tie_weights=False)
         huggingface.check(theirs, config)
     else:
@@ -86,7 +86,7 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch
 
 
 def text_of(ids: Iterable[int]) -> Iterator[str]:
-    """The text of each id as soon as its characters are whole: a character may take several tokens.
+    """The text of the ids, each character as soon as it is whole: a character may take several tokens.
 
     Ends at `<|endoftext|>`. Bytes that are no UTF-8, and control characters that a terminal would obey, become `�`.
     """
@@ -98,7 +98,7 @@ def text_of(ids: Iterable[int]) -> Iterator[str]:
 
 
 def _prompt(text: str, config: ModelConfig) -> list[int]:
-    """The ids of a prompt; of an empty one `<|endoftext|>`, after which GPT-2 begins a text."""
+    """The ids of a prompt; for an empty one `<|endoftext|>`, after which GPT-2 begins a text."""
     ids = tokens.gpt2_encoding().encode(text, allowed_special="all") or [tokens.END_OF_TEXT]
     if max(ids) >= config.vocab_size:
         why = f"has token {max(ids)}, and the model knows {config.vocab_size:,}"

@@ -1,4 +1,4 @@
-"""The configuration by dotted key: which keys there are, reading and writing values, older versions. No torch."""
+"""The configuration by dotted key: lists keys, reads and writes values, reads older versions. No torch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def at(tree: Any, key: str) -> Any:
 
 
 def put(tree: dict[str, Any], key: str, value: object) -> None:
-    """Set what nested dicts have at a dotted key; its sections must be there."""
+    """Set the value of nested dicts at a dotted key; the dicts must exist."""
     *sections, name = key.split(".")
     (at(tree, ".".join(sections)) if sections else tree)[name] = value
 
 
 def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
-    """Every key of the schema, such as `model.n_layer`: its default, and what it is with the values to choose from."""
+    """Every key of the schema, such as `model.n_layer`, its default, and its help with the values to choose from."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         kind = hints[item.name]
@@ -51,12 +51,12 @@ def options(cls: type[Section] = RunConfig) -> Iterator[tuple[str, Any, str]]:
 
 
 def group_of(section: str) -> str:
-    """The group whose choices a section has: `model/mlp` of `model.mlp`."""
+    """The config group of a section: `model/mlp` for `model.mlp`."""
     return section.replace(".", "/")
 
 
 def choices_with(key: str) -> list[str]:
-    """The choices of its section whose class has a dotted key."""
+    """The names of the choices of a key's section whose class has that key."""
     section, _, name = key.rpartition(".")
     return [choice for choice, cls in CHOICES.get(section, {}).items() if name in cls.__dataclass_fields__]
 
@@ -69,9 +69,9 @@ def owner(key: str) -> tuple[type[Section], str]:
     return kind_of(section), name
 
 
-@functools.cache  # reading type hints takes a millisecond, and every count of a model asks four times
+@functools.cache  # reading type hints takes a millisecond, and each count of a model needs it four times
 def kind_of(section: str) -> type[Section]:
-    """The class that a section is declared with, of which its choices are; the whole configuration's for ""."""
+    """The class that a section is declared with, the base of its choices; `RunConfig` for ""."""
     kind: type[Section] = RunConfig
     for part in filter(None, section.split(".")):
         kind = typing.get_type_hints(kind)[part]
@@ -94,7 +94,7 @@ ELSEWHERE = {
     "sequence_length": "train.seq_len",
     "dtype": "precision",
 }
-"""What other projects call our keys."""
+"""Our keys by the names that other projects give them."""
 
 
 def check_key(key: str, value: object) -> None:
@@ -157,13 +157,13 @@ def _typed_by(choices: tuple[tuple[str, type[Section]], ...]) -> Any:
 
 
 def _with_choice(tree: Mapping[str, Any]) -> list[str]:
-    """The sections whose class is a choice: ours, and those that have one from outside in a plain configuration."""
+    """The sections whose class is chosen: by name, or in this plain configuration from outside."""
     outside = [section for section, _, name in (key.rpartition(".") for key in leaves(tree)) if name == TARGET]
     return list(dict.fromkeys([*CHOICES, *outside]))
 
 
 def refuse(key: str, value: object, cls: type[Section] | None = None) -> None:
-    """Raise `BadRequest` for a key that the choice made for its section does not have; `cls`: of one from outside."""
+    """Raise `BadRequest` for a key that the choice in its section lacks; `cls`: its class, if from outside."""
     section, _, name = key.rpartition(".")
     if others := choices_with(key):
         why = f"a key of {group_of(section)}={' and '.join(others)} alone"
@@ -194,13 +194,13 @@ def defaults(cls: type[Section]) -> dict[str, Any]:
     return typing.cast(dict[str, Any], json.loads(_defaults(cls)))  # type: ignore[arg-type] # a class has a hash
 
 
-@functools.cache  # of a comparison every run asks
+@functools.cache  # a comparison needs it for each run
 def _defaults(cls: type[Section]) -> str:
     return json.dumps(plain(cls()))
 
 
 HOUSEKEEPING = ("wandb", "sweep", "dry_run", "resume", "checkpoint", "metric", "train.log_every", "train.measure_every")
-"""Keys, or whole sections, that say how a run is kept and shown, not what it computes."""
+"""Keys, or whole sections, that change how a run is kept and shown, not what it computes."""
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,21 +214,21 @@ def is_housekeeping(key: str) -> bool:
     return key.endswith(f".{SOURCE}") or any(key == name or key.startswith(f"{name}.") for name in HOUSEKEEPING)
 
 
-MOVED = {"model.pad_vocab": "train.pad_vocab"}  # where a key is today that earlier versions had elsewhere
+MOVED = {"model.pad_vocab": "train.pad_vocab"}  # today's name of a key by its name in earlier versions
 
 
 def stored(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A configuration that any version recorded, under today's keys; and those of its keys that do not exist today.
+    """A configuration that any version recorded, under today's keys, and those of its keys that do not exist today.
 
     Keys that it lacks get today's defaults. Both are plain values, interpolations unresolved; `parse` checks them.
     """
     today, unknown = defaults(RunConfig), leaves(recorded)
     for section in _with_choice(recorded):
         own = at(recorded, section)
-        if isinstance(own, Mapping) and TARGET in own:  # from outside: its keys are its code's
+        if isinstance(own, Mapping) and TARGET in own:  # from outside: its keys are those of its code
             put(today, section, dict(own))
         else:
-            with contextlib.suppress(BadRequest):  # a choice of another version: its keys are unknown here
+            with contextlib.suppress(BadRequest):  # a choice of another version, whose keys are unknown here
                 put(today, section, defaults(chosen(section, unknown.get(f"{section}.name"))))
     known = leaves(today).keys()
     for old, new in MOVED.items():

@@ -1,7 +1,7 @@
-"""What every section of the configuration is made of: options with bounds and help, checks, choices by name.
+"""The parts of every section of the configuration: options with bounds and help, checks, choices by name.
 
-A wrong value raises `BadRequest`, whose text names the key, the value, why it cannot be used and what to type instead.
-Imports nothing else of the package and no torch, so that a typo is answered in a moment.
+A wrong value raises `BadRequest`. Its text names the key, the value, why it cannot be used, and what to type instead.
+This module imports nothing else of the package and no torch, so that a typo is answered at once.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def override_key(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as Hydra's grammar reads it back, whatever is in it: a backslash escapes only before a quote."""
+    """Any text quoted so that Hydra's grammar reads it back: there, a backslash escapes only before a quote."""
     return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
 def typed(key: str, value: object) -> str:
-    """`key=value` in Hydra's grammar, a text quoted where it would be read as something else."""
+    """`key=value` in Hydra's grammar; a text is quoted if it would else be read as something other than a text."""
     if isinstance(value, list):
         return f"{key}=[{','.join(quoted(part) if isinstance(part, str) else show(part) for part in value)}]"
     text = show(value)
@@ -51,7 +51,7 @@ def typed(key: str, value: object) -> str:
 
 
 def first_line(error: object) -> str:
-    """An exception's first line that is not blank, or its type's name where it has no text."""
+    """An exception's first line that is not blank, or its type's name if it has no text."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
 
@@ -63,12 +63,12 @@ def require(ok: bool, key: str, value: object, reason: str, remedy: str) -> None
 
 
 def home(path: str) -> str:
-    """A path with `~` in front as that user's folder; of a user who is not known as it stands."""
-    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where the user is not known
+    """A path with a leading `~` expanded; unchanged if the user that it names does not exist."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises if the user does not exist
 
 
-AUTO = "auto"  # what the program is to choose for itself
-SWITCH = (AUTO, True, False)  # choices of a switch that may be left to the program
+AUTO = "auto"  # the program chooses the value
+SWITCH = (AUTO, True, False)  # values of a switch that the program may choose
 
 
 def option(
@@ -80,10 +80,10 @@ def option(
     below: float | None = None,
     choices: tuple[Any, ...] = (),
 ) -> Any:
-    """A field of a section: its default, a clause that says what it is, and its bounds, which `check` enforces.
+    """A field of a section: its default, its help (one clause), and its bounds, which `check` enforces.
 
-    The bounds hold for a number, or each number of a list; null passes where the type allows it. With bounds, `choices`
-    are values allowed besides numbers; without, the only ones.
+    Bounds hold for a number, or each number of a list; null passes if the type allows it. If there are bounds,
+    `choices` are allowed besides numbers within them, else they are the only values allowed.
     """
     facts = {"help": help, "at_least": at_least, "above": above, "below": below, "choices": choices}
     if isinstance(default, list):
@@ -138,7 +138,7 @@ class Section:
 
     @classmethod
     def key(cls, name: str) -> str:
-        """The dotted key of a field, such as `model.n_layer`; for a choice that of its section."""
+        """The dotted key of a field, such as `model.n_layer`; in a choice's class, the key in its section."""
         named = next(base.__name__ for base in cls.__mro__ if base.__name__.endswith("Config"))
         section = named.removesuffix("Config").lower()
         return name if section == "run" else f"{cls.inside}{section}.{name}"
@@ -150,7 +150,7 @@ CHOICES: dict[str, dict[str, type[Section]]] = {}
 
 
 def choice_of(section: str) -> Callable[[type[Chosen]], type[Chosen]]:
-    """Register a subclass of a section's class as the choice that its field `name` has as default."""
+    """Register a subclass of a section's class as a choice, named by the default of its field `name`."""
 
     def register(cls: type[Chosen]) -> type[Chosen]:
         name = next(item for item in dataclasses.fields(cls) if item.name == "name")

@@ -1,4 +1,4 @@
-"""The command `gpt2exp-compare`: compare the runs below a folder and write what came of it."""
+"""The command `gpt2exp-compare`: compare the runs below a folder and write the comparison."""
 
 from __future__ import annotations
 
@@ -68,12 +68,9 @@ def command(argv: list[str]) -> int:
 
 
 def write(comparison: Comparison, out: Path) -> list[Drawing]:
-    """Write `comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/` to a folder; what was drawn.
-
-    Each file is written whole.
-    """
+    """Write `comparison.json`, `comparison.csv`, `report.md`, `report.html` and `figures/`; returns the drawings."""
     out.mkdir(parents=True, exist_ok=True)
-    from gpt2exp.compare import figures  # with matplotlib: half a second
+    from gpt2exp.compare import figures  # imports matplotlib, which takes half a second
 
     drawings = figures.draw(comparison)
     text = report.markdown(comparison, out, drawings)
@@ -93,7 +90,7 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 def write_index(folders: Sequence[Path], out: Path) -> str:
-    """Write `index.md`, `index.html` and `index.csv` of the comparisons below some folders; what to tell the user.
+    """Write `index.md`, `index.html` and `index.csv` of the comparisons below some folders; returns what to print.
 
     Raises:
         BadRequest: as `index.below`.
@@ -108,9 +105,9 @@ def write_index(folders: Sequence[Path], out: Path) -> str:
 
 
 def conclude(sweep: Path, console: Console) -> Path | None:
-    """Compare the runs of a sweep, and write, show and mirror the report; wandb's folder to upload, as `mirror`.
+    """Compare the runs of a sweep; write the report, print it and send it to wandb. Returns what `mirror` returns.
 
-    Whatever fails is one warning: the runs are done and recorded by then, and the sweep's exit code is theirs.
+    A failure is one warning: the runs are done and recorded, and the sweep's exit code depends on them alone.
     """
     again = f"{pasted('gpt2exp-compare', sweep.absolute())} tries again"
     try:

@@ -1,8 +1,7 @@
-"""Runs to answers: which arm is better, by how much, how sure.
+"""Compares runs: which arm is better, by how much, and how sure that is.
 
-Runs that differ in one axis and share the rest, seed included, are a pair. The seed is the unit of replication:
-differences at one seed are first averaged over the other axes, since pairs share their seed's noise, and the interval
-is taken over seeds. No torch.
+Two runs that differ in one axis and share the rest, seed included, are a pair. Pairs of one seed share its noise, so
+their differences are averaged first, and the interval is taken over seeds. No torch.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from gpt2exp.training import load
 __all__ = ["Comparison", "Distance", "Grid", "Interaction", "Row", "compare", "read"]
 
 LOSSES = tuple(metric for metric in METRICS if metric.compared == "loss")
-"""The last that every finished run has is compared."""
+"""The losses that can be compared: the last one that every finished run has is."""
 SPEED = BY_KEY["tokens_per_second"]
 MEMORY = BY_KEY["peak_memory_bytes"]
 
@@ -56,9 +55,9 @@ class Interaction:
 
 @dataclass
 class Distance:
-    """How far a precision's training losses lie from fp64's at the same seed and step, in nats, means over seeds.
+    """How far a precision's training losses lie from fp64's at the same seed and step: nats, means over seeds.
 
-    `largest` and `mean` are over the steps. `seed_std` is that of fp64's own losses, its mean over the steps.
+    `largest` and `mean` are over the steps. `seed_std`: fp64's own std between seeds, its mean over the steps.
     """
 
     arm: str
@@ -84,7 +83,7 @@ class Comparison:
     margin: float | None = None  # nats, within which a difference in the loss counts as none
     looks: list[dict[str, Any]] = field(default_factory=list)
     """The comparisons so far, this one last: how many `seeds` each saw, how many were `planned` by then, its `arms`."""
-    over: str = ""  # the axis that is a budget, if one is: `axes` has the arms of the others within each budget
+    over: str = ""  # the axis that is a budget, if any: then `axes` has the other axes' arms within each budget
     tuning: list[tuned.Curve] = field(default_factory=list)  # of each arm that was tuned
 
     @property
@@ -96,7 +95,7 @@ class Comparison:
         return len(self.swept) == 1 and len(arms) >= 5 and numbers and once
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON's own types; of the runs without what each repeats."""
+        """As JSON types; without the fields of the runs that nearly all runs repeat."""
         repeated = ("config", "gone", "versions", "environment")
         runs = [{key: value for key, value in row.items() if key not in repeated} for row in self.runs]
         return {**asdict(replace(self, runs=[])), "runs": runs}  # a copy of every configuration would take long
@@ -108,7 +107,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     `margin`: nats, instead of the runs' `sweep.margin`. `out`: a folder where an earlier comparison may lie.
 
     Raises:
-        BadRequest: nothing to compare, or the runs differ in something that was not typed.
+        BadRequest: nothing to compare, or the runs differ in a key that no override names.
     """
     rows, trials = tuned.apart([of_today(row) for row in rows])
     if trials and not rows:
@@ -139,9 +138,10 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         interactions=_interactions(grid, loss, before),
         distances=_distances(grid),
         failed=[
-            {"name": of["name"], "state": of["state"], "step": of.get("steps", of.get("step")), "error": of["error"]}
-            for of in rows
-            if of["state"] != "done"
+            {"name": row["name"], "state": row["state"], "step": row.get("steps", row.get("step"))}
+            | {"error": row["error"]}
+            for row in rows
+            if row["state"] != "done"
         ],
         swept=grid.axes,
         seeds=grid.seeds,
@@ -155,7 +155,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
 
 
 def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
-    """The loss of each arm against its baseline at each of these numbers of seeds, as if no later seed were there.
+    """Each arm's effect on the loss over the first n seeds, for each n of `looks`.
 
     Raises:
         BadRequest: as `compare`.
@@ -167,13 +167,13 @@ def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
 
 
 def _loss(done: Sequence[Row]) -> Metric:
-    """The loss to compare: the last that all of them have."""
+    """The last of `LOSSES` that all finished runs have."""
     everywhere = [m for m in LOSSES if done and all(number_of(row, m.key) is not None for row in done)]
     return everywhere[-1] if everywhere else LOSSES[0]
 
 
 def _margin(known: Sequence[Row]) -> tuple[float | None, list[str]]:
-    """The margin stated before the runs, and a note where they disagree: then the strictest counts, none before all."""
+    """The runs' `sweep.margin`, and a note if they differ: then the smallest, or none if one run has none."""
     found = {row["config"]["sweep"]["margin"] for row in known}
     margin = None if None in found else min(found)
     if len(found) == 1:
@@ -219,7 +219,7 @@ def _effects(
     parts = [grid.within(budget) for budget in grid.budgets]
     each = itertools.product((arm for arm in grid.arms if arm[0] != grid.over), parts, metrics)
     effects = [_effect(part, *arm, metric, before, contended) for arm, part, metric in each]
-    # the control is no question of the study: its p is its own
+    # the control is not a question of the study, so Holm's correction does not count it
     for metric, control in itertools.product(metrics, (False, True)):
         tested = [one for one in effects if (one.metric, one.control) == (metric.key, control) and one.ci95 is not None]
         for effect, adjusted in zip(tested, holm([e.p_value for e in tested if e.p_value is not None]), strict=True):
@@ -232,7 +232,7 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     """An arm against the baseline of its axis, with an interval unless something keeps them from being compared."""
     baseline = grid.axes[key][0]
     groups, broken = grid.groups({key: (baseline, arm)})
-    if metric is SPEED:  # where some settings of the other axes ran at a hardware speed, those pairs decide
+    if metric is SPEED:  # if some pairs ran without emulation, only these are compared
         groups = [group for group in groups if not any(map(_emulated, group.runs))] or groups
     control = grid.controlled and key == CONTROL
     effect = Effect(key, baseline, arm, metric.key, grid.budget, control, n_pairs=len(groups), dropped_pairs=broken)
@@ -252,7 +252,7 @@ def _effect(grid: Grid, key: str, arm: str, metric: Metric, before: History, con
     _estimate(effect, figures(groups, metric, declared=bool(before.schedule)), metric, before)
     if metric in LOSSES:
         effect.tuning = tuned.condition(key, baseline, arm, groups, grid.axes)
-    if obstacle := _obstacle(key, metric, groups, contended) or (metric is MEMORY and _by_order(effect, groups)):
+    if obstacle := _obstacle(key, metric, groups, contended) or (metric is MEMORY and _memory_obstacle(effect, groups)):
         effect.reason, effect.ci95, effect.p_value = obstacle, None, None
     else:
         effect.verdict = None
@@ -280,7 +280,7 @@ def _estimate(effect: Effect, by_seed: dict[int, list[float]], metric: Metric, b
 
 
 def _trend(effect: Effect, grid: Grid, before: History) -> None:
-    """Set the trend of the training losses' difference, by seed like the effect; of runs too short for one, none."""
+    """Set the trend of the difference in training loss, with its interval over seeds; not if a run is too short."""
     changes: dict[int, list[float]] = {seed: [] for seed in map(int, effect.differences)}
     for group in grid.pairs(effect.key, effect.arm):
         one, other = (grid.curve(row, "loss") for row in group.runs)
@@ -295,7 +295,7 @@ def _trend(effect: Effect, grid: Grid, before: History) -> None:
 
 
 def _interactions(grid: Grid, metric: Metric, before: History) -> list[Interaction]:
-    """Every two-way interaction of arms against their baselines in the loss, by seed like the main effects.
+    """Every two-way interaction in the loss of arms against their baselines, with its interval over seeds.
 
     Each difference of differences is taken among four runs that share all else, then averaged over the other axes.
     """
@@ -328,7 +328,7 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Group], contended: set[s
         return any(of(one) != of(other) for one, other in (pair.runs for pair in pairs))
 
     def arithmetic(row: Row) -> tuple[str, str | None]:
-        """What its products were computed in and, where that is emulated, how they are rounded."""
+        """The precision of its products and, if that is emulated, their rounding."""
         return row["precision"]["effective"], row["config"]["precision"]["rounding"] if _emulated(row) else None
 
     if key in ("precision", "precision.name"):
@@ -349,12 +349,12 @@ def _obstacle(key: str, metric: Metric, pairs: Sequence[Group], contended: set[s
         return "the arms ran on different hardware"
     if metric is not SPEED:
         return ""
-    # a GPU's name says what it is, a processor's does not
+    # the speeds of two GPUs of one name can be compared, those of two processors cannot
     if differ(lambda row: row["device"].startswith("cpu") and row.get("machine")):
         return "the arms ran on different machines"
     if any(row["folder"] in contended for row in runs):
         return "runs shared the machine while they were timed"
-    if disturbed := {row["folder"] for row in runs if load.too_many(row)}:
+    if disturbed := {row["folder"] for row in runs if load.mostly_disturbed(row)}:
         several = len({row["folder"] for row in runs})
         return f"in {len(disturbed)} of {several} runs most steps waited for a core that another program used"
     return ""
@@ -367,9 +367,9 @@ def _emulated(row: Row) -> bool:
 def contended(rows: Sequence[Row]) -> set[str]:
     """Folders of runs that overlapped in time with another run on the same machine, finished or not.
 
-    Each part of a resumed run counts by itself, for the `span` that it recorded. Older records have none: they count
-    from `started`, which is kept to the second, for as long as they trained. A run that was taken from another sweep
-    says itself whether it overlapped there.
+    Each part of a resumed run counts by itself, for the `span` that it recorded. An older record has no `span`: it
+    counts from `started`, which has whole seconds, for as long as it trained. A run that was taken from another sweep
+    has recorded whether it overlapped there.
     """
     spans: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:
@@ -389,11 +389,11 @@ def contended(rows: Sequence[Row]) -> set[str]:
     return found
 
 
-def _by_order(effect: Effect, pairs: Sequence[Group]) -> str:
-    """Why the memory cannot be compared where one process ran several of the runs; empty if it can.
+def _memory_obstacle(effect: Effect, pairs: Sequence[Group]) -> str:
+    """Why the memory cannot be compared if one process ran several of the runs; empty if it can.
 
-    What an earlier job leaves in the process adds to a later one's peak. By how much shows in runs that differ in the
-    seed alone; a smaller difference between the arms is none.
+    What an earlier job leaves in the process adds to a later job's peak. Runs that differ in the seed alone show how
+    much that is. Arms that differ by less are not compared.
     """
     runs = {row["folder"]: row for pair in pairs for row in pair.runs}.values()
     processes = [(row.get("machine"), row["pid"]) for row in runs if row.get("pid")]

@@ -1,4 +1,4 @@
-"""One arm against its baseline in one metric: the interval, the verdict, and what is said beside it. No torch."""
+"""One arm against its baseline in one metric: the interval, the verdict, and the remarks. No torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Effect:
     control: bool = False  # the baseline against itself with another data order (`sweep.control`)
     n_pairs: int = 0
     n_seeds: int = 0
-    dropped_pairs: int = 0  # planned, but a run of each is missing or did not finish
+    dropped_pairs: int = 0  # planned pairs of which a run is missing or did not finish
     mean_difference: float | None = None
     speed_ratio: float | None = None
     ci95: list[float] | None = None
@@ -42,7 +42,7 @@ class Effect:
     baseline_std: float | None = None
     arm_std: float | None = None
     pair_correlation: float | None = None  # of the two arms over seeds
-    seeds_saved: int | None = None  # that each arm would need more if the arms shared none; below 0, pairing lost
+    seeds_saved: int | None = None  # how many more each arm would need without pairing; below 0, pairing lost
     trend: list[float] | None = None  # change of the training losses' difference over the last half, low, high
     steps_factor: float | None = None  # of a loss, see `multiplier`: above 1 the arm is better
     steps_factor_ci95: list[float | None] | None = None  # one end is None if only a bound is known
@@ -89,7 +89,7 @@ def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> Non
         said = [f"the interval lies inside ±{margin:g}" if margin else "no difference at any seed"]
     elif effect.p_holm is not None and effect.p_holm < ALPHA:
         said = ["smaller than the seed-to-seed std"] if std is not None and abs(mean) < std else []
-        if low <= 0 <= high:  # p keeps the strongest look, the interval is this look's
+        if low <= 0 <= high:  # p is of the strongest look so far, the interval of this look
             values = effect.scaled
             found = infer(values, effect.looks, effect.looks if effect.inference == "declared" else ())
             mean = statistics.fmean(values[: found.decided])
@@ -114,7 +114,7 @@ def judge(effect: Effect, *, lower_is_better: bool, margin: float | None) -> Non
 
 
 def _advice(effect: Effect, margin: float | None) -> str:
-    """How many seeds in all would settle an effect; seeds that are added now come after a look."""
+    """How many seeds in all would settle an effect, if they are added now, after a look."""
     declared = effect.inference == "declared"
     way: Inference = "declared" if declared else "open"
     looks = tuple(effect.looks) if declared else ()
@@ -135,8 +135,8 @@ def _advice(effect: Effect, margin: float | None) -> str:
 def far_off(seeds: Iterable[str], values: Sequence[float]) -> str | None:
     """The seed whose difference is an outlier, if there is one.
 
-    Grubbs' test (1969): the farthest one's distance from the mean of the others, over their standard deviation, has
-    Student's t with n-2 degrees of freedom but for a factor; times n, since the farthest was picked.
+    Grubbs' test (1969): the farthest one's distance from the mean of the others, over their standard deviation, times a
+    factor, has Student's t with n-2 degrees of freedom. p is multiplied by n, since the farthest was picked.
     """
     n = len(values)
     if n < 4:
@@ -153,7 +153,7 @@ def far_off(seeds: Iterable[str], values: Sequence[float]) -> str | None:
 def late_change(x: Sequence[float], y: Sequence[float]) -> float:
     """By how much `y` changes over the last half of `x` (ascending): the least-squares slope there, times its length.
 
-    Steps of one run are no replicates, since a run's noise lasts: the interval must be over the changes of the seeds.
+    The steps of a run share its noise, so they are no replicates: take the interval over the changes of the seeds.
     """
     at = bisect_left(x, (x[0] + x[-1]) / 2)
     slope, _ = np.polyfit(np.asarray(x[at:], float) - x[at], y[at:], 1)

@@ -1,6 +1,6 @@
-"""The figures of a comparison, each drawn once and saved as PNG on white and as SVG on nothing.
+"""The figures of a comparison, each drawn once and saved as PNG on white and as SVG on a transparent background.
 
-matplotlib without pyplot, so nothing global is left behind. User text never reaches matplotlib's mathtext. No torch.
+matplotlib without pyplot, so no global state is changed. User text never reaches matplotlib's mathtext. No torch.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C26A9B", "#B47D00", "#3D94CC")
 theirs, which are too faint on white and, inverted, on black.
 """
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # a second mark, for more arms than colours
-SIZE = (5.0, 3.4)  # inches; 360 units of an SVG, in which text of 11 stays readable on a telephone
+SIZE = (5.0, 3.4)  # inches: an SVG of 360 units, whose text of 11 units can be read on a telephone
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 ZERO: dict[str, Any] = {"color": "black", "linewidth": 0.9}
 REFERENCE: dict[str, Any] = {"color": "black", "alpha": 0.55, "linewidth": 0.9, "linestyle": (0, (2, 2))}
-POINTS = 300  # of a curve; longer runs are averaged in equal stretches
+POINTS = 300  # at most, of a curve; longer ones are averaged in equal stretches
 
 Curve = tuple[Floats, Floats]  # places along x and the values there
 Replicates = list[tuple[int, Curve]]  # with the seed of each
@@ -68,12 +68,12 @@ class Axis:
     clock: str  # along x: `step`, or `tokens` where a step does not cost the same in every run
 
     def effects(self, metric: str) -> list[Effect]:
-        """Of its arms, in one metric, where there is a difference."""
+        """The effects of its arms in one metric, where both arms have a mean."""
         found = [effect for effect in self.comparison.axes if (effect.key, effect.metric) == (self.key, metric)]
         return [one for one in found if one.arm_mean is not None and one.budget == self.grid.budget]
 
     def curves(self, runs: Iterable[tuple[int, Row]], key: str) -> Replicates:
-        """A metric along the clock, of those runs that measured it; `runs` with their seeds."""
+        """A metric along the clock, of the runs that measured it; `runs`: each with its seed."""
         points = ((seed, self.grid.curve(row, key, self.clock)) for seed, row in runs)
         return [(seed, (np.array([*of], float), np.array([*of.values()], float))) for seed, of in points if of]
 
@@ -84,7 +84,7 @@ class Axis:
 
 
 def by_seed(curves: Replicates) -> Curve | None:
-    """Where all curves have points (points,), and a row a seed (seeds, points): a seed's curves are averaged first."""
+    """The places where all curves have points (points,), and the values there (seeds, points), means of a seed's."""
     x = functools.reduce(np.intersect1d, [own for _, (own, _) in curves]) if curves else np.array([])
     if not len(x):
         return None
@@ -100,12 +100,12 @@ def by_seed(curves: Replicates) -> Curve | None:
 
 
 def draw(comparison: Comparison) -> list[Drawing]:
-    """Every figure the finished runs have something for."""
+    """Every figure for which the finished runs have data."""
     done = [row for row in comparison.runs if row["state"] == "done"]
     if not done:
         return []
     whole = Grid([row for row in comparison.runs if "config" in row], comparison.swept)
-    grid = whole.within(whole.budgets[-1])  # what is drawn step by step is drawn of the largest budget
+    grid = whole.within(whole.budgets[-1])  # curves along the run are those of the largest budget
     per_step = {row["tokens"] / row["steps"] for row in done if row["steps"]}
     clock = "step" if len(per_step) == 1 else "tokens"
     drawings = []
@@ -157,9 +157,9 @@ def _drawings(axis: Axis, stem: str) -> Iterable[Drawing]:
 def _drawn(
     of: str, name: str, title: str, heading: str, height: float, paint: Callable[[Axes], str | None]
 ) -> list[Drawing]:
-    """A figure `of` an axis as it is saved, `height` in inches; none if there is nothing to draw."""
+    """A figure under the heading `of`, `height` inches high, as PNG and SVG; empty if there is nothing to draw."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the font lacks is no news to the user
+        warnings.simplefilter("ignore")  # a glyph that the font lacks: the user can do nothing about it
         figure = Figure(figsize=(SIZE[0], height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
         caption = paint(figure.add_subplot())
         if caption is None:
@@ -175,7 +175,7 @@ def _drawn(
 
 
 def shorten(text: str, most: int) -> str:
-    """The two ends of a long text, without what neither a terminal nor an SVG can hold."""
+    """The two ends of a long text, without characters that a terminal or an SVG cannot hold."""
     text, half = printable(text), (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
@@ -186,7 +186,7 @@ def _named(arm: str) -> str:
 
 
 def _label(ax: Axes, x: str, y: str) -> None:
-    """Names along both axes, rules across, and above a legend of the arms where there are several."""
+    """Name both axes, draw rules across, and put a legend above if there are several arms."""
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     ax.grid(axis="y", color="black", alpha=0.12, linewidth=0.7)
@@ -199,7 +199,7 @@ def _label(ax: Axes, x: str, y: str) -> None:
 
 
 def _zero(ax: Axes, margin: float | None) -> str:
-    """Lines at no difference and at the margin, if there is one; what to add to the caption."""
+    """Draw lines at no difference and at the margin, if there is one; returns what to add to the caption."""
     ax.axhline(0, **ZERO)
     for bound in (-margin, margin) if margin else ():
         ax.axhline(bound, **REFERENCE)
@@ -207,9 +207,9 @@ def _zero(ax: Axes, margin: float | None) -> str:
 
 
 def _curves(ax: Axes, axis: Axis, label: str, curves: Sequence[tuple[Arm, Curve]], *, interval: bool = False) -> bool:
-    """A line for the mean of each arm's seeds in a band of ± their standard deviation, or its 95 % t interval.
+    """Draw each arm's mean over seeds in a band of ± the seeds' standard deviation, or of the mean's 95 % t interval.
 
-    Returns whether there was any to draw.
+    Returns whether there was a curve to draw.
     """
     for arm, (x, y) in curves:
         mean, n = y.mean(axis=0), len(y)
@@ -227,7 +227,7 @@ def _curves(ax: Axes, axis: Axis, label: str, curves: Sequence[tuple[Arm, Curve]
 
 
 def _rows(ax: Axes, rows: float, *sides: str) -> None:
-    """One row below the other, without a scale on the left and without these sides."""
+    """Let `rows` stand one below the other, without a scale on the left and without these sides of the frame."""
     ax.set_ylim(rows, 0)
     ax.set_yticks([])
     for side in ("left", *sides):
@@ -238,7 +238,7 @@ def _rows(ax: Axes, rows: float, *sides: str) -> None:
 
 
 def _values(ax: Axes, comparison: Comparison) -> str | None:
-    """Each arm over the values of the tuned key: a line through its mean losses, a dot a tuning seed."""
+    """Each arm's losses over the values of the tuned key: a line through the means, a dot a tuning seed."""
     curves, every = comparison.tuning, dict[float, str]()
     for place, curve in enumerate(curves):
         colour, dash = _look(place)
@@ -281,7 +281,7 @@ def _loss(ax: Axes, axis: Axis) -> str | None:
 
 
 def _baselines(ax: Axes, axis: Axis) -> list[str]:
-    """Lines at what simple predictors cost, labelled; those far outside the picture are returned as text."""
+    """Draw labelled lines at the losses of simple predictors; returns as text those far outside the picture."""
     rows = [row for arm in axis.arms.values() for _, row in arm.cells]
     known: dict[str, set[float | None]] = {
         "ln V, a uniform guess": {math.log(row["config"]["model"]["vocab_size"]) for row in rows},
@@ -400,7 +400,7 @@ def _intervals(ax: Axes, axis: Axis) -> str | None:
         return None
     inside, widest = [0.0], list[tuple[float, float]]()
     for number, effect in enumerate(effects):
-        shift = (number - (len(effects) - 1) / 2) * 0.5 / len(effects)  # or arms would hide each other
+        shift = (number - (len(effects) - 1) / 2) * 0.5 / len(effects)  # so that arms do not hide each other
         way: Inference = "declared" if effect.inference == "declared" else "open"
         schedule, path = tuple(sorted(effect.looks)) if way == "declared" else (), moments(effect.scaled)
         ends = np.array([n for n in schedule or range(3, effect.n_seeds + 1) if n <= effect.n_seeds])
@@ -454,7 +454,7 @@ def _bars(ax: Axes, axis: Axis, metric: Metric) -> str | None:
     values = []
     for arm in axis.arms.values():
         rows = [row for _, row in arm.cells if number_of(row, metric.key)]
-        if metric is SPEED and not refused:  # as the comparison has it: where pairs were not emulated, those count
+        if metric is SPEED and not refused:  # as in the comparison: if some runs were not emulated, only these count
             rows = [row for row in rows if not row["precision"]["emulated"]] or rows
         values.append([number_of(row, metric.key) or 0.0 for row in rows])
     if not any(values):

@@ -18,18 +18,18 @@ from gpt2exp.run.record import Sweep
 class History:
     """The comparisons so far.
 
-    `looks`: as `Comparison.looks`. `schedule`: the numbers of seeds at which looks were declared (`sweep.json`). If one
-    of several sweeps declared looks, it is (0,): the design of one sweep does not hold for all, and no look is at 0.
+    `looks`: as `Comparison.looks`. `schedule`: the numbers of seeds at which looks were declared (`sweep.json`). If the
+    runs are of several sweeps and one declared looks, it is (0,), which fits no look: a design is of one sweep alone.
     """
 
     looks: list[dict[str, Any]]
     schedule: tuple[int, ...]
 
     def infer(self, values: Sequence[float], key: str, arms: Sequence[str]) -> tuple[Interval, list[int]]:
-        """The interval of these arms' differences, and the numbers of seeds at which looks count.
+        """The interval of these arms' differences, and the numbers of seeds at the looks that count.
 
-        Those are all declared looks, or the earlier looks at these arms before this many seeds were planned. A look at
-        a sweep that still ran, or was broken off, does not count if the seeds planned by then are all there are now.
+        If looks were declared, all of these count. Else an earlier look at these arms counts if more seeds were planned
+        after it. So a look at a sweep that was still running, or was broken off, does not count by itself.
         """
         n = len(values)
         earlier = [look for look in self.looks if 1 < look["seeds"] < n and look["planned"] < n]
@@ -39,7 +39,7 @@ class History:
 
 
 def history(rows: Sequence[Row], grid: Grid, out: Path | None = None) -> History:
-    """The comparisons of some runs: those that their sweeps and the folder `out` have, and this one as the last."""
+    """The comparisons of these runs: those recorded in their sweeps and in the folder `out`, then this one."""
     sweeps = dict.fromkeys(Path(row["folder"]).parent for row in rows)
     folders = dict.fromkeys([*sweeps, *([out.resolve()] if out else [])])
     looks = [look for folder in folders for look in _looks(folder / "comparison.json")]
@@ -54,7 +54,7 @@ def history(rows: Sequence[Row], grid: Grid, out: Path | None = None) -> History
 
 
 def _looks(path: Path) -> list[dict[str, Any]]:
-    """The looks that an earlier comparison recorded; one of an older version is a look itself."""
+    """The looks that an earlier comparison recorded; if it is of a version that recorded none, it is the only look."""
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError, AttributeError):  # none, or another program's
         old: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         seeds = {run["seed"] for run in old["runs"] if "seed" in run}

@@ -1,4 +1,4 @@
-"""Findings together: one page and one CSV over the comparisons of many sweeps. No torch."""
+"""Lists the findings of many comparisons on one page and in one CSV. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = ("question", "arms", "difference, nats", "95 % interval", "worth", "n"
 
 @dataclass
 class Finding:
-    """What a comparison says of an arm's loss, and where it stands."""
+    """What a comparison says of an arm's loss, and a link to its report."""
 
     question: str
     link: Path
@@ -30,10 +30,10 @@ class Finding:
 
 
 def findings(comparison: Mapping[str, Any], link: Path) -> list[Finding]:
-    """One an arm, of a comparison as `comparison.json` has it; an older version's lacks what was added since.
+    """The findings of a `comparison.json`, one an arm; a file of an older version may lack fields.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is another program's.
+        KeyError, TypeError, ValueError, AttributeError: another program wrote it.
     """
     runs, known = comparison["runs"], {item.name for item in fields(Effect)}
     date = min((str(run["started"]) for run in runs if run.get("started")), default="")[:10]
@@ -45,7 +45,7 @@ def findings(comparison: Mapping[str, Any], link: Path) -> list[Finding]:
 
 
 def below(folders: Sequence[Path]) -> tuple[list[Finding], list[str]]:
-    """The findings of every comparison at or below the folders, by question and day, and a line for each unread.
+    """The findings of every comparison at or below the folders, by question and day, and a line for each unreadable.
 
     Raises:
         BadRequest: a folder is missing, or there is no comparison.

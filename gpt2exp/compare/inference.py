@@ -1,8 +1,9 @@
-"""Paired differences to intervals: how sure, and how many seeds more.
+"""Intervals of paired differences, and how many seeds more an answer needs.
 
 A difference is the arm's figure minus the baseline's at one seed, in the order in which the seeds were run. The
-differences are taken for independent and normal, with one mean and one unknown standard deviation. Three ways infer
-the mean, by what was fixed beforehand: `fixed` the number of seeds, `declared` the looks, `open_ended` nothing.
+differences are taken for independent and normal, with one mean and one unknown standard deviation. There are three
+ways to infer the mean: `fixed` if the number of seeds was fixed beforehand, `declared` if the looks were, `open_ended`
+if nothing was.
 
 Every interval is mean ± `reach` · s/√n, where s is the standard deviation of the n differences. Every test depends on
 the differences only through `share`, the part of their sum of squares that is spread about the mean:
@@ -25,7 +26,7 @@ from scipy import special  # scipy.stats would take a second to import
 
 ALPHA = 0.05  # level of every test; intervals are 1 - ALPHA
 C2 = 0.1  # of the e-process, fixed before any data: it expects effects of about 1/√C2 = 3 standard deviations
-POWER = 0.8  # probability with which the number of seeds that is named will do
+POWER = 0.8  # probability that the number of seeds that is named is enough
 LARGEST = 10_000  # seeds beyond which no number is named
 Inference = Literal["fixed", "declared", "open"]
 Floats = NDArray[np.float64]
@@ -61,7 +62,7 @@ def declared(differences: ArrayLike, looks: Iterable[int]) -> Interval:
     """The group-sequential t test: right at every look, if the looks (numbers of seeds) were fixed beforehand.
 
     Pocock's design (1977): Student's t at a smaller p, the same at every look, with `overall_p` in place of his
-    large-sample approximation. A look may be left out. p is the overall one of the least nominal p at the looks so far.
+    large-sample approximation. A look may be left out. p is `overall_p` of the least nominal p at the looks so far.
 
     Raises:
         ValueError: the number of differences is no look; then `open_ended` is right.
@@ -76,7 +77,7 @@ def declared(differences: ArrayLike, looks: Iterable[int]) -> Interval:
 
 
 def open_ended(differences: ArrayLike, looks: Iterable[int] | None = None) -> Interval:
-    """The t e-process: right at every look, whatever made one stop there; the widest.
+    """The t e-process: right at every look, for whatever reason one stops there. Its interval is the widest.
 
     `looks`: those so far; None: after every seed.
 
@@ -94,7 +95,7 @@ def infer(values: Sequence[float], looks: Iterable[int] = (), schedule: Sequence
     """The interval of differences, by what was fixed before they were known.
 
     `looks`: the numbers of differences at which somebody looked before adding more. `schedule`: the looks declared
-    beforehand, if any. If this look or an earlier one is not among them, the e-process holds.
+    beforehand, if any. If this look or an earlier one is not among them, the e-process is used.
     """
     n, before = len(values), [look for look in looks if look < len(values)]
     if schedule and {*before, n} <= {*schedule}:
@@ -114,7 +115,7 @@ class Moments(NamedTuple):
 
 
 def moments(differences: ArrayLike) -> Moments:
-    """The moments. Sums are of what the differences exceed the first by, or equal ones would have an SS above 0."""
+    """The moments. The first difference is subtracted before summing: else rounding gives equal ones an SS above 0."""
     values = np.asarray(differences, float)
     n, first = np.arange(1, values.shape[-1] + 1), values[..., :1]
     ahead = np.cumsum(values - first, axis=-1) / n
@@ -130,7 +131,7 @@ def _interval(
 ) -> Interval:
     def radius(n: int) -> float:
         times = reach(n, inference, looks)
-        return times * float(path.error[n - 1]) if times < math.inf else math.inf  # where the error is 0 too
+        return times * float(path.error[n - 1]) if times < math.inf else math.inf  # inf times an error of 0 is NaN
 
     n, mean = len(path.mean), float(path.mean[-1])
     decided = next((look for look in so_far if radius(look) < abs(path.mean[look - 1])), None)
@@ -236,8 +237,8 @@ def needed(
 ) -> tuple[int | None, int | None]:
     """Seeds in all that tell a mean difference from zero with probability POWER, and that show it within the margin.
 
-    None where it would take more than LARGEST seeds or the last declared look, where no number would do, and without a
-    margin. For `declared` and `open` somewhat too many, since an earlier look may already decide.
+    None if it would take more than LARGEST seeds or the last declared look, or if no number is enough; the second also
+    without a margin. For `declared` and `open` the numbers are a little too large: an earlier look may already decide.
 
     `std`: of the differences over seeds. Few seeds may show too small a one, so ask again with `upper_std`.
     """
@@ -252,7 +253,7 @@ def needed(
 
 
 def power_to_tell(difference: float, std: float, n: int, times: float) -> float:
-    """Probability that the interval, `times` standard errors to each side, has zero on the far side of the mean.
+    """Probability that the interval, `times` standard errors to each side, lies on the difference's side of zero.
 
     The mean over its standard error is noncentral t with ν = n-1 and δ = √n·difference/std: P(t > times).
     """
@@ -297,10 +298,10 @@ def upper_std(std: float, n: int) -> float:
 
 
 def pairing(baseline: ArrayLike, arm: ArrayLike) -> tuple[float | None, int | None]:
-    """What sharing n >= 2 seeds gained: the arms' correlation, and the seeds that it saved each arm.
+    """What pairing at n >= 2 seeds gained: the arms' correlation, and how many seeds it saved each arm.
 
-    The correlation is None where an arm does not vary or n is 2. Saved is how many seeds more each of two unpaired arms
-    would need for an interval as narrow: below 0 pairing lost, None above LARGEST in all.
+    The correlation is None if an arm does not vary or n is 2. Saved is how many seeds more each of two unpaired arms
+    would need for an interval as narrow: below 0 if pairing lost, None if above LARGEST in all.
 
     The paired interval's half width is t(ν)·√((a² + b² - 2rab)/n), where a, b are the arms' standard deviations and
     ν = n-1; that of m unpaired seeds an arm is t(2m-2)·√((a² + b²)/m). So r must first make up for half the degrees

@@ -38,14 +38,14 @@ from gpt2exp.compare.rows import Grid, Group
 POWER = 0.28  # over tokens to the minus this, curves are taken for straight
 APART = math.log(2) / 3  # from corner to corner of a smoothed curve, in logarithms: a third of an octave
 DENSE = 8  # points in that stretch from which on they are smoothed; where there are fewer, each is a corner
-PARTS = 5  # of the smoothed points: each left out in turn shows what their noise does
+PARTS = 5  # parts of the smoothed points: each is left out in turn, which shows the effect of their noise
 KNOWN = 50  # standard errors that a smoothed curve must move in its last octave, or its noise hides its slope
-CURVE = 3  # places at which a validation loss must be known to make a curve
+CURVE = 3  # fewest validation losses that make a curve
 CROSSING = (
     "the final losses are undecided, yet the arms first reach the higher of them at different steps: curves that "
     "flatten or rise at the end tell no worth"
 )
-"""Why a steps' factor is dropped that would say what the losses do not."""
+"""The reason given where a steps' factor is dropped: it would call an arm better that the losses do not."""
 Tokens = tuple[float, ...]
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -87,8 +87,8 @@ def smoother(tokens: Tokens) -> Smoother:
 def readable(tokens: Tokens, losses: Floats) -> np.ndarray:
     """Whether curves (..., tokens) move by more than their noise in the last octave; they may rise there.
 
-    By their residuals about the curve, as the usual standard error of a contrast in least squares. True where nothing
-    is smoothed.
+    The noise is the usual standard error of a contrast in least squares, by the residuals about the curve. True where
+    nothing is smoothed.
     """
     at, makes, hats = smoother(tokens)
     begin = min(int(np.searchsorted(at, at[-1] * math.exp(POWER * 3 * APART) - 1e-12)), len(at) - 2)
@@ -111,8 +111,9 @@ def reaches(at: Floats, curve: Floats, loss: Floats) -> Floats:
 def log_factors(base: tuple[Tokens, Floats], arm: tuple[Tokens, Floats]) -> tuple[Floats, Floats, Floats]:
     """Logarithms of the steps' factors (..., 1 + PARTS) of losses (..., tokens), each given with its tokens.
 
-    Then how far they may lie beyond (...): 0 but where a curve is below the loss from its first point on: -1 if it is
-    the baseline's, so that the factor may be less, 1 if the arm's. Last, the arm's final loss minus the baseline's.
+    Second, whether they are bounds (...): -1 if the baseline's curve is below the loss from its first point on, so that
+    the factor may be less; 1 if the arm's is, so that it may be more; else 0. Third, the arm's final loss minus the
+    baseline's.
     """
     (ones_at, ones), (others_at, others) = (
         (made.at, np.einsum("pct,...t->...pc", made.makes, losses, optimize=True))  # (..., 1 + PARTS, corners)
@@ -128,11 +129,12 @@ def log_factors(base: tuple[Tokens, Floats], arm: tuple[Tokens, Floats]) -> tupl
 
 
 def shared_error(factors: Floats) -> Floats:
-    """Standard error of the mean (...) of factors (..., seeds, 1 + PARTS) by the noise that all seeds share.
+    """Standard error of the mean (...) of factors (..., seeds, 1 + PARTS) that comes from the noise all seeds share.
 
-    Runs that read the same batches in the same order have the same noise, which no interval over seeds shows. Leaving
-    out each part (the delete-a-group jackknife: Kott 2001, Journal of Official Statistics 17:521) gives the variance by
-    the noise of the steps: W of one seed, V of the mean. Of a shared and an own part W = S + O and V = S + O/n.
+    Runs that read the same batches in the same order have the same noise, and an interval over seeds cannot show it.
+    Leaving out each part in turn (the delete-a-group jackknife: Kott 2001, Journal of Official Statistics 17:521) gives
+    the variance that comes from the noise of the steps: W of one seed, V of the mean. With a shared part S and a seed's
+    own part O, W = S + O and V = S + O/n.
     """
 
     def variance(of: Floats) -> Floats:
@@ -144,7 +146,7 @@ def shared_error(factors: Floats) -> Floats:
 
 
 def widened(found: Interval, error: float) -> Interval:
-    """An interval over seeds, with an error of the mean that they share; the squares add up (Zou and Donner 2008)."""
+    """An interval over seeds, widened by the error that all seeds share; squares add up (Zou and Donner 2008)."""
     shared = float(special.stdtrit(PARTS - 1, 1 - ALPHA / 2)) * error
     low, high = (math.hypot(bound - found.mean, shared) for bound in (found.low, found.high))
     return replace(found, low=found.mean - low, high=found.mean + high)
@@ -154,9 +156,9 @@ def widened(found: Interval, error: float) -> Interval:
 
 
 def measure(effect: Effect, speed: Effect, grid: Grid, before: History) -> None:
-    """Set the steps' factor and the compute multiplier of an effect on the loss, with what must be known of them.
+    """Set the steps' factor and the compute multiplier of an effect on the loss, and the remarks on them.
 
-    `speed`: the effect on the speed; where that is not comparable, the steps' factor stands alone.
+    `speed`: the effect on the speed; if that is not comparable, there is no compute multiplier.
     """
     groups = grid.pairs(effect.key, effect.arm)
     key = "val_loss" if effect.metric == "val_loss" else "loss"
@@ -198,7 +200,7 @@ def measure(effect: Effect, speed: Effect, grid: Grid, before: History) -> None:
 
 
 def _remarks(groups: Sequence[Group], better: int, beyond: Sequence[float]) -> Iterator[str]:
-    """What must be known of a factor; `better`: in how many pairs the arm ends lower than the baseline."""
+    """The remarks on a factor; `better`: in how many pairs the arm ends lower than the baseline."""
     if better:
         where = f"in {better} of {len(groups)} pairs " if better < len(groups) else ""
         yield (
@@ -219,7 +221,7 @@ def _curve(grid: Grid, group: Group, place: int, key: str) -> tuple[Tokens, Floa
 
 
 def _readable(curves: Sequence[tuple[Tokens, Floats]]) -> bool:
-    """Whether the mean curve of an arm's runs is, for each length that they have."""
+    """Whether the mean curve of an arm's runs is `readable`; runs of different lengths have a mean each."""
     by_tokens: dict[Tokens, list[Floats]] = defaultdict(list)
     for tokens, losses in curves:
         by_tokens[tokens].append(losses)
@@ -229,7 +231,7 @@ def _readable(curves: Sequence[tuple[Tokens, Floats]]) -> bool:
 def _over_seeds(
     effect: Effect, factors: Floats, before: History, beyond: Sequence[float]
 ) -> tuple[float, list[float | None] | None]:
-    """The mean factor of logarithms (seeds, 1 + PARTS), and its interval; where a bound is all, that end is None."""
+    """The mean factor of logarithms (seeds, 1 + PARTS), and its interval; an end is None if only the other is known."""
     found, _ = before.infer(list(map(float, factors[:, 0])), effect.key, (effect.baseline, effect.arm))
     if not math.isfinite(found.low):
         return math.exp(found.mean), None

@@ -47,10 +47,10 @@ TUNING = (
 
 
 class Drawing(NamedTuple):
-    """A figure; the SVG is a document of its own, on no background."""
+    """A figure; the SVG is a whole document with a transparent background."""
 
-    heading: str  # under which it stands: its axis
-    name: str  # of its file, without ending
+    heading: str  # the heading that it stands under: its axis
+    name: str  # the name of its file, without ending
     title: str
     caption: str
     svg: bytes
@@ -58,7 +58,7 @@ class Drawing(NamedTuple):
 
 
 def show(comparison: Comparison, console: Console, out: Path | None = None, *, failed: bool = True) -> None:
-    """Tables, sentences, notes, and failed runs unless told elsewhere; `out`: where the report was written."""
+    """Print tables, sentences and notes, and failed runs if `failed`; `out`: where the report was written."""
     from rich.text import Text
 
     if comparison.axes and not comparison.searched:
@@ -75,7 +75,7 @@ def show(comparison: Comparison, console: Console, out: Path | None = None, *, f
 
 
 def _show_effects(comparison: Comparison, console: Console) -> None:
-    """The table of effects without what pairing gained, for lack of room, then its reasons."""
+    """Print the table of effects, then its reasons. What pairing gained is left out for lack of room."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -101,7 +101,7 @@ def _show_effects(comparison: Comparison, console: Console) -> None:
 
 
 def finite(value: Any) -> Any:
-    """JSON's own types with null for what no JSON number can be."""
+    """A value as JSON types, with null for inf and NaN."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -110,7 +110,7 @@ def finite(value: Any) -> Any:
 
 
 def record_of(effect: Effect) -> dict[str, Any]:
-    """An effect as exact values by column: of each interval and of `parameters` two."""
+    """An effect as exact values by column; each interval, and `parameters`, takes two columns."""
     row = finite(asdict(effect))
     ends = {name: row.pop(name) or (None, None) for name in list(row) if name.endswith("ci95")}
     row |= {f"{name}_{side}": end for name, of in ends.items() for side, end in zip(("low", "high"), of, strict=True)}
@@ -159,11 +159,11 @@ FACTS: dict[str, Callable[[Row], str]] = {
     "environment": lambda row: " ".join(map("=".join, row["environment"].items())),
     "text's sha256": lambda row: row["data"]["sha256"],
 }
-"""What was trained on what, where and with what; a run may lack any of it."""
+"""Facts of a run by label; a run may lack any of them."""
 
 
 def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The facts of the runs as text; where they differ, each with how many have it."""
+    """The facts of the runs as text; if runs differ in one, each value with the number of runs that have it."""
     told = []
     for label, get in FACTS.items():
         found: Counter[str] = Counter()
@@ -181,7 +181,7 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def commands(rows: Sequence[Row]) -> list[str]:
     """The command lines that made the runs: each sweep's as typed, a single run's from its overrides."""
-    found, read = dict[str, None](), functools.cache(record.Sweep.read)  # as long as there are jobs: read it once
+    found, read = dict[str, None](), functools.cache(record.Sweep.read)  # a sweep's record is long: read it once
     for row in rows:
         known = next(filter(None, map(read, Path(row["folder"]).parents)), None)
         argv = known.argv if known else row.get("overrides", [])
@@ -212,7 +212,7 @@ def linked(text: str, place: Path, out: Path, end: str = "") -> Marked:
 
 
 def address(place: Path, out: Path) -> str:
-    """Of a file or folder, relative to the page's folder `out`, as Markdown and HTML take it."""
+    """The address of a file or folder, relative to the page's folder `out`, quoted for Markdown and HTML."""
     return quote(os.fsencode(Path(os.path.relpath(place, out.resolve())).as_posix()), safe="/=,+@~")
 
 
@@ -251,7 +251,7 @@ def effects(comparison: Comparison, metrics: Sequence[str] = ()) -> list[str]:
 
 
 def tuning_heading(comparison: Comparison) -> str:
-    """What is above the curves of the arms."""
+    """The heading above the tuning curves."""
     return f"Each arm's own {comparison.tuning[0].key}"
 
 
@@ -318,9 +318,9 @@ def page(text: str, title: str, out: Path, drawings: Sequence[Drawing] = ()) -> 
 
 
 def mirror(comparison: Comparison, sweep: Path, drawings: Sequence[Drawing]) -> Path | None:
-    """The comparison as a wandb run of its own beside the sweep's runs; the folder to sync if offline.
+    """Send the comparison to wandb as a run of its own beside the sweep's runs; returns the folder to sync if offline.
 
-    Where the runs' settings for wandb differ, the first that is not disabled counts.
+    If the runs' settings for wandb differ, the first that is not disabled counts.
     """
     from gpt2exp.run.tracking import Mirror, resolve_mode
 

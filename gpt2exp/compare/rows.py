@@ -1,7 +1,7 @@
-"""The runs that a comparison is made of: read from their folders, by axis and arm, grouped by seed.
+"""Reads the runs that are compared, finds their axes and arms, and groups them by seed.
 
-What was typed is what is compared: the override keys that vary among the runs are the axes, and everything else in
-their configurations must be the same. No torch.
+The axes are the override keys that vary among the runs. Everything else in their configurations must be the same.
+No torch.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from gpt2exp.section import SHA256, TARGET, BadRequest, override_key, show
 
 
 class Row(Summary, total=False):
-    """A run as it is compared: its summary, or of one that left none its state, `config` and `overrides`."""
+    """A run's summary; if it left none, its state, `config` and `overrides`."""
 
     folder: str
     gone: dict[str, Any]  # keys of its configuration that this version does not know
     pid: int | None  # of the process that ran it, or its last part
-    tuned: str  # the key of which it has its arm's best value; that key is no axis
+    tuned: str  # the tuned key: the run has its arm's best value, and this key is no axis
 
 
 Settings = dict[str, str]
@@ -41,8 +41,8 @@ Settings = dict[str, str]
 def read(folders: Sequence[Path]) -> list[Row]:
     """The rows of every run at or below the folders, each once, with `folder` as an absolute path.
 
-    A run without a usable summary has its state, and `config` and `overrides` as Hydra left them; its state is
-    `damaged` where a summary should be.
+    A run without a usable summary has its state, and `config` and `overrides` from `.hydra`. Its state is `damaged` if
+    it should have a summary.
 
     Raises:
         BadRequest: a folder is missing, or none holds a run.
@@ -69,13 +69,13 @@ def _row(run: Path, above: Path) -> Row:
             row["state"], row["error"] = "damaged", f"summary.json is missing or damaged: {error}"
     with contextlib.suppress(BadRequest):  # Hydra's record is unusable too
         config, gone, overrides = record.read_plain_config(run)
-        secret.check_values([config, gone, overrides])  # an interpolation in a stranger's folder may ask for one
+        secret.check_values([config, gone, overrides])  # an interpolation in a stranger's folder may name a secret
         row |= {"config": config, "gone": gone, "overrides": overrides}
     return row
 
 
 def of_today(row: Row) -> Row:
-    """A row with its configuration under today's keys; `gone` has by dotted key what has no place there."""
+    """A row with its configuration under today's keys; `gone`: those of its dotted keys that do not exist today."""
     if "config" not in row:
         return row
     config, gone = stored(row["config"])
@@ -83,10 +83,10 @@ def of_today(row: Row) -> Row:
 
 
 def _settings(row: Row) -> tuple[Settings, Settings]:
-    """A run's configuration by dotted key, values as shown, without housekeeping; and what was typed for it.
+    """A run's configuration, and its overrides, both by dotted key with values as text.
 
-    Both are without the tuned key. Keys of other versions are in the first; what was typed is by today's key. Hydra's
-    sweeper records braces with backslashes.
+    Both lack housekeeping and the tuned key. The configuration has the keys of other versions too; the overrides are
+    under today's keys, and without the backslashes that Hydra's sweeper puts before braces.
     """
     of = flatten(row["config"]) | flatten(row.get("gone", {}))
     flat = {key: show(value) for key, value in of.items() if key != row.get("tuned")}
@@ -101,9 +101,9 @@ def _settings(row: Row) -> tuple[Settings, Settings]:
 
 
 def _arm(key: str, flat: Settings, told: Settings, baseline: str = "") -> str:
-    """A run's arm of an axis: the value of a key; of a group its choice, as typed or as its section names it.
+    """A run's arm of an axis: the value of a key, or the choice of a group, as typed or as its section names it.
 
-    Of keys that move together `n_embd=128 lr=0.0005`, without the values that it shares with the `baseline`.
+    For keys that move together it is `n_embd=128 lr=0.0005`, without the values that the `baseline` has too.
     """
     if len(keys := key.split(TOGETHER)) > 1:
         names = [re.split("[./]", one)[-1] for one in keys]
@@ -116,18 +116,19 @@ def _arm(key: str, flat: Settings, told: Settings, baseline: str = "") -> str:
 
 
 def _section(group: str) -> str:
-    """What the keys of a group's section begin with; a schedule from outside has a section of its own."""
+    """The prefix of the keys of a group's section; a schedule from outside has a section of its own."""
     return "schedule." if group == "optimizer.schedule" else f"{group.replace('/', '.')}."
 
 
 def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
     """The axes: keys that were typed for a run and whose values vary, each with its arms, the baseline first.
 
-    The baseline is the default, if a run has it, else the first run's arm. Where not every combination is run, or with
-    a control, it is always the first run's. A control's axis stands first.
+    The baseline is the default, if a run has it, else the first run's arm. If not every combination is run, or there is
+    a control, it is always the first run's arm. A control's axis stands first.
 
-    A group is one axis, of its choices. It stands for what varies in its section with the choice alone and either was
-    not typed or is null by default, such as `data.path`. A value that follows others is no axis.
+    A group is one axis, and its choices are the arms. It includes the keys of its section that vary with the choice
+    alone, if they were not typed or are null by default, such as `data.path`. A key that follows others
+    (`_follows`) is no axis.
 
     Raises:
         BadRequest: the runs also differ in something that was not typed.
@@ -135,7 +136,7 @@ def axes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
     runs = [_settings(row) for row in rows]
     usual = {key: show(value) for key, value in flatten(plain(RunConfig())).items()}
     keys = {key for flat, _ in runs for key in flat} - {"seed"}
-    # a run may lack a key of another version: nobody knows its value there, so it differs from none
+    # a run of another version may lack a key: its value is not known, so it counts as no difference
     varying = {key for key in keys if len({flat[key] for flat, _ in runs if key in flat}) > 1}
     names = dict.fromkeys(key for _, told in runs for key in told if key in varying or key not in {*keys, "seed"})
     arms = {key: [_arm(key, *run) for run in runs] for key in names}
@@ -185,7 +186,7 @@ def selective(rows: Sequence[Row]) -> bool:
 
 
 def _joined(keys: list[str], rows: Sequence[Row]) -> list[str]:
-    """The axes, where keys that moved together in a run (`sweep.together`) are one."""
+    """The axes; keys that moved together in a run (`sweep.together`) are one."""
     for texts in dict.fromkeys(tuple(row["config"]["sweep"]["together"]) for row in rows):
         if len(moved := [key for key in keys if key in moving(texts)]) > 1:
             keys = [key for key in keys if key not in moved[1:]]
@@ -194,7 +195,7 @@ def _joined(keys: list[str], rows: Sequence[Row]) -> list[str]:
 
 
 def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
-    """Whether a key refers to other keys, such as `${train.steps}`, alike in every run: as typed or in a preset.
+    """Whether a key is, in every run, the same reference to other keys, such as `${train.steps}`, typed or in a preset.
 
     A resolver such as `${oc.env:LR}` may give anything, and so does not count; nor does an unreadable `.hydra`.
     """
@@ -215,11 +216,11 @@ def _follows(key: str, rows: Sequence[Row], told: Sequence[Settings]) -> bool:
 class Group(NamedTuple):
     """Finished runs at one seed that differ in the arms of some axes alone.
 
-    Of one axis the baseline's run and the arm's; of two axes all four combinations, the later axis varying faster.
+    For one axis: the baseline's run and the arm's. For two axes: all four combinations, the later axis varying faster.
     """
 
     seed: int
-    where: tuple[str, ...]  # the arms of all axes, the baselines of those that vary
+    where: tuple[str, ...]  # an arm of each axis; of those that vary, the baseline
     runs: tuple[Row, ...]
 
 
@@ -227,7 +228,7 @@ Cell = tuple[int, tuple[str, ...]]  # a seed, and an arm of each axis
 
 
 def cell_of(row: Row, axes: Mapping[str, Sequence[str]]) -> Cell:
-    """Where a run belongs."""
+    """The cell that a run belongs to."""
     settings = _settings(row)
     return row["config"]["seed"], tuple(_arm(key, *settings, arms[0]) for key, arms in axes.items())
 
@@ -243,10 +244,10 @@ class Grid:
         if self.over:
             axes = {**axes, self.over: sorted(axes[self.over], key=float)}
         self.axes, self.budget = axes, ""
-        self._metrics: dict[str, list[dict[str, Any]]] = {}  # by folder, read once
+        self._metrics: dict[str, list[dict[str, Any]]] = {}  # read once, by folder
         in_order = sorted(rows, key=lambda row: str(row.get("started")))
         cells = [(cell_of(row, axes), row) for row in in_order]
-        self.cells = {cell: row for cell, row in cells if row["state"] == "done"}  # of a repeated run the last counts
+        self.cells = {cell: row for cell, row in cells if row["state"] == "done"}  # of repeated runs the last counts
         self.planned = sorted(
             {cell for cell, _ in cells},
             key=lambda cell: (cell[0], [arms.index(arm) for arms, arm in zip(axes.values(), cell[1], strict=True)]),
@@ -254,7 +255,7 @@ class Grid:
         self.seeds = sorted({seed for seed, _ in self.cells})
 
     def part(self, keep: Callable[[int, tuple[str, ...]], bool], budget: str = "") -> Grid:
-        """The part whose cells, of a seed and arms, are to `keep`."""
+        """The part with the cells for which `keep(seed, arms)` is true."""
         part = copy.copy(self)
         part.cells = {cell: row for cell, row in self.cells.items() if keep(*cell)}
         part.planned, part.budget = [cell for cell in self.planned if keep(*cell)], budget
@@ -266,7 +267,7 @@ class Grid:
 
     @property
     def budgets(self) -> list[str]:
-        """The budgets, such as `train.steps=50`, ascending; one without a name where no axis is one."""
+        """The budgets, such as `train.steps=50`, ascending; one empty text if no axis is a budget."""
         return [f"{self.over}={arm}" for arm in self.axes[self.over]] if self.over else [""]
 
     def within(self, budget: str) -> Grid:
@@ -276,7 +277,7 @@ class Grid:
         return self.part(lambda _, arms: not budget or arms[at] == arm, budget)
 
     def curve(self, row: Row, key: str, clock: str = "tokens") -> dict[float, Any]:
-        """A metric of a run along its steps or tokens, ascending; of a step that a resumed run did twice the last."""
+        """A metric of a run along its steps or tokens, ascending; of a step that was done twice, the last value."""
         if row["folder"] not in self._metrics:
             self._metrics[row["folder"]] = record.read_metrics(Path(row["folder"]))
         points = {line[clock]: line[key] for line in self._metrics[row["folder"]] if key in line}
@@ -292,11 +293,11 @@ class Grid:
         return self.groups({key: (self.axes[key][0], arm)})[0]
 
     def groups(self, varied: Mapping[str, tuple[str, str]]) -> tuple[list[Group], int]:
-        """A group for every seed and setting of the other axes, and how many more lack a finished run.
+        """The groups, one for every seed and setting of the other axes, and the number of groups that lack a run.
 
-        If not every combination was to be run, a group counts only if each of its runs has a folder.
+        If a sweep was to run some combinations alone, a group counts only if each of its runs has a folder.
 
-        `varied`: by axis, its baseline and an arm.
+        `varied`: by axis, the baseline and the arm.
         """
         two, planned, found = [varied.get(key) for key in self.axes], {*self.planned}, dict[Cell, Group | None]()
         for seed, arms in self.planned:
@@ -322,9 +323,9 @@ class Grid:
 
 
 def figures(groups: Sequence[Group], metric: Metric, *, declared: bool = False) -> dict[int, list[float]]:
-    """By seed, a figure for each run of a group, averaged over the groups.
+    """By seed, the metric of each run of a group, averaged over the groups.
 
-    Seeds are in the order in which the last run of each began; by number, where that order was declared beforehand.
+    Seeds are in the order in which the last run of each began, or if looks were `declared`, in the order of numbers.
     """
     by_seed: dict[int, list[tuple[Row, ...]]] = defaultdict(list)
     for group in groups:
@@ -337,6 +338,6 @@ def figures(groups: Sequence[Group], metric: Metric, *, declared: bool = False) 
 
 
 def compared(row: Row, metric: Metric) -> float:
-    """A measured figure on the scale on which it is compared."""
+    """A run's metric on the scale on which it is compared."""
     value = cast(float, number_of(row, metric.key))
     return math.log(value) if metric.ratio else float(value)

@@ -1,7 +1,7 @@
-"""When a sweep that runs until it is answered ends, and what a number of seeds could tell. No torch.
+"""Says when a sweep that runs until it is answered ends, and what a number of seeds could tell. No torch.
 
-The end is a function of what was decided before the first run (`sweep.json`) and of the runs that have ended: a sweep
-that was killed and resumed, or whose seeds end out of order, ends at the same seed with the same verdicts.
+The end depends only on what was decided before the first run (`sweep.json`) and on the runs that have ended. So a
+sweep that was killed and resumed, or whose seeds end out of order, ends at the same seed with the same verdicts.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ COUNTS = (3, 5, 10, 20)  # numbers of seeds of which `prior` says what they can 
 
 @dataclass(frozen=True)
 class Stand:
-    """How far a sweep is: its seeds in order, up to the first of which a run has not ended."""
+    """How far a sweep is. It has got past a seed once all runs of this and all earlier seeds have ended."""
 
-    seeds: int = 0
+    seeds: int = 0  # how many it has got past
     effects: Sequence[Effect] = ()  # the loss of each arm against its baseline, over those seeds
     why: str = ""  # why the sweep ends with them; empty if it goes on
 
@@ -81,7 +81,7 @@ def stand(sweep: Path) -> Stand:
 
 
 def compared(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
-    """The comparison of runs; those of a sweep that runs until it is answered as of its last seed, with the rule."""
+    """The comparison of runs; of a sweep that runs until it is answered, up to its last seed and with its rule."""
     runs, trials = apart(rows)
     sweeps = {Path(row["folder"]).parent for row in runs}
     known = record.Sweep.read(next(iter(sweeps))) if len(sweeps) == 1 else None
@@ -104,9 +104,9 @@ def compared(rows: Sequence[Row], *, margin: float | None = None, out: Path | No
 
 
 def prior(folder: Path, looks: Sequence[int]) -> list[dict[str, str]]:
-    """What numbers of seeds can tell, by how an earlier sweep's differences scattered: rows of a table.
+    """What each number of seeds can tell, by the std of an earlier sweep's differences: rows of a table.
 
-    In brackets the same by the upper 80 % limit of their standard deviation. `looks`: those of the declared design.
+    In brackets, the same by the upper 80 % limit of that std. `looks`: those of the declared design.
 
     Raises:
         BadRequest: the folder holds no arms with two seeds or more.

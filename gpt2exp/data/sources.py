@@ -1,7 +1,7 @@
-"""Where texts come from: files of `data.path`, a dataset on the Hub, or a text of `assets.TEXTS`; and their documents.
+"""Finds the text of a request (files, a dataset on the Hub, or a text of `assets.TEXTS`) and reads its documents.
 
-A text on disk is identified by its path and by the sizes and dates of its files, and hashed only while it is tokenised;
-a dataset on the Hub by its commit, which is asked for once.
+A text on disk is identified by its path and by the sizes and dates of its files; it is hashed only while it is
+tokenised. A dataset on the Hub is identified by its commit, which is asked for once.
 
 Documents come as an iterator of strings: the pieces of a document in order, with None before each document. A piece can
 be tokenised by itself, and only pieces are held in memory.
@@ -42,7 +42,7 @@ Pieces: TypeAlias = "Iterator[str | npt.NDArray[np.uint16] | None]"
 Advance: TypeAlias = Callable[[int], None]  # called with the number of further bytes of input that have been read
 Stream: TypeAlias = "io.BufferedReader[Any] | gzip.GzipFile"
 BLOCK = 2**20  # bytes, or characters, read at a time: about the length of a piece
-ROWS = 256  # rows of a Parquet file that are Python objects at a time
+ROWS = 256  # rows of a Parquet file that are read at a time
 PATIENCE = 3  # seconds of reading after which a bar appears
 ROWS_OF_JSON = (".jsonl", ".ndjson", ".json")
 
@@ -75,7 +75,7 @@ NOT_TEXT: tuple[tuple[bytes, str, str], ...] = (
     (rb"\x7fELF|MZ.{2}\0|\xca\xfe\xba\xbe", "a program", "name text files"),
     (rb"version https://git-lfs", "a pointer of Git LFS to a file that is not here", "fetch it: git lfs pull"),
 )
-"""What other files begin with, by pattern: what it is, and what to do, with `{}` for the file."""
+"""Files that are not text: a pattern of their first bytes, what they are, and what to do, with `{}` for the file."""
 
 _LAST_CUT = re.compile(r"(?s:.*)\S(?=[ \t\n\r])")
 
@@ -85,7 +85,7 @@ class Text:
     """A text that may not have been read yet."""
 
     name: str
-    key: str  # names its tokens in the cache: a hash of the place, or of the Hub's commit, and of what is chosen of it
+    key: str  # names its tokens in the cache: a hash of its place or commit, and of the keys that select a part of it
     read: Callable[[Advance], Pieces]  # its documents
     size: int | None = None  # bytes that reading it will count, where known
     digest: Callable[[], str] | None = None  # of files, for the record: a hash of their bytes, once these are read
@@ -93,9 +93,9 @@ class Text:
 
     @property
     def sha256(self) -> str:
-        """Of a plain text's bytes; else a hash of these, or of the Hub's commit, with field, subset, split and limit.
+        """The sha256 of a plain text's bytes. If keys select a part, a hash of it (or of the Hub's commit) and of them.
 
-        To be asked for after reading.
+        Ask for it after reading.
         """
         return self.digest() if self.digest else self.key
 
@@ -108,7 +108,7 @@ def find(config: DataConfig) -> Text:
         own = {key: value for key, value in plain(config).items() if key not in (SOURCE, "val_fraction", "order")}
         return Text(str(config.name), _hash_with("", own), lambda _: _by_code(config))
     if config.name in assets.TEXTS:
-        asset = assets.TEXTS[config.name]  # its hash is known, so that with a warm cache the text is not read
+        asset = assets.TEXTS[config.name]  # its hash is known, so if the cache has its tokens it is not read
 
         def fetched(advance: Advance) -> Pieces:
             return in_file(_file(assets.fetch(asset), asset.name, asset.name), config.field, advance)
@@ -123,7 +123,7 @@ def find(config: DataConfig) -> Text:
 
 
 def _on_disk(config: DataConfig, path: Path, rows: Mapping[str, Any], limit: Mapping[str, Any]) -> Text:
-    """Files, or a dataset of the Hub's in a folder; `rows`, `limit`: what is chosen of rows, and of any text."""
+    """A text in files, or a dataset in a folder. `rows`, `limit`: keys that select a part of a dataset, of any text."""
     found = _files(path)
     seen = [(item.name, item.size, item.mtime_ns) for item in found]
     place = {"path": str(path.expanduser().absolute()), "files": seen}
@@ -180,7 +180,7 @@ def _hash_with(sha256: str, chosen: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def reading(what: str, size: int | None) -> Iterator[Advance]:
     """A block that reads `size` bytes (None: unknown); after `PATIENCE` seconds a terminal shows a bar."""
-    plain = None if isinstance(sys.stderr, io.TextIOWrapper) else False  # a notebook's stream moves no cursor
+    plain = None if isinstance(sys.stderr, io.TextIOWrapper) else False  # a notebook's stream cannot move a cursor
     console, began = Console(stderr=True, force_jupyter=False, force_terminal=plain), time.monotonic()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
@@ -232,12 +232,12 @@ class File:
         return sha256
 
     def refused(self, why: str, remedy: str) -> BadRequest:
-        """What is wrong with it; `{}` in the remedy becomes its path, quoted for a shell."""
+        """The error that says what is wrong with it; `{}` in the remedy becomes its path, quoted for a shell."""
         path = shlex.quote(str(self.path))
         return BadRequest(f"data.path={self.named}: {self.name} {why}; {remedy.replace('{}', path)}")
 
     def unreadable(self, error: Exception) -> BadRequest:
-        """What went wrong in reading it."""
+        """The error for a file that could not be read."""
         why = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         return self.refused(why, "name files that are whole and readable")
 
@@ -278,7 +278,7 @@ def _files(path: Path) -> list[File]:
         if path.exists() and not path.is_file():  # a pipe or a device: reading might never end
             raise BadRequest(f"{key}: neither a file nor a folder; name a UTF-8 text file or a folder of them")
         return [_file(path, path.name, named)]
-    except (FileNotFoundError, RuntimeError) as error:  # RuntimeError: the home of no user here
+    except (FileNotFoundError, RuntimeError) as error:  # RuntimeError: `~NAME`, and there is no such user
         raise BadRequest(f"{key}: no such file or folder; name a UTF-8 text file or a folder of them") from error
     except OSError as error:
         raise BadRequest(f"{key}: cannot be read ({error.strerror}); name a readable UTF-8 text file") from error
@@ -303,7 +303,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def cut(blocks: Iterable[str]) -> Iterator[str]:
-    r"""The same text in pieces whose tokens, one piece after another, are those of the whole.
+    r"""Cut a text into pieces whose tokens, one piece after another, are those of the whole text.
 
     A cut lies before a space, tab or line break that follows a character which is no white space. GPT-2's pattern is
 
@@ -330,7 +330,7 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def in_file(file: File, field: str, advance: Advance) -> Pieces:
-    """The documents of a file, by its ending; `BadRequest` if it is not of that form, with the line or row."""
+    """The documents of a file, read by its ending; `BadRequest`, with the line or row, if it is not of that form."""
     try:
         if file.ends(".parquet"):
             yield from _parquet(file, field, advance)
@@ -359,7 +359,7 @@ def in_file(file: File, field: str, advance: Advance) -> Pieces:
 
 
 def in_row(row: object, field: str, where: str) -> Pieces:
-    """The document in a row's `field`; `BadRequest` if there is no text. `where`: which row of what."""
+    """The document in a row's `field`; `BadRequest` if there is no text. `where`: names the row."""
     yield None
     if not isinstance(row, Mapping) or field not in row:
         names = [str(name) for name in row] if isinstance(row, Mapping) else []
@@ -430,7 +430,7 @@ def _parquet(file: File, field: str, advance: Advance) -> Pieces:
         with parquet.ParquetFile(file.path, buffer_size=BLOCK) as table:
             columns = {column.name: "" if "string" in str(column.type) else None for column in table.schema_arrow}
             if field not in columns:
-                yield from in_row(columns, field, file.name)
+                yield from in_row(columns, field, file.name)  # raises BadRequest, naming the columns
             rows = itertools.count(1)
             for batch in table.iter_batches(ROWS, columns=[field]):
                 for document in batch.column(0).to_pylist():
@@ -441,7 +441,7 @@ def _parquet(file: File, field: str, advance: Advance) -> Pieces:
 
 
 def _extra(module: str, said: str) -> Any:
-    """A module that the extra `datasets` brings; `BadRequest` where it is not installed. `said`: who needs it."""
+    """A module of the extra `datasets`; `BadRequest` if it is not installed. `said`: the override that needs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -467,7 +467,7 @@ def _commit(config: DataConfig) -> str:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         remedy = "name it OWNER/NAME; for a private one log in: hf auth login"
         raise BadRequest(f"{key}: no such dataset on the Hub, nor a folder here; {remedy}") from error
-    except Exception as error:  # the library lets its HTTP client's own kinds through
+    except Exception as error:  # also whatever the library's HTTP client raises
         why = f"the Hub cannot be reached ({first_line(error)})"
         raise assets.AssetError(f"{key}: {why}; try again with a network") from error
     with assets.writing(memory.parent):
@@ -481,7 +481,7 @@ def _streamed(config: DataConfig, commit: str | None, advance: Advance) -> Piece
     source = str(Path(str(config.path)).expanduser()) if commit is None else str(config.path)
     try:
         rows = datasets.load_dataset(source, config.subset, split=config.split, revision=commit, streaming=True)
-    except (ValueError, FileNotFoundError) as error:  # no such split or subset: which there are, it says
+    except (ValueError, FileNotFoundError) as error:  # no such split or subset; its text lists those that exist
         key = "subset" if "onfig" in str(error) else "split" if "split" in str(error).lower() else "path"
         value = getattr(config, key)
         raise BadRequest(f"data.{key}={show(value)}: {explain(error)}; name one that {config.path} has") from error

@@ -1,7 +1,7 @@
-"""A text is tokenised once, by tiktoken on every core, into one `.npy` in the cache that runs map into memory.
+"""Tokenises a text once, with tiktoken on all cores, into a `.npy` in the cache, which runs map into memory.
 
-The only module that imports tiktoken. A tokenised text is a folder named by the text's key (`sources.Text`). It is
-written beside its place and then renamed: it is whole or absent.
+This is the only module that imports tiktoken. A tokenised text is a folder named by the text's key (`sources.Text`). It
+is written beside its place and then renamed, so it is whole or absent.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 END_OF_TEXT = 50256  # the id placed between documents
-MARK = "<|endoftext|>"  # its name; where a text itself contains this, it is tokenised as ordinary letters
+MARK = "<|endoftext|>"  # the name of that id; in a text these letters are tokenised as any others
 FORMAT = "gpt2-npy"  # part of a folder's name: the tokenizer and the version of the folder's contents
 BIGRAM_TOKENS = 10_000_000  # the longest text whose pairs of tokens are counted, in 0.3 GB: 30 bytes a token
 Tokens: TypeAlias = npt.NDArray[np.uint16]
@@ -186,7 +186,7 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
         if total < 2:
             why = f"the text has {total} token{'' if total else 's'}"
             raise BadRequest(f"data.path={text.name}: {why}; a target needs at least 2, give a longer text")
-        sha256 = text.sha256  # which may refuse a text that was changed meanwhile
+        sha256 = text.sha256  # raises BadRequest if the text was changed meanwhile
         with assets.writing(folder.parent):
             file.seek(0)
             _write_header(file, total)
@@ -202,7 +202,7 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
             }
             np.save(part / COUNTS, counts)
             write_json(part / FACTS, known)  # after the tokens: `TokenFile.whole` compares the dates
-            if folder.exists():  # damaged, or it would have been used
+            if folder.exists():  # it is damaged: a whole one would have been used
                 shutil.rmtree(folder.rename(beside(folder)), ignore_errors=True)
             part.rename(folder)
     if marks:
@@ -211,13 +211,13 @@ def _tokenise(text: Text, config: DataConfig, folder: Path) -> TokenFile:
 
 
 def _write_tokens(text: Text, most: int | None, file: BinaryIO, cache: Path) -> tuple[npt.NDArray[np.int64], str, int]:
-    """Write the `.npy`; how often each id occurs, the tokens' sha256, and how often the text contains `MARK`."""
+    """Write the `.npy`; returns how often each id occurs, the tokens' sha256, and how often the text has `MARK`."""
     counts, digest, marks = np.zeros(IDS, np.int64), hashlib.sha256(), 0
 
     def counted(pieces: Pieces) -> Pieces:
         nonlocal marks
         for piece in pieces:
-            marks += piece.count(MARK) if isinstance(piece, str) else 0  # no cut goes through it
+            marks += piece.count(MARK) if isinstance(piece, str) else 0  # a cut between pieces never splits it
             yield piece
 
     with assets.writing(cache):
@@ -247,7 +247,7 @@ def _how_to_split(count: int, config: DataConfig) -> str:
 
 
 def _write_header(file: BinaryIO, tokens: int) -> None:
-    """Write the header of the `.npy`: 128 bytes whatever the number, so that it can be written again at the end.
+    """Write the header of the `.npy`: always 128 bytes, so that it can be written again once the number is known.
 
     `open_memmap` would need the number of tokens at the start.
     """
@@ -265,7 +265,7 @@ def encoded(pieces: Pieces) -> Iterator[Tokens]:
         made = [encode_piece(encoding, piece) if isinstance(piece, str) else piece for piece in pieces]
         return np.concatenate([END if piece is None else piece for piece in made])
 
-    next(pieces, None)  # the None before the first document: nothing to end there
+    next(pieces, None)  # skip the None before the first document: no document ends there
     waiting: deque[Future[Tokens]] = deque()
     pool = ThreadPoolExecutor(cores)
     try:
@@ -289,7 +289,7 @@ def encode_piece(encoding: tiktoken.Encoding, piece: str) -> Tokens:
     """The tokens of a text, (tokens,); the name of a control token in it is tokenised as letters.
 
     A long run of white space would overflow the stack of tiktoken's regular expression, so its byte pairs are merged
-    directly: the whole run at the text's end, else all but its last character, as the expression does.
+    directly. The expression matches the whole run at the text's end, else all but its last character; so does this.
     """
     parts, at = [], 0
     if any(piece[start : start + LONG // 2].isspace() for start in range(0, len(piece), LONG // 2)):
@@ -317,20 +317,20 @@ def _batched(pieces: Pieces) -> Iterator[list[str | Tokens | None]]:
 
 
 def _entropy(counts: npt.NDArray[np.int64]) -> float:
-    """Of a draw by these counts, in nats."""
+    """The entropy in nats of a draw by these counts."""
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())
 
 
 def _bigram_entropy(folder: Path) -> float:
-    """Of a token given the one before it, in nats: by the chain rule H(b | a) = H(a, b) - H(a)."""
+    """The entropy in nats of a token given the one before it, by the chain rule H(b | a) = H(a, b) - H(a)."""
     wide = np.load(folder / TOKENS, allow_pickle=False).astype(np.int64)
     pairs = np.unique(wide[:-1] * IDS + wide[1:], return_counts=True)[1]
     return _entropy(pairs) - _entropy(np.bincount(wide[:-1]))
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Tiktoken's own `gpt2` encoding, its two files from our verified cache, also offline."""
+    """Tiktoken's own `gpt2` encoding; its two files come from our verified cache, so this works offline too."""
     import tiktoken
 
     # tiktoken looks there for files named by the sha1 of their address

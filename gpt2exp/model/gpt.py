@@ -1,7 +1,7 @@
 """GPT-2 as OpenAI wrote it (Radford et al. 2019; github.com/openai/gpt-2, src/model.py), with Hugging Face's names.
 
-Reads top to bottom: attention, MLP, norm, positions, which are the slots that `config` may fill with another class;
-then block and GPT. Shapes in comments: B sequences, T tokens, C = n_embd channels, H heads, V words in the vocabulary.
+Read it from top to bottom: attention, MLP, norm and positions, which are the slots that `config` may fill with another
+class; then block and GPT. Shapes: B sequences, T tokens, C = n_embd channels, H heads, V words in the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpt2exp.model.loss import HeadLoss, loss_alone
 class Linear(nn.Linear):
     """`nn.Linear` without PyTorch's own draw: `initialise` sets every weight, and no global random state moves."""
 
-    residual = False  # writes into the residual stream, so that its std is scaled down with depth
+    residual = False  # True: it writes into the residual stream, so its initial std is scaled down with depth
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
@@ -78,7 +78,7 @@ class ExactGELU(MLP):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Each token's channels to mean 0 and variance 1, then a learnt scale and shift (Ba, Kiros and Hinton 2016)."""
+    """Normalises each token's channels to mean 0 and variance 1, then scales and shifts (Ba, Kiros and Hinton 2016)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.n_embd, bias=config.bias)
@@ -96,7 +96,7 @@ class Positions(Embedding):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each normalised before and added to the residual stream."""
+    """Attention, then MLP: each reads the normalised residual stream and adds its output to it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -112,11 +112,11 @@ class Block(nn.Module):
 
 
 def _look_up(weight: Tensor, idx: Tensor) -> Tensor:
-    """Rows `idx` of a tied embedding, whose backward adds the rows' gradient straight into `weight.grad`.
+    """Rows `idx` of a tied embedding. Their backward adds the rows' gradient directly into `weight.grad`.
 
-    Autograd would fill a dense gradient of all V rows for the look-up and add it to the head's: at small batches a
-    fifth of a CPU step. The head is the last layer, so its gradient is in `weight.grad` long before this one runs; in
-    the other order the sum would be the same. Invisible to `torch.autograd.grad` and to hooks on `weight`.
+    Autograd would fill a dense gradient of all V rows for the look-up and add it to the head's, which takes a fifth of
+    a CPU step at small batches. The head is the last layer, so its gradient is in `weight.grad` before this one comes;
+    in the other order the sum would be the same. `torch.autograd.grad` and hooks on `weight` do not see this gradient.
     """
     rows = F.embedding(idx, weight.detach())
     if torch.is_grad_enabled():
@@ -132,7 +132,7 @@ def _look_up(weight: Tensor, idx: Tensor) -> Tensor:
 
 @dataclass
 class Trace:
-    """What a forward pass leaves to be measured (`gpt2exp.training.measures`)."""
+    """Tensors of a forward pass that are measured after it (`gpt2exp.training.measures`)."""
 
     rows: Tensor  # the embedded tokens (B, T, C); after the backward pass their gradient is in `rows.grad`
     mean_squares: list[Tensor]  # of the residual stream as embedded, then after each block
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         self.ln_f = config.norm.build(config)
         self.gradient_in_place = False  # see `_look_up`: for tied weights trained by `loss.backward()` alone
         self.recompute = False  # keep only a block's input and compute the rest again in backward (Chen et al. 2016)
-        self.traced = False  # the next training pass leaves its `trace`
+        self.traced = False  # True: the next forward pass sets `trace`
         self.trace: Trace | None = None
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The transformer and the head over the vocabulary. The weights are memory as found until `initialise`."""
+    """The transformer and the head over the vocabulary. The weights are uninitialised memory until `initialise`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # one tensor, used twice; both gradients add
 
-        self.loss_rows = 1024  # rows of logits that stand at a time while the loss is computed
+        self.loss_rows = 1024  # rows of logits that are in memory at a time while the loss is computed
         self._padded: Tensor | None = None
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -203,7 +203,7 @@ class GPT(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, targets = x.flatten(0, 1), targets.flatten()
-        # asked out here: inside an autograd function a parameter wants a gradient also where none is computed
+        # checked here, since inside an autograd function a parameter needs a gradient even if none is computed
         if not torch.is_grad_enabled():
             return loss_alone(x, weight, targets, dtype)
         if dtype is torch.float16:  # its gradient must be scaled before the head, not after

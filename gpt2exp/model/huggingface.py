@@ -1,10 +1,10 @@
-"""Hugging Face's GPT-2: our configuration and theirs, and their weights read into our model.
+"""Hugging Face's GPT-2: converts between our configuration and theirs, and reads their weights.
 
 A folder, or a hub id, holds `config.json` and the weights: `model.safetensors`, or `pytorch_model.bin` (read with
 `weights_only=True`: a pickle could otherwise run code), each in one file or in shards with an index. Hugging Face
-stores four matrices of a block as Conv1D, (in, out), the transpose of ours; OpenAI's own upload lacks the
-`transformer.` prefix, and a model saved inside a wrapper has the wrapper's. Weights are checked before a run writes
-anything.
+stores four matrices of a block as Conv1D, (in, out), the transpose of ours. Names in OpenAI's own upload lack the
+prefix `transformer.`, and names of a model that was saved inside a wrapper have the wrapper's prefix. Weights are
+checked before a run writes anything.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ KEYS = {
 }
 """Our keys of `model` and Hugging Face's of `config.json`; the defaults are the same (GPT2Config's)."""
 
-SHAPE = [key for key in KEYS if key != "tie_weights"]  # what weights and model must agree in: tied weights load untied
+SHAPE = [key for key in KEYS if key != "tie_weights"]  # weights and model must agree in these; tied weights load untied
 
 GPT2: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -185,7 +185,7 @@ def _of_hub(asked: Weights, name: str) -> Weights:
         return replace(asked, folder=Path(folder)).complete()
 
     try:
-        with contextlib.suppress(errors.LocalEntryNotFoundError, BadRequest):  # once here, an id stays what it was
+        with contextlib.suppress(errors.LocalEntryNotFoundError, BadRequest):  # once cached, an id's weights stay
             return fetched(WEIGHTS[0], here=True)
         try:
             return fetched(WEIGHTS[0])
@@ -198,7 +198,7 @@ def _of_hub(asked: Weights, name: str) -> Weights:
         raise asked.refused("neither a folder nor a hub id; name one, such as gpt2") from error
     except BadRequest:
         raise
-    except Exception as error:  # of whichever HTTP client the library's version stands on
+    except Exception as error:  # whatever the HTTP client of the library's version raises
         why = f"no such folder, and {constants.ENDPOINT} did not answer ({type(error).__name__})"
         raise asked.refused(f"{why}; name a folder, or try again with a network") from error
 
@@ -209,7 +209,7 @@ def _of_hub(asked: Weights, name: str) -> Weights:
 def check(found: Weights, model: ModelConfig) -> None:
     """Raise `BadRequest` unless the weights are `model`'s by `config.json` and the names and shapes in the files.
 
-    A pickle, or a head beside tied weights, is read whole for that.
+    A pickle is read whole for that. So is a file with a head if the weights are tied: the head must equal `wte`.
     """
     _check_config(found, model)
     if found.pickled:
@@ -231,7 +231,7 @@ def check(found: Weights, model: ModelConfig) -> None:
 
 
 def _check_config(found: Weights, model: ModelConfig) -> None:
-    to_hf(model)  # or the weights are of another architecture, whatever their shapes
+    to_hf(model)  # raises if `model` is another architecture, which its shapes may not show
     theirs = from_hf(found.config, found.said)
     wrong = [key for key in SHAPE if getattr(model, key) != getattr(theirs, key)]
     if wrong:
@@ -284,7 +284,7 @@ def _check_shapes(found: Weights, shapes: Mapping[str, Sequence[int]], model: Mo
 
 
 def _renamed(found: Weights, names: Iterable[str]) -> dict[str, str]:
-    """Names in a file by ours; `BadRequest` if two of them are the same tensor's, one of them wrapped."""
+    """The names in a file by our names; `BadRequest` if two are of one tensor, with a wrapper's prefix and without."""
     renamed: dict[str, str] = {}
     for name in names:
         bare = WRAPPERS.sub("", name)
@@ -300,7 +300,7 @@ def _renamed(found: Weights, names: Iterable[str]) -> dict[str, str]:
 def read(found: Weights, model: ModelConfig) -> dict[str, Tensor]:
     """The parameters of `model` by name, on the CPU, in our layout and the files' own types; `BadRequest` as `check`.
 
-    Tied, the head is left out once it is seen to equal `wte`; untied, one that the files leave out is `wte` again.
+    With tied weights, the head must equal `wte` and is left out. Untied, a head that the files lack is a copy of `wte`.
     """
     tensors: dict[str, Tensor] = {}
     for file in found.files:
@@ -328,7 +328,7 @@ def _load(found: Weights, file: Path) -> dict[str, Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except MemoryError:
         raise
-    except Exception as error:  # whatever a damaged file sets off in its library
+    except Exception as error:  # a damaged file can raise anything
         if type(error).__name__ == "UnpicklingError" and "Unsupported" in str(error):
             why = f"{file.name} holds more than tensors, which could run code, so it is not opened"
             raise found.refused(f"{why}; name weights as safetensors") from error

@@ -1,4 +1,4 @@
-"""How the weights of GPT-2 start. `init_check` holds what was drawn against the published rules."""
+"""How the weights of GPT-2 start. `init_check` compares what was drawn with the published rules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpt2exp.section import BadRequest, show
 
 
 def initialise(model: GPT, config: InitConfig, seed: int) -> None:
-    """Fill every parameter of `model` in place; the one place where weights start.
+    """Fill every parameter of `model` in place. Weights start nowhere else.
 
     | tensor                      | gpt2, openai           | xavier           | torch                         |
     |-----------------------------|------------------------|------------------|-------------------------------|
@@ -27,13 +27,13 @@ def initialise(model: GPT, config: InitConfig, seed: int) -> None:
     | biases                      | 0                      | 0                | U(-1/sqrt(in), 1/sqrt(in))    |
     | LayerNorm weight, bias      | 1, 0                   | 1, 0             | 1, 0                          |
 
-    Code from outside finds them as under `gpt2`, and may change each in place.
+    Code from outside gets each parameter as it starts under `gpt2`, and may change it in place.
 
-    As an embedding alone (untied) `wte` is N(0, 1) under `torch`; tied it is the head's tensor, as in the tutorial,
-    where the head's draw is the one that survives.
+    Under `torch`, an untied `wte` is N(0, 1), as any nn.Embedding. A tied one is the head's tensor and is drawn as the
+    head, as in the tutorial.
 
-    Each parameter is drawn on the CPU from a generator of its own, seeded by `seed` and its name, so toggling tying,
-    scaling or the device changes only what it names, and draws can run side by side.
+    Each parameter is drawn on the CPU from a generator of its own, seeded by `seed` and its name. So a change of tying,
+    scaling or device changes no other parameter, and draws can run in parallel.
 
     Raises:
         BadRequest: a parameter this function does not know.

@@ -23,9 +23,9 @@ def norm(tensor: Tensor) -> float:
 def expected_std(model: ModelConfig, init: InitConfig) -> dict[str, float]:
     """The standard deviation each kind of GPT-2's weights should start with, from the published rules alone.
 
-    What is in a slot in place of GPT-2's own is left out: nothing is published of it. Kept apart from `rule_of`, which
-    goes by flags on modules, so that one can catch the other: Hugging Face's GPT-2 skipped residual scaling for years
-    without a word (huggingface/transformers#47458).
+    A slot with another module than GPT-2's is left out, since no rule is published for it. This function shares no code
+    with `rule_of`, which goes by flags on modules, so that each can catch a fault of the other: Hugging Face's GPT-2
+    skipped residual scaling for years without a word (huggingface/transformers#47458).
     """
     c = model.n_embd
     residual = (2 * model.n_layer) ** -0.5 if init.residual_scaling else 1.0

@@ -1,10 +1,10 @@
-"""The head and the loss in one operation, some rows at a time, so that the logits of a batch never stand whole.
+"""The head and the loss in one operation, some rows at a time, so that a batch's logits are never all in memory.
 
-Plainly computed, N rows of V logits, their log-softmax and its gradient take 3·N·V numbers: at 4 x 1024 tokens of
-GPT-2 2.5 GB, more than its weights. The loss is a scalar and the last thing computed, so its gradient can be taken in
-the forward pass, chunk by chunk in one buffer (Liger-Kernel, Hsu et al. 2024; `F.linear_cross_entropy` is PyTorch's
-own, slower at a few hundred rows for it fills and adds to the weight's gradient: 142 ms against 115 at 128 rows of
-GPT-2, `gpt2exp-bench` times the step).
+The plain way keeps N rows of V logits, their log-softmax and its gradient. These 3·N·V numbers are 2.5 GB at 4 x 1024
+tokens of GPT-2, more than its weights. The loss is a scalar and the last thing computed, so its gradient can be taken
+in the forward pass, chunk by chunk in one buffer (Liger-Kernel, Hsu et al. 2024). PyTorch's own way is
+`F.linear_cross_entropy`. It fills the weight's gradient and adds to it, and so is slower at a few hundred rows: 142 ms
+against 115 at 128 rows of GPT-2 (`gpt2exp-bench` times the step).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WORDS = 1024
-"""Words of the vocabulary at a time where no gradient is wanted: their logits stay in the processor's cache, and the
-products took half the time of those of 128 rows and all words (AMD EPYC, 64 and 768 channels)."""
+"""Words of the vocabulary at a time where no gradient is wanted. Their logits stay in the processor's cache: the
+products took half as long as with 128 rows and all words (AMD EPYC, 64 and 768 channels)."""
 
 
 def logits_in_parts(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -34,7 +34,7 @@ def logits_in_parts(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[t
 
 
 def log_sum_exp(logit: Tensor) -> Tensor:
-    """`logit.logsumexp(1)` of (N, W), by PyTorch's log-softmax: one kernel, where that has four and takes 1.5 times."""
+    """`logit.logsumexp(1)` of (N, W), by log-softmax: one kernel. logsumexp has four and takes 1.5 times as long."""
     return logit[:, 0] - F.log_softmax(logit, 1)[:, 0]
 
 
@@ -83,7 +83,7 @@ class HeadLoss(torch.autograd.Function):
                 by_x[start : start + rows] = torch.mm(logit, weights)
                 of_part = torch.mm(logit.t(), part).to(weight.dtype)
                 by_weight = of_part if by_weight is None else by_weight.add_(of_part)
-                del logit, of_words, p, of_part  # the next rows' would stand beside them
+                del logit, of_words, p, of_part  # before the next rows' are allocated
             assert by_weight is not None  # there are rows
             ctx.found = by_x, by_weight[:words]
             return total / count
@@ -93,7 +93,7 @@ class HeadLoss(torch.autograd.Function):
         """The gradients found in `forward`, times that of the loss; once only."""
         (scale,) = gradients
         (by_x, by_weight), ctx.found = ctx.found, None
-        # on a CPU the scale is known, and a pass over the whole head can be saved
+        # on a CPU the scale can be read without waiting; if it is 1, a pass over the whole head is saved
         if scale.device.type != "cpu" or float(scale) != 1.0:
             by_weight.mul_(scale)
         return by_x * scale, by_weight, None, None, None, None

@@ -1,7 +1,7 @@
-"""What a model holds and computes, counted on its own modules, on PyTorch's meta device: shapes without numbers.
+"""Counts a model's parameters, FLOPs and activations on its own modules, on PyTorch's meta device (shapes, no numbers).
 
-A slot is counted alone, once for each configuration, and stands for that slot of every block. That is also where its
-class is tried, before a run begins. GPT-2's own slots have a formula: to count them takes a second of imports.
+A slot's module is counted alone, once for each configuration, and counts for that slot of every block. Counting also
+tries the slot's class before a run begins. GPT-2's own slots have a formula, since counting takes a second of imports.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _known: dict[tuple[Any, ...], int] = {}
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameter counts by part, `total` with a tied tensor once; `BadRequest` if a slot's class cannot be made."""
+    """Parameter counts by part; `total` counts a tied tensor once. `BadRequest` if a slot's class cannot be made."""
     width, shift = model.n_embd, model.n_embd * model.bias
     known = {
         "attention": 4 * width**2 + 4 * shift,
@@ -71,10 +71,10 @@ def gpt2_slots(model: ModelConfig) -> ModelConfig:
 
 
 def check(model: ModelConfig, init: InitConfig, seq_len: int) -> None:
-    """Try what is in the slots, if that is not GPT-2's own (for which PyTorch is not imported).
+    """Try the classes in the slots. If all are GPT-2's own, do nothing, without importing PyTorch.
 
-    Raises `BadRequest` for a class that cannot be made or called, gives another shape, has a parameter that no rule
-    starts, a buffer that no checkpoint would keep, or drops at random, in which a resumed run would differ.
+    Raises `BadRequest` for a class that cannot be made or called, returns another shape, or has a parameter that no
+    rule starts, a buffer that no checkpoint would keep, or dropout, in which a resumed run would differ.
     """
     key = (check, repr(model), repr(init), seq_len)
     if model == gpt2_slots(model) or key in _known:
@@ -111,7 +111,7 @@ def _by_slot(model: ModelConfig, known: dict[str, int], count: Callable[..., int
 
 
 def _counted(count: Callable[..., int], model: ModelConfig, slot: str, *length: int) -> int:
-    """A count of a slot, made once for a configuration; whatever its class raises names the slot."""
+    """A count of a slot, made once for a configuration; if its class raises, `BadRequest` names the slot."""
     key = (count, repr(model), slot, *length)
     if key not in _known:
         try:
@@ -131,7 +131,7 @@ def _on_meta(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Ten
 
     with torch.device("meta"):
         module: nn.Module = getattr(model, slot).build(model)
-        return module.to("meta"), torch.empty(1, length, model.n_embd)  # also what its class made elsewhere
+        return module.to("meta"), torch.empty(1, length, model.n_embd)  # `to`: its class may name another device
 
 
 def _count_parameters(model: ModelConfig, slot: str) -> int:
@@ -158,13 +158,13 @@ def _count_saved(model: ModelConfig, slot: str, length: int) -> int:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    held: list[Tensor] = []  # alive until counted, so that no memory is taken for another's
+    held: list[Tensor] = []  # kept until all are counted, so that no memory is freed and given to another tensor
 
     def keep(tensor: Tensor) -> Tensor:
         held.append(tensor)
         return tensor
 
-    # tensors that say they are on a CPU: on the meta device attention would be the slow kind, that keeps its scores
+    # fake tensors say that they are on a CPU; on the meta device attention would be unfused and save its scores
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = getattr(model, slot).build(model)
         x = torch.empty(1, length, model.n_embd, requires_grad=True)

@@ -270,7 +270,7 @@ def closing_rows(summary: Summary, config: RunConfig, folder: Path) -> dict[str,
     if summary["tokens_per_second"] is not None:
         rows["speed"] = _speed(summary)
     if summary["speed_disturbed"]:
-        what = "the speed is not this run's own" if load.too_many(summary) else "left out of the speed"
+        what = "the speed is not this run's own" if load.mostly_disturbed(summary) else "left out of the speed"
         rows["other programs"] = f"{shown(summary, 'speed_disturbed')} of the steps waited for a core: {what}"
     if summary["mfu"] is not None:
         rows["MFU"] = f"{figures['mfu']} of the device's {summary['precision']['effective']} peak"
@@ -301,7 +301,7 @@ def closing_line(summary: Summary) -> str:
     if summary["state"] != "done":
         return state_line(summary)
     loss = judged(summary)
-    waited = " while most steps waited for a core" if load.too_many(summary) else ""
+    waited = " while most steps waited for a core" if load.mostly_disturbed(summary) else ""
     speed = f"{shown(summary, 'tokens_per_second')} tokens/s{waited}"
     return f"done: {loss} {shown(summary, loss)}, {speed}, {summary['wall_seconds']['total']:.1f} s"
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-TIMEOUT = timedelta(hours=6)  # of a collective, while rank 0 may tokenise; a process that died is noticed at once
+TIMEOUT = timedelta(hours=6)  # of a collective: rank 0 may tokenise for long. A process that died is noticed at once
 T = TypeVar("T")
 _alone = False
 _sent = False  # whether rank 0 has broadcast the task
@@ -107,13 +107,13 @@ def process_group() -> Iterator[None]:
         why = f"the processes do not meet ({first_line(error)})"
         raise BadRequest(f"WORLD_SIZE={world_size()}: {why}; start them by torchrun") from error
     yield
-    # not after an exception: both would wait for a peer that may be gone
-    dist.barrier()  # a rank that leaves while others still send aborts now and then (seen with gloo, four ranks)
+    # not after an exception: both calls would wait for a peer that may be gone
+    dist.barrier()  # a rank that exits while others still send sometimes aborts (seen with gloo, four ranks)
     dist.destroy_process_group()
 
 
 def broadcast(value: T | None = None) -> T:
-    """An object of rank 0's, on every rank; the argument is ignored on the others."""
+    """Send rank 0's object to every rank, and return it; the argument of the other ranks is ignored."""
     global _sent
     if world_size() > 1:
         import torch.distributed as dist
@@ -159,18 +159,18 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def all_rows(tensor: Tensor) -> Tensor:
-    """The rows of all processes, of which each has as many."""
+    """The rows of all processes in the order of ranks; each must have the same number of rows."""
     every = tensor.new_zeros(world_size(), *tensor.shape)
     every[rank()] = tensor
     return all_sum(every).flatten(0, 1)
 
 
 def wrap(model: nn.Module, how: Distributed, device: torch.device) -> nn.Module:
-    """Wrap `model` in DDP, or shard it by FSDP2; all start from rank 0's weights. One process: `model` itself.
+    """Wrap `model` in DDP, or shard it by FSDP2, with rank 0's weights on all ranks. One process: `model` itself.
 
-    A call takes this process's rows, and backward leaves in `.grad` the mean over all processes: whole under DDP;
-    under FSDP each process keeps an N-th of every parameter, gradient and moment, and a block's parameters are whole
-    only while it computes.
+    A call takes this process's rows, and backward leaves in `.grad` the mean over all processes. Under DDP each process
+    has all of it. Under FSDP each of N processes keeps an N-th of every parameter, gradient and moment, and a block's
+    parameters are whole only while it computes.
     """
     if world_size() == 1:
         return model

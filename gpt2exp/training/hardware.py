@@ -1,4 +1,4 @@
-"""What is process-global and not precision: device, memory, the heap and the peaks of GPUs."""
+"""Devices, their memory and peak speeds, and the process's heap."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 def resolve_device(name: DeviceName) -> torch.device:
     """The device to compute on, one GPU for each process of a machine; `BadRequest` if it is not there.
 
-    PyTorch's threads are set to the cores of this process, unless the user set them: it does not know container quotas.
+    Also limits PyTorch's threads to the cores of this process, since PyTorch ignores the quotas of containers. A number
+    that the user set (`OMP_NUM_THREADS`) stays.
     """
     if torch.get_num_threads() > machine.cores() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(machine.cores())
@@ -81,7 +82,7 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished what was queued, so that a clock read next is true."""
+    """Wait until the device has finished what was queued, so that the clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -92,17 +93,17 @@ WORTH_COMPILING = 1000  # steps from which `train.compile=auto` compiles on CUDA
 
 
 def settle(train: TrainConfig, device: torch.device) -> TrainConfig:
-    """`train` with `compile` settled."""
+    """`train` with `compile=auto` decided."""
     if train.compile != AUTO:
         return train
     return replace(train, compile=device.type == "cuda" and train.steps >= WORTH_COMPILING)
 
 
 def pads_vocabulary(choice: bool | str, device: torch.device) -> bool:
-    """`train.pad_vocab` settled.
+    """Whether to pad the vocabulary: `train.pad_vocab`, with `auto` decided.
 
-    Tensor cores want round sizes (NVIDIA's guide on matrix multiplication). On a processor with AVX2 alone padding
-    made the head's products half as fast again; with AVX-512 the sizes made no difference.
+    Tensor cores want round sizes (NVIDIA's guide on matrix multiplication). On a processor with AVX2 alone, padding
+    made the head's products 1.5 times as fast. With AVX-512 it made no difference.
     """
     if isinstance(choice, bool):
         return choice
@@ -114,12 +115,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # mallopt(3)
 
 
 def keep_freed_memory(*, tight: bool = False) -> bool:
-    """Have glibc reuse freed memory instead of returning it to the system; False where there is no glibc.
+    """Have glibc reuse freed memory instead of returning it to the system; False if there is no glibc.
 
-    A step frees and allocates the same buffers, and the kernel zeroes the pages of returned ones again: a fifth of a
-    step of GPT-2 at 4 x 32 tokens (2-core Xeon, `gpt2exp-bench`). Losses do not change. `tight`: blocks of `LARGE`
-    bytes are returned all the same. Kept, they leave holes that glibc's posix_memalign (2.36) does not fill: GPT-2 at
-    4 x 1024 tokens with activation checkpointing took 4.0 GB kept and 3.3 GB so, in the same time.
+    A step frees and allocates the same buffers, and the kernel zeroes the pages of returned ones again. That took a
+    fifth of a step of GPT-2 at 4 x 32 tokens (2-core Xeon, `gpt2exp-bench`). Losses do not change.
+
+    `tight`: blocks of `LARGE` bytes and more are still returned. If they are kept, they leave holes that glibc's
+    posix_memalign (2.36) does not fill: GPT-2 at 4 x 1024 tokens with activation checkpointing took 4.0 GB with them
+    kept and 3.3 GB with them returned, in the same time.
     """
     libc = _libc()
     if libc is None:

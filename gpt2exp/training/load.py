@@ -1,7 +1,7 @@
-"""How long a run's threads wait for a core that other programs use, and that they do not spin meanwhile.
+"""Measures how long a run's threads wait for a core that other programs use, and keeps them from spinning then.
 
 PyTorch's wheel for Linux ships GNU's OpenMP, whose threads spin for milliseconds where they wait for each other. That
-makes a lone run fast. Beside another program a thread spins for one that has no core, and keeps that core busy: two
+makes a lone run fast. Beside another program, a thread that spins takes a core from the very thread it waits for: two
 runs at once were 30 to 50 times slower each. No torch.
 """
 
@@ -15,18 +15,18 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # say how long OpenMP's threads spin; what a user sets stays
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # variables that set how long OpenMP's threads spin; a user's stay
 DISTURBED = 0.05  # a step is disturbed if its threads waited for a core for more than this share of it
 HELD = 0.2  # from this share on another program holds a core for good, and spinning does more harm than good
 TOO_MANY = 0.5  # above this share of disturbed steps a run's speed is the machine's load and not the run's
 
 
 def waited() -> float | None:
-    """Seconds that threads of this process were ready to run and had no core, all together, since they began.
+    """Seconds, summed over this process's threads, in which a thread was ready to run and had no core.
 
-    From Linux's scheduler, which counts each wait (`schedstat`, proc(5)): a thread that spins uses its core fully, so
-    CPU time would not tell. Python's other threads (wandb's, a progress bar's) do not compute and do not count. None
-    where the system does not say. Takes 0.05 ms.
+    Linux's scheduler counts each wait (`schedstat`, proc(5)). CPU time would not tell, since a thread that spins uses
+    its core fully. Python's other threads (wandb's, a progress bar's) do not compute and are left out. None if the
+    system does not count. Takes 0.05 ms.
     """
     idle = {thread.native_id for thread in threading.enumerate()} - {threading.get_native_id()}
     nanoseconds = 0
@@ -44,22 +44,22 @@ def waited() -> float | None:
     return nanoseconds / 1e9 if nanoseconds else None  # a kernel that does not count says 0
 
 
-def too_many(summary: Mapping[str, Any]) -> bool:
-    """Whether a run's speed is not its own; a summary from before this was measured says nothing."""
+def mostly_disturbed(summary: Mapping[str, Any]) -> bool:
+    """Whether most of a run's steps were disturbed, so that its speed is not its own; False if not measured."""
     share = summary.get("speed_disturbed")
     return isinstance(share, (int, float)) and share > TOO_MANY
 
 
 class Spinning:
-    """Lets OpenMP's waiting threads spin long, or hardly at all; does nothing where it cannot.
+    """Lets OpenMP's waiting threads spin long, or briefly; does nothing if another OpenMP is loaded.
 
-    A variable of the environment (`SPINNING`) would hold for the whole process: many spins slow down a run beside
-    another, few a lone one. But GNU's OpenMP spins 100 times instead of 300,000 while it knows of more threads than
-    cores. So a team of that many idle threads exists as long as spinning should be brief.
+    A variable of the environment (`SPINNING`) would hold for the whole process. But long spinning slows down a run
+    beside another program, and brief spinning slows down a lone run. GNU's OpenMP spins 100 times instead of 300,000
+    while it knows of more threads than cores. So a team of that many idle threads exists while spinning is to be brief.
     """
 
     def __init__(self, threads: int) -> None:
-        """`threads`: how many compute; brief from the start, since the first step cannot know. After torch."""
+        """`threads`: how many compute. Import torch before. Spinning is brief at first, until a step was measured."""
         self._end: threading.Event | None = None
         self._openmp: ctypes.CDLL | None = None
         if threads > 1 and not any(name in os.environ for name in SPINNING):
@@ -68,15 +68,15 @@ class Spinning:
         self.brief(self._openmp is not None)
 
     def after_step(self, share: float | None) -> None:
-        """Decide for the next step by the last one's seconds of waiting for a core over its duration, `share`.
+        """Decide how long threads spin in the next step.
 
-        None, not known, lets threads spin as OpenMP has it.
+        `share`: the last step's seconds of waiting for a core, over its duration. None, not known: spin long.
         """
         if self._openmp is not None:
             self.brief(share is not None and share > (DISTURBED if self._end else HELD))
 
     def brief(self, wanted: bool) -> None:
-        """Let waiting threads spin briefly from now on, or long."""
+        """Let waiting threads spin briefly from now on if `wanted`, else long."""
         if wanted and self._end is None:
             self._end, ready = threading.Event(), threading.Event()
             threading.Thread(target=self._crowd, args=(self._end, ready), name="spin", daemon=True).start()
@@ -96,5 +96,5 @@ class Spinning:
 
 @functools.cache
 def spinning(threads: int) -> Spinning:
-    """The `Spinning` of this process: a sweep's job begins as the one before ended."""
+    """The one `Spinning` of this process, so that a sweep's next job goes on with its state."""
     return Spinning(threads)

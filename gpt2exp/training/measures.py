@@ -14,11 +14,11 @@ from gpt2exp.training import distributed as dist
 
 
 def loss_unseen(x: Tensor, weight: Tensor, seen: Tensor) -> float:
-    """The part of the loss that tokens cost which never occur in the data, in nats per token.
+    """The part of the loss that is due to tokens which never occur in the data, in nats per token.
 
-    The loss of a target y splits into -log p(y | seen) - log p(seen): choosing among the tokens that occur, and
-    choosing one of them at all. This is the mean of the second over what the head of `weight` (V, C) reads, `x`
-    (B, T, C); `seen` (S,) are the ids that occur. Forgetting the others can lower the loss by this much and no more.
+    The loss of a target y is -log p(y | seen) - log p(seen): choosing among the tokens that occur, and choosing one of
+    them at all. This is the mean of the second term. The head `weight` (V, C) reads `x` (B, T, C); `seen` (S,) are the
+    ids that occur. Giving no probability to the other ids can lower the loss by this much and no more.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -38,9 +38,9 @@ def grad_norm(model: nn.Module) -> float:
 def embedding_gradients(model: GPT, rows: Tensor, idx: Tensor, scale: float) -> dict[str, float]:
     """Norms of the gradients that the token embedding gets as look-up table and as head, by one backward pass.
 
-    Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use steers it. `rows`
-    (B, T, C), whose gradient was kept, are the embeddings of `idx` (B, T); all gradients are `scale` times those of the
-    loss. Of several processes each gives its part of the batch.
+    Tied, the two add up in one tensor; untied, they belong to two. Their sizes tell which use of the embedding has more
+    influence on it. `rows` (B, T, C), whose gradient was kept, are the embeddings of `idx` (B, T). All gradients are
+    `scale` times those of the loss. With several processes, each passes its part of the batch.
     """
     assert rows.grad is not None
     idx, by_row = dist.all_rows(idx.flatten()), dist.all_rows(rows.grad.flatten(0, 1)) / dist.world_size()
@@ -49,6 +49,6 @@ def embedding_gradients(model: GPT, rows: Tensor, idx: Tensor, scale: float) -> 
     assert model.lm_head.weight.grad is not None
     head = dist.all_mean(model.lm_head.weight.grad)
     lengths = head.norm(dim=-1)
-    if model.config.tie_weights:  # the sum of both: only these rows have a part of the look-up
+    if model.config.tie_weights:  # `head` is the sum of both: take the look-up's part from the rows that have one
         lengths[tokens] = (head[tokens] - lookup).norm(dim=-1)
     return {"wte_grad_lookup": norm(lookup) / scale, "wte_grad_head": norm(lengths[:, None]) / scale}

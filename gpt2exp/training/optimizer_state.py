@@ -1,4 +1,4 @@
-"""The state of optimizers by name, as a checkpoint keeps it, and back: alike for every optimizer of PyTorch's kind."""
+"""Saves and restores the state of optimizers by name, for checkpoints; works for any `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gpt2exp.training import distributed
 
 
 def state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every tensor the optimizers keep, as `exp_avg.transformer.wte.weight`; empty before the first step.
+    """Every tensor that the optimizers keep, as `exp_avg.transformer.wte.weight`; empty before the first step.
 
-    A plain number that one keeps is a tensor of no dimension.
+    A plain number becomes a tensor without dimensions.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     kept = itertools.chain.from_iterable(optimizer.state.items() for optimizer in optimizers)
@@ -31,21 +31,21 @@ def state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict
 
 
 def groups(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[dict[str, Any]]:
-    """The groups of parameters of all of them."""
+    """The parameter groups of all optimizers."""
     return itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
 
 
 def group_numbers(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """The numbers that a group has beside its learning rate: some optimizers change them as they go."""
+    """Each group's numbers other than its learning rate: some optimizers change them during training."""
     return [
         {key: one[key] for key in one if type(one[key]) in (int, float) and key != "lr"} for one in groups(optimizers)
     ]
 
 
 def restore(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Give the optimizers what `state` returned on rank 0; `BadRequest` if these tensors are not theirs.
+    """Restore in the optimizers what `state` returned on rank 0; `BadRequest` if these tensors are not theirs.
 
-    Each tensor is removed from `tensors`, so that there are no two copies of all; on other ranks it may be empty.
+    Each tensor is removed from `tensors` once restored, to save memory. On other ranks `tensors` may be empty.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     expected = {
@@ -60,17 +60,18 @@ def restore(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tenso
         if isinstance(like, (int, float)):
             optimizer.state[parameter][key] = type(like)(distributed.broadcast(saved))
             continue
-        if like.is_meta:  # of a shape that its code alone knows
+        if like.is_meta:  # its shape is not known here
             shape = distributed.broadcast(None if saved is None else tuple(saved.shape))
             like = torch.empty(shape, dtype=like.dtype, device=parameter.device)
         optimizer.state[parameter][key] = distributed.broadcast_like(saved, like)
 
 
 def _kept_by(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str, Any]]:
-    """Each parameter of an optimizer, the name of each thing it keeps for it, and one of that shape and type.
+    """For each parameter of an optimizer, each name that it keeps a value under, and an example of that value.
 
-    Found by a step of the same optimizer over tiny parameters: in each group one of each number of dimensions. What has
-    neither the parameter's shape nor no dimension is a tensor on the meta device; a plain number stays one.
+    Found by a step of a copy of the optimizer over tiny parameters, in each group one for each number of dimensions.
+    A value of the tiny parameter's shape has the parameter's shape, and the example has it too. A scalar or a plain
+    number is its own example. The shape of any other value is not known: its example is on the meta device.
     """
     probe, tried = copy.copy(optimizer), list[dict[int, torch.nn.Parameter]]()
     probe.state, probe.param_groups = defaultdict(dict), []

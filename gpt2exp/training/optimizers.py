@@ -1,7 +1,7 @@
-"""Optimizers, a class each, and the learning rate as a pure function of the step.
+"""Optimizers, a class for each, and the learning rate as a pure function of the step.
 
-A class is a choice of the group `optimizer`: its fields are the keys beside those of `OptimizerConfig`, and `build`
-makes PyTorch's. No torch before `build`: a request is checked without it.
+Each class is a choice of the group `optimizer`. Its fields are keys, added to those of `OptimizerConfig`, and `build`
+makes PyTorch's optimizer. torch is imported in `build` alone: a request is checked without it.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class SGD(OptimizerConfig):
 
 @functools.cache
 def undecorated(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """The class with its own methods, but without the decorators that import TorchDynamo at their first call.
+    """The class without the decorators of its methods, which import TorchDynamo at their first call.
 
-    They keep it from tracing these methods, and here it traces blocks alone; the import takes a second of a run's
-    start. `functools.wraps` leaves the method in `__wrapped__`; `step` then has to turn gradients off itself.
+    The decorators keep TorchDynamo from tracing these methods; here it traces only blocks. Its import takes a second of
+    a run's start. `functools.wraps` leaves the plain method in `__wrapped__`; `step` then has to turn gradients off.
     """
     import torch
 

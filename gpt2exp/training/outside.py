@@ -1,4 +1,4 @@
-"""What code from outside is called with in training, and its trial on a tiny model before a run begins."""
+"""Calls the code of choices from outside in training, and tries it on a tiny model before a run begins."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16)  # what choices are tried on
+TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16)  # choices are tried on this model
 _tried: set[str] = set()
 
 
 def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """PyTorch optimizers that together step every parameter of `model` once; `ValueError` if the code gives others.
+    """PyTorch optimizers that together step every parameter of `model` once; `ValueError` if the code returns others.
 
-    The code is called with the model if its first parameter is called `model`. Else with the parameters: an optimizer's
-    class that has `weight_decay` with `optimizers.decay_groups`, any other code with a list.
+    The code is called with the model if its first parameter is called `model`, else with the parameters: a class that
+    has `weight_decay` gets them in `optimizers.decay_groups`, any other code in a list.
     """
     import torch
 
@@ -47,7 +47,7 @@ def optimizer(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Opt
 
 
 def rate(config: ScheduleConfig, step: int, steps: int) -> float:
-    """What a schedule multiplies `optimizer.lr` with at a step (from 0) of `steps`; `ValueError` unless 0 or more."""
+    """The factor on `optimizer.lr` at a step (from 0) of `steps`; `ValueError` unless it is 0 or more."""
     factor = float(choices.call(config, step, steps))
     if not (math.isfinite(factor) and factor >= 0):
         raise ValueError(f"it returned {factor} for step {step} of {steps}, where 0 or more must be")
@@ -55,7 +55,7 @@ def rate(config: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def measure(config: MetricConfig, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """The metric of a batch, two tensors (B, T), by its name: the mean of all ranks; `ValueError` if not finite."""
+    """The metric of a batch, two tensors (B, T): its name and its mean over all ranks; `ValueError` if not finite."""
     import torch
 
     with torch.no_grad():
@@ -66,7 +66,7 @@ def measure(config: MetricConfig, model: nn.Module, batch: tuple[Tensor, Tensor]
 
 
 def try_out(config: RunConfig) -> None:
-    """Try each choice from outside, but the slots (`model.size` does), once a process; `BadRequest` names the one."""
+    """Try each choice from outside once a process; `BadRequest` names one that fails. Slots: `model.size.check`."""
     trials: dict[str, Callable[[RunConfig], object]] = {
         "optimizer": _optimizer,
         "schedule": _schedule,

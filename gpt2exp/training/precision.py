@@ -1,9 +1,9 @@
-"""Precision requested, and what the hardware made of it.
+"""Sets the precision of matrix products, and measures what the hardware computes.
 
-`applied` sets how matrix products are computed, probes the result, and puts the process back. Nothing is assumed: the
-error of a product against float64 tells fp32 (about 1e-7), TF32 (about 3e-4) and bf16 (about 3e-3) apart. Where the
-hardware has no TF32 its numerics can be emulated: operands rounded to 10 mantissa bits, products accumulated in fp32
-(NVIDIA A100 architecture white paper, "TF32").
+`applied` sets how matrix products are computed, measures the result, and restores the process's settings. Nothing is
+assumed: the error of a product against float64 tells fp32 (about 1e-7), TF32 (about 3e-4) and bf16 (about 3e-3) apart.
+If the hardware has no TF32, its numerics can be emulated: operands rounded to 10 mantissa bits, products accumulated in
+fp32 (NVIDIA A100 architecture white paper, "TF32").
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision]:
-    """Compute as `config` says inside the block, and then as before; `BadRequest` where this hardware cannot."""
+    """Compute as `config` says inside the block, and after it as before; `BadRequest` if this hardware cannot."""
     library = products.settle(config.library, device)
     with _matmul(config.name.matmul), products.applied(library):
         if device.type == "mps" and config.name.weights == "float64":
@@ -101,7 +101,7 @@ def _matmul(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _emulated(rounding: Rounding) -> Iterator[None]:
-    # attention's products are seen one by one only in its unfused form
+    # only unfused attention has products that the mode sees
     with EmulatedTF32(rounding), sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -143,9 +143,9 @@ def classify(relative_error: float) -> str:
 def to_tf32(x: Tensor, rounding: Rounding) -> Tensor:
     """A float32 tensor with its mantissas shortened from 23 bits to TF32's 10, sign and exponent kept.
 
-    `truncate` crops; `nearest` rounds to nearest, ties to even, by adding just under half of the last kept place (and
-    one more where that place is odd) before cropping. Infinities stay what they are, and so does NaN: the one that CUDA
-    makes, 0x7fffffff, would carry into the sign and become -0.
+    `truncate` crops; `nearest` rounds to nearest, ties to even: it adds just under half of the last kept place (and one
+    more where that place is odd), then crops. Infinities and NaN stay. NaN is set again at the end, since CUDA's,
+    0x7fffffff, carries into the sign and becomes -0.
     """
     bits = x.contiguous().view(torch.int32)
     if rounding is Rounding.truncate:
@@ -162,7 +162,7 @@ class EmulatedTF32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.rounding = rounding
         aten = torch.ops.aten
-        # where the two factors stand among the arguments; the others are added in full precision
+        # the place of the first of the two factors among the arguments; a third is added in full precision
         self.factors = {
             aten.mm.default: 0,
             aten.mm.out: 0,

@@ -1,4 +1,4 @@
-"""From a checked configuration to a trainer: memory estimated, `auto` settled, everything built."""
+"""Makes a trainer from a checked configuration: estimates memory, decides each `auto`, builds the parts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Hardware:
     """What a memory estimate depends on beside the configuration."""
 
     kind: str  # cpu, cuda or mps
-    unfused_attention: bool = False  # attention keeps its scores and probabilities: under emulated TF32
-    free: int | None = None  # bytes that a process of the run may take in all; None where that is not known
+    unfused_attention: bool = False  # under emulated TF32: attention keeps its scores and probabilities
+    free: int | None = None  # bytes that a process of the run may take in all; None if that is not known
 
 
 def smallest(config: RunConfig) -> RunConfig:
-    """The configuration with a batch of one sequence, if the batch is left open."""
+    """The configuration with a batch of one sequence, if the batch is `auto`."""
     return replace(config, train=replace(config.train, batch_size=1)) if config.train.batch_size == AUTO else config
 
 
@@ -49,16 +49,16 @@ def check_text(config: RunConfig, source: tokens.TokenFile) -> None:
 
 
 def check_weights(init: InitConfig, model: ModelConfig) -> None:
-    """Raise `BadRequest` if `init` names weights that are not there, or not this model's."""
+    """Raise `BadRequest` if `init` names weights that do not exist or are not this model's."""
     if init.scheme is InitScheme.pretrained:
         huggingface.check(huggingface.find(str(init.path)), model)
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A configuration on this machine, its text tokenised and its precision set."""
+    """A configuration on this machine, with its text tokenised and its precision set."""
 
-    config: RunConfig  # with every `auto` settled
+    config: RunConfig  # with each `auto` decided
     device: torch.device
     got: Precision
     source: tokens.TokenFile
@@ -68,7 +68,7 @@ class Ready:
 
 @contextlib.contextmanager
 def ready(config: RunConfig, source: tokens.TokenFile | None = None) -> Iterator[Ready]:
-    """A block in which the step of `config` can be built and run. `source`: its tokens, if they are at hand."""
+    """A block in which a trainer of `config` can be made and run. `source`: its tokens, if the caller has them."""
     from gpt2exp.training import hardware, precision
 
     device = hardware.resolve_device(config.train.device)
@@ -85,9 +85,9 @@ def ready(config: RunConfig, source: tokens.TokenFile | None = None) -> Iterator
 
 
 def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = False) -> tuple[Trainer, dict[str, Any]]:
-    """The trainer, with first weights or a checkpoint's, and where they came from (`start`).
+    """The trainer, with initial weights or a checkpoint's, and where these came from (`start`).
 
-    Call and step it inside the block of `ready`; `by_hand`: step it anywhere.
+    Make and step it inside the block of `ready`; with `by_hand` it can be stepped anywhere.
     """
     import torch
 
@@ -112,7 +112,7 @@ def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = Fa
 
 
 def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[str, Any]:
-    """Give the model its first weights, or a checkpoint's; returns where they came from, for the record.
+    """Give the model its initial weights, or a checkpoint's; returns where they came from, for the record.
 
     Raises `BadRequest` for weights of another model, `InitError` if they are not what the configuration says.
     """
@@ -131,7 +131,7 @@ def start(gpt: GPT, config: RunConfig, saved: Checkpoint | None = None) -> dict[
         origin = huggingface.load(gpt, config.init)
     else:
         initialise(gpt, config.init, config.seed)
-        if not isinstance(config.init, Outside):  # nothing says what its code is to do
+        if not isinstance(config.init, Outside):  # no rule says what its code must draw
             check_init(gpt, config.init)
     return {"scheme": getattr(config.init, "name", config.init.scheme.value), **origin, "tying": check_tying(gpt)}
 
@@ -143,25 +143,28 @@ def _process_bytes() -> int:
 
 
 PROCESS_BYTES = _process_bytes()
-"""Resident memory of Python with PyTorch and wandb loaded: counted on a CPU, where the process is what fills up.
+"""Resident memory of Python with PyTorch and wandb loaded. It counts on a CPU, where the process's memory fills up.
 PyTorch built for CUDA, which PyPI gives to Linux, takes twice as much, with or without a GPU."""
 
-SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")  # settled by a run
+SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")  # decided by a run
 NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)  # for batch_size=auto, largest first
 
 
 def memory(config: RunConfig, here: Hardware) -> int:
-    """Estimated peak bytes of training, of one process where the run has several.
+    """Estimated peak bytes of training, for one process of the run.
 
     Weights, gradients and AdamW's two moments take 16 bytes a parameter (fp64: 32); other optimizers keep fewer
-    (`moments`). When backward starts, all activations and the head's gradient (`gpt2exp.model.loss`) exist, the other
-    gradients do not yet: per layer and token 17·n_embd numbers (two LayerNorm inputs and outputs, query, key and value,
-    attention's output twice, and the MLP's hidden layer before and after GELU), and what other choices in the slots
-    keep beyond that. With checkpointing: 1·n_embd per layer kept, plus 17·n_embd for the layer being recomputed. Under
-    autocast on a GPU all but LayerNorms' inputs are halves, 10 of 17, and copies of the weights are added; a CPU's peak
-    showed nothing of it. Unfused attention keeps scores and probabilities as well. The peak is the larger of that and
-    the moment when all gradients exist. Under FSDP a process holds its shard of parameters, gradients and moments, and
-    the embeddings, the head's gradient and a block whole.
+    (`moments`). The peak is at one of two moments: when backward starts, or when all gradients exist.
+
+    When backward starts, all activations and the head's gradient (`gpt2exp.model.loss`) exist, and no other gradient.
+    A layer keeps 17·n_embd numbers per token (two LayerNorm inputs and outputs, query, key and value, attention's
+    output twice, and the MLP's hidden layer before and after GELU), and what other choices in the slots keep beyond
+    that. With checkpointing each layer keeps 1·n_embd, and the one that is recomputed 17·n_embd. Under autocast on a
+    GPU all but LayerNorm's inputs take half the bytes, so 10 count instead of 17, and copies of the weights are added;
+    on a CPU the measured peak showed neither. Unfused attention keeps scores and probabilities too.
+
+    Under FSDP a process holds its shard of parameters, gradients and moments; the embeddings, the head's gradient and a
+    block are whole.
     """
     model, train, parts = config.model, config.train, size.parameters(config.model)
     width, tokens = model.n_embd, train.micro_batch_tokens // distributed.world_size()
@@ -174,9 +177,9 @@ def memory(config: RunConfig, here: Hardware) -> int:
     kept = model.n_layer * width + layer if train.activation_checkpointing is True else model.n_layer * layer
     head = model.vocab_size * width
     rows = min(tokens, train.loss_rows)
-    # a product of emulated TF32 has rounded copies of both operands beside it
+    # for a product in emulated TF32, rounded copies of both operands exist too
     logits = rows * model.vocab_size * (2 if here.unfused_attention else 1)
-    if cast == "float16":  # takes the plain way: logits, log-softmax and its gradient
+    if cast == "float16":  # not by `HeadLoss`: keeps logits, log-softmax and its gradient
         logits = 3 * tokens * model.vocab_size
     made = head if on_cpu or here.unfused_attention else 0  # the product that becomes the gradient of the head
     backward = tokens * (kept + 3 * width) + head + logits + made
@@ -185,18 +188,18 @@ def memory(config: RunConfig, here: Hardware) -> int:
     if distributed.is_sharded(config.distributed):
         extra += parameters - parts["blocks"] + 2 * parts["blocks"] // model.n_layer
         parameters //= distributed.world_size()
-    elif distributed.world_size() > 1:  # DDP keeps every gradient's memory, whole and filled or not
+    elif distributed.world_size() > 1:  # DDP allocates all gradients before backward
         backward += parameters
     peak = number * ((1 + config.optimizer.moments) * parameters + extra + max(parameters + head // 2, backward))
     return peak + (PROCESS_BYTES if on_cpu else 0)
 
 
 def fit(config: RunConfig, here: Hardware, most: int) -> RunConfig:
-    """`config` with `train`'s batch size, loss chunk and activation checkpointing settled where they were left open.
+    """`config` with `auto` decided for `train`'s batch size, loss chunk and activation checkpointing.
 
-    The batch is the largest of `NICE_BATCHES` whose `memory` is at most `here.free`, that has at most `most` sequences
-    and divides `train.tokens_per_step`; without checkpointing if one fits so. A batch that was given stays, with
-    checkpointing where it fits only so.
+    The batch is the largest of `NICE_BATCHES` that fits into `here.free`, has at most `most` sequences and divides
+    `train.tokens_per_step`. Checkpointing is on only if no batch fits without it. A batch that was given stays, with
+    checkpointing if it does not fit without.
     """
     recompute = config.train.activation_checkpointing
     for again in (False, True) if recompute == AUTO else (recompute,):
@@ -212,7 +215,7 @@ def _batches(config: RunConfig, most: int) -> Iterator[int]:
         yield config.train.sequences
         return
     windows = (config.train.tokens_per_step or 0) // config.train.seq_len
-    for share in NICE_BATCHES:  # a process's
+    for share in NICE_BATCHES:  # sequences of one process
         batch = share * distributed.world_size()
         if share == 1 or (batch <= most and windows % batch == 0):
             yield batch
@@ -220,7 +223,7 @@ def _batches(config: RunConfig, most: int) -> Iterator[int]:
 
 def _settled(config: RunConfig, **choices: Any) -> RunConfig:
     train = config.train
-    pieces = train.grad_accum_steps if train.tokens_per_step is None else 1  # shared out anew
+    pieces = train.grad_accum_steps if train.tokens_per_step is None else 1  # 1: `TrainConfig.agree` sets it anew
     return replace(config, train=replace(train, grad_accum_steps=pieces, loss_chunk=train.loss_rows, **choices))
 
 

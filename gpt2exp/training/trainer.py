@@ -1,6 +1,6 @@
 """The training step, its clock, and the loop around it.
 
-Knows neither Hydra nor wandb: it takes a model, an optimizer and batches, and yields a dict of metrics per step.
+This module knows neither Hydra nor wandb. It takes a model and batches, and yields a dict of metrics per step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def finite(value: float, what: str, step: int) -> float:
 
 
 class Trainer:
-    """A model in training: `step` advances it, `evaluate` judges it, `fit` does the whole run."""
+    """A model in training: `step` trains it for one step, `evaluate` measures its loss, `fit` does the whole run."""
 
     def __init__(
         self,
@@ -53,17 +53,17 @@ class Trainer:
 
         `seen` (S,): ids that occur in the data, for `loss_unseen`. `autocast`: the type that the forward pass is cast
         to; with float16 the loss is scaled so that small gradients survive (Micikevicius et al. 2018). `computing`: a
-        block in which every step, validation and measure computes: it sets the precision of a trainer outside a run.
+        block around every step, validation and measure, which sets the precision of a trainer outside a run.
         """
         self.model, self.batches, self.seen = model, batches, seen
         self.config, self.optimizer_config, self.autocast = config.train, config.optimizer, autocast
         self.computing = computing
-        # DDP and FSDP exchange the gradients that autograd reports, and it does not see this one
+        # DDP and FSDP exchange the gradients that autograd reports, and it does not report this one
         model.transformer.gradient_in_place = model.config.tie_weights and dist.world_size() == 1
         model.transformer.recompute = config.train.activation_checkpointing is True
         model.loss_rows = config.train.loss_rows
         if config.train.compile is True:
-            for block in model.transformer.h:  # alike, so one compilation serves all: PyTorch's regional recipe
+            for block in model.transformer.h:  # blocks are alike, so they share one compilation (PyTorch's regional)
                 block.compile()
         self.sharded = dist.is_sharded(config.distributed)
         self.module = dist.wrap(model, config.distributed, batches.device)  # `model`, or DDP around it
@@ -90,9 +90,9 @@ class Trainer:
         """One optimizer step: next batch, forward, loss, backward, clip if asked, update. Returns the loss, a scalar.
 
         With accumulation the loss and the gradient are the means over `grad_accum_steps` micro-batches of equal size,
-        so that they equal one batch of them all; so is the gradient over several processes, while the loss returned is
-        that of this one's rows. The gradient stays in `.grad` until the next step. `measure` is called when the first
-        micro-batch's gradient is there.
+        so that they equal those of one large batch. With several processes the gradient is the mean over all of them;
+        the loss returned is that of this process's rows. The gradient stays in `.grad` until the next step. `measure`
+        is called when the first micro-batch's gradient is there.
         """
         config = self.config
         with self.computing():
@@ -118,7 +118,7 @@ class Trainer:
                 self.scaler.step(optimizer)
             self.scaler.update()
             self.steps_done += 1
-            if self.device.type == "cuda":  # its kernels are queued, not done: the next batch can travel meanwhile
+            if self.device.type == "cuda":  # its kernels still run: copy the next batch meanwhile
                 self.batches.prefetch(self.steps_done * config.grad_accum_steps)
         return torch.stack(losses).sum()
 
@@ -127,10 +127,10 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
 
     def timed_step(self, measure: Callable[[], object] | None = None) -> tuple[Tensor, float, float | None]:
-        """`step`, its duration in seconds, the device synchronised at both ends, and the seconds waited for a core.
+        """Do a `step`; returns its loss, its duration and the time that its threads waited for a core, in seconds.
 
-        Those are the longest of the run's processes, and None on an accelerator: there the processor's threads may wait
-        and no step take longer. While `step` calls `measure` the clock stands.
+        The device is synchronised before and after. The wait is the longest of the run's processes. It is None on an
+        accelerator, where a thread may wait without making the step longer. The clock stands while `measure` runs.
         """
         stood = 0.0
 
@@ -195,7 +195,7 @@ class Trainer:
         total, count = 0.0, 0
         with self.computing(), torch.no_grad(), precision.cast(self.device, self.autocast):
             for x, y in self.batches.validation():
-                loss = self.model(x, y)  # also of no rows at all, since a sharded model needs every process
+                loss = self.model(x, y)  # also without rows: a sharded model needs every process to call it
                 if len(y):
                     total += float(loss) * y.numel()
                     count += y.numel()
@@ -221,13 +221,13 @@ class Trainer:
             metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
             look = None
             if measure and isinstance(self.metric, Outside):
-                self._zero_grad()  # of the step before: its memory is needed here
+                self._zero_grad()  # the metric needs the memory of the last step's gradient
                 batch = self.batches.train(number * config.grad_accum_steps)
                 with self.computing(), precision.cast(self.device, self.autocast):
                     metrics |= outside.measure(self.metric, self.model, batch)
             if measure and self.seen is not None:
                 self.model.transformer.traced = True
-                look = functools.partial(self._look, metrics, thorough=number == 0 or last or due)
+                look = functools.partial(self._measure_trace, metrics, thorough=number == 0 or last or due)
             loss, seconds, waits = self.timed_step(look)
             metrics |= {
                 "loss": finite(float(dist.all_mean(loss)), "loss", number),
@@ -248,15 +248,15 @@ class Trainer:
             self.step_waits.append(waits)
             yield metrics
 
-    def _look(self, metrics: dict[str, Any], *, thorough: bool) -> None:
-        """Measure what the step's first micro-batch left on its way, before the weights change."""
+    def _measure_trace(self, metrics: dict[str, Any], *, thorough: bool) -> None:
+        """Measure the trace of the step's first micro-batch, before the weights change."""
         trace, self.model.transformer.trace = self.model.transformer.trace, None
         assert trace is not None
         assert self.seen is not None
         head = dist.full_tensor(self.model.lm_head.weight)
         with torch.no_grad(), precision.cast(self.device, self.autocast):
             metrics["loss_unseen"] = measures.loss_unseen(trace.out, head, self.seen)
-        if thorough and not self.sharded:  # it looks inside the model, where a sharded one is not whole
+        if thorough and not self.sharded:  # needs whole weights, which a sharded model has not
             metrics["residual_rms"] = [float(dist.all_mean(square).sqrt()) for square in trace.mean_squares]
             idx, _ = self.batches.train(self.steps_done * self.config.grad_accum_steps)
             scale = self.scaler.get_scale() / self.config.grad_accum_steps
@@ -266,11 +266,11 @@ class Trainer:
             }  # a scaled step may overflow
 
     def timing(self) -> dict[str, Any]:
-        """Step times of the run so far, the first `warmup_steps` of each part left out but never the last step.
+        """Step times of the run so far. The first `warmup_steps` of each part are left out, the last step never.
 
-        `tokens_per_second` is that of the median step, so that one slow step does not colour the figure.
-        `speed_disturbed` is the share of these steps whose threads waited for a core (`load.DISTURBED`), None where
-        that is not known; such steps are left out too, unless they are most (`load.TOO_MANY`).
+        `tokens_per_second` is that of the median step, so that one slow step does not change it. `speed_disturbed` is
+        the share of these steps whose threads waited for a core (`load.DISTURBED`), None if that is not known. Such
+        steps are left out too, unless they are most (`load.TOO_MANY`).
         """
         if not self.step_seconds:
             empty = dict.fromkeys(("step_ms", "first_step_ms", "tokens_per_second", "speed_disturbed"))
