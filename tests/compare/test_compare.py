@@ -95,7 +95,7 @@ def run(*overrides: str, loss: float = 3.0, seed: int = 1337, typed: Sequence[st
 
 
 def unfinished(row: Row, state: str = "failed", error: str | None = "out of memory; try less", **facts: Any) -> Row:
-    """The same run, come to another end."""
+    """The same run, in another state."""
     return {**row, "state": state, "error": error, "steps": 7, "tokens_per_second": None, **facts}
 
 
@@ -138,7 +138,7 @@ def simulated_axis(rng: np.random.Generator, seeds: int, difference: float = 0.0
 
 
 def simulated_factorial(rng: np.random.Generator, seeds: int, by_axis: float = 0.0, b_effect: float = 0.0) -> list[Row]:
-    """2 x 2 with noise of the seed, of the run and, of size `by_axis`, in how a seed takes to the first axis."""
+    """A 2 x 2 sweep with noise of the seed, of the run and, of std `by_axis`, of the first axis' effect at a seed."""
     common, taste = rng.normal(3, 0.05, seeds), rng.normal(0, by_axis, seeds)
     own = iter(rng.normal(0, 0.01, 4 * seeds))
     return factorial(
@@ -165,7 +165,7 @@ def test_null_sweeps_of_one_axis() -> None:
 
 @pytest.mark.slow
 def test_null_factorial_sweeps_count_seeds_and_not_pairs() -> None:
-    """The seed's taste for an axis is shared by its pairs: ten pairs taken for ten replicates would deceive."""
+    """Pairs of one seed share that seed's effect: ten pairs are not ten replicates."""
     rng = np.random.default_rng(1)
     covered = {TIE: 0, SCALING: 0}
     called = naive = interactions = 0
@@ -235,7 +235,7 @@ def judged(mean: float, half: float, *, p: float, std: float | None = 1.0, margi
 def test_precedence_of_verdicts() -> None:
     tiny = judged(0.01, 0.005, p=0.001)
     assert (tiny.verdict, tiny.reason) == ("worse", "smaller than the seed-to-seed std")
-    assert judged(0.01, 0.005, p=0.001, margin=0.02).verdict == "indistinguishable"  # what was stated goes first
+    assert judged(0.01, 0.005, p=0.001, margin=0.02).verdict == "indistinguishable"  # the margin is checked first
     assert judged(0.01, 0.005, p=0.001, margin=0.012).verdict == "worse"
     assert judged(-2, 0.5, p=0.001).verdict == "better"
     assert judged(-2, 0.5, p=0.001).reason == ""
@@ -301,7 +301,7 @@ def test_the_margin_is_the_runs_and_the_strictest_where_they_differ() -> None:
 
 
 def test_an_open_row_says_how_many_seeds_would_settle_it() -> None:
-    """By the e-process, since they would come after this look; both verdicts, and the std that may be larger."""
+    """Seeds come after this look, so by the e-process; for both verdicts, and for a larger std."""
     rows = arms(TIE, {"true": [3.0, 3.1, 2.9, 3.05], "false": [3.02, 3.08, 2.93, 3.06]})
     values = [0.02, -0.02, 0.03, 0.01]
     found, std = effect(comparisons.compare(rows, margin=0.02), TIE), float(np.std(values, ddof=1))
@@ -340,7 +340,7 @@ def test_arms_against_each_other_are_said_once() -> None:
 
 
 def test_memory_that_the_order_of_jobs_decides_is_not_compared() -> None:
-    """Three seeds of an arm 50 MiB apart in one process say nothing of arms 20 MiB apart; of arms 200 apart they do."""
+    """If runs of one arm in one process are 50 MiB apart, arms 20 MiB apart are not compared; arms 200 apart are."""
     peaks = [600, 650, 610]
 
     def compare(apart: int, pids: Sequence[int]) -> Effect:
@@ -376,7 +376,7 @@ def test_a_seed_that_is_far_off_is_named() -> None:
 
 
 def test_looking_after_every_seed_calls_what_is_not_there_too_often_only_without_the_record() -> None:
-    """500 sweeps without a difference, a look at each n from 3 to 20: the share that is ever called."""
+    """500 sweeps without a difference, a look at each n from 3 to 20: the share that ever gets a verdict."""
     rng = np.random.default_rng(5)
     forgetful = honest = 0
     for values in rng.normal(0, 0.01, (500, 20)):
@@ -412,7 +412,7 @@ def added(seeds: int, sweep: Path, begin: int = 0) -> Path:
 
 
 def looked(sweep: Path, **how: Any) -> Effect:
-    """The sweep compared, written, and its effect on the loss as written."""
+    """Compare the sweep and write the comparison; returns its effect on the loss as written."""
     with pytest.MonkeyPatch.context() as patch:  # figures are most of the work, and no look is in them
         patch.setattr("gpt2exp.compare.figures.draw", lambda _: [])
         conclude.write(comparisons.compare(comparisons.read([sweep]), **how), sweep)
@@ -451,7 +451,7 @@ def test_another_programs_comparison_is_no_look(tmp_path: Path, text: str) -> No
 
 
 def test_what_was_planned_at_the_look_is_not_added(tmp_path: Path) -> None:
-    """A sweep that was broken off, or a run that failed, and went on to the seeds it was begun for."""
+    """A sweep that was stopped, or had a failed run, and then ran the rest of its planned seeds."""
     (tmp_path / "sweep.json").write_text(json.dumps({"jobs": [[f"seed={seed}"] for seed in range(5)]}))
     looked(added(3, tmp_path))
     assert looked(added(5, tmp_path, begin=3)).inference == "fixed"
@@ -476,7 +476,7 @@ def test_looks_that_were_declared_are_sharper(tmp_path: Path) -> None:
 
 
 def test_seeds_count_in_the_order_in_which_they_were_run() -> None:
-    """What a look saw are the first to be run, not the lowest."""
+    """A look saw the seeds that were run first, not the lowest ones."""
     order = [7, 2, 9, 4]
     rows = [run(f"{TIE}={arm}", seed=seed, loss=3.0) for seed in order for arm in ("true", "false")]
     random.Random(1).shuffle(rows)
@@ -791,7 +791,7 @@ def test_a_long_start_up_is_no_overlap() -> None:
 
 
 def test_each_part_of_a_run_counts_where_and_when_it_was_at_work() -> None:
-    """By its span, which is from before `started`; what lies between two parts is free."""
+    """A part counts for its span, which begins before `started`; the time between two parts does not count."""
     day = datetime.fromisoformat(at(0)).timestamp()
     rows = spans(("a", 0, 1), ("a", 10, 1))
 
@@ -865,7 +865,7 @@ def test_a_group_is_one_axis(key: str, choices: list[str]) -> None:
 
 
 def test_one_choice_of_a_group_means_one_section() -> None:
-    """The same word typed over an edited group file is another arm in disguise."""
+    """If the group's file was edited between two runs, one override makes two configurations."""
     rows = arms("model", {"gpt2": [3.0, 3.1], "nano": [2.0, 2.1]})
     rows[3] = run("model=nano", "model.n_layer=6", typed=["model=nano"], seed=1)
     with pytest.raises(BadRequest, match=r"model\.n_layer"):
@@ -878,7 +878,7 @@ def test_a_choice_that_a_preset_made_is_the_choice() -> None:
     comparison = comparisons.compare(rows)
     assert comparison.swept == {TIE: ["true", "false"]}
     assert effect(comparison, TIE).n_seeds == 2
-    with pytest.raises(BadRequest, match=r"model\.n_layer"):  # which of the two was not typed cannot be told
+    with pytest.raises(BadRequest, match=r"model\.n_layer"):  # it is not known which of the two was not typed
         comparisons.compare([*rows, run("model=gpt2", seed=0)])
     rows = [run(), run("precision=tf32", seed=1), run("precision.name=tf32")]
     assert comparisons.compare(rows).swept == {"precision.name": ["fp32", "tf32"]}
@@ -1044,7 +1044,7 @@ def test_an_interaction_below_the_seeds_or_open_to_zero_is_not_large() -> None:
     assert not found.large
     unsure = factorial(lambda a, b, s: 3 + (a == b == "false") * (-1) ** s * (s + 1), seeds=4)
     assert not comparisons.compare(unsure).interactions[0].large
-    for sign in (1, -1):  # only just open to zero, and far above the seeds
+    for sign in (1, -1):  # the interval just includes zero; the size is far above the std
         just = factorial(lambda a, b, s, sign=sign: 3 + sign * (a == b == "false") * (0.2, 0.9, 1.6, 0.3)[s], seeds=4)
         [found] = comparisons.compare(just).interactions
         assert covers(found.ci95)
@@ -1092,7 +1092,7 @@ def test_a_missing_run_of_a_third_axis_plants_no_interaction() -> None:
 
 
 def put(row: Row, sweep: Path, name: str) -> Path:
-    """A row as the folder that its run would have left."""
+    """Write a row as the folder that its run would have left."""
     folder = sweep / name
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "config.yaml").write_text(json.dumps(row["config"]))  # JSON is YAML
@@ -1113,7 +1113,7 @@ def put_all(rows: Sequence[Row], sweep: Path) -> list[Path]:
 
 
 def running(folder: Path) -> None:
-    """Take back what a run writes at its end."""
+    """Delete the files that a run writes at its end."""
     (folder / "summary.json").unlink()
     status = {"state": "running", "step": 4, "error": None, "pid": 1, "updated": 0.0}
     (folder / "status.json").write_text(json.dumps(status))
@@ -1193,7 +1193,7 @@ def test_a_damaged_run_is_listed_and_hides_nothing(tmp_path: Path, damage: Calla
 
 
 def test_a_killed_job_keeps_its_arm(tmp_path: Path) -> None:
-    """It left no summary; Hydra's record says what it was to be."""
+    """It left no summary; its configuration is in `.hydra`."""
     folders = put_all(arms("optimizer.lr", {"0.0003": [3.0, 3.1], "0.01": [2.0, 2.2]}), tmp_path)
     for folder in folders[2:]:
         (folder / "summary.json").unlink()
@@ -1290,7 +1290,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_the_distance_from_fp64_has_no_sign(tmp_path: Path) -> None:
-    """Above at one step and below at the next is far from it, not on it."""
+    """Losses above at one step and below at the next do not cancel: they are far from fp64's."""
     rows = [run(f"precision={name}", seed=seed) for name in ("fp64", "fp32") for seed in (0, 1)]
     for folder, gaps in zip(put_all(rows, tmp_path), ((0, 0), (1, 3), (0.1, -0.3), (0.8, 3.2)), strict=True):
         lines = ({"step": step, "loss": 9 - step + gap, "tokens": 128} for step, gap in enumerate(gaps))
@@ -1525,7 +1525,7 @@ def test_the_work_on_200_runs_is_a_few_passes_over_each(monkeypatch: pytest.Monk
 
 
 def test_a_random_search_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every arm its own: combinations of arms outnumber runs by far, and walking them would not end."""
+    """Each run is an arm of its own: there are far more combinations of arms than runs, too many to walk through."""
     rng = random.Random(0)
     keys = ("optimizer.lr", "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.eps", "init.std")
     rows = [run(*(f"{key}={rng.uniform(0.001, 1):.6f}" for key in keys), loss=rng.random()) for _ in range(60)]

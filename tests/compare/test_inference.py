@@ -43,7 +43,7 @@ WAYS: dict[str, Callable[[Sequence[float]], Interval]] = {
     "open": open_ended,
 }
 way = pytest.mark.parametrize("infer", WAYS.values(), ids=WAYS)
-# steps of a thousandth: sums of squares neither vanish nor lose what tells one difference from another
+# multiples of 0.001, so that sums of squares neither vanish nor lose the differences' digits
 differences = st.lists(st.integers(-(10**6), 10**6).map(lambda value: value / 1000), min_size=3, max_size=12)
 
 
@@ -110,7 +110,7 @@ def test_the_farther_from_zero_the_smaller_p(infer: Any, values: list[float]) ->
 
 
 def infer_at_end(infer: Any, values: np.ndarray) -> float:
-    """The p of one look alone: what an earlier look saw need not fall as the mean of all grows."""
+    """The p of the last look alone: an earlier look's p need not fall as the mean of all grows."""
     return open_ended(values, [len(values)]).p if infer is open_ended else declared(values, [len(values)]).p
 
 
@@ -188,7 +188,7 @@ def test_only_the_looks_taken_count() -> None:
     [(range(3, 11), 0.0123), (range(2, 11), 0.0101), (range(3, 31), 0.0062), ((5, 10), 0.0286), ((5, 10, 20), 0.0198)],
 )
 def test_nominal_p_is_the_simulated_one(looks: Sequence[int], known: float) -> None:
-    """The prototype's simulated values (issue 15), and a simulation here of what the looks err by."""
+    """The prototype's simulated values (issue 15), and the looks' rate of errors, simulated here."""
     q = inference.nominal(tuple(looks))
     assert q == pytest.approx(known, rel=0.035)
     drawn = np.random.default_rng(0).standard_normal((100_000, max(looks)))

@@ -134,7 +134,7 @@ def test_a_better_arm_is_a_bound_and_the_inverse_of_the_worse_one(tmp_path: Path
 
 
 def test_before_the_first_validation_there_is_only_a_bound(tmp_path: Path) -> None:
-    """The arm ends above where the baseline's curve begins: its factor is below that place, no interval pretends."""
+    """The arm ends above the baseline's first point: its factor is below that point's, and no interval says more."""
     base, arm = [law()] * 3, [law(0.02), law(0.021), law(0.019)]
     found = effect(rows := trained(tmp_path, {"true": base, "false": arm}), TIE, "val_loss")
     assert found.steps_factor_ci95 is not None
@@ -238,7 +238,7 @@ def test_what_a_schedule_hides_is_said(tmp_path: Path) -> None:
 
 
 def test_the_shared_error_is_a_jackknife() -> None:
-    """By loops; and of factors whose seeds all have the parts' noise in common it is all of that noise."""
+    """Equal to a computation by loops; if all seeds share the parts' noise, the shared error is all of that noise."""
     rng = np.random.default_rng(3)
     factors = rng.normal(0, 1, (4, 6))
 

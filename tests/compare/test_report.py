@@ -122,7 +122,7 @@ def leave(folder: Path, facts: dict[str, Any], steps: int = 20) -> Path:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep whose arms, names, errors, command and folders are made to break out of wherever they are put."""
+    """A sweep whose arms, names, errors, command and folders would break out of any markup."""
     folder = tmp_path_factory.mktemp("hostile") / "s#w?e%e<p>"
     for number, (arm, name) in enumerate(zip(HOSTILE, FOLDERS, strict=True)):
         for seed in (1, 2):
@@ -309,7 +309,7 @@ class TestFiles:
             assert f"- {report.verdict_text(item.verdict)} {item.text.replace('<', '&lt;')}" in lines
 
     def test_columns_of_numbers_stand_to_the_right(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Each column says itself whether it is one, so that a new one puts no other out of line."""
+        """Each column says itself whether it holds numbers, so that a new one cannot misalign another."""
         for tie in ("true", "false"):
             leave(tmp_path / tie, summary(7, f"model.tie_weights={tie}"))
         comparison = compare.compare(compare.read([tmp_path]))
@@ -377,7 +377,7 @@ class TestFiles:
         assert ",nan" not in report.table(comparison)
 
     def test_a_folder_of_any_name(self, tmp_path: Path) -> None:
-        """Also one whose name is no text, as a disk from elsewhere may have it."""
+        """Also a folder whose name is not UTF-8, as on a disk from elsewhere."""
         folder = tmp_path / os.fsdecode(b"\xff\xfe")
         leave(folder, summary(1))
         conclude.write(compare.compare(compare.read([tmp_path])), tmp_path / "out")
@@ -447,7 +447,7 @@ class TestEnds:
         assert "gpt2exp-compare" in line
 
     def test_arms_of_different_length_and_batch(self, tmp_path: Path) -> None:
-        """Curves are laid over tokens where a step does not cost the same."""
+        """Curves are drawn over tokens if steps differ in tokens."""
         for seed in (1, 2):
             for size, steps in (("4", 20), ("8", 10)):
                 facts = summary(seed, f"train.batch_size={size}", steps=steps, tokens=20 * 128)
@@ -545,7 +545,7 @@ class TestEscaping:
     @example("*a* _b_ `c` [d](e) ![f](g) ~~h~~ <b>i</b> &amp; j|k \\* ^l^")
     @settings(deadline=None, max_examples=30)
     def test_any_text_stays_itself(self, text: str) -> None:
-        """Through Markdown, as an item and as a cell, to the page."""
+        """From Markdown, as an item and as a cell, to the page."""
         said = f"x{terminal.printable(text)}x"
         lines = [f"- {report.escaped(said)}", "", "| h |", "| --- |", f"| {report.escaped(said)} |"]
         page = _parsed(report.page("\n".join(lines), "x", Path()))
@@ -618,7 +618,7 @@ addEventListener("load", () => {
 FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><body style="margin:0">
 <script>addEventListener("message", event => {{ document.body.dataset.probe = event.data; }});</script>
 <iframe src="probed.html" style="border:0;width:{width}px;height:900px"></iframe></body>"""
-"""Headless windows are never narrower than 500 pixels; a frame is."""
+"""Headless windows are never narrower than 500 pixels; a frame can be."""
 
 
 def chromium(page: Path, profile: Path, *flags: str, dark: bool = False, width: int = 1600) -> Done:
@@ -631,7 +631,7 @@ def chromium(page: Path, profile: Path, *flags: str, dark: bool = False, width: 
 
 
 def probe(page: Path, tmp_path: Path, *, dark: bool, width: int) -> dict[str, Any]:
-    """Measure a copy of a page, beside it for its links' sake, in a frame of some width."""
+    """Measure a copy of a page in a frame of some width; it lies beside the page, so that links work."""
     html = re.sub(r"<meta http-equiv=.Content-Security-Policy.[^>]*>", "", page.read_text())
     copy, frame = page.with_name("probed.html"), page.with_name("frame.html")
     copy.write_text(html.replace("</body>", PROBE))
@@ -687,7 +687,7 @@ class TestChromium:
             assert pixels.std() > 0.03
 
     def test_the_watch_sees_what_it_should(self, tmp_path: Path) -> None:
-        """The same probes on a page that errs, loads and overflows."""
+        """The same probes find the faults of a page that errs, loads and overflows."""
         bad = tmp_path / "bad.html"
         bad.write_text(
             "<!doctype html><body><div style='width:3000px'>x</div><img src='http://127.0.0.1:9/x.png'></body>"
@@ -793,7 +793,7 @@ def _calls(folder: Path, seeds: int) -> Counter[tuple[Any, Any]]:
 
 def test_work_grows_no_faster_than_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No function is called more than in proportion to the runs; a sweep's list of its jobs is read a few times."""
-    monkeypatch.setattr(figures.Figure, "savefig", lambda *_, **__: None)  # painted all the same
+    monkeypatch.setattr(figures.Figure, "savefig", lambda *_, **__: None)  # still painted, but not saved
     _calls(tmp_path / "first", 10)  # imports
     small, middle, large = (_calls(tmp_path / str(seeds), seeds) for seeds in (10, 20, 40))
     more = {pair: (small[pair], middle[pair], count) for pair, count in large.items()}

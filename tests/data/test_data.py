@@ -33,7 +33,7 @@ def text(path: Path | str) -> DataConfig:
 
 
 def numbered(count: int) -> tokens.Tokens:
-    """Tokens that say where they are."""
+    """Tokens whose values are their positions."""
     return np.arange(count, dtype="<u2")
 
 
@@ -187,7 +187,7 @@ def test_no_global_random_state_moves(order: DataOrder) -> None:
 
 @pytest.mark.parametrize("order", list(DataOrder))
 def test_a_batch_fetched_ahead_is_the_one_asked_for(order: DataOrder) -> None:
-    """Also across an epoch's end, and where another was fetched than is asked for."""
+    """Also across an epoch's end, and if another batch was prefetched than is read."""
     plain, ahead = batches(90, 2, 8, order), batches(90, 2, 8, order)
     for number, fetched in [(0, 0), (1, 1), (4, 4), (5, 5), (6, 2), (7, 8)]:
         ahead.prefetch(fetched)

@@ -112,7 +112,7 @@ def test_a_stretch_without_white_space_is_kept_whole() -> None:
 
 @pytest.mark.parametrize("unit", [" ", "\n", "\r\n", "\u3000\t", "\x1c"])
 def test_a_long_run_of_white_space(unit: str) -> None:
-    """Up to where tiktoken's regular expression gives up, what it makes of them; beyond, the same by the rule."""
+    """As tiktoken up to the length at which its regular expression fails; beyond, by the same rule."""
     for run in (tokens.LONG - 2, tokens.LONG, tokens.LONG + 2):
         for before, after in (("x", "x"), ("", "'s"), ("x ", ".5  y"), ("x", "")):
             whole = before + unit * (run // len(unit)) + after
@@ -221,7 +221,7 @@ def test_a_folder_may_mix_them(tmp_path: Path, cold: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.gz", "a.txt", "a"])
 def test_packed_text_is_read_as_plain(name: str, tmp_path: Path, cold: Path) -> None:
-    """Whatever its name, in several members too; its hash is that of the file."""
+    """Whatever its name, also with several members; its hash is that of the file."""
     content = gzip.compress(b"to be or ") + gzip.compress(b"not to be")
     (tmp_path / name).write_bytes(content)
     source = tokens.prepare(text(tmp_path / name))
@@ -231,7 +231,7 @@ def test_packed_text_is_read_as_plain(name: str, tmp_path: Path, cold: Path) -> 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_a_byte_order_mark_is_no_text(pack: Callable[[bytes], bytes], tmp_path: Path, cold: Path) -> None:
-    """Of each file of a folder; one in the midst of a text stays."""
+    """It is dropped at the start of each file of a folder; inside a text it stays."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for name, content in {"a.txt": "to\ufeff be", "b.txt": "or not", "c.jsonl": '{"text": "x"}'}.items():
@@ -247,7 +247,7 @@ def test_a_byte_order_mark_is_no_text(pack: Callable[[bytes], bytes], tmp_path: 
 def test_a_literal_end_of_text_is_noted_with_how_to_part(
     tmp_path: Path, cold: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once, with the count and a command that a shell takes; what that makes has the sources."""
+    """Said once, with the count and a command for a shell; the file that it makes has the documents."""
     path = tmp_path / "my stories.txt"
     path.write_text("to be<|endoftext|>or not\n<|endoftext|>" + "naïve " * 300_000 + "<|endoftext|>")
     source = tokens.prepare(text(path))
@@ -272,7 +272,7 @@ def test_a_literal_end_of_text_is_noted_with_how_to_part(
 
 
 def test_linked_folders_are_read_once(tmp_path: Path, cold: Path) -> None:
-    """Without end where links go in a circle; a real folder is known by its own name."""
+    """A circle of links is no endless loop; a real folder has its own name."""
     folder, other = tmp_path / "texts", tmp_path / "other"
     for place, content in {folder / "m" / "a": "real", other / "b": "linked", other / ".git" / "c": "no"}.items():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -343,7 +343,7 @@ def test_max_tokens(most: int, tmp_path: Path, cold: Path) -> None:
 def test_what_is_no_text_is_refused(
     name: str, content: bytes | dict[str, list[Any]], complaint: str, tmp_path: Path, cold: Path
 ) -> None:
-    """Also far behind where tokens were written already."""
+    """Also far into a file, after tokens were written."""
     path = tmp_path / name
     path.write_bytes(content) if isinstance(content, bytes) else parquet.write_table(table(**content), path)
     with pytest.raises(BadRequest, match=complaint) as refusal:
@@ -446,7 +446,7 @@ def test_parquet_without_its_library(tmp_path: Path, cold: Path, monkeypatch: py
 
 
 def test_a_plain_texts_hash_is_what_it_always_was(tmp_path: Path, cold: Path) -> None:
-    """Runs of earlier versions are resumed by it."""
+    """Runs of earlier versions are resumed by it, so it must not change."""
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "b.txt").write_bytes(b"to be")
@@ -499,7 +499,7 @@ def test_a_text_is_read_once_and_a_change_is_noticed(
     assert opened == ["a", "b"]
     assert tokens.prepare(text(folder)) == first
     assert opened == ["a", "b"]
-    (folder / "b").write_text("or is it bad")  # as long, and the date says so
+    (folder / "b").write_text("or is it bad")  # of the same length: only the date tells
     os.utime(folder / "b", (2e9, 2e9))
     second = tokens.prepare(text(folder))
     assert second.sha256 != first.sha256
@@ -557,7 +557,7 @@ for path in sys.argv[1:]:
 
 
 def test_killed_while_it_tokenises(tmp_path: Path, cold: Path) -> None:
-    """Nothing of it is ever used, and the next one that tokenises anything clears it away."""
+    """Its folder is never used, and the next process that tokenises any text deletes it."""
     (tmp_path / "a.txt").write_text("Before we proceed any further, hear me speak.")
     code = "import os, sys, numpy; from gpt2exp.data import tokens; from gpt2exp.config import DataConfig, DataName; "
     code += "numpy.save = lambda *_: os.kill(os.getpid(), 9); "  # the counts' turn, after the tokens were written
@@ -658,7 +658,7 @@ COMMIT = "a" * 40
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as loading a dataset of one file asks for."""
+    """The part of the Hub that loading a dataset of one file needs."""
 
     protocol_version = "HTTP/1.1"
     file = "data/train.jsonl"
@@ -707,7 +707,7 @@ def endpoint() -> Iterator[str]:
 
 
 def test_the_hub_is_asked_once(endpoint: str, tmp_path: Path, cold: Path) -> None:
-    """Its commit is recorded, and later starts need no network; what it has not is said by name."""
+    """Its commit is recorded, and later starts need no network; what it lacks is named."""
     code = """
 import json, sys
 from gpt2exp.data import assets, tokens

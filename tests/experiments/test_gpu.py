@@ -82,7 +82,7 @@ def test_without_a_card_it_says_so(gpu: Any, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_stage_that_did_not_end_is_told_of(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And keeps no other from running; results that were there before stay."""
+    """It does not keep the others from running; earlier results stay."""
 
     def broken(_: Any) -> Any:
         raise RuntimeError("no kernel image")

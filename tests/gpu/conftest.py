@@ -27,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), CARD])
 def slowly(request: pytest.FixtureRequest) -> Any:
-    """Both, where the CPU takes seconds, or other tests have that part already."""
+    """Both, the CPU as a slow test: it takes seconds, or other tests have that part."""
     if request.param == "cpu" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     return request.param

@@ -139,7 +139,7 @@ def test_batches_copied_ahead_are_the_batches(device: str, monkeypatch: pytest.M
         on_card, config = job.batches, RunConfig(train=job.config)
         on_host = Windows(on_card.training, config.train, config.data, 0, torch.device("cpu"))
         job.step()
-        assert (on_card._ahead is None) == (device == "cpu")  # a step leaves the next one's on its way
+        assert (on_card._ahead is None) == (device == "cpu")  # a step has begun to copy the next batch
         for number in range(1, 100):
             x, y = on_card.train(number)
             on_card.prefetch(number + 1)

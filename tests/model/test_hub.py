@@ -134,7 +134,7 @@ def test_what_the_table_does_not_know_is_neither_exported_nor_loaded(saved: dict
 def test_a_checkpoint_of_another_versions_model_is_not_guessed_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither exported, sampled from nor gone on with; a key that only moved stands in no way."""
+    """Such a run is not exported, sampled from or resumed; a key that only moved is no obstacle."""
     place = trained()
     (folder,) = record.saved(place).values()
     state = checkpoint.read(folder).state
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_versions_model_is_not_guessed_at(
 
 
 def test_a_checkpoint_goes_on_as_the_model_it_is(tmp_path: Path) -> None:
-    """Heads change no shape: the weights fit, and would be another model's."""
+    """The number of heads changes no shape: the weights would fit a wrong model."""
     place = trained()
     path = place / ".hydra" / "config.yaml"
     path.write_text(path.read_text().replace("n_head: 2", "n_head: 4"))
@@ -244,7 +244,7 @@ def test_half_precision_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_names_and_shapes_of_the_four_sizes(size: str) -> None:
-    """What a file is held to are the names and shapes of transformers, and who mistakes the size is told it."""
+    """A file's names and shapes are compared with transformers'; for a wrong size the error names the right one."""
     from gpt2exp.sweep import request
     from gpt2exp.sweep.composing import arguments
 
@@ -261,7 +261,7 @@ def test_names_and_shapes_of_the_four_sizes(size: str) -> None:
 
 
 def test_lm_head_torn_from_wte_is_noticed(saved: dict[bool, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check is of the model itself: a loader that gave a tied head a tensor of its own would be caught."""
+    """The model itself is checked: a loader that gave a tied head a separate tensor would be caught."""
 
     def careless(gpt: GPT, weights: dict[str, Tensor]) -> None:
         gpt.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]}, strict=True)
@@ -276,7 +276,7 @@ def test_lm_head_torn_from_wte_is_noticed(saved: dict[bool, Path], monkeypatch: 
 def test_the_first_loss_is_the_one_transformers_computes(
     tie: bool, saved: dict[bool, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The done-condition: on the run's own first batch; and what is recorded and printed of head and embedding."""
+    """On the run's own first batch; also what is recorded and printed of head and embedding."""
     words = ["init=pretrained", f"init.path={saved[tie]}", f"model.tie_weights={str(tie).lower()}"]
     assert launch.command([*QUIET, *words]) == 0
     out = capsys.readouterr().out
@@ -324,7 +324,7 @@ def test_from_scratch_against_pretrained_in_one_line(saved: dict[bool, Path], tm
 
 
 class Evil:
-    """Leaves a trace where a pickle of it is opened."""
+    """Leaves a trace if its pickle is opened."""
 
     def __reduce__(self) -> tuple[object, tuple[str, ...]]:
         """Run code."""
@@ -432,7 +432,7 @@ def test_refused_before_anything_is_written(
 
 
 def test_a_head_of_its_own_trains_untied(saved: dict[bool, Path], tmp_path: Path) -> None:
-    """The remedy that a differing head is answered with works."""
+    """The remedy in the error about a differing head works."""
     shutil.copytree(saved[True], tmp_path / "bad")
     spoilt(tmp_path / "bad", "other head")
     assert launch.command([*QUIET, "init=pretrained", "init.path=bad", "model.tie_weights=false"]) == 0
@@ -442,18 +442,18 @@ def test_a_head_of_its_own_trains_untied(saved: dict[bool, Path], tmp_path: Path
 
 
 class Hub(http.server.SimpleHTTPRequestHandler):
-    """As much of huggingface.co as serves one model, `someone/tiny`, from a folder."""
+    """The part of huggingface.co that serves one model, `someone/tiny`, from a folder."""
 
     folder: Path
     asked: list[str]
     commit = "a" * 40
 
     def do_HEAD(self) -> None:
-        """A file's facts."""
+        """Answer with a file's headers."""
         self.answer(body=False)
 
     def do_GET(self) -> None:
-        """A file, or what the model consists of."""
+        """Answer with a file, or with the list of the model's files."""
         self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:
@@ -486,12 +486,12 @@ class Hub(http.server.SimpleHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Quietly."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def served(saved: dict[bool, Path], tmp_path: Path) -> Iterator[http.server.ThreadingHTTPServer]:
-    """The model behind an address, with more beside it than is needed."""
+    """The address of a server with the model and with files that are not needed."""
     Hub.folder, Hub.asked = as_saved(saved[True], tmp_path / "remote", "shards"), []
     (Hub.folder / "pytorch_model.bin").write_bytes(b"large")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -501,7 +501,7 @@ def served(saved: dict[bool, Path], tmp_path: Path) -> Iterator[http.server.Thre
 
 
 def test_a_hub_id(served: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
-    """The needed files alone are fetched, once; then the cache is enough, with nothing at the other end."""
+    """Only the needed files are fetched, once; then the cache is enough, without a server."""
     address = f"http://127.0.0.1:{served.server_address[1]}"
     around = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     words = [*QUIET, "init=pretrained", "init.path=someone/tiny"]
@@ -569,7 +569,7 @@ def test_an_exported_run_is_the_same_model_there(words: tuple[str, ...], tmp_pat
 
 
 def test_the_pipeline_writes_text_and_the_tokenizer_is_gpt2s(tmp_path: Path) -> None:
-    """The done-condition, offline."""
+    """Offline."""
     shutil.copy(__file__, tmp_path / "mine.txt")
     place, out = trained("train.steps=5", "data=text", f"data.path={tmp_path / 'mine.txt'}"), tmp_path / "out"
     assert export.command([str(place), str(out)]) == 0
@@ -587,7 +587,7 @@ def test_the_pipeline_writes_text_and_the_tokenizer_is_gpt2s(tmp_path: Path) -> 
 
 
 def test_export_refused(tmp_path: Path, saved: dict[bool, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, code 2, and what lay there before is as it was."""
+    """One line, code 2, and the folder is not changed."""
     place = trained("data=text", f"data.path={Path(__file__)}", "model.vocab_size=50256")
     assert launch.command([*QUIET, "hydra.run.dir=sweep/000"]) == 0
     Path("sweep/sweep.json").write_text('{"jobs": [["seed=1"]]}')
@@ -618,7 +618,7 @@ def test_export_refused(tmp_path: Path, saved: dict[bool, Path], capsys: pytest.
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The one before is exported, and that is said; with none whole there is nothing to export."""
+    """The one before it is exported, with a warning; if none is whole, nothing is exported."""
     place = trained("train.steps=4", "checkpoint.every=2")
     newest, older = place / "checkpoints/step_000004", place / "checkpoints/step_000002"
     with (newest / "model.safetensors").open("r+b") as file:

@@ -62,7 +62,7 @@ def saver(run: Path, from_step: int = 0, *, background: bool = False, **config: 
 
 
 def names(run: Path) -> list[str]:
-    """What lies in the folder of checkpoints."""
+    """The names in the folder of checkpoints."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
@@ -131,7 +131,7 @@ class TestWhatIsWritten:
 
 
 class TestDamage:
-    """Every byte is checked, and the checkpoint before stands in."""
+    """Every byte is checked, and the checkpoint before it is used instead."""
 
     @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "state.json"])
     @pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "remove"])
@@ -173,7 +173,7 @@ class TestDamage:
 
 
 class TestSaver:
-    """Through a run."""
+    """Saving during a run."""
 
     @pytest.mark.parametrize("background", [False, True])
     def test_it_keeps_the_newest(self, tmp_path: Path, background: bool) -> None:
@@ -218,7 +218,7 @@ class TestSaver:
         assert (tmp_path / "checkpoints" / "step_000001").stat().st_ino == before
 
     def test_weights_that_are_no_numbers_are_not_saved(self, tmp_path: Path) -> None:
-        """The last good checkpoint would go to make room for one that is worth nothing."""
+        """Else the last good checkpoint would be deleted for a worthless one."""
         writing = saver(tmp_path, keep=1)
         writing.save(tensors(), tensors(), {"step": 1})
         writing.save(tensors(float("nan")), tensors(), {"step": 2})
@@ -256,7 +256,7 @@ class TestTrouble:
         logging.getLogger("gpt2exp").propagate = True
         if not known:
             monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 2**40))
-        monkeypatch.setattr(checkpoint, "SPARE", 20_000)  # a disk this small has not the usual one
+        monkeypatch.setattr(checkpoint, "SPARE", 20_000)  # the usual reserve is larger than this disk
         writing = saver(small_disk)
         writing.save(tensors(), tensors(), {"step": 1})
         for step in (2, 3):
@@ -282,7 +282,7 @@ class TestTrouble:
         assert found is not None
 
     def test_a_disk_without_room_is_not_filled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The metrics need what is left."""
+        """The room that is left is for the metrics."""
         free = checkpoint.SPARE + checkpoint._bytes(tensors(), tensors())
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         save(tmp_path, 1)
@@ -299,7 +299,7 @@ class TestTrouble:
         assert "training goes on" in caplog.text
 
     def test_permission_lost(self) -> None:
-        """As a user whom the system can refuse, which it cannot do to root."""
+        """As a user other than root, who may write everywhere."""
         if os.geteuid() != 0:
             pytest.skip("needs root to become another user")
         script = """

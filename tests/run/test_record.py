@@ -63,7 +63,7 @@ def test_a_run(tmp_path: Path) -> None:
 
 
 def test_times_are_added_up_over_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start-up from the process's beginning to the training's, then training; a part that went before counts."""
+    """Start-up lasts from the process's start to the first step, then training; an earlier part is added."""
     now = 100.0
     monkeypatch.setattr("gpt2exp.run.record.time.monotonic", lambda: now)
     before = {"from_step": 0, "started": "2026-01-01T00:00:00+00:00", "startup": 2.0, "train": 30.0}

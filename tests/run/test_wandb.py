@@ -207,7 +207,7 @@ class TestVariables:
         assert sorted(tmp_path / "here" / word for word in sync.split()[4:]) == kept
 
     def test_a_run_that_goes_on(self, tmp_path: Path) -> None:
-        """It is a new run in wandb, of the project it began with; the line says what is passed over."""
+        """It is a new run in wandb, in the project it began with; the line names the variables that are not used."""
         first = run(tmp_path / "here", *SMALL, "train.steps=2", "checkpoint.save_last=true", WANDB_RUN_ID="abc")
         assert first.returncode == 0
         folder = the_run(tmp_path / "here")
@@ -430,7 +430,7 @@ class TestFailingWandb:
 
     @pytest.mark.slow
     def test_a_wrong_key(self, tmp_path: Path) -> None:
-        """A server that knows nobody by it: offline, the key nowhere."""
+        """The server refuses the key: the run is offline, and the key is in no file."""
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         surroundings = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": KEY}
@@ -493,7 +493,7 @@ class TestFailingWandb:
 
 
 class Stranger(http.server.BaseHTTPRequestHandler):
-    """A server to which everybody is unknown."""
+    """A server that refuses every key."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -507,7 +507,7 @@ class Stranger(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST  # noqa: N815
 
     def log_message(self, *_: object) -> None:
-        """Nothing to say."""
+        """Print nothing."""
 
 
 def core(parent: int) -> int:

@@ -345,7 +345,7 @@ def test_a_device_that_is_not_there(bad: Bad, world: Path, capsys: pytest.Captur
 
 
 def test_a_text_without_permission(world: Path) -> None:
-    """As a user who is not root, to whom everything is permitted."""
+    """As a user other than root, who may write everywhere."""
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
     (world / "private.txt").write_text("text" * 200)

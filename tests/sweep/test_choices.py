@@ -90,7 +90,7 @@ def write(folder: Path, code: str = CODE, files: dict[str, str] = FILES) -> Path
 
 @pytest.fixture(autouse=True)
 def _nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Neither what may run here, nor where Python looks for modules."""
+    """After each test, no code may run here, and Python looks for modules where it did."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     choices.allow()
@@ -258,7 +258,7 @@ def end_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_it_goes_on_bit_for_bit_from_elsewhere(tmp_path: Path) -> None:
-    """Every kind at once; the optimizer keeps numbers and a tensor of another shape. Without leave no code is run."""
+    """All kinds at once; the optimizer keeps numbers and a tensor of another shape. Without permission no code runs."""
     write(tmp_path / "here" / "mine")
     args = [
         "--config-dir",
@@ -299,7 +299,7 @@ def test_killed_it_goes_on_bit_for_bit_from_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [[], pytest.param(["hydra/launcher=workers"], marks=pytest.mark.slow)])
 def test_a_sweep_ends_in_verdicts(how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The comparison is made again without the code, and tells a changed one."""
+    """The comparison can be made again without the code, and refuses runs of changed code."""
     folder = tmp_path / "work"
     write(folder / "mine")
     asked = ["--config-dir", "mine", *SMALL, "metric=spread", "train.steps=4", QUIET]
@@ -354,7 +354,7 @@ def test_a_run_from_python_takes_them(mine: Path) -> None:
 def test_samples_and_exports_run_no_code_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An optimizer is none of their business, a slot's class is a sample's, and Hugging Face has none of it."""
+    """Neither runs an optimizer's code; sampling runs a slot's class, and the export refuses it."""
     for name, typed in (("first", "optimizer=lion"), ("second", "model/mlp=swiglu")):
         args = [*SMALL, typed, "train.steps=1", "checkpoint.save_last=true", QUIET, f"hydra.run.dir={name}"]
         assert run(tmp_path, "--config-dir", str(EXAMPLES), *args).returncode == 0

@@ -87,13 +87,13 @@ def test_how_often_hydra_composes(words: list[str], expected: int, monkeypatch: 
 
 
 def test_tokens_per_step_as_an_axis() -> None:
-    """What the first job's makes of `grad_accum_steps` is not the next one's."""
+    """The value of `grad_accum_steps` that the first job gets is not the next job's."""
     jobs = request.new_request(composing.arguments(["-m", "model=nano", "train.tokens_per_step=256,512,128"])).jobs
     assert [job.config.train.grad_accum_steps for job in jobs] == [2, 4, 1]
 
 
 def test_a_bad_value_in_the_last_job() -> None:
-    """It is refused though Hydra composed the first alone."""
+    """It is refused, though Hydra composed only the first job."""
     with pytest.raises(section.BadRequest, match=r"^train\.seq_len=4096: "):
         request.new_request(composing.arguments(["-m", "model=gpt2", "train.seq_len=32,64,4096"]))
 

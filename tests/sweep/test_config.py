@@ -45,7 +45,7 @@ def test_defaults_are_the_schemas() -> None:
 
 
 def test_nothing_of_one_request_is_in_the_next() -> None:
-    """What is made once for all of a process's requests stays as it was."""
+    """A request does not change what is cached for all requests of the process."""
     first = only("optimizer=sgd", "optimizer.lr=1", "optimizer.momentum=0.5", "wandb.tags=[a]", "train.steps=7")
     first.wandb.tags.append("b")
     today, _ = schema.stored({"optimizer": {"name": "sgd"}})
@@ -242,7 +242,7 @@ class TestAsMeant:
 
 
 def test_hydra_has_nothing_to_warn_of() -> None:
-    """No setting of ours is one that Hydra 1.4 takes away."""
+    """We use no setting that Hydra 1.4 removes."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make("-m", "seed=1,2")
@@ -416,7 +416,7 @@ def test_only_first_line_takes_the_first_line() -> None:
 
 
 def test_errors_without_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What cannot be read or met is named by its kind where it says nothing."""
+    """An error that has no text is named by its type."""
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text("seed: 1")
 
@@ -447,7 +447,7 @@ def test_estimate_grows_with_the_request() -> None:
 
 
 def test_a_stored_configuration_is_read_under_todays_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it lacks has the default, what is no key is given back, what moved is in its place."""
+    """A missing key has its default, an unknown one is returned, a moved one is in its new place."""
     recorded = schema.plain(RunConfig(seed=5))
     del recorded["model"]["tie_weights"], recorded["sweep"]
     recorded["model"]["old"] = {"deep": 1}

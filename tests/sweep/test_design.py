@@ -354,7 +354,7 @@ class TestDesign:
         assert before != drawn
 
     def test_a_pair_that_failed_is_dropped(self, swept: Path, tmp_path: Path) -> None:
-        """Of a design's runs, and none of those that it never had."""
+        """Counted among the runs that the design has, not among those that it never had."""
         import shutil
 
         from gpt2exp.compare.comparison import compare

@@ -143,7 +143,7 @@ def running(below: Path, jobs: int) -> list[int]:
 
 @contextlib.contextmanager
 def meanwhile(act: Callable[[], object]) -> Iterator[None]:
-    """`act` in a thread beside the block."""
+    """Run `act` in a thread while the block runs."""
     thread = threading.Thread(target=act)
     thread.start()
     yield
@@ -159,7 +159,7 @@ def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same(sweep: Path, basic: Path) -> None:
-    """The same losses bit for bit and the same verdicts on them, with speeds that nobody will take for quiet ones."""
+    """The same losses bit for bit and the same verdicts on them, and the speeds are not compared."""
     ours, theirs = run_folders(sweep), run_folders(basic)
     assert [folder.name for folder in ours] == [folder.name for folder in theirs]
     assert [losses(folder) for folder in ours] == [losses(folder) for folder in theirs]
@@ -241,7 +241,7 @@ def test_a_stopped_sweep_leaves_no_worker_at_work(parallel: tuple[Path, Path], t
 
 
 def test_a_signal_calls_first_once() -> None:
-    """And it raises what it was, whatever a launcher makes of the interruption on the way."""
+    """The original interruption is raised, whatever a launcher raises in its place."""
     told: list[int] = []
 
     def launch() -> None:
@@ -329,7 +329,7 @@ def test_a_preempted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_under_slurm_sigterm_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It saves and goes on; SIGUSR2 ends the block, and then reaches whose it was, once for any number."""
+    """It saves and goes on; SIGUSR2 ends the block, and then its own handler gets it, once however often it came."""
     told: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: told.append(number))
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
@@ -395,7 +395,7 @@ def test_the_script_that_slurm_gets(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[int, str, str]]:
-    """Seven rates by Optuna, between what hardly learns and what cannot."""
+    """Seven rates by Optuna, from too low to too high."""
     folder = tmp_path_factory.mktemp("search")
     rates = "optimizer.lr=tag(log,interval(1e-3,1e6))"
     more = ["data.val_fraction=0.001", "train.steps=6", "hydra.sweeper.n_trials=7"]
@@ -405,7 +405,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[int, s
 
 @pytest.mark.slow
 def test_search(search: tuple[Path, tuple[int, str, str]]) -> None:
-    """A rate that diverges is told to Optuna as the worst there is, and the search goes on to its best."""
+    """Optuna is told that a rate that diverges is the worst, and the search goes on."""
     sweep, (code, out, _) = search
     summaries = [read(folder / "summary.json") for folder in run_folders(sweep)]
     states = [summary["state"] for summary in summaries]

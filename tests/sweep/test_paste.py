@@ -66,7 +66,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def bash(line: str) -> list[str]:
-    """The words that a command printed and pasted is made of, as bash parts them."""
+    """The words of a printed command, as bash splits it."""
     show = f"{shlex.quote(sys.executable)} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
     done = subprocess.run(["bash", "-c", f"{show} {line}"], capture_output=True, text=True, check=True)
     words: list[str] = json.loads(done.stdout)
@@ -74,7 +74,7 @@ def bash(line: str) -> list[str]:
 
 
 def said(request: list[str]) -> str:
-    """What a request to go on is refused with."""
+    """The line that refuses a `resume=`."""
     with pytest.raises(BadRequest) as refused:
         resume.resumed_request(arguments(request))
     return str(refused.value)
@@ -88,7 +88,7 @@ def test_a_plain_command_stays_plain() -> None:
 
 @pytest.mark.parametrize("name", ["a=b, c", "[x] it's", '"', "~", "~root", "-m", "2024_01_15", "$HOME"])
 def test_resume(name: str, here: Path) -> None:
-    """Pasted it names the very folder, and so does the hint after a folder above it was named."""
+    """Pasted, it names the same folder; so does the hint after a folder above it was named."""
     folder = here / name
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "config.yaml").write_text("seed: [")

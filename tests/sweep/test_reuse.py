@@ -36,12 +36,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(base: Path, *more: str) -> list[str]:
-    """A later sweep's, which has one of the two arms and a seed more."""
+    """The overrides of a later sweep, which has one of the two arms and one more seed."""
     return [*MORE, *TINY, f"data.path={base.parents[2] / 'text.txt'}", f"sweep.reuse={base}", *more]
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
-    """What is run from here on: seed and learning rate."""
+    """The runs that are trained from here on: seed and learning rate."""
     begun: list[tuple[int, float]] = []
     real = launch.run_folder
 
@@ -73,7 +73,7 @@ def later(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_there_is_not_run(base: Path, later: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is taken keeps its figures; the sweep is gone on with as any."""
+    """A reused run keeps its figures; the sweep can be resumed as any other."""
     sweep = shutil.copytree(later, tmp_path / "sweep")
     for seed in (1, 2):
         (mine,), (theirs,) = (folder.glob(f"*lr=0.001,seed={seed}") for folder in (sweep, base))
@@ -99,7 +99,7 @@ def test_dry(base: Path, tmp_path: Path) -> None:
 
 
 def test_until_it_is_answered(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A seed whose runs are elsewhere is not thereby begun."""
+    """A seed is not begun because its runs exist in another sweep."""
     begun = counted(monkeypatch)
     asked = [word for word in words(base) if not word.startswith("seed=")]
     assert here(tmp_path, *asked, "sweep.until=answered", "sweep.max_seeds=3")[0] == 0

@@ -168,7 +168,7 @@ def test_with_workers(whole: tuple[Path, str], tmp_path: Path) -> None:
 
 
 def test_a_worker_looks_before_it_begins(whole: tuple[Path, str]) -> None:
-    """Of a sweep that has ended no further seed is begun; of one that goes on any is."""
+    """If the sweep has ended, no further seed is begun; if it goes on, any seed is."""
     sweep, _ = whole
     last = len(end_of(sweep)[0])
     assert launch._needless_seeds(sweep) == set(range(last + 1, 9))

@@ -105,7 +105,7 @@ def test_trains_as_the_plain_path(path: str, tie: bool) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_train_as_the_plain_path() -> None:
-    """With all else; alone they do in test_card.py."""
+    """Together with the other fast paths; test_card.py has compiled blocks alone."""
     expected, _ = plain(True)
     job = fast(True, compile=True, **LEVERS)
     try:
@@ -230,7 +230,7 @@ def test_padding_shows_nowhere(tie: bool) -> None:
 
 
 class TestSettling:
-    """What `auto` comes to, by the estimate."""
+    """The value that `auto` gets, by the estimate."""
 
     HERE = setup.Hardware("cpu")
 

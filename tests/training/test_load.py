@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(load.waited() is None, reason="this system does 
 
 @pytest.fixture
 def shared_core() -> Iterator[None]:
-    """A busy process on a core to which what this test starts is bound too."""
+    """A busy process on one core; this thread and what it starts are bound to the same core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})  # of this thread, and of what it starts
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])

@@ -136,7 +136,7 @@ def test_in_a_thread(here: Path) -> None:
 
 
 def test_a_notebook_gets_plain_lines(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each once: its stream calls itself a terminal, and moves no cursor."""
+    """Each line is printed once: a notebook's stream says it is a terminal, but cannot move a cursor."""
 
     class Notebook(io.StringIO):
         def isatty(self) -> bool:

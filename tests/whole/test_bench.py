@@ -140,7 +140,7 @@ def test_two_at_once_are_timed_beside_one_alone(
 
 
 def test_processes_at_once_begin_together(tmp_path: Path) -> None:
-    """None begins before all are built; one that fails is told of, and none is left behind."""
+    """None begins before all are built; if one fails, that is said, and no process is left."""
     code = """
 import json, os, pathlib, sys
 here = pathlib.Path(sys.argv[1])

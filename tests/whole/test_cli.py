@@ -283,7 +283,7 @@ def alone() -> list[str]:
 
 
 def test_a_run_that_its_last_update_breaks(tmp_path: Path) -> None:
-    """The loss was finite; only validation sees the wreck, and the record is still closed."""
+    """The loss is finite and the validation loss is not: the record is still closed."""
     more = ["optimizer.lr=1e38", "train.steps=1", "data.val_fraction=0.001", QUIET]
     done = run(tmp_path / "here", *SMALL, *more)
     assert done.returncode == 1

@@ -82,7 +82,7 @@ def test_killed(number: int, whole: tuple[list[Path], float], tmp_path: Path) ->
         if kind == "anywhere":
             time.sleep(chance.uniform(0, seconds))
         elif kind == "checkpoint":
-            for _ in range(chance.randint(1, 9)):  # the so-maniest checkpoint, as it is being written
+            for _ in range(chance.randint(1, 9)):  # that many checkpoints, the last while it is written
                 until(lambda: lies(here, ".step_*.part"), process)
                 last = chance.random() < 0.5
                 if last:

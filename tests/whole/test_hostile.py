@@ -137,7 +137,7 @@ class TestDisks:
 
     @pytest.mark.slow
     def test_wandb_full(self, tmp_path: Path) -> None:
-        """Training does not notice; one warning says that wandb's file is no whole one."""
+        """Training goes on; one warning says that wandb's file is not complete."""
         place = tmp_path / "disk"
         more = ["train.steps=60", "train.log_every=1", "wandb.mode=offline", f"wandb.dir={place}"]
         done = run(tmp_path / "here", *SMALL, *more, program=on_disk(place, "size=32k"))
@@ -173,7 +173,7 @@ class Source(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body[: len(body) // 2] if self.path == "/half" else body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing to say."""
+        """Print nothing."""
 
 
 def serve(context: ssl.SSLContext | None) -> http.server.ThreadingHTTPServer:
@@ -233,11 +233,11 @@ class TestNetwork:
         return shelf
 
     def asset(self, url: str) -> assets.Asset:
-        """What is to be had at an address, else from the wheel."""
+        """An asset at this address, else in the wheel."""
         return assets.Asset("text.txt", hashlib.sha256(RIGHT).hexdigest(), url, "text==1", "text/text.txt")
 
     def test_the_web_alone(self, web: str, wheel: Path) -> None:
-        """So that the other tests are about what they say."""
+        """It works, so that the other tests are about their own fault."""
         shutil.rmtree(wheel)
         assert assets.fetch(self.asset(f"{web}/whole")).read_bytes() == RIGHT
 
@@ -327,7 +327,7 @@ def test_strangers_files_in_a_sweep(sweep: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{}", "[]", "not JSON", '{"jobs": 3}'])
 def test_another_programs_sweep_json(text: str, tmp_path: Path) -> None:
-    """Above the run's folder it makes no job of it."""
+    """If it lies above a run's folder, the run is still no job of a sweep."""
     here = tmp_path / "here"
     here.mkdir()
     (here / "sweep.json").write_text(text)
@@ -375,7 +375,7 @@ int clock_gettime(clockid_t which, struct timespec *now) {
 
 @pytest.mark.slow
 def test_a_clock_that_goes_backwards(tmp_path: Path) -> None:
-    """An hour at every look: durations are positive, the runs in order, the sweep compared."""
+    """It goes back an hour at each reading: durations are positive, the runs in order, the sweep compared."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler here to turn the clock back with")

@@ -21,7 +21,7 @@ from gpt2exp.training import distributed
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 LOOSE = {"bf16, recomputed": 1e-2, "fp16": 2e-3}
-"""Products in half precision round otherwise for other numbers of rows; fp32 and emulated TF32 hardly do."""
+"""Products in half precision round differently for different numbers of rows; fp32 and emulated TF32 hardly do."""
 
 
 @pytest.mark.parametrize(

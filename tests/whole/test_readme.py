@@ -82,7 +82,7 @@ def compose(words: list[str]) -> requests.Request:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run and a sweep, made by commands of the pages, and with what other commands name."""
-    own = tmp_path_factory.getbasetemp()  # of pytest's processes those lie side by side: one makes it for all
+    own = tmp_path_factory.getbasetemp()  # shared by pytest's processes: the first makes it for all
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "pages"
     with FileLock(f"{folder}.lock"):
         if not (folder / "sweeps").exists():

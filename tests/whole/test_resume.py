@@ -96,7 +96,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", ["everything", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_bit_for_bit(mode: str, tmp_path: Path) -> None:
-    """Stopped by a signal and gone on with, from another folder and with nothing typed again."""
+    """Stopped by a signal and resumed, from another folder and with nothing typed again."""
     args = [*SMALL, *MODES[mode], STEPS, LAST, "train.measure_every=7"]
     assert run(tmp_path / "whole", *args, QUIET).returncode == 0
     whole = the_run(tmp_path / "whole")
@@ -286,7 +286,7 @@ class TestRefused:
         assert content(done) == before
 
     def test_done_without_a_checkpoint(self, done: Path, tmp_path: Path) -> None:
-        """Its finished record is not thrown away to train again from the start."""
+        """Its finished record is not deleted to train again from the start."""
         folder = shutil.copytree(done, tmp_path / "copy")
         shutil.rmtree(folder / "checkpoints")
         with pytest.raises(BadRequest, match=r"kept no checkpoint.*checkpoint\.save_last=true"):
@@ -318,7 +318,7 @@ class TestText:
         assert content(told) == before
 
     def test_moved_away_with_its_text(self, told: Path, tmp_path: Path) -> None:
-        """As to another machine: no path of before is left."""
+        """As if moved to another machine: no earlier path exists."""
         away = tmp_path / "away"
         away.mkdir()
         shutil.move(told, away / "run")
@@ -343,7 +343,7 @@ class TestOwner:
         assert [row["step"] for row in read(part / "metrics.jsonl")] == list(range(16))
 
     def test_a_dead_process(self, tmp_path: Path) -> None:
-        """`running` with nobody at the lock is interrupted, whoever has the process's number by now."""
+        """If it is `running` and its lock is free, it was interrupted, even if its process's number is in use again."""
         record.write_status(tmp_path, "running", 3)
         mine = read(tmp_path / "status.json")
         with processes.held(tmp_path):
@@ -441,7 +441,7 @@ class TestSweep:
         assert stamps(folders) == stamp, "nothing is left to do"
 
     def test_a_new_axis_makes_a_grid(self, tmp_path: Path) -> None:
-        """The value that the first jobs had is in it, and they are its corner, whatever number they have."""
+        """The grid includes the value that the first jobs had, and these jobs count, whatever their numbers."""
         assert run(tmp_path / "here", "-m", "seed=1,2", *SMALL, "train.steps=2", QUIET).returncode == 0
         before = run_folders(tmp_path / "here")
         stamp = stamps(before)

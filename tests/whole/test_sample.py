@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_greedy_is_what_transformers_generates(place: Path, tmp_path: Path) -> None:
-    """Through the export, so both ways of loading are held against each other."""
+    """By the export, so that both ways of loading are compared."""
     out = tmp_path / "out"
     assert export.command([str(place), str(out)]) == 0
     prompt = tokens.gpt2_encoding().encode("First Citizen:")

@@ -36,7 +36,7 @@ def holding(folder: Path, text: str) -> list[Path]:
 
 
 class TestTypedCredentials:
-    """A request that names a credential, or holds one, is refused, its value unsaid and nothing written."""
+    """A request that names a credential, or holds one, is refused; its value is not shown, and nothing is written."""
 
     @pytest.mark.parametrize(
         ("line", "full"),
@@ -103,7 +103,7 @@ class TestTypedCredentials:
             secret.check_typed([f"wandb.api_key={KEY}"])
 
     def test_ordinary_requests_pass(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """No key of ours is called like a credential, and no text or place that looks a little like one is taken."""
+        """None of our keys is named like a credential, and no text or path that only resembles one is refused."""
         monkeypatch.setenv("TOKENS", "true")
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
         secret.check_typed([f"{key}=true" for key in list(schema.keys())])
@@ -201,7 +201,7 @@ SOURCES = sorted((ROOT / "gpt2exp").rglob("*.py"))
 
 
 def test_every_source_file_is_read() -> None:
-    """Whatever folders the package is sorted into: none that git knows is left out below."""
+    """Every module that git tracks is searched below, whatever its folder."""
     listed = ["git", "ls-files", "--", "gpt2exp/*.py"]  # git's * goes into folders
     there = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     assert len(there) > 20

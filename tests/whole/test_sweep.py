@@ -110,7 +110,7 @@ def test_a_diverging_job_stops_no_other(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_diverging_job_and_one_refused_memory_leave_the_comparison(tmp_path: Path) -> None:
-    """Four jobs, of which those with the large batch cannot fit here and those with the large rate blow up."""
+    """Four jobs, of which those with the large batch cannot fit here and those with the large rate diverge."""
     free = hardware.free_memory(torch.device("cpu"))
     large = setup.memory(
         RunConfig(train=TrainConfig(batch_size=4096, seq_len=64, loss_chunk=10**6)), setup.Hardware("cpu")
