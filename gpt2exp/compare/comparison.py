@@ -21,7 +21,7 @@ from gpt2exp.compare import multiplier, tuned
 from gpt2exp.compare.effect import FEWEST_POINTS, Effect, judge, late_change
 from gpt2exp.compare.history import History, history
 from gpt2exp.compare.inference import holm, pairing
-from gpt2exp.compare.rows import Grid, Group, Row, axes_of, compared, figures, of_today, read
+from gpt2exp.compare.rows import Grid, Group, Row, axes_of, compared, figures, read, with_todays_keys
 from gpt2exp.config import CONTROL
 from gpt2exp.run.metrics import BY_KEY, METRICS, Metric, from_outside, number_of
 from gpt2exp.schema import flatten
@@ -109,7 +109,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
     Raises:
         BadRequest: nothing to compare, or the runs differ in a key that no override names.
     """
-    rows, trials = tuned.apart([of_today(row) for row in rows])
+    rows, trials = tuned.separate([with_todays_keys(row) for row in rows])
     if trials and not rows:
         raise BadRequest("all of these runs tuned an arm (sweep.tune_seeds), and such runs are never compared")
     known = [row for row in rows if "config" in row]
@@ -160,7 +160,7 @@ def at_looks(rows: Sequence[Row], looks: Sequence[int]) -> list[list[Effect]]:
     Raises:
         BadRequest: as `compare`.
     """
-    rows, _ = tuned.apart([of_today(row) for row in rows if "config" in row])
+    rows, _ = tuned.separate([with_todays_keys(row) for row in rows if "config" in row])
     grid, loss = Grid(rows, axes_of(rows)), _loss([row for row in rows if row["state"] == "done"])
     before, (margin, _), seeds = history(rows, grid), _margin(rows), sorted({seed for seed, _ in grid.planned})
     return [_effects(grid.of({*seeds[:n]}), (loss,), before, set(), margin) for n in looks]

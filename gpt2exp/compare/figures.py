@@ -111,11 +111,11 @@ def draw(comparison: Comparison) -> list[Drawing]:
     drawings = []
     if comparison.tuning:
         title, heading = f"Loss against {comparison.tuning[0].key}", tuning_heading(comparison)
-        paint = functools.partial(_values, comparison=comparison)
+        paint = functools.partial(_tuning_curves, comparison=comparison)
         drawings += _drawn(heading, "0-tuning", title, title, SIZE[1], paint)
     for number, key in enumerate(comparison.swept or [None]):
         names = ["all runs"] if key is None else grid.axes[key]
-        arms = {name: Arm(name, *_look(place), []) for place, name in enumerate(names)}
+        arms = {name: Arm(name, *_style(place), []) for place, name in enumerate(names)}
         for (seed, of), row in grid.cells.items():
             arms[names[0] if key is None else of[number]].cells.append((seed, row))
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", key or "seeds").strip("-.")[:60] or "axis"
@@ -124,7 +124,7 @@ def draw(comparison: Comparison) -> list[Drawing]:
     return drawings
 
 
-def _look(place: int) -> tuple[str, Any]:
+def _style(place: int) -> tuple[str, Any]:
     """The colour and the dash of an arm by its place."""
     turn, colour = divmod(place, len(COLOURS))
     return COLOURS[colour], DASHES[turn % len(DASHES)]
@@ -237,11 +237,11 @@ def _rows(ax: Axes, rows: float, *sides: str) -> None:
 # --- along the run ---------------------------------------------------------------------------------------------------
 
 
-def _values(ax: Axes, comparison: Comparison) -> str | None:
+def _tuning_curves(ax: Axes, comparison: Comparison) -> str | None:
     """Each arm's losses over the values of the tuned key: a line through the means, a dot a tuning seed."""
     curves, every = comparison.tuning, dict[float, str]()
     for place, curve in enumerate(curves):
-        colour, dash = _look(place)
+        colour, dash = _style(place)
         known = {value: [n for n in losses if not isinstance(n, str)] for value, losses in curve.losses.items()}
         means = {float(value): statistics.fmean(found) for value, found in known.items() if found}
         every |= {float(value): value for value, found in known.items() if found}
@@ -434,7 +434,7 @@ def _budgets(ax: Axes, axis: Axis) -> str | None:
         if effect.metric == axis.comparison.metric and effect.mean_difference is not None:
             by_arm[effect.key, effect.arm].append(effect)
     for place, ((key, arm), each) in enumerate(by_arm.items()):
-        colour, dash = _look(place)
+        colour, dash = _style(place)
         x = [float(effect.budget.partition("=")[2]) for effect in each]
         ax.plot(x, [effect.mean_difference or 0.0 for effect in each], marker="o", markersize=4, color=colour,
                 linestyle=dash, linewidth=1.4, label=_named(f"{key}={arm}"))  # fmt: skip

@@ -36,7 +36,7 @@ from gpt2exp.compare.inference import ALPHA, Floats, Interval
 from gpt2exp.compare.rows import Grid, Group
 
 POWER = 0.28  # over tokens to the minus this, curves are taken for straight
-APART = math.log(2) / 3  # from corner to corner of a smoothed curve, in logarithms: a third of an octave
+SPACING = math.log(2) / 3  # from corner to corner of a smoothed curve, in logarithms: a third of an octave
 DENSE = 8  # points in that stretch from which on they are smoothed; where there are fewer, each is a corner
 PARTS = 5  # parts of the smoothed points: each is left out in turn, which shows the effect of their noise
 KNOWN = 50  # standard errors that a smoothed curve must move in its last octave, or its noise hides its slope
@@ -69,7 +69,7 @@ def smoother(tokens: Tokens) -> Smoother:
     """The smoother of losses known at these tokens, ascending."""
     x = np.log(np.asarray(tokens))
     corners = [x[-1]]
-    while (before := corners[-1] - APART) > x[0] and ((x > before) & (x <= corners[-1])).sum() >= DENSE:
+    while (before := corners[-1] - SPACING) > x[0] and ((x > before) & (x <= corners[-1])).sum() >= DENSE:
         corners.append(before)
     at = -np.exp(-POWER * np.array([*x[x < corners[-1]], *reversed(corners)]))
     hats = np.stack([np.interp(-np.exp(-POWER * x), at, one) for one in np.eye(len(at))], axis=-1)
@@ -91,7 +91,7 @@ def readable(tokens: Tokens, losses: Floats) -> np.ndarray:
     nothing is smoothed.
     """
     at, makes, hats = smoother(tokens)
-    begin = min(int(np.searchsorted(at, at[-1] * math.exp(POWER * 3 * APART) - 1e-12)), len(at) - 2)
+    begin = min(int(np.searchsorted(at, at[-1] * math.exp(POWER * 3 * SPACING) - 1e-12)), len(at) - 2)
     contrast = makes[0][begin] - makes[0][-1]
     late = -(np.asarray(tokens) ** -POWER) > at[begin]
     residuals = (losses - losses @ (hats @ makes[0]).T)[..., late]

@@ -74,7 +74,7 @@ def _row(run: Path, above: Path) -> Row:
     return row
 
 
-def of_today(row: Row) -> Row:
+def with_todays_keys(row: Row) -> Row:
     """A row with its configuration under today's keys; `gone`: those of its dotted keys that do not exist today."""
     if "config" not in row:
         return row

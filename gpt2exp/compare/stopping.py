@@ -17,7 +17,7 @@ from pathlib import Path
 from gpt2exp.compare.comparison import Comparison, Row, at_looks, compare, read
 from gpt2exp.compare.effect import Effect
 from gpt2exp.compare.inference import LARGEST, Inference, reach, tells, upper_std
-from gpt2exp.compare.tuned import apart
+from gpt2exp.compare.tuned import separate
 from gpt2exp.compare.words import amounts, counted, spell, subject
 from gpt2exp.run import record
 from gpt2exp.section import BadRequest, show
@@ -27,7 +27,7 @@ COUNTS = (3, 5, 10, 20)  # numbers of seeds of which `prior` says what they can 
 
 
 @dataclass(frozen=True)
-class Stand:
+class Progress:
     """How far a sweep is. It has got past a seed once all runs of this and all earlier seeds have ended."""
 
     seeds: int = 0  # how many it has got past
@@ -48,7 +48,7 @@ class Stand:
         return said + [f"seed {self.seeds} is the last: {self.why}"] * bool(self.why)
 
 
-def decide(known: record.Sweep, rows: Sequence[Row]) -> Stand:
+def decide(known: record.Sweep, rows: Sequence[Row]) -> Progress:
     """Whether a sweep ends, and at which seed; else how far it is.
 
     It looks at the seeds 1 to n, for each n from the first declared look on. It ends at the first n at which each arm
@@ -57,11 +57,11 @@ def decide(known: record.Sweep, rows: Sequence[Row]) -> Stand:
     ended = {Path(row["folder"]).name: row for row in rows if row["state"] in ENDED}
     whole = itertools.takewhile(lambda names: ended.keys() >= {*names}, known.by_seed.values())
     names = list(itertools.islice(whole, known.rule["max_seeds"]))
-    numbers, found = range(known.looks[0], len(names) + 1), Stand(len(names))
+    numbers, found = range(known.looks[0], len(names) + 1), Progress(len(names))
     with contextlib.suppress(BadRequest):  # what keeps the runs from being compared is said at the end
         looks = at_looks([ended[name] for name in itertools.chain(*names)], numbers) if numbers else []
         for n, effects in zip(numbers, looks, strict=True):
-            found = Stand(n, effects)
+            found = Progress(n, effects)
             asked = [one for one in effects if not one.control] or effects
             if all(one.verdict not in (None, "inconclusive") for one in asked):
                 return replace(found, why="every arm has its verdict")
@@ -72,17 +72,17 @@ def decide(known: record.Sweep, rows: Sequence[Row]) -> Stand:
     return replace(found, why=f"sweep.max_hours={show(hours)} is over") if over else found
 
 
-def stand(sweep: Path) -> Stand:
+def progress(sweep: Path) -> Progress:
     """How a sweep that runs until it is answered stands."""
     known, rows = record.Sweep.read(sweep), list[Row]()
     with contextlib.suppress(BadRequest):  # no run has begun
-        rows, _ = apart(read([sweep]))
-    return decide(known, rows) if known and known.looks else Stand()
+        rows, _ = separate(read([sweep]))
+    return decide(known, rows) if known and known.looks else Progress()
 
 
 def compared(rows: Sequence[Row], *, margin: float | None = None, out: Path | None = None) -> Comparison:
     """The comparison of runs; of a sweep that runs until it is answered, up to its last seed and with its rule."""
-    runs, trials = apart(rows)
+    runs, trials = separate(rows)
     sweeps = {Path(row["folder"]).parent for row in runs}
     known = record.Sweep.read(next(iter(sweeps))) if len(sweeps) == 1 else None
     if known is None or not known.looks:

@@ -118,7 +118,7 @@ def key_of(row: Row) -> str:
     return key_and_values(at(row.get("config"), "sweep.tune"))[0]
 
 
-def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def separate(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The runs to compare, and those that only tuned them.
 
     If all runs to compare were tuned in one key, they are marked with it (`tuned`): then it is no axis.

@@ -294,7 +294,7 @@ def _outcome(request: Request) -> int:
         from gpt2exp.compare import __main__ as conclude
         from gpt2exp.compare import stopping
 
-        if request.looks and stopping.stand(request.folder).why:
+        if request.looks and stopping.progress(request.folder).why:
             jobs = len(rows)  # those of later seeds are not needed
         console = terminal.terminal()
         title = f"{done} of {jobs} runs done in {terminal.short(request.folder.absolute())}"
@@ -371,11 +371,11 @@ def _needless_seeds(sweep: Path, ended: int | None = None) -> set[int]:
     of = [record.read_status(sweep / name)["state"] for name in known.by_seed.get(ended or 0, [])]
     if ended is not None and not {*of} <= {*stopping.ENDED}:
         return set()
-    stand = stopping.stand(sweep)
-    for line in stand.lines(known.rule["max_seeds"]) if ended is not None else ():
+    progress = stopping.progress(sweep)
+    for line in progress.lines(known.rule["max_seeds"]) if ended is not None else ():
         terminal.say(line)
     begun = {path.parent.name for path in sweep.glob("*/status.json")}
-    return {seed for seed, names in known.by_seed.items() if not begun & {*names}} if stand.why else set()
+    return {seed for seed, names in known.by_seed.items() if not begun & {*names}} if progress.why else set()
 
 
 def _failed_before(sweep: Path) -> bool:

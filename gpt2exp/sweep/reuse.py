@@ -35,14 +35,14 @@ def found(jobs: Sequence[Job], texts: Mapping[tuple[Any, ...], str], own: Path) 
         BadRequest: a folder is not there, or holds no run.
     """
     from gpt2exp.compare.comparison import contended
-    from gpt2exp.compare.rows import of_today, read
+    from gpt2exp.compare.rows import read, with_todays_keys
 
     places = list(dict.fromkeys(place for job in jobs for place in job.config.sweep.reuse))
     wanted = [(job, flatten(plain(job.config))) for job in sorted(jobs, key=lambda job: job.folder)]
     taken, lines, now = dict[str, dict[str, Any]](), list[str](), record.facts()["versions"] if places else {}
     for place in places:
         try:
-            rows = [of_today(row) for row in read([Path(home(place))])]
+            rows = [with_todays_keys(row) for row in read([Path(home(place))])]
         except BadRequest as error:
             raise BadRequest(f"sweep.reuse={place}: {str(error).partition(': ')[2]}") from error
         shared, hindered, before = contended([row for row in rows if "config" in row]), Counter[str](), len(taken)

@@ -79,13 +79,13 @@ class Spinning:
         """Let waiting threads spin briefly from now on if `wanted`, else long."""
         if wanted and self._end is None:
             self._end, ready = threading.Event(), threading.Event()
-            threading.Thread(target=self._crowd, args=(self._end, ready), name="spin", daemon=True).start()
+            threading.Thread(target=self._idle_team, args=(self._end, ready), name="spin", daemon=True).start()
             ready.wait()
         elif not wanted and self._end is not None:
             self._end.set()
             self._end = None
 
-    def _crowd(self, end: threading.Event, ready: threading.Event) -> None:
+    def _idle_team(self, end: threading.Event, ready: threading.Event) -> None:
         """Start a team of more threads than there are cores; it exists as long as this thread."""
         assert self._openmp is not None
         nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL) does nothing

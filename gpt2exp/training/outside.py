@@ -70,7 +70,7 @@ def try_out(config: RunConfig) -> None:
     trials: dict[str, Callable[[RunConfig], object]] = {
         "optimizer": _optimizer,
         "schedule": _schedule,
-        "init": lambda config: _tiny(config.init, config.seed),
+        "init": lambda config: _tiny_model(config.init, config.seed),
         "metric": _metric,
     }
     for section, trial in trials.items():
@@ -97,7 +97,7 @@ def _naming(choice: str) -> Iterator[None]:
         raise BadRequest(f"{choice}: {why}; mend its code or its keys") from error
 
 
-def _tiny(init: InitConfig | None = None, seed: int = 0) -> Any:
+def _tiny_model(init: InitConfig | None = None, seed: int = 0) -> Any:
     from gpt2exp.model.gpt import GPT
     from gpt2exp.model.init import initialise
 
@@ -110,7 +110,7 @@ def _optimizer(config: RunConfig) -> None:
     """Make a step, then save and restore the state as a checkpoint does."""
     from gpt2exp.training import optimizer_state
 
-    model = _tiny()
+    model = _tiny_model()
     built = optimizer(config.optimizer, model)
     model.transformer.gradient_in_place = False
     for parameter in model.parameters():
@@ -128,4 +128,4 @@ def _schedule(config: RunConfig) -> None:
 def _metric(config: RunConfig) -> None:
     import torch
 
-    measure(config.metric, _tiny(), (torch.zeros(2, 8, dtype=torch.int64),) * 2)
+    measure(config.metric, _tiny_model(), (torch.zeros(2, 8, dtype=torch.int64),) * 2)

@@ -78,8 +78,8 @@ def applied(config: PrecisionConfig, device: torch.device) -> Iterator[Precision
 
 
 @contextlib.contextmanager
-def again(config: PrecisionConfig, got: Precision) -> Iterator[None]:
-    """Compute inside the block as `applied` did when it found `got`; nothing is measured again."""
+def reapplied(config: PrecisionConfig, got: Precision) -> Iterator[None]:
+    """Compute inside the block as `applied` did when it measured `got`; nothing is measured again."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_matmul(config.name.matmul))
         stack.enter_context(products.applied(ProductLibrary[got.library]))

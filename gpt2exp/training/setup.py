@@ -107,7 +107,7 @@ def trainer(ready: Ready, saved: Checkpoint | None = None, *, by_hand: bool = Fa
     share = distributed.rank(), distributed.world_size()
     windows = Windows(source.map(), config.train, config.data, config.seed, device, share)
     seen = torch.from_numpy(source.seen()).to(device)
-    computing = functools.partial(precision.again, config.precision, got) if by_hand else contextlib.nullcontext
+    computing = functools.partial(precision.reapplied, config.precision, got) if by_hand else contextlib.nullcontext
     return Trainer(gpt, windows, config, seen=seen, autocast=got.autocast, computing=computing), origin
 
 

@@ -55,9 +55,9 @@ def test_it_errs_in_one_of_twenty_at_most(sweep: Path) -> None:
     rule, wrong, naive = known(8), 0, 0
     for _ in range(100):
         values = [chance.gauss(0, 0.01) for _ in range(8)]
-        stand = stopping.decide(rule, rows(values, sweep))
-        assert (stand.seeds == 8) or stand.why == "every arm has its verdict"
-        wrong += stand.effects[0].verdict in ("better", "worse")
+        progress = stopping.decide(rule, rows(values, sweep))
+        assert (progress.seeds == 8) or progress.why == "every arm has its verdict"
+        wrong += progress.effects[0].verdict in ("better", "worse")
         naive += any(fixed(values[:n]).p < 0.05 for n in range(3, 9))
     assert (wrong, naive) == (2, 13)
 
@@ -70,9 +70,9 @@ def test_it_ends_at_the_first_seed_that_answers(sweep: Path) -> None:
         of = rows(values, sweep)
         whole = stopping.decide(known(8), of)
         for ended in range(0, 9):
-            stand = stopping.decide(known(8), of[: 2 * ended])
-            assert stand.seeds == min(ended, whole.seeds)
-            assert bool(stand.why) == (ended >= whole.seeds)
+            progress = stopping.decide(known(8), of[: 2 * ended])
+            assert progress.seeds == min(ended, whole.seeds)
+            assert bool(progress.why) == (ended >= whole.seeds)
         shuffled = chance.sample(of, len(of))
         for row, other in zip(shuffled, of, strict=True):
             row["started"] = other["started"]
@@ -82,26 +82,27 @@ def test_it_ends_at_the_first_seed_that_answers(sweep: Path) -> None:
 def test_an_unfinished_seed_is_waited_for_and_a_failed_run_is_not(sweep: Path) -> None:
     of = rows([0.5, 0.51, 0.52, 0.5], sweep)
     of[2]["state"] = "interrupted"
-    assert stopping.decide(known(8), of) == stopping.Stand(1)
+    assert stopping.decide(known(8), of) == stopping.Progress(1)
     of[2]["state"] = "failed"
-    stand = stopping.decide(known(8), of)
-    assert (stand.seeds, stand.effects[0].n_seeds) == (4, 3), "its pair is missing"
-    assert stand.effects[0].inference == "declared"
+    progress = stopping.decide(known(8), of)
+    assert (progress.seeds, progress.effects[0].n_seeds) == (4, 3), "its pair is missing"
+    assert progress.effects[0].inference == "declared"
 
 
 def test_an_arm_that_never_ends_is_not_waited_for(sweep: Path) -> None:
     of = rows([math.inf] * 3, sweep)
     for row in of[1::2]:
         row["state"] = "diverged"
-    stand = stopping.decide(known(8), of)
-    assert (stand.seeds, stand.why, stand.effects[0].verdict) == (3, "every arm has its verdict", "not_comparable")
+    progress = stopping.decide(known(8), of)
+    assert (progress.seeds, progress.why) == (3, "every arm has its verdict")
+    assert progress.effects[0].verdict == "not_comparable"
 
 
 def test_the_margin_ends_it_too(sweep: Path) -> None:
     values = [0.001, -0.001, 0.0005, -0.0004]
     assert stopping.decide(known(8), rows(values, sweep)).why == ""
-    stand = stopping.decide(known(8, margin=0.02), rows(values, sweep, margin=0.02))
-    assert (stand.seeds, stand.effects[0].verdict) == (3, "indistinguishable")
+    progress = stopping.decide(known(8, margin=0.02), rows(values, sweep, margin=0.02))
+    assert (progress.seeds, progress.effects[0].verdict) == (3, "indistinguishable")
 
 
 def test_the_maximum_and_the_hours_end_it(sweep: Path) -> None:
@@ -115,13 +116,13 @@ def test_the_maximum_and_the_hours_end_it(sweep: Path) -> None:
 
 
 def test_what_people_see_after_a_seed(sweep: Path) -> None:
-    stand = stopping.decide(known(8), rows([0.01, -0.01, 0.03], sweep))
-    (line,) = stand.lines(8)
+    progress = stopping.decide(known(8), rows([0.01, -0.01, 0.03], sweep))
+    (line,) = progress.lines(8)
     assert line.startswith("seed 3 of at most 8: model.tie_weights=false against true: +0.010 (")
     assert line.endswith("nats, inconclusive, more than 8 seeds in all")
-    stand = stopping.decide(known(8), rows([0.1, 0.12, 0.11], sweep))
-    assert stand.lines(8)[0].endswith("nats, worse")
-    assert stand.lines(8)[1] == "seed 3 is the last: every arm has its verdict"
+    progress = stopping.decide(known(8), rows([0.1, 0.12, 0.11], sweep))
+    assert progress.lines(8)[0].endswith("nats, worse")
+    assert progress.lines(8)[1] == "seed 3 is the last: every arm has its verdict"
 
 
 class TestCompared:

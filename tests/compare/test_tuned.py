@@ -145,9 +145,9 @@ def test_runs_that_tuned_are_never_compared() -> None:
     trials = [row for row in rows if row["seed"] > 100]
     with pytest.raises(BadRequest, match="all of these runs tuned an arm"):
         compare(trials)
-    assert tuned.apart(rows)[1] == trials
+    assert tuned.separate(rows)[1] == trials
     plain = [run("optimizer.lr=0.001", seed=101), run("optimizer.lr=0.01", seed=101)]
-    assert tuned.apart(plain) == (plain, []), "the seed alone makes no run one that tunes"
+    assert tuned.separate(plain) == (plain, []), "the seed alone makes no run one that tunes"
 
 
 def test_beside_runs_that_were_not_tuned_the_rate_is_an_axis() -> None:

@@ -143,7 +143,7 @@ def test_precision_is_measured_with_the_library_in_use(computed: list[tuple[int,
         with precision.applied(precision.PrecisionConfig(library=library), CPU) as got:
             assert bool(computed) is used
             assert (got.library, got.effective) == (library, "fp32")
-        with precision.again(precision.PrecisionConfig(), got):
+        with precision.reapplied(precision.PrecisionConfig(), got):
             computed.clear()
             torch.randn(4, 4) @ torch.randn(4, 4)
             assert bool(computed) is used
