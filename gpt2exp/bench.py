@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 UNTIMED = 2  # first steps of a process that are left out
 PEAK = "peak_rss_mib"
-COMPARED = {"ms_median": "step time", "process_seconds": "whole process", PEAK: "peak memory"}  # what ratios are of
+COMPARED = {"ms_median": "step time", "process_seconds": "whole process", PEAK: "peak memory"}  # of these, ratios are taken
 Result = dict[str, Any]
 
 
@@ -126,7 +126,7 @@ def _bench(config: RunConfig, args: argparse.Namespace, argv: Sequence[str]) -> 
 
 
 def facts(config: RunConfig, words: Sequence[str]) -> Result:
-    """What was measured, and on which processor."""
+    """What is measured, and on which processor."""
     import torch
 
     from gpt2exp.training import hardware

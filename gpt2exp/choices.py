@@ -54,7 +54,7 @@ class Outside:
     __slots__ = ()
     code: ClassVar[Callable[..., Any]]  # the class or function
     arguments: ClassVar[tuple[str, ...]]  # fields that it is called with, by name
-    tuples: ClassVar[tuple[str, ...]]  # those of them that are tuples there and lists here
+    tuples: ClassVar[tuple[str, ...]]  # those of them that the code gets as tuples and the section has as lists
     needed: ClassVar[frozenset[str]]  # those of them that have no default
 
 

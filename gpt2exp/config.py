@@ -60,7 +60,7 @@ class Distributed(StrEnum):
     """How several processes share one run."""
 
     ddp = auto()  # each has the whole model and a part of the batch
-    fsdp = auto()  # parameters, gradients and moments are shared out too: for models that one device cannot hold
+    fsdp = auto()  # parameters, gradients and moments are sharded too: for models that one device cannot hold
 
 
 Fallback = StrEnum("Fallback", "emulate error")

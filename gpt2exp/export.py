@@ -100,7 +100,7 @@ def card(row: Mapping[str, Any], model: ModelConfig, state: Mapping[str, Any]) -
     """A model card from a run's summary and the checkpoint's state: what it is, how it was made, how to use it."""
     config, data, got = state["config"], state["data"], state["precision"]
     losses = {"validation loss": row.get("val_loss"), "mean loss of the last ten steps": row.get("loss_mean_last10")}
-    known = row.get("state") == "done" and row.get("steps") == state["step"]  # else the losses are another step's
+    known = row.get("state") == "done" and row.get("steps") == state["step"]  # else the losses are of another step
     reached = [f"{label} {value:.4f} nats" for label, value in losses.items() if known and value is not None]
     private = ("hydra", "data.path", "init.path")  # places on the machine that trained it
     typed = {text: override_key(text) for text in row.get("overrides", [])}

@@ -128,7 +128,7 @@ def parse(plain: Any) -> RunConfig:
 
     try:
         classes: dict[str, type[Section]] = {}
-        given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # untyped: the types are the schema's
+        given: Any = OmegaConf.to_container(OmegaConf.create(plain))  # plain values: the schema has the types
         chosen_ones = _with_choice(given)
         for section in dict.fromkeys([*chosen_ones, *(given.keys() & RunConfig.__dataclass_fields__.keys())]):
             own = at(given, section)

@@ -109,7 +109,7 @@ def check(section: Section) -> None:
         for part in value if isinstance(value, list) else [value]:
             number = isinstance(part, int) or (isinstance(part, float) and math.isfinite(part))
             within = number and all(BOUNDS[name](part, limit) for name, limit in limits.items())
-            chosen = (type(part), part) in [(type(choice), choice) for choice in choices]  # 1 is not true
+            chosen = (type(part), part) in [(type(choice), choice) for choice in choices]  # 1 is not True
             require(chosen or bool(limits and within), section.key(item.name), value, reason, remedy)
 
 

@@ -74,7 +74,7 @@ class Comparison:
     runs: list[Row]  # without those that tuned an arm
     axes: list[Effect]
     interactions: list[Interaction]
-    distances: list[Distance]  # of each precision from fp64, if that is an arm
+    distances: list[Distance]  # of each precision, if fp64 is an arm
     failed: list[dict[str, Any]]
     swept: dict[str, list[str]]  # the arms of each axis, the baseline first
     seeds: list[int]
@@ -95,7 +95,7 @@ class Comparison:
         return len(self.swept) == 1 and len(arms) >= 5 and numbers and once
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON types; without the fields of the runs that nearly all runs repeat."""
+        """The comparison as JSON types, without the fields that are alike in nearly all runs."""
         repeated = ("config", "gone", "versions", "environment")
         runs = [{key: value for key, value in row.items() if key not in repeated} for row in self.runs]
         return {**asdict(replace(self, runs=[])), "runs": runs}  # a copy of every configuration would take long

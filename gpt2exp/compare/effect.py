@@ -15,7 +15,7 @@ from scipy import special
 from gpt2exp.compare.inference import ALPHA, LARGEST, Inference, infer, needed, upper_std
 
 FAR_OFF = 0.01  # level of the test for an outlier among the seeds
-FEWEST_POINTS = 16  # places along a run at which both losses must be known for a trend: 8 in the last half
+FEWEST_POINTS = 16  # fewest steps at which both losses are known that make a trend: 8 of them in the last half
 
 
 @dataclass
@@ -36,23 +36,23 @@ class Effect:
     ci95: list[float] | None = None
     p_value: float | None = None
     p_holm: float | None = None  # after Holm's correction over the arms of all axes in this metric
-    inference: Inference = "fixed"  # what was fixed beforehand: number of seeds, looks, nothing
-    looks: list[int] = field(default_factory=list)  # numbers of seeds: of earlier looks, or all declared
-    seed_std: float | None = None  # of the metric itself (its logarithm, for a ratio), pooled over both arms
+    inference: Inference = "fixed"  # what was fixed beforehand: the number of seeds, the looks, or nothing
+    looks: list[int] = field(default_factory=list)  # numbers of seeds at the earlier looks, or at all declared ones
+    seed_std: float | None = None  # of the metric (for a ratio, of its logarithm), pooled over both arms
     baseline_std: float | None = None
     arm_std: float | None = None
-    pair_correlation: float | None = None  # of the two arms over seeds
+    pair_correlation: float | None = None  # the correlation of the two arms over seeds
     seeds_saved: int | None = None  # how many more each arm would need without pairing; below 0, pairing lost
     trend: list[float] | None = None  # change of the training losses' difference over the last half, low, high
-    steps_factor: float | None = None  # of a loss, see `multiplier`: above 1 the arm is better
+    steps_factor: float | None = None  # for a loss, see `multiplier`: above 1 the arm is better
     steps_factor_ci95: list[float | None] | None = None  # one end is None if only a bound is known
     compute_multiplier: float | None = None  # the same times the ratio of speeds
     compute_multiplier_ci95: list[float | None] | None = None
     multiplier_reason: str = ""
     verdict: str | None = None
     reason: str = ""
-    tuning: str = ""  # of a loss: at which learning rate, tuned or not, the two arms ran
-    n_needed: int | None = None  # of an inconclusive row: seeds in all that would settle it with probability 0.8
+    tuning: str = ""  # for a loss: at which learning rate, tuned or not, the two arms ran
+    n_needed: int | None = None  # if inconclusive: seeds in all that would settle it with probability 0.8
     n_needed_at_most: int | None = None  # the same by the upper 80 % limit of the differences' standard deviation
     baseline_mean: float | None = None
     arm_mean: float | None = None
@@ -151,7 +151,7 @@ def far_off(seeds: Iterable[str], values: Sequence[float]) -> str | None:
 
 
 def late_change(x: Sequence[float], y: Sequence[float]) -> float:
-    """By how much `y` changes over the last half of `x` (ascending): the least-squares slope there, times its length.
+    """The change of `y` over the last half of `x` (ascending): the least-squares slope there, times its length.
 
     The steps of a run share its noise, so they are no replicates: take the interval over the changes of the seeds.
     """

@@ -36,7 +36,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C26A9B", "#B47D00", "#3D94CC")
 """Told apart with any colour vision: Okabe and Ito 2008 without yellow and black; pink, orange and sky blue darker than
 theirs, which are too faint on white and, inverted, on black.
 """
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # a second mark, for more arms than colours
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # tell arms apart if there are more than colours
 SIZE = (5.0, 3.4)  # inches: an SVG of 360 units, whose text of 11 units can be read on a telephone
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 ZERO: dict[str, Any] = {"color": "black", "linewidth": 0.9}
@@ -59,13 +59,13 @@ class Arm:
 
 @dataclass
 class Axis:
-    """What the figures of an axis are drawn from; without a key, all runs as one arm."""
+    """The data of an axis' figures; without a key, all runs as one arm."""
 
     key: str | None
     arms: dict[str, Arm]
     grid: Grid
     comparison: Comparison
-    clock: str  # along x: `step`, or `tokens` where a step does not cost the same in every run
+    clock: str  # along x: `step`, or `tokens` if steps differ in tokens between runs
 
     def effects(self, metric: str) -> list[Effect]:
         """The effects of its arms in one metric, where both arms have a mean."""

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special  # scipy.stats would take a second to import
 
 ALPHA = 0.05  # level of every test; intervals are 1 - ALPHA
-C2 = 0.1  # of the e-process, fixed before any data: it expects effects of about 1/√C2 = 3 standard deviations
+C2 = 0.1  # of the e-process, fixed before any data: best for effects of about 1/√C2 = 3 standard deviations
 POWER = 0.8  # probability that the number of seeds that is named is enough
 LARGEST = 10_000  # seeds beyond which no number is named
 Inference = Literal["fixed", "declared", "open"]
@@ -104,7 +104,7 @@ def infer(values: Sequence[float], looks: Iterable[int] = (), schedule: Sequence
 
 
 class Moments(NamedTuple):
-    """Of the first n differences, for every n from 1, along the last axis.
+    """Moments of the first n differences, for every n from 1, along the last axis.
 
     `error`: of the mean, s/√n; 0 at n=1. `share`: SS/V, from 0 (all equal) to 1 (mean zero).
     """
@@ -260,7 +260,7 @@ def power_to_tell(difference: float, std: float, n: int, times: float) -> float:
     if std == 0 or times == math.inf:
         return float(difference != 0 and times < math.inf)
     shift = math.sqrt(n) * abs(difference) / std
-    return 1 - float(special.nctdtr(n - 1, min(shift, 1e3), times))  # at 1e3 it is certain, and far above not computed
+    return 1 - float(special.nctdtr(n - 1, min(shift, 1e3), times))  # certain at 1e3; scipy computes none far above
 
 
 def power_within(margin: float, difference: float, std: float, n: int, times: float) -> float:

@@ -35,9 +35,9 @@ from gpt2exp.compare.history import History
 from gpt2exp.compare.inference import ALPHA, Floats, Interval
 from gpt2exp.compare.rows import Grid, Group
 
-POWER = 0.28  # over tokens to the minus this, curves are taken for straight
+POWER = 0.28  # curves are taken for straight over tokens to the minus this power
 SPACING = math.log(2) / 3  # from corner to corner of a smoothed curve, in logarithms: a third of an octave
-DENSE = 8  # points in that stretch from which on they are smoothed; where there are fewer, each is a corner
+DENSE = 8  # fewest points in that stretch that are smoothed; with fewer, each point is a corner
 PARTS = 5  # parts of the smoothed points: each is left out in turn, which shows the effect of their noise
 KNOWN = 50  # standard errors that a smoothed curve must move in its last octave, or its noise hides its slope
 CURVE = 3  # fewest validation losses that make a curve

@@ -231,7 +231,7 @@ def md_table(shown: Table) -> list[str]:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """What was found, a line of Markdown each."""
+    """The findings and notes, a line of Markdown each."""
     text = [f"- {verdict_text(of)} {escaped(said)}" for of, said in words.findings(comparison)]
     return text + [f"- note: {escaped(printable(note))}" for note in comparison.notes]
 

@@ -51,7 +51,7 @@ def read(folders: Sequence[Path]) -> list[Row]:
         if not folder.is_dir():
             raise BadRequest(f"{folder}: no such folder; name run or sweep folders, such as sweeps/DAY/TIME-ID")
     tops = [folder.resolve() for folder in folders]
-    above = Path(os.path.commonpath(tops))  # several sweeps have jobs of the same names
+    above = Path(os.path.commonpath(tops))  # names begin there, since jobs of several sweeps have the same names
     runs = {run.resolve(): run for top in tops for run in record.runs_below(top)}.values()
     if not runs:
         raise BadRequest(f"{folders[0]}: holds no run; name run or sweep folders, such as sweeps/DAY/TIME-ID")
@@ -67,7 +67,7 @@ def _row(run: Path, above: Path) -> Row:
             record.read_summary(run)
         except (OSError, ValueError) as error:
             row["state"], row["error"] = "damaged", f"summary.json is missing or damaged: {error}"
-    with contextlib.suppress(BadRequest):  # Hydra's record is unusable too
+    with contextlib.suppress(BadRequest):  # `.hydra` is unusable too
         config, gone, overrides = record.read_plain_config(run)
         secret.check_values([config, gone, overrides])  # an interpolation in a stranger's folder may name a secret
         row |= {"config": config, "gone": gone, "overrides": overrides}
@@ -220,7 +220,7 @@ class Group(NamedTuple):
     """
 
     seed: int
-    where: tuple[str, ...]  # an arm of each axis; of those that vary, the baseline
+    where: tuple[str, ...]  # an arm of each axis; for the axes that vary, the baseline
     runs: tuple[Row, ...]
 
 

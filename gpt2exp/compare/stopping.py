@@ -22,7 +22,7 @@ from gpt2exp.compare.words import amounts, counted, spell, subject
 from gpt2exp.run import record
 from gpt2exp.section import BadRequest, show
 
-ENDED = ("done", "diverged", "failed")  # states of runs that are not waited for
+ENDED = ("done", "diverged", "failed")  # states of runs that have ended
 COUNTS = (3, 5, 10, 20)  # numbers of seeds of which `prior` says what they can tell
 
 
@@ -58,7 +58,7 @@ def decide(known: record.Sweep, rows: Sequence[Row]) -> Progress:
     whole = itertools.takewhile(lambda names: ended.keys() >= {*names}, known.by_seed.values())
     names = list(itertools.islice(whole, known.rule["max_seeds"]))
     numbers, found = range(known.looks[0], len(names) + 1), Progress(len(names))
-    with contextlib.suppress(BadRequest):  # what keeps the runs from being compared is said at the end
+    with contextlib.suppress(BadRequest):  # the comparison at the sweep's end says why the runs cannot be compared
         looks = at_looks([ended[name] for name in itertools.chain(*names)], numbers) if numbers else []
         for n, effects in zip(numbers, looks, strict=True):
             found = Progress(n, effects)

@@ -41,7 +41,7 @@ class Curve:
 
     key: str
     arm: str  # its overrides, or its arms of all axes: `optimizer=adamw`
-    losses: dict[str, list[float | str]]  # by value as typed, of each tuning seed: the final loss, or why there is none
+    losses: dict[str, list[float | str]]  # by value as typed, for each tuning seed: the final loss, or a state
     best: str | None = None  # the value at which the arm is compared
 
     def mean(self, value: str) -> float | None:

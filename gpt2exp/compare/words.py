@@ -20,7 +20,7 @@ from gpt2exp.section import override_key
 
 SIGNS = {"better": "▲", "worse": "▼", "indistinguishable": "≈", "inconclusive": "?", "not_comparable": "–", "": "·"}
 OTHERS = {"budget": "⇢", "interaction": "×", "from fp64": "↔"}  # signs of the sentences that are no verdicts
-UNJUDGED = "unjudged"  # in place of a verdict, in a row of what the arm is worth
+UNJUDGED = "unjudged"  # stands for the verdict in a row of what an arm is worth, which has none
 WORTH = "compute, or steps alone: above 1 the arm is worth that many times the baseline's"  # how to read such a row
 
 
@@ -315,7 +315,7 @@ def failures(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def title(comparison: Comparison) -> str:
-    """What was asked."""
+    """The question: the swept keys."""
     checks = {one.key for one in comparison.axes if one.control}
     return " × ".join(printable(key) for key in comparison.swept if key not in checks) or "One setting, several seeds"
 

@@ -39,7 +39,7 @@ from gpt2exp.schema import explain, plain
 from gpt2exp.section import SOURCE, BadRequest, first_line, require, show
 
 Pieces: TypeAlias = "Iterator[str | npt.NDArray[np.uint16] | None]"
-Advance: TypeAlias = Callable[[int], None]  # called with the number of further bytes of input that have been read
+Advance: TypeAlias = Callable[[int], None]  # called with the number of bytes that were read since the last call
 Stream: TypeAlias = "io.BufferedReader[Any] | gzip.GzipFile"
 BLOCK = 2**20  # bytes, or characters, read at a time: about the length of a piece
 ROWS = 256  # rows of a Parquet file that are read at a time
@@ -87,8 +87,8 @@ class Text:
     name: str
     key: str  # names its tokens in the cache: a hash of its place or commit, and of the keys that select a part of it
     read: Callable[[Advance], Pieces]  # its documents
-    size: int | None = None  # bytes that reading it will count, where known
-    digest: Callable[[], str] | None = None  # of files, for the record: a hash of their bytes, once these are read
+    size: int | None = None  # bytes that reading it will count, if known
+    digest: Callable[[], str] | None = None  # for files: a hash of their bytes, to call once these are read
     revision: str | None = None  # the commit on the Hub
 
     @property
@@ -391,7 +391,7 @@ def _not_utf8(file: File, where: str) -> BadRequest:
 def _decoded(file: File, stream: Stream) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = 0
-    if stream.peek(3).startswith(codecs.BOM_UTF8):  # a mark for programs, no part of the text
+    if stream.peek(3).startswith(codecs.BOM_UTF8):  # the byte order mark is no part of the text
         at = len(stream.read(3))
     while True:
         block = stream.read(BLOCK)

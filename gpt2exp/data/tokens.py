@@ -55,13 +55,13 @@ class TokenFile:
     distinct_tokens: int
     max_token: int
     unigram_entropy: float  # in nats: the loss of guessing each token by its frequency
-    bigram_entropy: float | None  # of a token given the one before, in nats; None beyond `BIGRAM_TOKENS`
+    bigram_entropy: float | None  # in nats, of a token given the one before; None beyond `BIGRAM_TOKENS`
     tokens_sha256: str  # of the tokens as little-endian uint16
     revision: str | None = None  # the commit, of a dataset on the Hub
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the record."""
+        """The facts that the run's record keeps."""
         names = ("name", "sha256", "tokens", "distinct_tokens", "revision", "unigram_entropy", "bigram_entropy")
         return {name: getattr(self, name) for name in names if name != "revision" or self.revision}
 

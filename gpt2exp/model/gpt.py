@@ -203,7 +203,7 @@ class GPT(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, targets = x.flatten(0, 1), targets.flatten()
-        # checked here, since inside an autograd function a parameter needs a gradient even if none is computed
+        # checked here: inside an autograd function it cannot be seen whether a gradient will be computed
         if not torch.is_grad_enabled():
             return loss_alone(x, weight, targets, dtype)
         if dtype is torch.float16:  # its gradient must be scaled before the head, not after

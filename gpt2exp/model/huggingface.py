@@ -41,7 +41,7 @@ WRAPPERS = re.compile(
 )
 """Prefixes that wrappers add: DDP, torch.compile, FSDP, activation checkpoints, Fabric, Lightning, PEFT."""
 
-MASKS = (".attn.bias", ".attn.masked_bias")  # constants that older files hold beside the weights
+MASKS = (".attn.bias", ".attn.masked_bias")  # constants that older files hold with the weights
 
 KEYS = {
     "n_layer": "n_layer",

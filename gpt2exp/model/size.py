@@ -131,7 +131,7 @@ def _on_meta(model: ModelConfig, slot: str, length: int) -> tuple[nn.Module, Ten
 
     with torch.device("meta"):
         module: nn.Module = getattr(model, slot).build(model)
-        return module.to("meta"), torch.empty(1, length, model.n_embd)  # `to`: its class may name another device
+        return module.to("meta"), torch.empty(1, length, model.n_embd)  # `to`: its class may name a device
 
 
 def _count_parameters(model: ModelConfig, slot: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # variables that set how long OpenMP's threads spin; a user's stay
 DISTURBED = 0.05  # a step is disturbed if its threads waited for a core for more than this share of it
 HELD = 0.2  # from this share on another program holds a core for good, and spinning does more harm than good
-TOO_MANY = 0.5  # above this share of disturbed steps a run's speed is the machine's load and not the run's
+TOO_MANY = 0.5  # above this share of disturbed steps a run's speed tells of the machine's load, not of the run
 
 
 def waited() -> float | None:

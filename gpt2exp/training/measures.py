@@ -1,4 +1,4 @@
-"""What a run measures of its model beside the loss."""
+"""Measures of a model in training other than the loss."""
 
 from __future__ import annotations
 

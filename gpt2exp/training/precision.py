@@ -27,7 +27,7 @@ from gpt2exp.training import products
 
 @dataclass(frozen=True)
 class Precision:
-    """What a run asked for and got."""
+    """The precision that a run asked for, and the one that it got."""
 
     requested: str
     effective: str  # fp64, fp32, tf32, fp16 or bf16, by the measured error of a matrix product

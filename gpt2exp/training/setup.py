@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a memory estimate depends on beside the configuration."""
+    """What a memory estimate depends on other than the configuration."""
 
     kind: str  # cpu, cuda or mps
     unfused_attention: bool = False  # under emulated TF32: attention keeps its scores and probabilities

@@ -49,7 +49,7 @@ class Trainer:
         autocast: torch.dtype | None = None,
         computing: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        """Of `config` it reads `train`, `optimizer`, `schedule`, `metric` and `distributed`.
+        """`config`: its sections `train`, `optimizer`, `schedule`, `metric` and `distributed` are read.
 
         `seen` (S,): ids that occur in the data, for `loss_unseen`. `autocast`: the type that the forward pass is cast
         to; with float16 the loss is scaled so that small gradients survive (Micikevicius et al. 2018). `computing`: a
@@ -79,11 +79,11 @@ class Trainer:
         self.step_seconds: list[float] = []  # duration of every step done, the first ones included
         self.step_waits: list[float | None] = []  # seconds its threads waited for a core (`load.waited`), if known
         self._spinning = load.spinning(torch.get_num_threads() if self.device.type == "cpu" else 1)
-        self.began_at = [0]  # steps at which the run (re)started; the warm-up steps after each are not timed
+        self.began_at = [0]  # steps at which the run started or resumed; the warm-up steps after each are not timed
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         return self.batches.device
 
     def step(self, measure: Callable[[], object] | None = None) -> Tensor:
@@ -157,14 +157,14 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the step to come."""
+        """The learning rate of the next step."""
         steps = self.config.steps
         if isinstance(self.schedule, Outside):
             return self.optimizer_config.lr * outside.rate(self.schedule, min(self.steps_done, steps - 1), steps)
         return optimizers.learning_rate(self.optimizer_config, self.steps_done, steps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """What later steps depend on beside the configuration: weights, the optimizers' tensors by name, and numbers.
+        """The state that later steps depend on: weights, the optimizers' tensors by name, and numbers.
 
         `micro_batches` is the position in the data: a batch is a pure function of its number. Every process calls this;
         rank 0's answer is the run's, whatever the number of processes.
@@ -256,7 +256,7 @@ class Trainer:
         head = dist.full_tensor(self.model.lm_head.weight)
         with torch.no_grad(), precision.cast(self.device, self.autocast):
             metrics["loss_unseen"] = measures.loss_unseen(trace.out, head, self.seen)
-        if thorough and not self.sharded:  # needs whole weights, which a sharded model has not
+        if thorough and not self.sharded:  # needs whole weights, which a sharded model does not have
             metrics["residual_rms"] = [float(dist.all_mean(square).sqrt()) for square in trace.mean_squares]
             idx, _ = self.batches.train(self.steps_done * self.config.grad_accum_steps)
             scale = self.scaler.get_scale() / self.config.grad_accum_steps
