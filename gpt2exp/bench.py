@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 UNTIMED = 2  # first steps of a process that are left out
 PEAK = "peak_rss_mib"
-COMPARED = {"ms_median": "step time", "process_seconds": "whole process", PEAK: "peak memory"}  # of these, ratios are taken
+COMPARED = {"ms_median": "step time", "process_seconds": "whole process", PEAK: "peak memory"}  # compared as ratios
 Result = dict[str, Any]
 
 

@@ -188,9 +188,9 @@ class PrecisionConfig(Section):
 
     name: PrecisionName = option(PrecisionName.fp32, "how matrix products are computed; chosen by precision=NAME")
     fallback: Fallback = option(Fallback.emulate, "what tf32 does where the hardware has none")
-    rounding: Rounding = option(Rounding.truncate, "of emulated TF32: crop the mantissa, or round to nearest even")
+    rounding: Rounding = option(Rounding.truncate, "emulated TF32: crop the mantissa, or round it to nearest even")
     library: ProductLibrary = option(
-        ProductLibrary.auto, "of fp32 products on a CPU; auto: onednn on AMD's, elsewhere torch, as PyTorch has it"
+        ProductLibrary.auto, "library for fp32 products on a CPU; auto: onednn on AMD's, else torch (PyTorch's own)"
     )
 
 
@@ -205,9 +205,9 @@ class DataConfig(Section):
     split: str = option("train", "data=hub: the split to read")
     revision: str | None = option(None, "data=hub: a branch, tag or commit, looked up once; null: the main branch")
     max_tokens: int | None = option(None, "read no more tokens than this; null: all", at_least=2)
-    val_fraction: float = option(0.0, "share of the tokens, the last, for validation; 0: none", at_least=0, below=1)
-    order: DataOrder = option(DataOrder.sequential, "of the windows of text; shuffled: anew for each seed and epoch")
-    redraw: int = option(0, "of shuffled order: another permutation of the same seed, by number", at_least=0)
+    val_fraction: float = option(0.0, "share of the tokens, from the end, for validation; 0: none", at_least=0, below=1)
+    order: DataOrder = option(DataOrder.sequential, "order of the text's windows; shuffled: anew for each seed and epoch")
+    redraw: int = option(0, "data.order=shuffled: the number of another permutation of the same seed", at_least=0)
 
     def agree(self) -> None:
         shuffled, why = self.order is DataOrder.shuffled, f"data.order={self.order} draws no permutation"
@@ -251,8 +251,8 @@ class TrainConfig(Section):
     )
     activation_checkpointing: bool | str = option(AUTO, "recompute activations; auto: to fit in memory", choices=SWITCH)
     log_every: int = option(1, "steps between printed lines and wandb points; metrics.jsonl has every step", at_least=1)
-    eval_every: int = option(0, "steps between validations; 0: after the last alone", at_least=0)
-    measure_every: int = option(10, "steps between grad_norm and loss_unseen; first and last too", at_least=1)
+    eval_every: int = option(0, "steps between validations; 0: only after the last step", at_least=0)
+    measure_every: int = option(10, "steps between measures such as grad_norm; first and last too", at_least=1)
     warmup_steps: int = option(3, "first steps left out of the timing; the last step is always kept", at_least=0)
 
     def agree(self) -> None:
@@ -298,7 +298,7 @@ class OptimizerConfig(Section):
     name: str = option("", "chosen by optimizer=NAME")
     lr: float = option(3e-4, "learning rate; under a schedule the peak", above=0)
     grad_clip: float = option(0.0, "clip the gradient's global norm to this; 0: no clipping", at_least=0)
-    schedule: str = option("constant", "of the rate: constant, cosine, or a file of yours in the group schedule")
+    schedule: str = option("constant", "the rate's schedule: constant, cosine, or a file of yours in the group schedule")
     warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
     schedule_steps: int | None = option(None, "cosine: steps until min_lr is reached; null: train.steps", at_least=1)
@@ -320,7 +320,7 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """The keys of a schedule from outside; `optimizer.schedule` chooses it."""
 
-    name: str = option("", "as optimizer.schedule, where that is a file of yours")
+    name: str = option("", "the same as optimizer.schedule, if that is a file of yours")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -328,7 +328,7 @@ class MetricConfig(Section):
     """A metric from outside, measured every `train.measure_every` steps and compared."""
 
     name: str = option("", "chosen by metric=NAME, a file of yours")
-    unit: str = option("", "metric=NAME: of its values, as tables show it")
+    unit: str = option("", "metric=NAME: the unit of its values in tables")
     better: Better = option(Better.lower, "metric=NAME: which values are better")
 
 
@@ -336,8 +336,8 @@ class MetricConfig(Section):
 class CheckpointConfig(Section):
     """When a run's whole state goes to disk: 12 bytes a parameter, so 1.5 GB for GPT-2 124M (4 of them the weights)."""
 
-    every: int = option(0, "steps between checkpoints; 0: none, but one where a signal stops the run", at_least=0)
-    keep: int = option(2, "how many to keep, the newest", at_least=1)
+    every: int = option(0, "steps between checkpoints; 0: none, except when a signal stops the run", at_least=0)
+    keep: int = option(2, "how many of the newest to keep", at_least=1)
     save_last: bool = option(False, "save the end too: needed to sample from the run, export it or add steps to it")
 
 
@@ -400,16 +400,16 @@ class SweepConfig(Section):
     fail_fast: bool = option(False, "start no further job once one has failed or diverged")
     isolate: bool = option(False, "run each job in a process of its own")
     margin: float | None = option(None, "nats within which a difference in the loss counts as none", above=0)
-    over: str | None = option(None, "a budget as an axis: train.steps=50,100,200 has a verdict within each")
+    over: str | None = option(None, "a budget as an axis: with train.steps=50,100,200 arms have a verdict within each")
     until: str | None = option(None, "answered: seeds 1, 2, ... until each axis has a verdict", choices=("answered",))
-    min_seeds: int = option(3, "of sweep.until: seeds before the first look", at_least=2)
-    max_seeds: int | None = option(None, "of sweep.until: how many seeds at most; null: 30", at_least=2, below=1001)
-    max_hours: float | None = option(None, "of sweep.until: hours after which no seed is begun", above=0)
-    prior: str | None = option(None, "a sweep by whose differences to say first what 3, 5, 10, 20 seeds can tell")
-    reuse: list[str] = option([], "FOLDER,...: runs there of the same configuration are taken, not run")
+    min_seeds: int = option(3, "sweep.until: seeds before the first look", at_least=2)
+    max_seeds: int | None = option(None, "sweep.until: how many seeds at most; null: 30", at_least=2, below=1001)
+    max_hours: float | None = option(None, "sweep.until: hours after which no seed is begun", above=0)
+    prior: str | None = option(None, "an earlier sweep, by whose std to say what 3, 5, 10, 20 seeds can tell")
+    reuse: list[str] = option([], "FOLDER,...: runs there of the same configuration are reused, not run again")
     tune: str | None = option(None, "KEY=A,B,C: each arm is compared at its own best value, found on sweep.tune_seeds")
     tune_seeds: list[int] = option(
-        [101, 102], "of sweep.tune: seeds that are not compared; typed as 2: 101,102", at_least=0
+        [101, 102], "sweep.tune: seeds of the tuning, which are not compared; 2 means 101,102", at_least=0
     )
 
     def agree(self) -> None:
@@ -471,7 +471,7 @@ class RunConfig(Section):
     sweep: SweepConfig = field(default_factory=SweepConfig)
     distributed: Distributed = option(Distributed.ddp, "how the processes that torchrun started share a run")
     seed: int = option(1337, "seeds the initial weights and the shuffled order", at_least=0, below=2**63)
-    resume: str | None = option(None, "a run or sweep folder to go on with; what is done there is kept")
+    resume: str | None = option(None, "a run or sweep folder to resume; what is done there is kept")
     dry_run: bool = option(False, "print what would run and train nothing")
 
     def agree(self) -> None:
