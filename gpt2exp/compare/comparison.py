@@ -138,8 +138,7 @@ def compare(rows: Sequence[Row], *, margin: float | None = None, out: Path | Non
         interactions=_interactions(grid, loss, before),
         distances=_distances(grid),
         failed=[
-            {"name": row["name"], "state": row["state"], "step": row.get("steps", row.get("step"))}
-            | {"error": row["error"]}
+            {key: row[key] for key in ("name", "state", "error")} | {"step": row.get("steps", row.get("step"))}
             for row in rows
             if row["state"] != "done"
         ],
