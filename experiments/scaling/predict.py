@@ -19,7 +19,7 @@ from gpt2exp.training.hardware import PEAK_TFLOPS
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU in a box of eight, SXM: bytes, and bytes a second. Peaks of arithmetic are `runtime.PEAK_TFLOPS`."""
+    """A GPU in a box of eight, SXM: bytes, and bytes a second. Peaks of arithmetic are `PEAK_TFLOPS` of `hardware`."""
 
     memory: float
     bandwidth: float
