@@ -206,7 +206,7 @@ class DataConfig(Section):
     revision: str | None = option(None, "data=hub: a branch, tag or commit, looked up once; null: the main branch")
     max_tokens: int | None = option(None, "read no more tokens than this; null: all", at_least=2)
     val_fraction: float = option(0.0, "share of the tokens, from the end, for validation; 0: none", at_least=0, below=1)
-    order: DataOrder = option(DataOrder.sequential, "order of the text's windows; shuffled: anew for each seed and epoch")
+    order: DataOrder = option(DataOrder.sequential, "order of text windows; shuffled: anew for each seed and epoch")
     redraw: int = option(0, "data.order=shuffled: the number of another permutation of the same seed", at_least=0)
 
     def agree(self) -> None:
@@ -298,7 +298,7 @@ class OptimizerConfig(Section):
     name: str = option("", "chosen by optimizer=NAME")
     lr: float = option(3e-4, "learning rate; under a schedule the peak", above=0)
     grad_clip: float = option(0.0, "clip the gradient's global norm to this; 0: no clipping", at_least=0)
-    schedule: str = option("constant", "the rate's schedule: constant, cosine, or a file of yours in the group schedule")
+    schedule: str = option("constant", "the rate's schedule: constant, cosine, or a file of yours in group schedule")
     warmup_steps: int = option(0, "cosine: steps of linear warm-up", at_least=0)
     min_lr: float = option(0.0, "cosine: where the learning rate ends", at_least=0)
     schedule_steps: int | None = option(None, "cosine: steps until min_lr is reached; null: train.steps", at_least=1)
