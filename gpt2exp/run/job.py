@@ -7,12 +7,12 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp import choices
-from gpt2exp.config import ProductLibrary, RunConfig
+from gpt2exp.config import RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.data.assets import AssetError
 from gpt2exp.model import size
@@ -127,7 +127,7 @@ def _train(session: Session, config: RunConfig) -> None:
     source = tokens.prepare(config.data)
     if session.saved is not None:  # as the run's first part settled it
         check_same_text(config, source, session.saved.state["data"]["sha256"])
-        config = as_begun(config, session.saved.state)
+        config = setup.as_begun(config, session.saved.state)
     with setup.ready(config, source) as ready:
         setup.check_text(ready.config, source)
         _describe(session, ready)
@@ -143,14 +143,6 @@ def _train(session: Session, config: RunConfig) -> None:
                 run_record.measured |= {**trainer.timing(), "peak_memory_bytes": session.peak}
         speed = run_record.measured["tokens_per_second"]
         run_record.measured["mfu"] = _mfu(ready.config, ready.device, ready.got, speed)
-
-
-def as_begun(config: RunConfig, state: Mapping[str, Any]) -> RunConfig:
-    """`config` with what a checkpoint's `state` says that the run's first part settled."""
-    settled = {key: value for key, value in state["settled"].items() if key in setup.SETTLED}
-    library = state["precision"].get("library", ProductLibrary.torch)  # of versions that had no other
-    precision = replace(config.precision, library=ProductLibrary(library))
-    return replace(config, precision=precision, train=replace(config.train, tokens_per_step=None, **settled))
 
 
 def check_same_text(config: RunConfig, source: tokens.TokenFile, before: str | None) -> None:

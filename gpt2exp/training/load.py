@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
+import statistics
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # variables that set how long OpenMP's threads spin; a user's stay
@@ -42,6 +44,35 @@ def waited() -> float | None:
     except (OSError, ValueError, IndexError):
         return None
     return nanoseconds / 1e9 if nanoseconds else None  # a kernel that does not count says 0
+
+
+def timing(
+    seconds: Sequence[float], waits: Sequence[float | None], cold: Collection[int], step_tokens: int
+) -> dict[str, Any]:
+    """Step times from each step's `seconds` and the seconds that its threads waited for a core (`waits`, if known).
+
+    The steps numbered in `cold` are left out, the last step never. `tokens_per_second` is that of the median step, so
+    that one slow step does not change it. `speed_disturbed` is the share of these steps whose threads waited for a core
+    (`DISTURBED`), None if that is not known. Such steps are left out too, unless they are most (`TOO_MANY`).
+    """
+    if not seconds:
+        empty = dict.fromkeys(("step_ms", "first_step_ms", "tokens_per_second", "speed_disturbed"))
+        return {**empty, "timed_steps": 0}
+    steps = list(itertools.zip_longest(seconds, waits))
+    timed = [step for number, step in enumerate(steps) if number not in cold] or steps[-1:]
+    known = [(took, waited) for took, waited in timed if waited is not None]
+    calm = [took for took, waited in known if waited <= DISTURBED * took]
+    disturbed = 1 - len(calm) / len(known) if known else None
+    kept = calm if disturbed is not None and disturbed <= TOO_MANY else [took for took, _ in timed]
+    median = statistics.median(kept)
+    deciles = statistics.quantiles(kept, n=10, method="inclusive") if len(kept) > 1 else [median] * 9
+    return {
+        "step_ms": {"median": median * 1e3, "p10": deciles[0] * 1e3, "p90": deciles[8] * 1e3},
+        "first_step_ms": seconds[0] * 1e3,
+        "tokens_per_second": step_tokens / median,
+        "timed_steps": len(kept),
+        "speed_disturbed": disturbed,
+    }
 
 
 def mostly_disturbed(summary: Mapping[str, Any]) -> bool:

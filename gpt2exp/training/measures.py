@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,23 @@ from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init_check import norm
 from gpt2exp.model.loss import log_sum_exp, logits_in_parts
 from gpt2exp.training import distributed as dist
+
+
+def of_trace(model: GPT, seen: Tensor, idx: Tensor | None, scale: float) -> dict[str, Any]:
+    """What the trace of a pass tells, after its backward pass and before the weights change; the trace is used up.
+
+    `seen` (S,): the ids that occur. With the pass's tokens `idx` (B, T), of a model that is not sharded: the residual
+    stream (`residual_rms`, n_layer + 1 numbers) and the embedding's two gradients too. `scale`: of the gradients.
+    """
+    trace, model.transformer.trace = model.transformer.trace, None
+    assert trace is not None
+    measured: dict[str, Any] = {"loss_unseen": loss_unseen(trace.out, dist.full_tensor(model.lm_head.weight), seen)}
+    if idx is not None:
+        measured["residual_rms"] = [float(dist.all_mean(square).sqrt()) for square in trace.mean_squares]
+        norms = embedding_gradients(model, trace.rows, idx, scale)
+        # a scaled step may overflow
+        measured |= {key: value for key, value in norms.items() if math.isfinite(value)}
+    return measured
 
 
 def loss_unseen(x: Tensor, weight: Tensor, seen: Tensor) -> float:

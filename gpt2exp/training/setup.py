@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2exp.choices import Outside
-from gpt2exp.config import InitConfig, InitScheme, ModelConfig, RunConfig
+from gpt2exp.config import InitConfig, InitScheme, ModelConfig, ProductLibrary, RunConfig
 from gpt2exp.data import tokens
 from gpt2exp.model import huggingface, size
 from gpt2exp.section import AUTO, BadRequest
@@ -148,6 +148,14 @@ PyTorch built for CUDA, which PyPI gives to Linux, takes twice as much, with or 
 
 SETTLED = ("batch_size", "grad_accum_steps", "loss_chunk", "activation_checkpointing", "compile")  # decided by a run
 NICE_BATCHES = sorted([2**power for power in range(13)] + [24, 48], reverse=True)  # for batch_size=auto, largest first
+
+
+def as_begun(config: RunConfig, state: Mapping[str, Any]) -> RunConfig:
+    """`config` with what a checkpoint's `state` says that the run's first part settled."""
+    settled = {key: value for key, value in state["settled"].items() if key in SETTLED}
+    library = state["precision"].get("library", ProductLibrary.torch)  # of versions that had no other
+    precision = replace(config.precision, library=ProductLibrary(library))
+    return replace(config, precision=precision, train=replace(config.train, tokens_per_step=None, **settled))
 
 
 def memory(config: RunConfig, here: Hardware) -> int:

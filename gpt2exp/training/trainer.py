@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -96,7 +94,7 @@ class Trainer:
         """
         config = self.config
         with self.computing():
-            self._zero_grad()
+            self.model.zero_grad()
             losses = []
             for micro in range(config.grad_accum_steps):
                 x, y = self.batches.train(self.steps_done * config.grad_accum_steps + micro)
@@ -121,10 +119,6 @@ class Trainer:
             if self.device.type == "cuda":  # its kernels still run: copy the next batch meanwhile
                 self.batches.prefetch(self.steps_done * config.grad_accum_steps)
         return torch.stack(losses).sum()
-
-    def _zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
     def timed_step(self, measure: Callable[[], object] | None = None) -> tuple[Tensor, float, float | None]:
         """Do a `step`; returns its loss, its duration and the time that its threads waited for a core, in seconds.
@@ -221,7 +215,7 @@ class Trainer:
             metrics: dict[str, Any] = {"step": number, "lr": self.learning_rate}
             look = None
             if measure and isinstance(self.metric, Outside):
-                self._zero_grad()  # the metric needs the memory of the last step's gradient
+                self.model.zero_grad()  # the metric needs the memory of the last step's gradient
                 batch = self.batches.train(number * config.grad_accum_steps)
                 with self.computing(), precision.cast(self.device, self.autocast):
                     metrics |= outside.measure(self.metric, self.model, batch)
@@ -250,44 +244,14 @@ class Trainer:
 
     def _measure_trace(self, metrics: dict[str, Any], *, thorough: bool) -> None:
         """Measure the trace of the step's first micro-batch, before the weights change."""
-        trace, self.model.transformer.trace = self.model.transformer.trace, None
-        assert trace is not None
         assert self.seen is not None
-        head = dist.full_tensor(self.model.lm_head.weight)
+        scale = self.scaler.get_scale() / self.config.grad_accum_steps
+        idx, _ = self.batches.train(self.steps_done * self.config.grad_accum_steps)
         with torch.no_grad(), precision.cast(self.device, self.autocast):
-            metrics["loss_unseen"] = measures.loss_unseen(trace.out, head, self.seen)
-        if thorough and not self.sharded:  # needs whole weights, which a sharded model does not have
-            metrics["residual_rms"] = [float(dist.all_mean(square).sqrt()) for square in trace.mean_squares]
-            idx, _ = self.batches.train(self.steps_done * self.config.grad_accum_steps)
-            scale = self.scaler.get_scale() / self.config.grad_accum_steps
-            norms = measures.embedding_gradients(self.model, trace.rows, idx, scale)
-            metrics |= {
-                key: value for key, value in norms.items() if math.isfinite(value)
-            }  # a scaled step may overflow
+            # a sharded model has no whole weights
+            metrics |= measures.of_trace(self.model, self.seen, idx if thorough and not self.sharded else None, scale)
 
     def timing(self) -> dict[str, Any]:
-        """Step times of the run so far. The first `warmup_steps` of each part are left out, the last step never.
-
-        `tokens_per_second` is that of the median step, so that one slow step does not change it. `speed_disturbed` is
-        the share of these steps whose threads waited for a core (`load.DISTURBED`), None if that is not known. Such
-        steps are left out too, unless they are most (`load.TOO_MANY`).
-        """
-        if not self.step_seconds:
-            empty = dict.fromkeys(("step_ms", "first_step_ms", "tokens_per_second", "speed_disturbed"))
-            return {**empty, "timed_steps": 0}
+        """Step times of the run so far (`load.timing`); the first `warmup_steps` of each part are left out."""
         cold = {start + number for start in self.began_at for number in range(self.config.warmup_steps)}
-        steps = list(itertools.zip_longest(self.step_seconds, self.step_waits))
-        timed = [step for number, step in enumerate(steps) if number not in cold] or steps[-1:]
-        known = [(seconds, waits) for seconds, waits in timed if waits is not None]
-        calm = [seconds for seconds, waits in known if waits <= load.DISTURBED * seconds]
-        disturbed = 1 - len(calm) / len(known) if known else None
-        kept = calm if disturbed is not None and disturbed <= load.TOO_MANY else [seconds for seconds, _ in timed]
-        median = statistics.median(kept)
-        deciles = statistics.quantiles(kept, n=10, method="inclusive") if len(kept) > 1 else [median] * 9
-        return {
-            "step_ms": {"median": median * 1e3, "p10": deciles[0] * 1e3, "p90": deciles[8] * 1e3},
-            "first_step_ms": self.step_seconds[0] * 1e3,
-            "tokens_per_second": self.config.step_tokens / median,
-            "timed_steps": len(kept),
-            "speed_disturbed": disturbed,
-        }
+        return load.timing(self.step_seconds, self.step_waits, cold, self.config.step_tokens)

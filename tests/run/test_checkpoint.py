@@ -37,9 +37,8 @@ from gpt2exp.model import init
 from gpt2exp.model.gpt import GPT
 from gpt2exp.model.init import initialise
 from gpt2exp.run import checkpoint, record
-from gpt2exp.run.job import as_begun
 from gpt2exp.section import BadRequest
-from gpt2exp.training import distributed, hardware, optimizer_state
+from gpt2exp.training import distributed, hardware, optimizer_state, setup
 from gpt2exp.training.optimizers import AdamW
 from gpt2exp.training.trainer import Trainer
 
@@ -430,8 +429,8 @@ class TestRestore:
 
 def test_what_the_first_part_settled_is_kept() -> None:
     state = {"settled": {"batch_size": 2, "compile": True, "of another version": 1}, "precision": {"library": "onednn"}}
-    began = as_begun(RunConfig(train=TrainConfig(batch_size="auto")), state)
+    began = setup.as_begun(RunConfig(train=TrainConfig(batch_size="auto")), state)
     assert (began.train.batch_size, began.train.compile, began.precision.library) == (2, True, "onednn")
     for asked in ProductLibrary:  # a checkpoint from before there was a choice
         config = RunConfig(precision=PrecisionConfig(library=asked))
-        assert as_begun(config, {"settled": {}, "precision": {}}).precision.library == "torch"
+        assert setup.as_begun(config, {"settled": {}, "precision": {}}).precision.library == "torch"
