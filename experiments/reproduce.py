@@ -2,9 +2,9 @@
 
 Of each record it makes one run again, with the recorded configuration and seed, on as many threads, by the code of this
 checkout, and compares the losses to the last digit. A processor of another kind adds in another order: there the
-difference is told and no fault, as is one below 1e-6 nats: validation sums in another order since 28 November 2026. Runs
-from before `precision.library` multiply as then, by PyTorch's choice. `--run NAME` chooses another run than the first. Exit code 1: a loss is another one on
-the processor of the record.
+difference is told and no fault. Neither is one below 1e-6 nats, because validation has summed in another order since
+28 November 2026. Runs from before `precision.library` multiply as then, by PyTorch's choice. `--run NAME` chooses
+another run than the first. Exit code 1: a loss is another one on the processor of the record.
 """
 
 from __future__ import annotations
