@@ -92,5 +92,5 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _plain(weight: Tensor) -> Tensor:
-    """The matrix itself if it or its transpose is contiguous, else a copy: oneDNN takes no other strides."""
+    """The matrix itself if it or its transpose is contiguous, else a copy: for other strides oneDNN is slow."""
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()

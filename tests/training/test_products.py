@@ -59,6 +59,15 @@ def test_equals_the_product_in_float64(sizes: tuple[int, int, int], of_a: str, o
     assert got.is_contiguous()  # as PyTorch's: the optimizer reads gradients in the order of the weights
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_for_which_onednn_has_only_its_reference_are_copied(layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(6, 8))
+    got = products._plain(x)
+    assert torch.equal(got, x)
+    assert got.is_contiguous() or got.t().is_contiguous()
+    assert (got is x) is (layout in ("rows", "columns"))
+
+
 def test_a_layer_forward_and_backward(computed: list[tuple[int, ...]]) -> None:
     layer = nn.Linear(24, 40)
     x = torch.randn(3, 5, 24, requires_grad=True)
